@@ -1,0 +1,1 @@
+"""Losses on log-probabilities and scores, and the modules that take logits."""

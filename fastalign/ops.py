@@ -1,0 +1,304 @@
+"""The gate: the one place where logits enter. Validation, the `torch.library` operators, their fakes and autograd.
+
+What passes the checks here is safe to hand to a kernel as a raw pointer. Nothing below this file checks again and
+nothing above it touches logits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _backends
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INDICES = (torch.int64, torch.int32)
+
+
+class TokenStats(NamedTuple):
+    """Per-token statistics, each of the labels' shape; float32, or float64 for float64 logits; None where not asked for.
+
+    All are 0 where the label is `ignore_index`.
+    """
+
+    logps: Tensor
+    """log softmax(x)[label]; under label smoothing (1 - e) of it plus e times the vocabulary's mean log-probability."""
+    lse: Tensor
+    """log sum_j exp x_j; differentiable, so a z-loss is `stats.lse.square()`."""
+    entropy: Tensor | None
+    """-sum_j p_j log p_j, in nats."""
+    kl: Tensor | None
+    """KL(p || q) = sum_j p_j (log p_j - log q_j) against the reference logits, over the whole vocabulary, in nats."""
+
+
+# --------------------------------------------------------------------------------------------------------- validation
+def _shape(t: Tensor) -> str:
+    return str(list(t.shape))
+
+
+def _check(
+    logits: Tensor, labels: Tensor, ref_logits: Tensor | None, temperature: float, softcap: float, inplace: bool
+) -> None:
+    """Everything that can be known without reading memory. Raises ValueError or TypeError."""
+    if logits.dtype not in _FLOATS:
+        raise TypeError(f"logits must be float32, bfloat16, float16 or float64; got {logits.dtype}")
+    if labels.dtype not in _INDICES:
+        raise TypeError(f"labels must be int64 or int32; got {labels.dtype}")
+    if logits.dim() < 1 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must have a non-empty vocabulary as their last dimension; got shape {_shape(logits)}")
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"labels must have the shape of logits without the vocabulary, {list(logits.shape[:-1])}; got {_shape(labels)}"
+        )
+    if labels.device != logits.device:
+        raise ValueError(f"labels must be on the device of logits, {logits.device}; got {labels.device}")
+    if ref_logits is not None:
+        if ref_logits.dtype != logits.dtype:
+            raise TypeError(f"ref_logits must have the dtype of logits, {logits.dtype}; got {ref_logits.dtype}")
+        if ref_logits.shape != logits.shape:
+            raise ValueError(f"ref_logits must have the shape of logits, {_shape(logits)}; got {_shape(ref_logits)}")
+        if ref_logits.device != logits.device:
+            raise ValueError(f"ref_logits must be on the device of logits, {logits.device}; got {ref_logits.device}")
+        if ref_logits.requires_grad:
+            raise ValueError("ref_logits must not require a gradient (the reference is a constant); pass ref_logits.detach()")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be a finite number above 0; got {temperature}")
+    if not (math.isfinite(softcap) and softcap >= 0):
+        raise ValueError(f"softcap must be None or a finite number above 0; got {softcap}")
+    if inplace and any(n > 1 and s == 0 for n, s in zip(logits.shape, logits.stride(), strict=True)):
+        raise ValueError(
+            "inplace_backward needs logits whose elements do not share memory; got an expanded tensor with strides "
+            f"{tuple(logits.stride())}"
+        )
+
+
+def _check_labels(labels: Tensor, ignore_index: int, vocab: int) -> None:
+    """Reads the labels (never the logits). On CPU only: elsewhere it would stop the host, and the kernels guard."""
+    if labels.device.type != "cpu" or labels.numel() == 0:
+        return
+    bad = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
+    if bad.any():
+        at = int(bad.flatten().nonzero()[0])
+        raise ValueError(
+            f"labels must be in [0, {vocab}) or equal to ignore_index={ignore_index}; "
+            f"got {int(labels.flatten()[at])} at flat position {at}"
+        )
+
+
+def _unit_stride(t: Tensor) -> Tensor:
+    """The tensor itself where the vocabulary is dense in memory, else one copy of it."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------------- operators
+_lib = torch.library.Library("fastalign", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_STATS = "Tensor saved, Tensor? entropy, Tensor? kl, "
+_GRADS = "Tensor? g_logps, Tensor? g_lse, Tensor? g_entropy, Tensor? g_kl, Tensor? g_mean, "
+_lib.define(
+    "token_stats(Tensor logits, Tensor labels, Tensor? ref_logits, int ignore_index, float temperature, float softcap, "
+    "bool entropy, bool mean, bool inplace_backward) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+_lib.define(
+    f"token_stats_backward(Tensor logits, Tensor labels, Tensor? ref_logits, {_STATS}{_GRADS}"
+    "int ignore_index, float temperature, float softcap) -> Tensor",
+    tags=_TAGS,
+)
+_lib.define(
+    f"token_stats_backward_(Tensor(a!) logits, Tensor labels, Tensor? ref_logits, {_STATS}{_GRADS}"
+    "int ignore_index, float temperature, float softcap) -> ()",
+    tags=_TAGS,
+)
+
+
+def _forward(logits, labels, ref_logits, ignore_index, temperature, softcap, entropy, mean, inplace_backward):
+    _check(logits, labels, ref_logits, temperature, softcap, inplace_backward)
+    _check_labels(labels, ignore_index, logits.shape[-1])
+    ref_logits = None if ref_logits is None else _unit_stride(ref_logits)
+    outputs = _backends.forward(
+        _unit_stride(logits), labels, ref_logits, ignore_index, temperature, softcap, entropy, mean
+    )
+    return tuple(logits.new_empty(0, dtype=outputs[0].dtype) if t is None else t for t in outputs)
+
+
+def _forward_fake(logits, labels, ref_logits, ignore_index, temperature, softcap, entropy, mean, inplace_backward):
+    _check(logits, labels, ref_logits, temperature, softcap, inplace_backward)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    rows = logits.shape[:-1]
+
+    def out(wanted: bool) -> Tensor:
+        return logits.new_empty(rows if wanted else (0,), dtype=dtype)
+
+    return out(True), out(True), out(entropy), out(ref_logits is not None), out(mean), logits.new_empty((*rows, 4), dtype=dtype)
+
+
+def _backward_into(out, logits, labels, ref_logits, saved, entropy, kl, *rest):
+    *grads, ignore_index, temperature, softcap = rest
+    ref_logits = None if ref_logits is None else _unit_stride(ref_logits)
+    _backends.backward(
+        _unit_stride(logits), labels, ref_logits, saved, entropy, kl, tuple(grads), ignore_index, temperature, softcap, out
+    )
+
+
+def _backward(logits, *args):
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _backward_into(out, logits, *args)
+    return out
+
+
+def _backward_fake(logits, *args):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _backward_inplace(logits, *args):
+    if logits.stride(-1) == 1 or logits.shape[-1] == 1:
+        _backward_into(logits, logits, *args)
+    else:
+        logits.copy_(_backward(logits, *args))
+
+
+_lib.impl("token_stats", _forward, "CompositeExplicitAutograd")
+_lib.impl("token_stats_backward", _backward, "CompositeExplicitAutograd")
+_lib.impl("token_stats_backward_", _backward_inplace, "CompositeExplicitAutograd")
+torch.library.register_fake("fastalign::token_stats", _forward_fake, lib=_lib)
+torch.library.register_fake("fastalign::token_stats_backward", _backward_fake, lib=_lib)
+torch.library.register_fake("fastalign::token_stats_backward_", lambda logits, *args: None, lib=_lib)
+
+
+# ----------------------------------------------------------------------------------------------------------- autograd
+def _setup_context(ctx, inputs, output):
+    logits, labels, ref_logits, ignore_index, temperature, softcap, want_entropy, _, inplace = inputs
+    _, _, entropy, kl, _, saved = output
+    ctx.mark_non_differentiable(saved)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        logits, labels, ref_logits, saved, entropy if want_entropy else None, kl if ref_logits is not None else None
+    )
+    ctx.options = (ignore_index, temperature, softcap)
+    ctx.inplace = inplace
+
+
+def _autograd(ctx, g_logps, g_lse, g_entropy, g_kl, g_mean, _):
+    logits, labels, ref_logits, saved, entropy, kl = ctx.saved_tensors
+    grads = (g_logps, g_lse, None if entropy is None else g_entropy, None if kl is None else g_kl, g_mean)
+    args = (labels, ref_logits, saved, entropy, kl, *grads, *ctx.options)
+    if ctx.inplace:
+        logits = logits.detach()
+        torch.ops.fastalign.token_stats_backward_(logits, *args)
+        grad = logits
+    else:
+        grad = torch.ops.fastalign.token_stats_backward(logits, *args)
+    return (grad, *[None] * 8)
+
+
+def _no_double_backward(ctx, *_):
+    raise RuntimeError(
+        "fastalign: token_stats can be differentiated once only (its backward is a kernel). For second derivatives, "
+        "as in a Fisher-vector product, use plain torch operations (torch.log_softmax) on that batch."
+    )
+
+
+torch.library.register_autograd("fastalign::token_stats", _autograd, setup_context=_setup_context, lib=_lib)
+torch.library.register_autograd("fastalign::token_stats_backward", _no_double_backward, lib=_lib)
+
+
+# --------------------------------------------------------------------------------------------------------- public API
+def token_stats(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ref_logits: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    entropy: bool = False,
+    kl: bool = False,
+    inplace_backward: bool = False,
+) -> TokenStats:
+    """Log-probability of each label and, on request, entropy and exact KL, in one read of the logits.
+
+    Args:
+        logits: [..., V], float32, bfloat16, float16 or float64, any strides (a vocabulary stride other than 1 costs one
+            copy). Accumulation is in float32, in float64 for float64.
+        labels: [...], int64 or int32: `labels[i]` is the target of `logits[i]`; nothing is shifted inside.
+        ref_logits: [..., V] of the same dtype: the reference policy's logits, a constant; needed by, and only by, `kl`.
+        ignore_index: tokens with this label are not read; their statistics and gradients are 0.
+        temperature: the logits are divided by it (after soft-capping). The reference's too.
+        softcap: logits become `softcap * tanh(logits / softcap)` first (Gemma 2). The reference's too.
+        label_smoothing: e in [0, 1]: `logps` becomes (1 - e) log p[label] + (e / V) sum_j log p_j (Szegedy et al. 2016,
+            sec. 7), so that `-logps` is the smoothed cross-entropy.
+        entropy: return the entropy of the distribution.
+        kl: return KL(p || q) over the whole vocabulary.
+        inplace_backward: the backward writes the gradient over `logits`, saving one buffer of their size. Their version
+            counter rises, so that a later use of the old values by autograd raises. Ignored under `torch.compile`.
+
+    Returns:
+        TokenStats(logps, lse, entropy, kl): float32 [...] each (float64 for float64), differentiable in `logits` once.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or devices that do not match, an empty vocabulary, a label outside [0, V) (checked on CPU),
+            a temperature or soft-cap that is not finite and positive, a reference that requires a gradient.
+    """
+    _check_types(logits, labels, ref_logits, kl, label_smoothing)
+    cap = _as_softcap(softcap)
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        _check(logits, labels, ref_logits, temperature, cap, inplace_backward)
+    smooth = label_smoothing != 0.0
+    logps, lse, ent, div, mean, _ = torch.ops.fastalign.token_stats(
+        logits, labels, ref_logits, ignore_index, temperature, cap, entropy, smooth, inplace_backward and not compiling
+    )
+    if smooth:
+        logps = (1 - label_smoothing) * logps + label_smoothing * (mean - lse)
+    return TokenStats(logps, lse, ent if entropy else None, div if kl else None)
+
+
+def _check_types(logits, labels, ref_logits, kl: bool, label_smoothing: float) -> None:
+    for name, value in (("logits", logits), ("labels", labels), ("ref_logits", ref_logits)):
+        if not isinstance(value, Tensor) and not (name == "ref_logits" and value is None):
+            raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
+    if kl and ref_logits is None:
+        raise ValueError("kl=True needs ref_logits, the reference policy's logits; got None")
+    if ref_logits is not None and not kl:
+        raise ValueError("ref_logits is used by kl=True alone; got ref_logits with kl=False")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1]; got {label_smoothing}")
+
+
+def _as_softcap(softcap: float | None) -> float:
+    if softcap is None:
+        return 0.0
+    if not softcap > 0:
+        raise ValueError(f"softcap must be None or a finite number above 0; got {softcap}")
+    return softcap
+
+
+def token_logps(logits: Tensor, labels: Tensor, **options) -> Tensor:
+    """Log-probability of each label: `token_stats(...).logps`, [...]; 0 where ignored. Options as in `token_stats`."""
+    return token_stats(logits, labels, **options).logps
+
+
+def sequence_logps(logits: Tensor, labels: Tensor, *, average: bool = False, **options) -> Tensor:
+    """Log-probability of each sequence, [B]: the sum over its real tokens, or with `average` their mean (0 if none).
+
+    Args:
+        logits: [B, ..., V] (usually [B, T, V]).
+        labels: [B, ...]; tokens equal to `ignore_index` (prompt, padding) do not count.
+        average: divide by the number of real tokens.
+        options: as in `token_stats`.
+    """
+    logps = token_logps(logits, labels, **options)
+    if logps.dim() < 1:
+        raise ValueError(f"logits must be [B, ..., V] with at least one batch dimension; got shape {_shape(logits)}")
+    total = logps.flatten(1).sum(-1) if logps.dim() > 1 else logps
+    if not average:
+        return total
+    live = (labels != options.get("ignore_index", -100)).to(total.dtype)
+    count = live.flatten(1).sum(-1) if live.dim() > 1 else live
+    return total / count.clamp(min=1)

@@ -1,0 +1,11 @@
+"""The papers' formulas in plain float64 PyTorch, and CASES: the oracle of the tests and the benchmarks.
+
+One file per room of `fastalign.losses`. Nothing here is fast and nothing here shares code with what it checks.
+"""
+
+from ._case import Case, Sizes, cast
+
+CASES: list[Case] = []
+"""Every objective of the package, one row each: (name, fused, reference, inputs)."""
+
+__all__ = ["CASES", "Case", "Sizes", "cast"]
