@@ -1,0 +1,72 @@
+"""What every room of the losses shares: masked means, input checks, and the one road from logits to statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import ops
+
+T = TypeVar("T")
+
+
+def stats_of(logits: Tensor, labels: Tensor, **options: Any) -> ops.TokenStats:
+    """Token statistics of what a loss module was given. Modules reach logits through here and nowhere else."""
+    return ops.token_stats(logits, labels, **options)
+
+
+def hide(x: Tensor, mask: Tensor) -> Tensor:
+    """x where the mask is True, else 0. Applied before any arithmetic, so hidden NaN and inf reach no gradient."""
+    return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def masked_mean(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
+    """Mean of x over the True entries of the mask (along `dim`, or over all); 0 where there is none.
+
+    The count is taken in x's dtype on x's device: no host synchronisation.
+    """
+    total = hide(x, mask).sum() if dim is None else hide(x, mask).sum(dim)
+    count = mask.sum() if dim is None else mask.sum(dim)
+    return total / count.clamp(min=1).to(x.dtype)
+
+
+def check_float(name: str, x: Any, shape: torch.Size | tuple[int, ...] | None = None, like: str = "") -> Tensor:
+    """Raises unless x is a floating-point tensor, of the given shape if one is given (`like` says whose shape it is)."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor; got {x.dtype}")
+    return _check_shape(name, x, shape, like)
+
+
+def check_mask(name: str, x: Any, shape: torch.Size | tuple[int, ...], like: str = "") -> Tensor:
+    """Raises unless x is a boolean tensor of the given shape."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}")
+    if x.dtype != torch.bool:
+        raise TypeError(f"{name} must be a boolean tensor, True = real; got {x.dtype}")
+    return _check_shape(name, x, shape, like)
+
+
+def _check_shape(name: str, x: Tensor, shape: torch.Size | tuple[int, ...] | None, like: str) -> Tensor:
+    if shape is not None and tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {list(shape)}{f', that of {like}' if like else ''}; got {list(x.shape)}")
+    return x
+
+
+def lookup(argument: str, table: Mapping[str, T], key: str) -> T:
+    """The entry of a table of variants, or a ValueError that lists the names there are."""
+    if key not in table:
+        raise ValueError(f"{argument} must be one of {', '.join(sorted(table))}; got {key!r}")
+    return table[key]
+
+
+def check_range(name: str, value: float, low: float, high: float = float("inf"), *, open_low: bool = False) -> float:
+    """Raises unless low <= value <= high (low < value with open_low); NaN never passes."""
+    if not (low < value if open_low else low <= value) or not value <= high:
+        bounds = f"{'(' if open_low else '['}{low}, {high}]"
+        raise ValueError(f"{name} must be in {bounds}; got {value}")
+    return value
