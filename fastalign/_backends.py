@@ -24,6 +24,8 @@ except ImportError as error:  # a source tree that was never built, or a build f
     _C_ERROR = f"the compiled module fastalign._C cannot be imported ({error}); install with `pip install .`"
 else:
     _C_ERROR = ""
+    if os.environ.get("FASTALIGN_CPU_ISA"):
+        _C.set_isa(os.environ["FASTALIGN_CPU_ISA"])
 
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("cpu", "eager")
@@ -101,6 +103,50 @@ def choose(tensor: Tensor) -> str:
     return _forced
 
 
+# ------------------------------------------------------------------------------------------------ token statistics
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# Results larger than this leave the caches anyway.
+_STREAM_BYTES = 32 << 20
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _tokens(logits, labels, ref_logits, ignore_index, temperature, softcap) -> tuple:
+    """The description of a call that `_C` takes; `labels` and the tensors must outlive it."""
+    return (
+        _DTYPE_CODES[logits.dtype],
+        logits.data_ptr(),
+        tuple(logits.shape),
+        logits.stride(),
+        _address(ref_logits),
+        logits.stride() if ref_logits is None else ref_logits.stride(),
+        labels.data_ptr(),
+        labels.dtype == torch.int64,
+        ignore_index,
+        temperature,
+        softcap,
+        torch.get_num_threads(),
+    )
+
+
+def _bad_label(labels: Tensor, at: int, ignore_index: int, vocab: int) -> ValueError:
+    return ValueError(
+        f"labels must be in [0, {vocab}) or equal to ignore_index={ignore_index}; "
+        f"got {int(labels.flatten()[at])} at flat position {at}"
+    )
+
+
+def _check_labels(labels: Tensor, ignore_index: int, vocab: int) -> None:
+    """Reads the labels of a call, never its logits. Off the CPU it would stop the host, and kernels guard instead."""
+    if labels.device.type == "cpu":
+        bad = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
+        if bad.any():
+            raise _bad_label(labels, int(bad.flatten().nonzero()[0]), ignore_index, vocab)
+
+
 def forward(
     logits: Tensor,
     labels: Tensor,
@@ -111,12 +157,35 @@ def forward(
     want_entropy: bool,
     want_mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """(logps, lse, entropy, kl, mean, saved) by the chosen backend; see `kernels.token_stats_eager` for their meaning."""
+    """(logps, lse, entropy, kl, mean, saved) by the chosen backend; see `kernels.token_stats_eager` for their meaning.
+
+    Raises ValueError, before any logit is read, for a label that is neither in [0, V) nor `ignore_index`.
+    """
     if choose(logits) == "eager":
+        _check_labels(labels, ignore_index, logits.shape[-1])
         return token_stats_eager.forward(
             logits, labels, ref_logits, ignore_index, temperature, softcap, want_entropy, want_mean
         )
-    raise RuntimeError("not built")
+    labels = labels.contiguous()
+    rows = labels.shape
+
+    def out(wanted: bool = True) -> Tensor | None:
+        return torch.empty(rows) if wanted else None
+
+    logps, lse, saved = torch.empty(rows), torch.empty(rows), torch.empty((*rows, 4))
+    entropy, kl, mean = out(want_entropy), out(ref_logits is not None), out(want_mean)
+    bad = _C.token_stats_forward(
+        _tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
+        logps.data_ptr(),
+        lse.data_ptr(),
+        _address(entropy),
+        _address(kl),
+        _address(mean),
+        saved.data_ptr(),
+    )
+    if bad >= 0:
+        raise _bad_label(labels, bad, ignore_index, logits.shape[-1])
+    return logps, lse, entropy, kl, mean, saved
 
 
 def backward(
@@ -134,8 +203,35 @@ def backward(
 ) -> None:
     """Writes the gradient of the logits into `out`, which may be `logits` itself."""
     if choose(logits) == "eager":
+        _check_labels(labels, ignore_index, logits.shape[-1])
         token_stats_eager.backward(
             logits, labels, ref_logits, saved, entropy, kl, grads, ignore_index, temperature, softcap, out
         )
         return
-    raise RuntimeError("not built")
+    labels = labels.contiguous()
+    dense = [None if t is None else t.contiguous() for t in (saved, entropy, kl, *grads)]  # kept until the call is over
+    # A large separate result is written past the caches, into huge pages.
+    fresh = out.data_ptr() != logits.data_ptr() and out.numel() * out.element_size() > _STREAM_BYTES
+    bad = _C.token_stats_backward(
+        _tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
+        *map(_address, dense),
+        out.data_ptr(),
+        out.stride(),
+        fresh,
+    )
+    if bad >= 0:
+        raise _bad_label(labels, bad, ignore_index, logits.shape[-1])
+
+
+# ------------------------------------------------------------------------------------------------- machine's rates
+def probe_read(tensor: Tensor) -> float:
+    """Reads every byte of a contiguous CPU tensor with a plain SIMD loop over torch's threads; returns a checksum.
+
+    Timing it gives the machine's read rate, the limit of every kernel that reads its input once.
+    """
+    return _C.read(tensor.data_ptr(), tensor.numel() * tensor.element_size(), torch.get_num_threads())
+
+
+def probe_copy(to: Tensor, source: Tensor) -> None:
+    """Copies a contiguous CPU tensor with streaming stores over torch's threads: the machine's copy rate."""
+    _C.copy(to.data_ptr(), source.data_ptr(), source.numel() * source.element_size(), torch.get_num_threads())

@@ -45,8 +45,9 @@ def _live(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
 
 
 def _shifted(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(x - m, m, r) with m the row's maximum."""
+    """(x - m, m, r) with m the row's maximum (0 for a row of nothing but -inf, whose differences would be NaN)."""
     m = x.amax(-1, keepdim=True)
+    m = torch.where(m == -torch.inf, 0, m)
     x = x - m
     return x, m, x.exp().sum(-1, keepdim=True).log()
 

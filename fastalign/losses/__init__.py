@@ -1,1 +1,40 @@
 """Losses on log-probabilities and scores, and the modules that take logits."""
+
+from ._kl import importance_weights, kl_estimate
+from .listwise import ListOutput, PROLoss, PROOutput, plackett_luce_loss, pro_loss
+from .policy import PolicyLossOutput, PPOLoss, policy_loss
+from .preference import DPOLoss, PreferenceOutput, dpo_loss
+from .reward import RewardOutput, best_of_k_loss, kwise_reward_loss, last_token_scores, reward_loss
+from .sft import SFTLoss, SFTOutput, sft_loss
+from .unpaired import KTOLoss, KTOOutput, kto_loss
+from .value import ValueLossOutput, ptx_loss, value_loss
+
+__all__ = [
+    "DPOLoss",
+    "KTOLoss",
+    "KTOOutput",
+    "ListOutput",
+    "PPOLoss",
+    "PROLoss",
+    "PROOutput",
+    "PolicyLossOutput",
+    "PreferenceOutput",
+    "RewardOutput",
+    "SFTLoss",
+    "SFTOutput",
+    "ValueLossOutput",
+    "best_of_k_loss",
+    "dpo_loss",
+    "importance_weights",
+    "kl_estimate",
+    "kto_loss",
+    "kwise_reward_loss",
+    "last_token_scores",
+    "plackett_luce_loss",
+    "policy_loss",
+    "pro_loss",
+    "ptx_loss",
+    "reward_loss",
+    "sft_loss",
+    "value_loss",
+]

@@ -1,0 +1,337 @@
+"""Losses on ranked lists: Preference Ranking Optimization (PRO), Plackett-Luce and ListMLE.
+
+Everything here is one formula. With A_k the entries that entry k is ranked above, a list costs
+
+    sum_k log(1 + sum_{i in A_k} exp(z_ki))
+
+`comparisons` says who is in A_k, from the positions or from ranks; z_ki is s_i - s_k, or s_i T_ki - s_k T_k with the
+temperatures of PRO. The InfoNCE (one-vs-rest, best-of-K) form keeps the term of the best entry alone. Differences are
+taken before the exponential and summed by logsumexp, so scores of 1e4 neither overflow nor lose the gradient, and for
+K = 2 the term is -log sigmoid(s_1 - s_2) to the last bit. Memory is O(B K^2), which for K = 64 is nothing.
+
+Ties: entries of equal rank (or equal reward) are not in each other's A, so neither is pushed below the other. Hidden
+entries are in no A and have none. A list without a single comparison (no entry, one entry, or all of them tied)
+contributes nothing: not to the sum, and not to the number of lists that the mean divides by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._common import check_float, check_mask, check_range, hide, lookup, masked_mean, stats_of
+
+
+class ListOutput(NamedTuple):
+    """What a loss on ranked lists returns: scalars, all but `loss` without gradient."""
+
+    loss: Tensor
+    """Mean over the lists that hold a comparison; 0 if there is none."""
+    accuracy: Tensor
+    """Share of comparisons (better, worse) in which the better entry has strictly the higher score."""
+    top1_accuracy: Tensor
+    """Share of lists in which a best entry has strictly the highest score."""
+    margin: Tensor
+    """Mean over comparisons of the better entry's score minus the worse one's."""
+    num_lists: Tensor
+    """Number of lists that hold a comparison (int64): the weight of this batch when several are averaged."""
+
+
+class PROOutput(NamedTuple):
+    """What PRO returns: scalars, all but `loss` without gradient. loss = list_loss + sft_weight * sft_loss."""
+
+    loss: Tensor
+    list_loss: Tensor
+    """The ranking term."""
+    sft_loss: Tensor
+    """Mean over lists of (n - 1)^2 times the best response's negative log-likelihood, n its list's real length."""
+    accuracy: Tensor
+    """As in `ListOutput`, and so are the following."""
+    top1_accuracy: Tensor
+    margin: Tensor
+    num_lists: Tensor
+
+
+# ------------------------------------------------------------------------------------------------------ the one formula
+def check_lists(name: str, scores: Any, mask: Any) -> tuple[Tensor, Tensor]:
+    """(scores with hidden entries set to 0, mask): both [B, K], the scores in float32 or float64."""
+    check_float(name, scores)
+    if scores.dim() != 2 or scores.shape[1] == 0:
+        raise ValueError(f"{name} must be [B, K] with K >= 1; got shape {list(scores.shape)}")
+    if mask is None:
+        mask = torch.ones_like(scores, dtype=torch.bool)
+    check_mask("mask", mask, scores.shape, name)
+    # Half-precision reward heads: differences of scores near 100 would be rounded to 1/16 in float16.
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    return hide(wide, mask), mask
+
+
+def check_ranks(ranks: Any, shape: torch.Size, like: str) -> Tensor:
+    """Raises unless ranks is a numeric tensor of the given shape."""
+    if not isinstance(ranks, Tensor):
+        raise TypeError(f"ranks must be a torch.Tensor; got {type(ranks).__name__}")
+    if ranks.dtype == torch.bool or ranks.is_complex():
+        raise TypeError(f"ranks must be an integer or floating-point tensor; got {ranks.dtype}")
+    if ranks.shape != shape:
+        raise ValueError(f"ranks must have shape {list(shape)}, that of {like}; got {list(ranks.shape)}")
+    return ranks.detach()
+
+
+def comparisons(mask: Tensor, ranks: Tensor | None = None) -> Tensor:
+    """[B, K, K] bool, True at [b, k, i] where entry k is ranked above entry i and both are real.
+
+    Lower ranks are better and equal ranks are no comparison; without ranks the list is best first, without ties.
+    """
+    if ranks is None:
+        ranks = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    return (ranks.unsqueeze(2) < ranks.unsqueeze(1)) & mask.unsqueeze(2) & mask.unsqueeze(1)
+
+
+def differences(scores: Tensor) -> Tensor:
+    """[B, K, K]: scores[b, i] - scores[b, k] at [b, k, i]."""
+    return scores.unsqueeze(1) - scores.unsqueeze(2)
+
+
+def comparable(above: Tensor) -> Tensor:
+    """[B] bool: the lists that hold a comparison."""
+    return above.flatten(1).any(-1)
+
+
+def stage_losses(gaps: Tensor, above: Tensor) -> Tensor:
+    """[B, K]: log(1 + sum of exp(gaps[b, k, i]) over the i that k is above); 0 where there is none."""
+    active = above.any(-1)
+    gaps = gaps.masked_fill(~above, -torch.inf)
+    # The softmax of nothing but -inf, logsumexp's gradient, is 0/0: rows that are hidden below stay finite until then.
+    gaps = gaps.masked_fill(~active.unsqueeze(-1), 0.0)
+    return hide(-F.logsigmoid(-gaps.logsumexp(-1)), active)
+
+
+def _best(mask: Tensor, above: Tensor) -> Tensor:
+    """[B, K] bool: the real entries that no other is ranked above; several where they tie."""
+    return mask & ~above.any(1)
+
+
+FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "plackett_luce": lambda stages, best: stages.sum(-1),
+    "infonce": lambda stages, best: masked_mean(stages, best, -1),
+}
+"""Form → what a list costs, [B], given its stages and its best entries, [B, K] each. Tied best entries are averaged."""
+
+
+def list_metrics(scores: Tensor, mask: Tensor, above: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(accuracy, top1_accuracy, margin, num_lists) as in `ListOutput`, without gradient."""
+    scores = scores.detach()
+    leads = -differences(scores)
+    best, counted = _best(mask, above), comparable(above)
+    top = scores.masked_fill(~best, -torch.inf).amax(-1) > scores.masked_fill(best | ~mask, -torch.inf).amax(-1)
+    accuracy = masked_mean((leads > 0).to(scores.dtype), above)
+    return accuracy, masked_mean(top.to(scores.dtype), counted), masked_mean(leads, above), counted.sum()
+
+
+def ranked_list_loss(scores: Tensor, mask: Tensor, ranks: Tensor | None, form: str) -> ListOutput:
+    """The formula at the top of this file for checked scores and mask, with z_ki = s_i - s_k."""
+    above = comparisons(mask, ranks)
+    per_list = lookup("form", FORMS, form)(stage_losses(differences(scores), above), _best(mask, above))
+    return ListOutput(masked_mean(per_list, comparable(above)), *list_metrics(scores, mask, above))
+
+
+# ----------------------------------------------------------------------------------------------------------- public API
+def plackett_luce_loss(scores: Tensor, *, ranks: Tensor | None = None, mask: Tensor | None = None) -> ListOutput:
+    """Plackett-Luce negative log-likelihood of a ranking: -sum_{k=1}^{K-1} log(e^{s_k} / sum_{i>=k} e^{s_i}).
+
+    Plackett 1975 and Luce 1959; as a training loss it is ListMLE (the likelihood loss of Xia et al. 2008,
+    "Listwise approach to learning to rank"), which needs no function of its own: `ranks` give the order.
+
+    Args:
+        scores: [B, K], floating point, best first unless `ranks` are given. Half precision is computed in float32.
+        ranks: [B, K], integer or floating point, lower is better (0 is best), in any order of the list. Entries of
+            equal rank are not compared with each other.
+        mask: [B, K] bool, True = real. Lists may differ in length; hidden entries may stand anywhere and hold anything.
+
+    Returns:
+        ListOutput, whose loss is the mean over the lists that hold a comparison.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype or shape.
+    """
+    scores, mask = check_lists("scores", scores, mask)
+    ranks = None if ranks is None else check_ranks(ranks, scores.shape, "scores")
+    return ranked_list_loss(scores, mask, ranks, "plackett_luce")
+
+
+def pro_loss(
+    logps: Tensor,
+    *,
+    rewards: Tensor | None = None,
+    mask: Tensor | None = None,
+    sft_weight: float = 0.0,
+    sft_logps: Tensor | None = None,
+    form: str = "plackett_luce",
+) -> PROOutput:
+    """Preference Ranking Optimization (Song et al. 2023, arXiv:2306.17492), on log-probabilities of ranked responses.
+
+    Without rewards, the paper's eq. 5: each response against all that are ranked below it,
+
+        -sum_{k=1}^{K-1} log(e^{s_k} / sum_{i>=k} e^{s_i}),
+
+    and with form="infonce" its k = 1 term alone, one-vs-rest. With rewards r, the paper's temperatures, as the authors'
+    code has them (the paper divides by 1 / T): T_ki = r_k - r_i, T_k = max_i T_ki and
+
+        sum_k log(e^{s_k T_k} + sum_{i: r_i < r_k} e^{s_i T_ki}) - s_k T_k,
+
+    so that near-equal responses are hardly pushed apart. The order is then that of the rewards, whatever the positions,
+    and responses of equal reward (T_ki = 0) leave each other alone. On lists without ties, best first, this is the
+    authors' loss, but for the 1e-10 inside their logarithm and for one token in their mask, through which a response
+    shorter than the longest of its batch is also scored for a token of padding; that is not reproduced.
+
+    The supervised term is sft_weight times (n - 1)^2 times the negative log-likelihood of the best response (the mean
+    over those that tie for best), n the number of real entries of its list: the authors' scaling, which keeps pace with
+    a ranking term that grows with n.
+
+    Args:
+        logps: [B, K], floating point: each response's score s, in the paper its mean log-probability per completion
+            token. Best first unless `rewards` are given. Half precision is computed in float32.
+        rewards: [B, K], floating point, constants. None: no temperatures.
+        mask: [B, K] bool, True = real. Lists may differ in length; hidden entries may stand anywhere and hold anything.
+        sft_weight: weight of the supervised term (the paper's beta), at least 0.
+        sft_logps: [B, K]: log-probabilities for the supervised term. None: `logps`, that is the mean NLL per token if
+            these are means. The authors take sums over the completion here: pass the sums to do the same.
+        form: "plackett_luce" or "infonce". Where several responses tie for best, "infonce" averages their terms.
+
+    Returns:
+        PROOutput, averaged over the lists that hold a comparison; a list without one contributes to neither term.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype or shape, a negative weight, an unknown form.
+    """
+    scores, real = check_lists("logps", logps, mask)
+    check_range("sft_weight", sft_weight, 0.0)
+    reduce = lookup("form", FORMS, form)
+    ranks = None
+    if rewards is not None:
+        rewards = hide(check_float("rewards", rewards, scores.shape, "logps").detach().to(scores.dtype), real)
+        ranks = -rewards
+    above = comparisons(real, ranks)
+    gaps = differences(scores) if rewards is None else _tempered(scores, rewards, above)
+    best, counted = _best(real, above), comparable(above)
+    list_loss = masked_mean(reduce(stage_losses(gaps, above), best), counted)
+    if sft_logps is not None:
+        sft_logps = hide(check_float("sft_logps", sft_logps, scores.shape, "logps").to(scores.dtype), real)
+    nll = -masked_mean(scores if sft_logps is None else sft_logps, best, -1)
+    sft_loss = masked_mean((real.sum(-1) - 1).square() * nll, counted)
+    loss = list_loss + sft_weight * sft_loss if sft_weight else list_loss
+    return PROOutput(loss, list_loss.detach(), sft_loss.detach(), *list_metrics(scores, real, above))
+
+
+def _tempered(scores: Tensor, rewards: Tensor, above: Tensor) -> Tensor:
+    """[B, K, K]: s_i T_ki - s_k T_k with T_ki = r_k - r_i and T_k = max_i T_ki over the i that k is above."""
+    gaps = rewards.unsqueeze(2) - rewards.unsqueeze(1)
+    own = hide(gaps, above).amax(-1)
+    return scores.unsqueeze(1) * gaps - (scores * own).unsqueeze(2)
+
+
+class PROLoss(nn.Module):
+    """PRO from logits: scores each response by its log-probability and applies `pro_loss`.
+
+    Args:
+        sft_weight, form: as in `pro_loss`.
+        average: score a response by the mean over its tokens (as the paper does); False: by their sum.
+        sft_average: the supervised term takes the mean per token; False: the sum, as the authors do.
+        ignore_index, temperature, softcap, inplace_backward: as in `fastalign.token_stats`.
+
+    Raises:
+        ValueError: a negative weight or an unknown form.
+    """
+
+    def __init__(
+        self,
+        *,
+        sft_weight: float = 0.0,
+        form: str = "plackett_luce",
+        average: bool = True,
+        sft_average: bool = False,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        inplace_backward: bool = False,
+    ) -> None:
+        super().__init__()
+        self.sft_weight = check_range("sft_weight", sft_weight, 0.0)
+        lookup("form", FORMS, form)
+        self.form, self.average, self.sft_average, self.ignore_index = form, average, sft_average, ignore_index
+        self.options = {"temperature": temperature, "softcap": softcap, "inplace_backward": inplace_backward}
+
+    def extra_repr(self) -> str:
+        return f"form={self.form!r}, sft_weight={self.sft_weight}, average={self.average}"
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        rewards: Tensor | None = None,
+        mask: Tensor | None = None,
+        list_size: int | None = None,
+    ) -> PROOutput:
+        """PROOutput of the ranked responses.
+
+        Args:
+            logits: [B, K, T, V], or [B*K, T, V] with the responses of one prompt next to each other.
+            labels: [B, K, T] or [B*K, T]: `labels[..., t]` is the target of `logits[..., t, :]`, `ignore_index` at the
+                prompt and the padding. A response without a label counts as hidden.
+            rewards: [B, K] as in `pro_loss`.
+            mask: [B, K] bool as in `pro_loss`; logits and labels of hidden responses are not read.
+            list_size: K; needed for [B*K, T, V] where neither `rewards` nor `mask` tells.
+
+        Raises:
+            TypeError, ValueError: as `pro_loss` and `fastalign.token_stats` do, and for a K that does not divide B*K.
+        """
+        shape = _list_shape(logits, labels, rewards, mask, list_size)
+        if mask is not None:
+            check_mask("mask", mask, shape)
+            labels = labels.masked_fill(~mask.reshape(labels.shape[:-1]).unsqueeze(-1), self.ignore_index)
+        stats = stats_of(logits, labels, ignore_index=self.ignore_index, **self.options)
+        sums = stats.logps.sum(-1).reshape(shape)
+        counts = (labels != self.ignore_index).sum(-1).reshape(shape)
+        means = sums / counts.clamp(min=1).to(sums.dtype)
+        return pro_loss(
+            means if self.average else sums,
+            rewards=rewards,
+            mask=counts > 0,
+            sft_weight=self.sft_weight,
+            sft_logps=means if self.sft_average else sums,
+            form=self.form,
+        )
+
+
+def _list_shape(logits: Any, labels: Any, rewards: Any, mask: Any, list_size: int | None) -> tuple[int, int]:
+    """(B, K) of the lists, from the shapes of the arguments."""
+    check_float("logits", logits)
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor; got {type(labels).__name__}")
+    if logits.dim() not in (3, 4):
+        raise ValueError(f"logits must be [B, K, T, V] or [B*K, T, V]; got shape {list(logits.shape)}")
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels must have the shape of logits without the vocabulary, {list(logits.shape[:-1])}; "
+            f"got {list(labels.shape)}"
+        )
+    if logits.dim() == 4:
+        sizes = {int(logits.shape[1])}
+    else:
+        sizes = {int(t.shape[1]) for t in (rewards, mask) if isinstance(t, Tensor) and t.dim() == 2}
+    sizes |= set() if list_size is None else {list_size}
+    if len(sizes) != 1:
+        raise ValueError(
+            "list_size must agree with logits, rewards and mask, and is needed where none of them tells; "
+            f"got {sorted(sizes) or None}"
+        )
+    (size,) = sizes
+    rows = logits.shape[:-2].numel()
+    if size < 1 or rows % size:
+        raise ValueError(f"list_size must divide the {rows} responses of logits; got {size}")
+    return rows // size, size

@@ -1,0 +1,98 @@
+// Chooses among the instruction sets that were built, and the few things that need none of them.
+#include <atomic>
+#include <cstring>
+
+#include "token_stats_cpu.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+#if defined(FA_HAVE_X86) && defined(_MSC_VER)
+#include <immintrin.h>
+#include <intrin.h>
+#endif
+
+namespace fastalign {
+
+#ifdef FA_HAVE_X86
+namespace avx512 { extern const CpuKernels kernels; }
+namespace avx2 { extern const CpuKernels kernels; }
+#endif
+namespace portable { extern const CpuKernels kernels; }
+
+namespace {
+
+#if defined(FA_HAVE_X86) && defined(_MSC_VER)
+// cpuid leaf 7 ebx bits, and xgetbv's word that the system saves the registers.
+bool has(int leaf7_ebx_bits, unsigned long long xcr0_bits) {
+    int r[4];
+    __cpuid(r, 1);
+    if (!(r[2] & 1 << 27) || !(r[2] & 1 << 12) || !(r[2] & 1 << 29)) return false;
+    if ((_xgetbv(0) & xcr0_bits) != xcr0_bits) return false;
+    __cpuidex(r, 7, 0);
+    return (r[1] & leaf7_ebx_bits) == leaf7_ebx_bits;
+}
+bool has_avx2() { return has(1 << 5, 6); }
+bool has_avx512() { return has(1 << 5 | 1 << 16 | 1 << 17 | 1 << 30 | static_cast<int>(1u << 31), 0xe6); }
+#elif defined(FA_HAVE_X86)
+bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+std::atomic<const CpuKernels*> chosen{nullptr};
+
+}  // namespace
+
+const CpuKernels* const* all_cpu_kernels() {
+    static const CpuKernels* list[4] = {};
+    static const bool filled = [] {
+        int n = 0;
+#ifdef FA_HAVE_X86
+        if (has_avx512()) list[n++] = &avx512::kernels;
+        if (has_avx2()) list[n++] = &avx2::kernels;
+#endif
+        list[n] = &portable::kernels;
+        return true;
+    }();
+    (void)filled;
+    return list;
+}
+
+const CpuKernels* find_cpu_kernels(const char* isa) {
+    for (const CpuKernels* const* k = all_cpu_kernels(); *k; ++k)
+        if (!std::strcmp((*k)->isa, isa)) return *k;
+    return nullptr;
+}
+
+const CpuKernels& cpu_kernels() {
+    const CpuKernels* k = chosen.load(std::memory_order_acquire);
+    return k ? *k : **all_cpu_kernels();
+}
+
+void set_cpu_kernels(const CpuKernels* kernels) { chosen.store(kernels, std::memory_order_release); }
+
+int64_t find_bad_label(const TokenArgs& args) {
+    for (int64_t i = 0; i < args.rows; ++i) {
+        const int64_t label = args.label(i);
+        if ((label < 0 || label >= args.vocab) && label != args.ignore_index) return i;
+    }
+    return -1;
+}
+
+void advise_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t kHuge = 1 << 21;
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHuge - 1);
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: failure is fine
+#else
+    (void)data, (void)bytes;
+#endif
+}
+
+}  // namespace fastalign
