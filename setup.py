@@ -16,7 +16,16 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 MSVC = sys.platform == "win32"
 HEADERS = [
     f"kernels/{name}.h"
-    for name in ("token_stats", "token_stats_cpu", "parallel", "simd_types", "simd_avx512", "simd_avx2", "simd_portable")
+    for name in (
+        "gae_cpu",
+        "token_stats",
+        "token_stats_cpu",
+        "parallel",
+        "simd_types",
+        "simd_avx512",
+        "simd_avx2",
+        "simd_portable",
+    )
 ]
 
 # Instruction set → compiler flags. Linked in this order, portable first: where two objects hold the same inline
@@ -33,7 +42,16 @@ if MSVC:
 else:
     # No -ffast-math: NaN and infinities are part of the contract, and sums must not be reordered. No contraction: the
     # same expression must give the same bits wherever it is inlined.
-    COMMON = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-g0", "-Wall", "-Wextra"]
+    COMMON = [
+        "-std=c++17",
+        "-O3",
+        "-fvisibility=hidden",
+        "-fno-math-errno",
+        "-ffp-contract=off",
+        "-g0",
+        "-Wall",
+        "-Wextra",
+    ]
     # GCC 12 warns about its own AVX-512 header.
     COMMON += ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas"]
 if sys.platform == "linux":
@@ -49,7 +67,7 @@ class Build(build_ext):
         for isa, flags in ISAS.items():
             defines = [f"-DFA_ISA={isa}", f'-DFA_ISA_NAME="{isa}"', f'-DFA_SIMD_HEADER="simd_{isa}.h"']
             units.append(("kernels/token_stats_cpu.cpp", isa, [*defines, *flags]))
-        units.append(("csrc/bindings.cpp", "bindings", []))
+        units += [("kernels/gae_cpu.cpp", "gae", []), ("csrc/bindings.cpp", "bindings", [])]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(lambda unit: self.compile_one(ext, *unit), units))
         self.compiler.link_shared_object(
@@ -67,7 +85,12 @@ setup(
     ext_modules=[
         Extension(
             "fastalign._C",
-            sources=["csrc/bindings.cpp", "kernels/cpu_dispatch.cpp", "kernels/token_stats_cpu.cpp"],
+            sources=[
+                "csrc/bindings.cpp",
+                "kernels/cpu_dispatch.cpp",
+                "kernels/gae_cpu.cpp",
+                "kernels/token_stats_cpu.cpp",
+            ],
             depends=HEADERS,
             include_dirs=[pybind11.get_include()],
             language="c++",

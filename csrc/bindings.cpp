@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "../kernels/gae_cpu.h"
 #include "../kernels/token_stats_cpu.h"
 
 namespace py = pybind11;
@@ -38,7 +39,8 @@ struct Layout {
     }
 };
 
-// (dtype, logits, shape, strides, ref_logits, ref_strides, labels, labels64, ignore_index, temperature, softcap, threads)
+// (dtype, logits, shape, strides, ref_logits, ref_strides, labels, labels64, ignore_index, temperature, softcap,
+// threads)
 struct Tokens {
     Layout layout, ref_layout;
     Tokens(const py::tuple& t)
@@ -74,17 +76,17 @@ std::int64_t token_stats_forward(const py::tuple& tokens, Address logps, Address
     return bad;
 }
 
-std::int64_t token_stats_backward(const py::tuple& tokens, Address saved, Address entropy, Address kl, Address g_logps,
-                                  Address g_lse, Address g_entropy, Address g_kl, Address g_mean, Address out,
+// per_row: saved, entropy, kl, and the gradients of logps, lse, entropy, kl, mean.
+std::int64_t token_stats_backward(const py::tuple& tokens, const py::tuple& per_row, Address out,
                                   const py::tuple& out_strides, bool fresh) {
     const Tokens t(tokens);
     const Layout out_layout(py::cast<py::tuple>(tokens[2]), out_strides);
     fastalign::BackwardArgs a{};
     t.fill(a, tokens);
-    a.saved = at<const float>(saved);
-    a.entropy = at<const float>(entropy), a.kl = at<const float>(kl);
-    a.grads = {at<const float>(g_logps), at<const float>(g_lse), at<const float>(g_entropy), at<const float>(g_kl),
-               at<const float>(g_mean)};
+    if (per_row.size() != 8) throw std::invalid_argument("per_row must have 8 fields");
+    const auto row = [&](int i) { return at<const float>(py::cast<Address>(per_row[i])); };
+    a.saved = row(0), a.entropy = row(1), a.kl = row(2);
+    a.grads = {row(3), row(4), row(5), row(6), row(7)};
     a.out = at<void>(out);
     a.out_layout = out_layout.rows();
     a.stream = fresh;
@@ -100,6 +102,14 @@ std::int64_t token_stats_backward(const py::tuple& tokens, Address saved, Addres
     return -1;
 }
 
+template <class T>
+void gae(Address rewards, Address values, Address mask, Address advantages, std::int64_t rows, std::int64_t length,
+         double gamma, double gamma_lam, int threads) {
+    py::gil_scoped_release release;
+    fastalign::gae<T>({at<const T>(rewards), at<const T>(values), at<const bool>(mask), at<T>(advantages), rows, length,
+                       static_cast<T>(gamma), static_cast<T>(gamma_lam), threads});
+}
+
 std::vector<std::string> isas() {
     std::vector<std::string> names;
     for (const fastalign::CpuKernels* const* k = fastalign::all_cpu_kernels(); *k; ++k) names.emplace_back((*k)->isa);
@@ -111,7 +121,8 @@ void set_isa(const std::string& name) {
     if (!k) {
         std::string known;
         for (const std::string& n : isas()) known += (known.empty() ? "" : ", ") + n;
-        throw std::invalid_argument("FASTALIGN_CPU_ISA must be one of " + known + " on this machine; got '" + name + "'");
+        throw std::invalid_argument("FASTALIGN_CPU_ISA must be one of " + known + " on this machine; got '" + name +
+                                    "'");
     }
     fastalign::set_cpu_kernels(k);
 }
@@ -122,6 +133,8 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled kernels of fastalign. Internal: addresses are not checked here.";
     m.def("token_stats_forward", &token_stats_forward);
     m.def("token_stats_backward", &token_stats_backward);
+    m.def("gae_float32", &gae<float>);
+    m.def("gae_float64", &gae<double>);
     m.def("isa", [] { return std::string(fastalign::cpu_kernels().isa); });
     m.def("isas", &isas);
     m.def("set_isa", &set_isa);

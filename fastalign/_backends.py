@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .kernels import token_stats_eager
+from .kernels import gae_eager, token_stats_eager
 
 # torch is imported first: the compiled module takes its OpenMP runtime from the process, and that must be torch's.
 try:
@@ -57,12 +57,12 @@ def cpu_isas() -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def use_backend(name: str | None, *, isa: str | None = None) -> Iterator[None]:
-    """Within the block every call uses the named backend (None: the automatic choice), the `cpu` one with the given ISA.
+    """Within the block every call uses the named backend (None: the automatic choice), `cpu` with the given ISA.
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, for a backend that is not available.
     """
     global _forced
-    before, before_isa = _forced, cpu_isa()
+    before, before_isa = _forced, cpu_isa() or ""
     if name is not None:
         _require(name)
     if isa is not None:
@@ -214,13 +214,37 @@ def backward(
     fresh = out.data_ptr() != logits.data_ptr() and out.numel() * out.element_size() > _STREAM_BYTES
     bad = _C.token_stats_backward(
         _tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
-        *map(_address, dense),
+        tuple(map(_address, dense)),
         out.data_ptr(),
         out.stride(),
         fresh,
     )
     if bad >= 0:
         raise _bad_label(labels, bad, ignore_index, logits.shape[-1])
+
+
+# ------------------------------------------------------------------------------------------------- advantages
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
+    """Advantages [..., T] of checked rewards and values (one dtype, float32 or float64) and a boolean mask."""
+    # float64 too, unlike the token statistics: here it costs nothing.
+    if _C is None or rewards.device.type != "cpu" or _forced == "eager":
+        return gae_eager.gae(rewards, values, mask, gamma, lam)
+    rewards, values, mask = rewards.contiguous(), values.contiguous(), mask.contiguous()
+    advantages = torch.empty_like(rewards)
+    length = rewards.shape[-1]
+    call = _C.gae_float64 if rewards.dtype == torch.float64 else _C.gae_float32
+    call(
+        rewards.data_ptr(),
+        values.data_ptr(),
+        mask.data_ptr(),
+        advantages.data_ptr(),
+        rewards.numel() // length if length else 0,
+        length,
+        gamma,
+        gamma * lam,
+        torch.get_num_threads(),
+    )
+    return advantages
 
 
 # ------------------------------------------------------------------------------------------------- machine's rates

@@ -19,7 +19,7 @@ _INDICES = (torch.int64, torch.int32)
 
 
 class TokenStats(NamedTuple):
-    """Per-token statistics, each of the labels' shape; float32, or float64 for float64 logits; None where not asked for.
+    """Per-token statistics of the labels' shape; float32, or float64 for float64 logits; None where not asked for.
 
     All are 0 where the label is `ignore_index`.
     """
@@ -51,7 +51,8 @@ def _check(
         raise ValueError(f"logits must have a non-empty vocabulary as their last dimension; got shape {_shape(logits)}")
     if logits.shape[:-1] != labels.shape:
         raise ValueError(
-            f"labels must have the shape of logits without the vocabulary, {list(logits.shape[:-1])}; got {_shape(labels)}"
+            f"labels must have the shape of logits without the vocabulary, {list(logits.shape[:-1])}; "
+            f"got {_shape(labels)}"
         )
     if labels.device != logits.device:
         raise ValueError(f"labels must be on the device of logits, {logits.device}; got {labels.device}")
@@ -63,7 +64,9 @@ def _check(
         if ref_logits.device != logits.device:
             raise ValueError(f"ref_logits must be on the device of logits, {logits.device}; got {ref_logits.device}")
         if ref_logits.requires_grad:
-            raise ValueError("ref_logits must not require a gradient (the reference is a constant); pass ref_logits.detach()")
+            raise ValueError(
+                "ref_logits must not require a gradient (the reference is a constant); pass ref_logits.detach()"
+            )
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be a finite number above 0; got {temperature}")
     if not (math.isfinite(softcap) and softcap >= 0):
@@ -119,14 +122,53 @@ def _forward_fake(logits, labels, ref_logits, ignore_index, temperature, softcap
     def out(wanted: bool) -> Tensor:
         return logits.new_empty(rows if wanted else (0,), dtype=dtype)
 
-    return out(True), out(True), out(entropy), out(ref_logits is not None), out(mean), logits.new_empty((*rows, 4), dtype=dtype)
+    return (
+        out(True),
+        out(True),
+        out(entropy),
+        out(ref_logits is not None),
+        out(mean),
+        logits.new_empty((*rows, 4), dtype=dtype),
+    )
+
+
+_PER_ROW = ("entropy", "kl", "g_logps", "g_lse", "g_entropy", "g_kl", "g_mean")
+
+
+def _check_backward(logits, labels, ref_logits, saved, *rest) -> None:
+    """The forward's checks, and that every per-row tensor is what the kernel takes it for."""
+    *per_row, _, temperature, softcap = rest
+    _check(logits, labels, ref_logits, temperature, softcap, False)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    for name, t, shape in (
+        ("saved", saved, (*labels.shape, 4)),
+        *((n, t, labels.shape) for n, t in zip(_PER_ROW, per_row, strict=True)),
+    ):
+        if t is not None and (t.shape != shape or t.dtype != dtype or t.device != logits.device):
+            raise ValueError(
+                f"{name} must be {dtype} {list(shape)} on {logits.device}; got {t.dtype} {_shape(t)} on {t.device}"
+            )
+    entropy, kl, _, _, g_entropy, g_kl, _ = per_row
+    if (g_entropy is not None and entropy is None) or (g_kl is not None and (kl is None or ref_logits is None)):
+        raise ValueError("g_entropy needs entropy, and g_kl needs kl and ref_logits, from the forward; got None")
 
 
 def _backward_into(out, logits, labels, ref_logits, saved, entropy, kl, *rest):
+    _check_backward(logits, labels, ref_logits, saved, entropy, kl, *rest)
     *grads, ignore_index, temperature, softcap = rest
     ref_logits = None if ref_logits is None else _unit_stride(ref_logits)
     _backends.backward(
-        _unit_stride(logits), labels, ref_logits, saved, entropy, kl, tuple(grads), ignore_index, temperature, softcap, out
+        _unit_stride(logits),
+        labels,
+        ref_logits,
+        saved,
+        entropy,
+        kl,
+        tuple(grads),
+        ignore_index,
+        temperature,
+        softcap,
+        out,
     )
 
 
@@ -145,6 +187,8 @@ def _backward_inplace(logits, *args):
         _backward_into(logits, logits, *args)
     else:
         logits.copy_(_backward(logits, *args))
+    if not logits.is_inference():
+        torch.autograd.graph.increment_version(logits)  # the kernel wrote behind autograd's back
 
 
 _lib.impl("token_stats", _forward, "CompositeExplicitAutograd")

@@ -15,10 +15,16 @@
 namespace fastalign {
 
 #ifdef FA_HAVE_X86
-namespace avx512 { extern const CpuKernels kernels; }
-namespace avx2 { extern const CpuKernels kernels; }
+namespace avx512 {
+extern const CpuKernels kernels;
+}
+namespace avx2 {
+extern const CpuKernels kernels;
+}
 #endif
-namespace portable { extern const CpuKernels kernels; }
+namespace portable {
+extern const CpuKernels kernels;
+}
 
 namespace {
 

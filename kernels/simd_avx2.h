@@ -102,9 +102,13 @@ inline void store2(float* p, Vec a, Vec b) {
     put<kStream>(p + 8, _mm256_castps_si256(b.v));
 }
 template <bool kStream>
-inline void store2(BFloat16* p, Vec a, Vec b) { put<kStream>(p, pack_bf16(a, b)); }
+inline void store2(BFloat16* p, Vec a, Vec b) {
+    put<kStream>(p, pack_bf16(a, b));
+}
 template <bool kStream>
-inline void store2(Half* p, Vec a, Vec b) { put<kStream>(p, pack_half(a, b)); }
+inline void store2(Half* p, Vec a, Vec b) {
+    put<kStream>(p, pack_half(a, b));
+}
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 inline void stream_fence() { _mm_sfence(); }

@@ -17,7 +17,7 @@
 namespace fastalign::FA_ISA {
 namespace {
 
-constexpr int64_t kPiece = 8192;      // elements summed in float32 before they go into float64
+constexpr int64_t kPiece = 8192;       // elements summed in float32 before they go into float64
 constexpr int64_t kPivotSample = 256;  // elements that the pivot is taken from
 // A sum beyond this is done again with an exact pivot. Plain sums only have to stay finite; entropy and KL are
 // differences of numbers of the size of log(sum), so theirs must stay near the maximum to keep its digits.
@@ -141,7 +141,7 @@ Sums sum_piece(const T* x, const T* z, int64_t n, float pivot, float ref_pivot, 
         accumulate<kCap, true>(acc[0], a, c, pad_a, pv, rv, k);
         accumulate<kCap, true>(acc[1], b, d, pad_b, pv, rv, k);
     }
-    const auto sum = [&](Vec Lanes<kMode>::*m) -> double {
+    const auto sum = [&](Vec Lanes<kMode>::* m) -> double {
         return reduce_add((acc[0].*m + acc[1].*m) + (acc[2].*m + acc[3].*m));
     };
     Sums o{pivot, sum(&Lanes<kMode>::s), 0, 0, ref_pivot, 0, 0};
@@ -228,7 +228,8 @@ struct Forward {
         }
     }
 
-    static void finish_row(const ForwardArgs& a, int64_t row, const Row<T, kCap, kMode>& r, const Sums& s, const Prepare& k) {
+    static void finish_row(const ForwardArgs& a, int64_t row, const Row<T, kCap, kMode>& r, const Sums& s,
+                           const Prepare& k) {
         const float label = prepared<kCap>(to_float(r.x[a.label(row)]), k);
         Stats o = finish(s, label, 1 / a.temperature, static_cast<double>(a.vocab));
         if (kMode != kReference) o.ref_m = o.ref_r = 0;
@@ -301,9 +302,7 @@ Coefficients row_coefficients(const BackwardArgs& a, int64_t row) {
     return coefficients(o, d, a.temperature, static_cast<double>(a.vocab));
 }
 
-bool no_gradient(const Coefficients& c) {
-    return c.a == 0 && c.b == 0 && c.g == 0 && c.kappa == 0 && c.delta == 0;
-}
+bool no_gradient(const Coefficients& c) { return c.a == 0 && c.b == 0 && c.g == 0 && c.kappa == 0 && c.delta == 0; }
 
 template <class T, bool kCap, Mode kMode>
 struct Backward {
@@ -312,10 +311,11 @@ struct Backward {
         const int64_t pieces = (a.vocab + kPiece - 1) / kPiece;
         const bool split = a.rows < 2 * a.threads && pieces > 1;
         const int64_t per_row = split ? pieces : 1;
-        parallel_for(a.rows * per_row, std::max<int64_t>(1, split ? 1 : 2 * kPiece / a.vocab), a.threads, [&](int64_t i) {
-            const int64_t row = i / per_row, begin = i % per_row * kPiece;
-            range(a, row, begin, split ? std::min(a.vocab, begin + kPiece) : a.vocab, k);
-        });
+        parallel_for(a.rows * per_row, std::max<int64_t>(1, split ? 1 : 2 * kPiece / a.vocab), a.threads,
+                     [&](int64_t i) {
+                         const int64_t row = i / per_row, begin = i % per_row * kPiece;
+                         range(a, row, begin, split ? std::min(a.vocab, begin + kPiece) : a.vocab, k);
+                     });
     }
 
     // Gradient of elements [begin, end) of a row.

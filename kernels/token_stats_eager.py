@@ -62,7 +62,7 @@ def forward(
     want_entropy: bool,
     want_mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """(logps, lse, entropy, kl, mean, saved), [...] each and [..., 4]; None where not asked for; 0 at ignored tokens."""
+    """(logps, lse, entropy, kl, mean [...] each, saved [..., 4]); None where not asked for; 0 at ignored tokens."""
     live, index = _live(labels, ignore_index)
     x, m, r = _shifted(_prepare(logits, live, temperature, softcap))
     saved = [m, r]

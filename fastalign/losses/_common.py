@@ -34,7 +34,7 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = Non
 
 
 def check_float(name: str, x: Any, shape: torch.Size | tuple[int, ...] | None = None, like: str = "") -> Tensor:
-    """Raises unless x is a floating-point tensor, of the given shape if one is given (`like` says whose shape it is)."""
+    """Raises unless x is a floating-point tensor, of the given shape if one is given (`like`: whose it is)."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}")
     if not x.is_floating_point():
@@ -53,7 +53,9 @@ def check_mask(name: str, x: Any, shape: torch.Size | tuple[int, ...], like: str
 
 def _check_shape(name: str, x: Tensor, shape: torch.Size | tuple[int, ...] | None, like: str) -> Tensor:
     if shape is not None and tuple(x.shape) != tuple(shape):
-        raise ValueError(f"{name} must have shape {list(shape)}{f', that of {like}' if like else ''}; got {list(x.shape)}")
+        raise ValueError(
+            f"{name} must have shape {list(shape)}{f', that of {like}' if like else ''}; got {list(x.shape)}"
+        )
     return x
 
 

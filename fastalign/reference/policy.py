@@ -17,7 +17,7 @@ from ._case import Case, Sizes
 
 @dataclass(frozen=True)
 class Setting:
-    """The choices of one row: `low` and `high` are the clip's epsilons, `beta` is the KL's weight, `cap` the weights'."""
+    """The choices of one row: `low`, `high` are the clip's epsilons, `beta` weighs the KL, `cap` bounds ratios."""
 
     kind: str = "clip"
     low: float = 0.2
@@ -43,7 +43,7 @@ class Token:
     advantage: Tensor
 
 
-# ------------------------------------------------------------------------------------------------------------ formulas
+# ------------------------------------------------------------------------------------------------------------- formulas
 def _total(terms: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(terms)).sum()
 
@@ -152,7 +152,7 @@ def value(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, 
     return _total(errors) / (2 * len(errors))
 
 
-# -------------------------------------------------------------------------------------------------------------- inputs
+# --------------------------------------------------------------------------------------------------------------- inputs
 def _logps(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.log_softmax(logits, -1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
 
@@ -189,7 +189,7 @@ def _values(sizes: Sizes, generator: torch.Generator) -> dict[str, Tensor]:
     return {"values": values, "old_values": values + 0.3 * change, "returns": returns, "mask": mask}
 
 
-# --------------------------------------------------------------------------------------------------------------- cases
+# ---------------------------------------------------------------------------------------------------------------- cases
 def _case(name: str, setting: Setting, *extra: str) -> Case:
     """A row; `extra` names the inputs beyond logits, labels, old log-probabilities and advantages."""
     names = ("logits", "labels", "old_logps", "advantages", *extra)

@@ -1,0 +1,100 @@
+"""The `fastalign` command. Heavy imports happen inside the commands, so that `fastalign --help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from . import _backends
+
+
+class Command(NamedTuple):
+    """One subcommand: what it does, and the function that takes its arguments and returns an exit status."""
+
+    summary: str
+    run: Callable[[list[str]], int]
+
+
+def _sft(argv: list[str]) -> int:
+    from .trainers import sft
+
+    return sft.main(argv)
+
+
+def _dpo(argv: list[str]) -> int:
+    from .trainers import dpo
+
+    return dpo.main(argv)
+
+
+def _demo(argv: list[str]) -> int:
+    from .trainers import demo
+
+    return demo.main(argv)
+
+
+def _show_backends(argv: list[str]) -> int:
+    if argv:
+        raise ValueError(f"fastalign backends takes no arguments; got {' '.join(argv)}")
+    for name, state in _backends.backends().items():
+        print(f"{name:<8} {state}")
+    usable = ", ".join(_backends.cpu_isas()) or "none"
+    print(f"cpu instruction set: {_backends.cpu_isa() or 'not built'} (this processor can run: {usable})")
+    return 0
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command("align a small language model on human-rated movie reviews, start to end, in minutes", _demo),
+    "sft": Command("supervised fine-tuning on prompts and completions", _sft),
+    "dpo": Command("direct preference optimisation on pairs of completions", _dpo),
+    "backends": Command("list the kernels that can run here, and why the others cannot", _show_backends),
+}
+
+
+def usage() -> str:
+    """What `fastalign --help` prints."""
+    rows = "\n".join(f"  {name:<10} {command.summary}" for name, command in COMMANDS.items())
+    return (
+        "usage: fastalign COMMAND [--config FILE.yaml] [--key value ...]\n\n"
+        "Aligns language models with human preferences.\n\n"
+        f"commands:\n{rows}\n\n"
+        "`fastalign COMMAND --help` lists the keys of a command."
+    )
+
+
+def _explain(error: ImportError) -> str:
+    """The message for a missing package: which one, and what to install."""
+    name = (error.name or str(error)).partition(".")[0]
+    return f"the package {name!r} is missing; the commands need the extra: pip install 'fastalign[train]'"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 1 for a missing package, 2 for bad input, 130 if interrupted.
+
+    Bad input prints one line; with FASTALIGN_TRACEBACK set in the environment it raises instead.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    name, rest = args[0], args[1:]
+    if name not in COMMANDS:
+        print(f"fastalign: error: command must be one of {', '.join(COMMANDS)}; got {name!r}", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[name].run(rest)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("fastalign"):
+            raise
+        print(f"fastalign {name}: error: {_explain(error)}", file=sys.stderr)
+        return 1
+    except (ValueError, TypeError, OSError) as error:
+        if os.environ.get("FASTALIGN_TRACEBACK"):
+            raise
+        print(f"fastalign {name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"fastalign {name}: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,287 @@
+"""Policy optimisation: PPO and its relatives (REINFORCE, TRPO, GRPO, DAPO, Dr. GRPO, GSPO, CISPO) on log-probabilities.
+
+They differ in three independent choices, and so do the arguments here: what a token contributes (`kind`), how tokens
+are averaged (`normalization`) and what holds the policy close to another (`kl_coef`, `kl_estimator`). GRPO is
+`kind="clip"` with group advantages (`fastalign.rl.grpo_advantages`) and `normalization="grpo"`; DAPO the same with
+`cliprange_high` and `normalization="dapo"`; Dr. GRPO with unscaled advantages and `normalization="dr_grpo"`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ._common import check_float, check_mask, check_range, lookup, masked_mean, stats_of
+from ._kl import KL_ESTIMATORS, importance_weights, kl_estimate, token_kl
+from ._normalization import NORMALIZATIONS, Count, as_real, normalize
+from ._policy_kinds import KINDS, Terms
+
+
+class PolicyLossOutput(NamedTuple):
+    """`loss` is differentiable; all else is detached and, but for `policy_loss`, the mean over real tokens."""
+
+    loss: Tensor
+    """Scalar: policy_loss + kl_coef * KL - entropy_coef * entropy, all under the chosen normalisation."""
+    policy_loss: Tensor
+    """Scalar: the policy term alone, under the chosen normalisation."""
+    kl: Tensor | None
+    """Scalar: KL by the chosen estimator, in nats a token; None where there is nothing to compare with."""
+    entropy: Tensor | None
+    """Scalar, in nats a token; None where no entropy was given."""
+    approxkl: Tensor
+    """Scalar: half the mean squared log-ratio to the old policy."""
+    clipfrac: Tensor
+    """Scalar: share of tokens whose ratio was cut."""
+    ratio: Tensor
+    """Scalar: mean ratio of new to old policy (of sequences, for `gspo`)."""
+
+
+def policy_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    kind: str = "clip",
+    cliprange: float = 0.2,
+    cliprange_high: float | None = None,
+    dual_clip: float | None = None,
+    ref_logps: Tensor | None = None,
+    kl: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k1",
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    sampler_logps: Tensor | None = None,
+    importance_level: str = "token",
+    importance_cap: float | None = 2.0,
+    normalization: str = "token",
+    num_items: Count | None = None,
+    max_length: int | None = None,
+) -> PolicyLossOutput:
+    """Policy loss with KL and entropy terms. With rho = exp(logps - old_logps) and A the advantage, per token:
+
+    ============  =====================================  ====================================================
+    kind          loss                                   source
+    ============  =====================================  ====================================================
+    `reinforce`   -A log pi                              Williams 1992; with `rl.rloo_advantages` RLOO
+    `trpo`        -A rho                                 Schulman et al. 2015, eq. 14; see `rl.TrustRegion`
+    `penalty`     -A rho + kl_coef KL(pi_old, pi)        Schulman et al. 2017, eq. 8; see `rl.SchulmanKL`
+    `clip`        max(-A rho, -A clip(rho))              Schulman et al. 2017, eq. 7
+    `gspo`        clip, rho = exp(mean_t log rho_t)      Zheng et al. 2025, eq. 5 (cliprange there: 3e-4)
+    `gspo_token`  the same value, token-wise gradient    Zheng et al. 2025, eq. 13
+    `cispo`       -sg[clip(rho)] A log pi                MiniMax 2025, eq. 4 (no lower bound: cliprange=1)
+    ============  =====================================  ====================================================
+
+    clip(rho) cuts to [1 - cliprange, 1 + cliprange_high]. A KL term used as a loss needs a choice of estimator: with
+    "k1", the default, its gradient is zero on average (see `kl_estimate`); put k1 into the reward (`rl.shape_rewards`),
+    or use "k2", "k3" or "exact" here. The exception is `penalty` without `ref_logps`: it estimates KL(pi_old, pi) from
+    the old policy's own samples, where k1 and k3 have the right gradient on average, and k2 to first order.
+
+    Args:
+        logps: [..., T] (usually [B, T]), log-probability of each token by the policy; float32 or float64 (half
+            precision is converted to float32). The only differentiated input, with `kl` and `entropy`.
+        old_logps: [..., T], by the policy before this batch of updates.
+        advantages: [..., T], or [...] for one advantage per sequence.
+        mask: [..., T], boolean, True = real. What it hides may hold anything, NaN too, and changes nothing.
+        kind: the objective, a row of the table above.
+        cliprange: epsilon; how far below 1 (and above, unless `cliprange_high` is given) the ratio may go.
+        cliprange_high: upper epsilon, where it differs (clip-higher: Yu et al. 2025, eq. 10).
+        dual_clip: c > 1, usually 3: the loss of a token with A < 0 is at most -c A (Ye et al. 2020, eq. 5).
+        ref_logps: [..., T], by the reference policy, for the KL.
+        kl: [..., T], exact KL of each token's distribution, `token_stats(..., kl=True).kl`; with kl_estimator="exact".
+        kl_coef: beta >= 0, weight of the KL in the loss.
+        kl_estimator: "k1", "k2", "k3" (see `kl_estimate`) or "exact".
+        entropy: [..., T], `token_stats(..., entropy=True).entropy`, in nats.
+        entropy_coef: weight of the entropy bonus, which is subtracted from the loss.
+        sampler_logps: [..., T], log-probabilities that the sampling engine reported: the policy term is weighted by
+            `importance_weights(old_logps, sampler_logps, mask, level=importance_level, cap=importance_cap)`.
+        importance_level, importance_cap: see `importance_weights`.
+        normalization: "token" (= "bnpo"), "grpo", "dapo" or "dr_grpo"; applies to all terms alike.
+        num_items: count to divide by in place of this call's: real tokens, for "grpo" and "dr_grpo" sequences, over
+            all microbatches and processes. "dapo" needs it.
+        max_length: tokens that a completion may have; "dr_grpo" needs it.
+
+    Returns:
+        PolicyLossOutput. Where logps equal old_logps: ratio is 1, approxkl and clipfrac are 0, exactly.
+
+    Raises:
+        TypeError: not a floating-point tensor, or a mask that is not boolean.
+        ValueError: shapes that differ, an unknown name, a number out of its range, a term without its input.
+    """
+    objective_of = lookup("kind", KINDS, kind)
+    check_float("logps", logps)
+    check_mask("mask", mask, logps.shape, "logps")
+    check_float("old_logps", old_logps, logps.shape, "logps")
+    high = cliprange if cliprange_high is None else check_range("cliprange_high", cliprange_high, 0)
+    check_range("cliprange", cliprange, 0)
+    check_range("kl_coef", kl_coef, 0)
+    if dual_clip is not None:
+        check_range("dual_clip", dual_clip, 1, open_low=True)
+
+    live, old = as_real(logps, mask), as_real(old_logps, mask).detach()
+    log_ratio = live - old
+    weights = _advantages(advantages, mask)
+    objective = objective_of(Terms(live, log_ratio, weights, mask, cliprange, high, dual_clip))
+    term = objective.loss
+    if sampler_logps is not None:
+        term = term * importance_weights(old, sampler_logps, mask, level=importance_level, cap=importance_cap)
+    divergence = _divergence(kind, live, old, ref_logps, kl, kl_estimator, mask)
+
+    def reduced(x: Tensor) -> Tensor:
+        return normalize(x, mask, normalization, num_items, max_length)
+
+    policy = loss = reduced(term)
+    if kl_coef != 0.0:
+        if divergence is None:
+            raise ValueError("kl_coef other than 0 needs ref_logps, or kl with kl_estimator='exact'; got neither")
+        loss = loss + kl_coef * reduced(divergence)
+    if entropy is not None:
+        entropy = as_real(check_float("entropy", entropy, mask.shape, "logps"), mask)
+    if entropy_coef != 0.0:
+        if entropy is None:
+            raise ValueError("entropy_coef other than 0 needs entropy, that of each token; got None")
+        loss = loss - entropy_coef * reduced(entropy)
+
+    def metric(x: Tensor) -> Tensor:
+        return masked_mean(x.detach(), mask)
+
+    return PolicyLossOutput(
+        loss,
+        policy.detach(),
+        None if divergence is None else metric(divergence),
+        None if entropy is None else metric(entropy),
+        metric(0.5 * log_ratio.square()),
+        metric(objective.clipped.to(live.dtype)),
+        metric(objective.ratio),
+    )
+
+
+def _advantages(advantages: Tensor, mask: Tensor) -> Tensor:
+    """[..., T], hidden and constant, from one advantage per token or per sequence."""
+    check_float("advantages", advantages)
+    if advantages.shape == mask.shape[:-1]:
+        advantages = advantages.unsqueeze(-1).expand(mask.shape)
+    return as_real(check_float("advantages", advantages, mask.shape, "logps"), mask).detach()
+
+
+def _divergence(
+    kind: str, logps: Tensor, old: Tensor, ref_logps: Tensor | None, kl: Tensor | None, kl_estimator: str, mask: Tensor
+) -> Tensor | None:
+    """The KL term: to the reference where one is given, and for `penalty` without one KL(pi_old, pi)."""
+    found = token_kl(logps, ref_logps, kl, kl_estimator, mask)
+    if found is None and kind == "penalty":
+        return kl_estimate(old, logps, kind=kl_estimator)  # the samples are the old policy's: it comes first
+    return found
+
+
+class PPOLoss(nn.Module):
+    """`policy_loss` from logits: PPO by default, and every other kind of policy objective.
+
+    The pretraining mix of PPO-ptx is `ptx_loss(output.loss, ...)`; the value function's loss is `value_loss`.
+
+    Args:
+        kind, cliprange, cliprange_high, dual_clip, kl_coef, kl_estimator, entropy_coef, importance_level,
+        importance_cap, normalization, max_length: as in `policy_loss`.
+        report_entropy: compute the entropy as a metric even where entropy_coef is 0.
+        ignore_index, temperature, softcap, inplace_backward: as in `fastalign.token_stats`. The temperature is the
+            sampler's, and the old, reference and sampler log-probabilities must have been taken at the same one.
+
+    Raises:
+        ValueError: an unknown kind, estimator or normalisation. Numbers out of range raise in `forward`.
+    """
+
+    def __init__(
+        self,
+        *,
+        kind: str = "clip",
+        cliprange: float = 0.2,
+        cliprange_high: float | None = None,
+        dual_clip: float | None = None,
+        kl_coef: float = 0.0,
+        kl_estimator: str = "k1",
+        entropy_coef: float = 0.0,
+        importance_level: str = "token",
+        importance_cap: float | None = 2.0,
+        normalization: str = "token",
+        max_length: int | None = None,
+        report_entropy: bool = False,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        inplace_backward: bool = False,
+    ) -> None:
+        super().__init__()
+        lookup("kind", KINDS, kind)
+        lookup("kl_estimator", {**KL_ESTIMATORS, "exact": None}, kl_estimator)
+        lookup("normalization", NORMALIZATIONS, normalization)
+        self.config: dict[str, Any] = {
+            "kind": kind,
+            "cliprange": cliprange,
+            "cliprange_high": cliprange_high,
+            "dual_clip": dual_clip,
+            "kl_coef": kl_coef,
+            "kl_estimator": kl_estimator,
+            "entropy_coef": entropy_coef,
+            "importance_level": importance_level,
+            "importance_cap": importance_cap,
+            "normalization": normalization,
+            "max_length": max_length,
+        }
+        self.want_entropy = report_entropy or entropy_coef != 0.0
+        self.ignore_index = ignore_index
+        self.options = {"temperature": temperature, "softcap": softcap, "inplace_backward": inplace_backward}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={self.config[key]!r}" for key in ("kind", "normalization", "kl_coef", "kl_estimator"))
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        old_logps: Tensor,
+        advantages: Tensor,
+        *,
+        ref_logps: Tensor | None = None,
+        ref_logits: Tensor | None = None,
+        sampler_logps: Tensor | None = None,
+        num_items: Count | None = None,
+    ) -> PolicyLossOutput:
+        """PolicyLossOutput of a batch of sampled responses.
+
+        Args:
+            logits: [B, T, V]; nothing is shifted inside: `logits[b, t]` predicts `labels[b, t]`.
+            labels: [B, T], the sampled tokens, `ignore_index` at prompt and padding.
+            old_logps: [B, T]; advantages: [B, T] or [B].
+            ref_logps, sampler_logps: [B, T]; num_items: all as in `policy_loss`.
+            ref_logits: [B, T, V] of logits' dtype, the reference's; with and only with kl_estimator="exact".
+
+        Raises:
+            TypeError, ValueError: as `policy_loss` and `fastalign.token_stats` do.
+        """
+        exact = self.config["kl_estimator"] == "exact"
+        if exact != (ref_logits is not None):
+            got = f"{'None' if ref_logits is None else 'ref_logits'} with kl_estimator={self.config['kl_estimator']!r}"
+            raise ValueError(f"ref_logits go with kl_estimator='exact', and with no other; got {got}")
+        stats = stats_of(
+            logits,
+            labels,
+            ref_logits=ref_logits,
+            kl=exact,
+            entropy=self.want_entropy,
+            ignore_index=self.ignore_index,
+            **self.options,
+        )
+        return policy_loss(
+            stats.logps,
+            old_logps,
+            advantages,
+            labels != self.ignore_index,
+            ref_logps=ref_logps,
+            kl=stats.kl,
+            entropy=stats.entropy,
+            sampler_logps=sampler_logps,
+            num_items=num_items,
+            **self.config,
+        )

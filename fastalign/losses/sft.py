@@ -1,0 +1,140 @@
+"""Supervised fine-tuning: the masked negative log-likelihood, by tokens or by sequences."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ._common import check_float, check_mask, check_range, lookup, masked_mean, stats_of
+from ._normalization import Count, as_real, normalize
+
+__all__ = ["NORMALIZATIONS", "SFTLoss", "SFTOutput", "sft_loss"]
+
+
+class SFTOutput(NamedTuple):
+    """Result of `sft_loss`. All but the loss are detached scalars."""
+
+    loss: Tensor
+    """Scalar."""
+    nll: Tensor
+    """Mean of -logps over the real tokens, in nats, whatever the normalization (label smoothing included)."""
+    z_loss: Tensor
+    """Mean of lse^2 over the real tokens; 0 where no `lse` was given."""
+    num_tokens: Tensor
+    """Number of real tokens, int64."""
+
+
+NORMALIZATIONS = {"token": "token", "sequence": "grpo"}
+"""What SFT calls a normalisation → its name among those of all per-token losses, where the formula is."""
+
+
+def sft_loss(
+    logps: Tensor,
+    mask: Tensor,
+    *,
+    normalization: str = "token",
+    num_items: Count | None = None,
+    lse: Tensor | None = None,
+    z_loss: float = 0.0,
+) -> SFTOutput:
+    """Negative log-likelihood, -sum(logps) / N over real tokens, plus z_loss * sum(lse^2) / N (de Brebisson and Vincent
+    2016, sec. 3; the coefficient 1e-4 of PaLM, Chowdhery et al. 2022, sec. 5).
+
+    Args:
+        logps: [..., T] log-probability of each token. bfloat16 and float16 are computed in float32.
+        mask: [..., T] boolean, True = real. What it hides may hold anything and changes nothing.
+        normalization: "token": mean over all real tokens; "sequence": mean of per-sequence means, over sequences that
+            have a real token.
+        num_items: divide by this instead of by this batch's own number of tokens (or sequences): with gradient
+            accumulation, the number in all micro-batches, as transformers' `num_items_in_batch`. 0 counts as 1.
+        lse: [..., T] logsumexp of the logits, needed by, and only by, `z_loss`.
+        z_loss: weight of the mean of lse^2.
+
+    Returns:
+        SFTOutput. With no real token the loss is 0 and so are the gradients.
+
+    Raises:
+        TypeError: logps that are not floating-point, a mask that is not boolean.
+        ValueError: shapes that differ, an unknown normalization, a negative num_items or z_loss, z_loss without lse.
+    """
+    check_float("logps", logps)
+    check_mask("mask", mask, logps.shape, "logps")
+    check_range("z_loss", z_loss, 0.0)
+    if z_loss > 0 and lse is None:
+        raise ValueError(f"lse, the logsumexp of each token, is needed by z_loss={z_loss}; got None")
+    kind = lookup("normalization", NORMALIZATIONS, normalization)
+    losses = nll = -as_real(logps, mask)
+    squares = nll.new_zeros(())
+    if lse is not None:
+        square = as_real(check_float("lse", lse, logps.shape, "logps"), mask).square()
+        squares, losses = masked_mean(square.detach(), mask), nll + z_loss * square
+    if isinstance(num_items, Tensor) and num_items.numel() == 1:
+        num_items = num_items.reshape(())  # a [1] would make the loss a [1]
+    loss = normalize(losses, mask, kind, num_items)
+    return SFTOutput(loss, masked_mean(nll.detach(), mask), squares, mask.sum())
+
+
+class SFTLoss(nn.Module):
+    """`sft_loss` from logits.
+
+    Args:
+        normalization: as in `sft_loss`.
+        label_smoothing: e in [0, 1]: cross-entropy against (1 - e) of the label and e of the uniform distribution
+            (Szegedy et al. 2016, sec. 7).
+        z_loss: weight of the mean of lse^2.
+        ignore_index: labels with this value (prompt, padding) do not count.
+        temperature: divides the logits.
+        softcap: soft-capping of the logits (Gemma 2).
+        inplace_backward: the backward writes the gradient over `logits`.
+    """
+
+    def __init__(
+        self,
+        *,
+        normalization: str = "token",
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        inplace_backward: bool = False,
+    ) -> None:
+        super().__init__()
+        lookup("normalization", NORMALIZATIONS, normalization)
+        self.normalization = normalization
+        self.z_loss = check_range("z_loss", z_loss, 0.0)
+        self.ignore_index = ignore_index
+        self.label_smoothing = check_range("label_smoothing", label_smoothing, 0.0, 1.0)
+        self.temperature = temperature
+        self.softcap = softcap
+        self.inplace_backward = inplace_backward
+
+    def forward(self, logits: Tensor, labels: Tensor, *, num_items: Count | None = None) -> SFTOutput:
+        """The loss of a batch.
+
+        Args:
+            logits: [..., T, V].
+            labels: [..., T], int64 or int32: `labels[i, t]` is the target of `logits[i, t]`.
+            num_items: as in `sft_loss`.
+
+        Raises:
+            ValueError, TypeError: as `token_stats` and `sft_loss`.
+        """
+        stats = stats_of(
+            logits,
+            labels,
+            ignore_index=self.ignore_index,
+            temperature=self.temperature,
+            softcap=self.softcap,
+            label_smoothing=self.label_smoothing,
+            inplace_backward=self.inplace_backward,
+        )
+        lse = stats.lse if self.z_loss > 0 else None
+        mask = labels != self.ignore_index
+        return sft_loss(
+            stats.logps, mask, normalization=self.normalization, num_items=num_items, lse=lse, z_loss=self.z_loss
+        )
+
+    def extra_repr(self) -> str:
+        return f"normalization={self.normalization!r}, label_smoothing={self.label_smoothing}, z_loss={self.z_loss}"

@@ -1,0 +1,189 @@
+"""KTO: preference learning from single responses marked desirable or undesirable."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ._common import check_float, check_mask, check_range, masked_mean, stats_of
+
+__all__ = ["KTOLoss", "KTOOutput", "kto_loss"]
+
+
+class KTOOutput(NamedTuple):
+    """Result of `kto_loss`. All but the loss are detached."""
+
+    loss: Tensor
+    """Scalar: mean over the responses."""
+    rewards: Tensor
+    """[B]: beta (log pi - log pi_ref)."""
+    chosen_rewards: Tensor
+    """Scalar: mean reward of the desirable responses, 0 if there is none."""
+    rejected_rewards: Tensor
+    """Scalar: mean reward of the undesirable ones, 0 if there is none."""
+    margins: Tensor
+    """Scalar: chosen_rewards - rejected_rewards."""
+    kl: Tensor
+    """Scalar: the baseline z_0 that was used, in nats."""
+    logps: Tensor
+    """[B]: log-probability under the policy, as given."""
+
+
+def kto_loss(
+    logps: Tensor,
+    desirable: Tensor,
+    ref_logps: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    kl: Tensor | float | None = None,
+    kl_logps: Tensor | None = None,
+    ref_kl_logps: Tensor | None = None,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> KTOOutput:
+    """KTO (Ethayarajh et al. 2024, eq. 8): mean of lambda_D (1 - sigmoid(beta (h - z_0))) over desirable responses and
+    lambda_U (1 - sigmoid(beta (z_0 - h))) over undesirable ones, h = log pi(y|x) - log pi_ref(y|x).
+
+    The baseline z_0 estimates KL(pi || pi_ref) and carries no gradient. It comes from one of
+    - `kl_logps` and `ref_kl_logps`: sums of completions that belong to other prompts of the batch (the paper's
+      mismatched pairs (x_i, y_j)); z_0 = max(0, their mean log-ratio);
+    - `kl`: a number already estimated, over several devices for instance; z_0 = max(0, its mean);
+    - none: z_0 = 0, which is APO-zero on unpaired data (D'Oosterlinck et al. 2024, eq. 7).
+
+    Args:
+        logps: [B] summed log-probabilities under the policy. bfloat16 and float16 are computed in float32.
+        desirable: [B] boolean: True where the response is desirable.
+        ref_logps: [B] under the reference, a constant; None is reference-free.
+        beta: above 0.
+        kl: scalar or [M], in nats.
+        kl_logps: [M] under the policy.
+        ref_kl_logps: [M] under the reference.
+        desirable_weight: lambda_D.
+        undesirable_weight: lambda_U. The paper keeps lambda_D n_D / (lambda_U n_U) within [1, 3/2] (eq. 9).
+
+    Returns:
+        KTOOutput.
+
+    Raises:
+        TypeError: log-probabilities that are not floating-point, or `desirable` not boolean.
+        ValueError: shapes that differ, a baseline given twice or by half, a number out of range.
+    """
+    shape = check_float("logps", logps).shape
+    if len(shape) != 1:
+        raise ValueError(f"logps must have shape [B], one number per response; got {list(shape)}")
+    check_mask("desirable", desirable, shape, "logps")
+    check_range("beta", beta, 0.0, open_low=True)
+    check_range("desirable_weight", desirable_weight, 0.0)
+    check_range("undesirable_weight", undesirable_weight, 0.0)
+    logps = logps if logps.dtype == torch.float64 else logps.float()
+    ratio = logps if ref_logps is None else logps - check_float("ref_logps", ref_logps, shape, "logps").detach()
+    baseline = _baseline(kl, kl_logps, ref_kl_logps, logps)
+    signed = torch.where(desirable, ratio - baseline, baseline - ratio)
+    weight = torch.where(desirable, desirable_weight, undesirable_weight).to(ratio.dtype)
+    # 1 - sigmoid(z) = sigmoid(-z), which does not cancel for large z
+    loss = (weight * torch.sigmoid(-beta * signed)).sum() / max(ratio.numel(), 1)
+    rewards = beta * ratio.detach()
+    won, lost = masked_mean(rewards, desirable), masked_mean(rewards, ~desirable)
+    return KTOOutput(loss, rewards, won, lost, won - lost, baseline, logps.detach())
+
+
+def _baseline(kl: Tensor | float | None, kl_logps: Tensor | None, ref_kl_logps: Tensor | None, like: Tensor) -> Tensor:
+    """z_0 as a scalar without gradient, in the dtype of `like`."""
+    if (kl_logps is None) != (ref_kl_logps is None):
+        raise ValueError("kl_logps and ref_kl_logps must both be given or both be None; got one of them")
+    if kl is not None and kl_logps is not None:
+        raise ValueError("give kl, or kl_logps and ref_kl_logps, not both")
+    if kl_logps is not None:
+        check_float("kl_logps", kl_logps)
+        kl = kl_logps.detach().to(like.dtype) - check_float("ref_kl_logps", ref_kl_logps, kl_logps.shape, "kl_logps")
+    if kl is None:
+        return like.new_zeros(())
+    estimate = torch.as_tensor(kl, dtype=like.dtype, device=like.device).detach()
+    return (estimate.sum() / max(estimate.numel(), 1)).clamp(min=0)
+
+
+class KTOLoss(nn.Module):
+    """`kto_loss` from logits.
+
+    Args:
+        beta, desirable_weight, undesirable_weight: as in `kto_loss`.
+        ignore_index: labels with this value (prompt, padding) do not count.
+        temperature: divides all logits.
+        softcap: soft-capping of all logits (Gemma 2).
+        inplace_backward: the backward writes the policy's gradient over `logits`.
+    """
+
+    def __init__(
+        self,
+        *,
+        beta: float = 0.1,
+        desirable_weight: float = 1.0,
+        undesirable_weight: float = 1.0,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        inplace_backward: bool = False,
+    ) -> None:
+        super().__init__()
+        self.beta = check_range("beta", beta, 0.0, open_low=True)
+        self.desirable_weight = check_range("desirable_weight", desirable_weight, 0.0)
+        self.undesirable_weight = check_range("undesirable_weight", undesirable_weight, 0.0)
+        self.inplace_backward = inplace_backward
+        self.stats_options: dict[str, Any] = {
+            "ignore_index": ignore_index,
+            "temperature": temperature,
+            "softcap": softcap,
+        }
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        desirable: Tensor,
+        *,
+        ref_logits: Tensor | None = None,
+        ref_logps: Tensor | None = None,
+        kl: Tensor | float | None = None,
+        kl_logps: Tensor | None = None,
+        ref_kl_logps: Tensor | None = None,
+    ) -> KTOOutput:
+        """The loss of B responses.
+
+        Args:
+            logits: [B, T, V], the policy's.
+            labels: [B, T], int64 or int32: `labels[i, t]` is the target of `logits[i, t]`.
+            desirable: [B] boolean.
+            ref_logits: [B, T, V] of the reference, a constant; or
+            ref_logps: [B] precomputed sums; or neither, for a reference-free loss.
+            kl, kl_logps, ref_kl_logps: the baseline, as in `kto_loss`; `sequence_logps` under `torch.no_grad` makes
+                the sums.
+
+        Raises:
+            ValueError: logits that are not [B, T, V], a reference given twice, and as `token_stats` and `kto_loss`.
+        """
+        if not isinstance(logits, Tensor) or logits.dim() != 3:
+            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"logits must be [B, T, V]; got {got}")
+        if ref_logits is not None:
+            if ref_logps is not None:
+                raise ValueError("give ref_logits or ref_logps, not both")
+            with torch.no_grad():
+                ref_logps = stats_of(ref_logits, labels, **self.stats_options).logps.sum(-1)
+        stats = stats_of(logits, labels, inplace_backward=self.inplace_backward, **self.stats_options)
+        return kto_loss(
+            stats.logps.sum(-1),
+            desirable,
+            ref_logps,
+            kl=kl,
+            kl_logps=kl_logps,
+            ref_kl_logps=ref_kl_logps,
+            beta=self.beta,
+            desirable_weight=self.desirable_weight,
+            undesirable_weight=self.undesirable_weight,
+        )
+
+    def extra_repr(self) -> str:
+        weights = f"desirable_weight={self.desirable_weight}, undesirable_weight={self.undesirable_weight}"
+        return f"beta={self.beta}, {weights}"

@@ -1,0 +1,21 @@
+// Interface of generalised advantage estimation on the CPU.
+#pragma once
+#include <cstdint>
+
+namespace fastalign {
+
+// [rows, length] each, dense, of one type. See gae_eager.py for the recursion.
+template <class T>
+struct GaeArgs {
+    const T *rewards, *values;
+    const bool* mask;
+    T* advantages;
+    int64_t rows, length;
+    T gamma, gamma_lam;
+    int threads;
+};
+
+template <class T>
+void gae(const GaeArgs<T>& args);
+
+}  // namespace fastalign

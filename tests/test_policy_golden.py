@@ -1,0 +1,227 @@
+"""Policy losses against other people's code, run live where it is installed: TRL 1.16 and Liger 0.8.5."""
+
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastalign import losses
+
+B, T, V, H = 4, 6, 17, 5
+
+
+def _batch(dtype=torch.float64):
+    """Right-padded responses, as both peers want them; advantages per sequence."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator, dtype=dtype)
+
+    lengths = torch.tensor([[6], [1], [4], [3]])
+    logps = -2 + 0.5 * randn(B, T)
+    return SimpleNamespace(
+        mask=torch.arange(T) < lengths,
+        logps=logps,
+        old=logps + 0.4 * randn(B, T),
+        ref=logps + 0.4 * randn(B, T),
+        sampler=logps + 0.4 * randn(B, T),
+        entropy=randn(B, T).abs(),
+        advantages=randn(B),
+        hidden=randn(B, T, H),
+        weight=randn(V, H),
+        labels=torch.randint(0, V, (B, T), generator=generator),
+    )
+
+
+def _trl_loss(batch, logps, *, loss_type, level="token", beta=0.0, low=0.2, high=0.2, delta=None, **more):
+    """GRPOTrainer's loss, its method called on a stand-in that returns our log-probabilities: (loss, metrics)."""
+    trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason="trl is not installed").GRPOTrainer
+    accelerator = SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1)
+    stub = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (logps, batch.entropy, None),
+        _metrics={"eval": defaultdict(list)},
+        _entropy_bonus_enabled=more.get("entropy_coef", 0.0) != 0.0,
+        entropy_coef=more.get("entropy_coef", 0.0),
+        use_adaptive_entropy=False,
+        accelerator=accelerator,
+        args=SimpleNamespace(use_bias_correction_kl=False, delta=delta),
+        aux_loss_enabled=False,
+        beta=beta,
+        epsilon_low=low,
+        epsilon_high=high,
+        importance_sampling_level=level,
+        loss_type=loss_type,
+        max_completion_length=more.get("max_length"),
+        model=SimpleNamespace(training=False),
+        off_policy_mask_threshold=None,
+        top_entropy_quantile=1.0,
+        use_vllm="weights" in more,
+        vllm_importance_sampling_correction=True,
+    )
+    ids = torch.zeros(B, T, dtype=torch.long)
+    inputs = {
+        "prompt_ids": ids[:, :1],
+        "prompt_mask": ids[:, :1] + 1,
+        "completion_ids": ids,
+        "completion_mask": batch.mask.long(),
+        "advantages": batch.advantages,
+        "old_per_token_logps": batch.old,
+        "ref_per_token_logps": batch.ref,
+        "importance_sampling_ratio": more.get("weights"),
+        "num_items_in_batch": torch.tensor(float(more.get("num_items", 0))),
+    }
+    return trainer._compute_loss(stub, None, inputs), {k: v[0] for k, v in stub._metrics["eval"].items()}
+
+
+def _compare(batch, peer_options, **ours):
+    """Losses and gradients with respect to the log-probabilities agree; returns our output and their metrics."""
+    mine, theirs = (batch.logps.clone().requires_grad_() for _ in range(2))
+    expected, metrics = _trl_loss(batch, theirs, **peer_options)
+    output = losses.policy_loss(mine, batch.old, batch.advantages, batch.mask, **ours)
+    expected.backward()
+    output.loss.backward()
+    torch.testing.assert_close(output.loss, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-9, atol=1e-12)
+    return output, metrics
+
+
+@pytest.mark.parametrize(
+    ("peer", "ours"),
+    [
+        ({"loss_type": "grpo"}, {"normalization": "grpo"}),
+        ({"loss_type": "bnpo"}, {"normalization": "bnpo"}),
+        ({"loss_type": "bnpo", "high": 0.28, "delta": 1.4}, {"cliprange_high": 0.28, "dual_clip": 1.4}),
+        ({"loss_type": "dr_grpo", "max_length": 9}, {"normalization": "dr_grpo", "max_length": 9}),
+        ({"loss_type": "dapo", "num_items": 31}, {"normalization": "dapo", "num_items": 31}),
+        ({"loss_type": "grpo", "level": "sequence", "low": 0.03, "high": 0.04},
+         {"kind": "gspo", "cliprange": 0.03, "cliprange_high": 0.04, "normalization": "grpo"}),
+        ({"loss_type": "cispo", "high": 1.2, "num_items": 31},
+         {"kind": "cispo", "cliprange": 1.0, "cliprange_high": 0.2, "normalization": "dapo", "num_items": 31}),
+    ],
+    ids=["grpo", "bnpo", "two-sided", "dr_grpo", "dapo", "gspo", "cispo"],
+)  # fmt: skip
+def test_grpo_family_matches_trl(peer, ours):
+    output, metrics = _compare(_batch(), peer, **ours)
+    if peer["loss_type"] == "bnpo" and "delta" not in peer:
+        assert output.clipfrac.item() == pytest.approx(metrics["clip_ratio/region_mean"])
+        assert output.clipfrac > 0
+
+
+def test_kl_term_and_its_metric_match_trl():
+    batch = _batch()
+    output, metrics = _compare(
+        batch,
+        {"loss_type": "grpo", "beta": 0.3},
+        normalization="grpo",
+        ref_logps=batch.ref,
+        kl_coef=0.3,
+        kl_estimator="k3",
+    )
+    assert output.kl.item() == pytest.approx(metrics["kl"])
+
+
+def test_entropy_bonus_matches_trl():
+    batch = _batch()
+    output, metrics = _compare(
+        batch, {"loss_type": "bnpo", "entropy_coef": 0.05}, entropy=batch.entropy, entropy_coef=0.05
+    )
+    assert output.entropy.item() == pytest.approx(metrics["entropy"])
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_sampler_correction_matches_trl(level):
+    """TRL truncates exp(old - sampler), of a token or summed over the sequence, and scales the policy term by it."""
+    batch = _batch()
+    difference = (batch.old - batch.sampler) * batch.mask
+    difference = difference if level == "token" else difference.sum(-1, keepdim=True)
+    _compare(
+        batch,
+        {"loss_type": "bnpo", "weights": difference.exp().clamp(max=1.5), "beta": 0.1},
+        sampler_logps=batch.sampler,
+        importance_level=level,
+        importance_cap=1.5,
+        ref_logps=batch.ref,
+        kl_coef=0.1,
+        kl_estimator="k3",
+    )
+
+
+def test_rloo_matches_trl():
+    """RLOO clips the ratio of whole sequences: the same objective with a sequence as its one token."""
+    trainer = pytest.importorskip("trl.trainer.rloo_trainer", reason="trl is not installed").RLOOTrainer
+    batch = _batch()
+    mine, theirs = (batch.logps.clone().requires_grad_() for _ in range(2))
+    stub = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (theirs, batch.entropy, None),
+        _metrics={"eval": defaultdict(list)},
+        accelerator=SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x),
+        aux_loss_enabled=False,
+        epsilon_low=0.2,
+        epsilon_high=0.2,
+        model=SimpleNamespace(training=False),
+    )
+    ids = torch.zeros(B, T, dtype=torch.long)
+    old = (batch.old * batch.mask).sum(-1)
+    inputs = {
+        "prompt_ids": ids[:, :1],
+        "prompt_mask": ids[:, :1] + 1,
+        "completion_ids": ids,
+        "completion_mask": batch.mask.long(),
+        "advantages": batch.advantages,
+        "old_logps": old,
+    }
+    expected = trainer._compute_loss(stub, None, inputs)
+    sequence = (mine * batch.mask).sum(-1, keepdim=True)
+    output = losses.policy_loss(sequence, old[:, None], batch.advantages, torch.ones(B, 1, dtype=torch.bool))
+    expected.backward()
+    output.loss.backward()
+    torch.testing.assert_close(output.loss, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-9, atol=1e-12)
+    assert output.clipfrac.item() == pytest.approx(stub._metrics["eval"]["clip_ratio/region_mean"][0])
+
+
+@pytest.mark.parametrize(
+    ("peer", "ours"),
+    [
+        ({"loss_type": "grpo"}, {"normalization": "grpo"}),
+        ({"loss_type": "bnpo", "delta": 1.5}, {"normalization": "bnpo", "dual_clip": 1.5}),
+        ({"loss_type": "dr_grpo", "max_completion_length": 9}, {"normalization": "dr_grpo", "max_length": 9}),
+        ({"loss_type": "dapo", "epsilon_high": 0.28},
+         {"normalization": "dapo", "cliprange_high": 0.28, "num_items": 14}),
+        ({"loss_type": "grpo", "importance_sampling_level": "sequence"}, {"kind": "gspo", "normalization": "grpo"}),
+        ({"loss_type": "cispo", "epsilon_high": 1.3},
+         {"kind": "cispo", "cliprange": 1.0, "cliprange_high": 0.3, "normalization": "token"}),
+    ],
+    ids=["grpo", "two-sided", "dr_grpo", "dapo", "gspo", "cispo"],
+)  # fmt: skip
+def test_matches_liger(peer, ours):
+    """From hidden states: their fused linear loss, ours on logits of the same head. Their sums are in float32."""
+    name = "liger_kernel.chunked_loss.grpo_loss"
+    module = pytest.importorskip(name, reason="liger-kernel is not installed").LigerFusedLinearGRPOLoss
+    batch = _batch(torch.float32)
+    with torch.no_grad():
+        logps = torch.log_softmax(batch.hidden @ batch.weight.T, -1).gather(-1, batch.labels[..., None])[..., 0]
+    old, ref = logps + 0.2 * batch.old, logps + 0.2 * batch.ref
+    options = {"epsilon_high": 0.2, **peer}
+    mine, theirs = (batch.hidden.clone().requires_grad_() for _ in range(2))
+    expected, metrics = module(beta=0.04, compiled=False, use_ref_model=True, **options)(
+        theirs,
+        batch.weight,
+        batch.labels,
+        batch.mask.long(),
+        batch.advantages,
+        ref_per_token_logps=ref,
+        old_per_token_logps=old,
+    )
+    labels = batch.labels.masked_fill(~batch.mask, -100)
+    arguments = {"kl_coef": 0.04, "kl_estimator": "k3", **ours}
+    num_items = arguments.pop("num_items", None)
+    output = losses.PPOLoss(**arguments)(
+        mine @ batch.weight.T, labels, old, batch.advantages, ref_logps=ref, num_items=num_items
+    )
+    expected.backward()
+    output.loss.backward()
+    torch.testing.assert_close(output.loss, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(output.kl, metrics[0], rtol=1e-5, atol=1e-6)
