@@ -18,9 +18,12 @@ HEADERS = [
     f"kernels/{name}.h"
     for name in (
         "gae_cpu",
+        "objectives",
+        "parallel",
+        "probes_cpu",
+        "token_rows_cpu",
         "token_stats",
         "token_stats_cpu",
-        "parallel",
         "simd_types",
         "simd_avx512",
         "simd_avx2",

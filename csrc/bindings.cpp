@@ -76,6 +76,13 @@ std::int64_t token_stats_forward(const py::tuple& tokens, Address logps, Address
     return bad;
 }
 
+// For a separate, dense result.
+template <class Args>
+void advise(const Args& a) {
+    const int size = a.dtype == fastalign::DType::kFloat32 ? 4 : 2;
+    fastalign::advise_huge_pages(a.out_gradient, a.rows * a.vocab * size);
+}
+
 // per_row: saved, entropy, kl, and the gradients of logps, lse, entropy, kl, mean.
 std::int64_t token_stats_backward(const py::tuple& tokens, const py::tuple& per_row, Address out,
                                   const py::tuple& out_strides, bool fresh) {
@@ -87,18 +94,51 @@ std::int64_t token_stats_backward(const py::tuple& tokens, const py::tuple& per_
     const auto row = [&](int i) { return at<const float>(py::cast<Address>(per_row[i])); };
     a.saved = row(0), a.entropy = row(1), a.kl = row(2);
     a.grads = {row(3), row(4), row(5), row(6), row(7)};
-    a.out = at<void>(out);
+    a.out_gradient = at<void>(out);
     a.out_layout = out_layout.rows();
     a.stream = fresh;
     py::gil_scoped_release release;
     // The operator can be called by itself, with labels that no forward has seen.
     const std::int64_t bad = fastalign::find_bad_label(a);
     if (bad >= 0) return bad;
-    if (fresh) {
-        const int size = a.dtype == fastalign::DType::kFloat32 ? 4 : 2;
-        fastalign::advise_huge_pages(a.out, a.rows * a.vocab * size);
-    }
+    if (fresh) advise(a);
     fastalign::cpu_kernels().backward(a);
+    return -1;
+}
+
+// options: kind, low, high, dual_clip, kl, kl_coef, kl_reversed, entropy_coef, label_smoothing, z_loss.
+fastalign::ObjectiveOptions objective_options(const py::tuple& t) {
+    if (t.size() != 10) throw std::invalid_argument("options must have 10 fields");
+    const auto number = [&](int i) { return py::cast<float>(t[i]); };
+    fastalign::ObjectiveOptions o{};
+    o.kind = static_cast<fastalign::Kind>(py::cast<int>(t[0]));
+    o.low = number(1), o.high = number(2), o.dual_clip = number(3);
+    o.kl = static_cast<fastalign::KlTerm>(py::cast<int>(t[4]));
+    o.kl_coef = number(5), o.kl_reversed = py::cast<bool>(t[6]);
+    o.entropy_coef = number(7), o.label_smoothing = number(8), o.z_loss = number(9);
+    return o;
+}
+
+// inputs: weight, old_logps, advantages, ref_logps. outputs: logps, lse, entropy, kl, mean.
+std::int64_t token_objective(const py::tuple& tokens, const py::tuple& options, const py::tuple& inputs,
+                             const py::tuple& outputs, Address out, const py::tuple& out_strides, bool fresh) {
+    const Tokens t(tokens);
+    const Layout out_layout(py::cast<py::tuple>(tokens[2]), out_strides);
+    fastalign::ObjectiveArgs a{};
+    t.fill(a, tokens);
+    a.options = objective_options(options);
+    const auto input = [&](int i) { return at<const float>(py::cast<Address>(inputs[i])); };
+    const auto output = [&](int i) { return at<float>(py::cast<Address>(outputs[i])); };
+    a.weight = input(0), a.old_logps = input(1), a.advantages = input(2), a.ref_logps = input(3);
+    a.out = {output(0), output(1), output(2), output(3), output(4)};
+    a.out_gradient = at<void>(out);
+    a.out_layout = out_layout.rows();
+    a.stream = fresh;
+    py::gil_scoped_release release;
+    const std::int64_t bad = fastalign::find_bad_label(a);
+    if (bad >= 0) return bad;
+    if (fresh) advise(a);
+    fastalign::cpu_kernels().objective(a);
     return -1;
 }
 
@@ -133,6 +173,7 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled kernels of fastalign. Internal: addresses are not checked here.";
     m.def("token_stats_forward", &token_stats_forward);
     m.def("token_stats_backward", &token_stats_backward);
+    m.def("token_objective", &token_objective);
     m.def("gae_float32", &gae<float>);
     m.def("gae_float64", &gae<double>);
     m.def("isa", [] { return std::string(fastalign::cpu_kernels().isa); });

@@ -4,6 +4,15 @@ def token_stats_forward(tokens: tuple, logps: int, lse: int, entropy: int, kl: i
 def token_stats_backward(
     tokens: tuple, per_row: tuple[int, ...], out: int, out_strides: tuple[int, ...], fresh: bool
 ) -> int: ...
+def token_objective(
+    tokens: tuple,
+    options: tuple,
+    inputs: tuple[int, ...],
+    outputs: tuple[int, ...],
+    out: int,
+    out_strides: tuple[int, ...],
+    fresh: bool,
+) -> int: ...
 def gae_float32(
     rewards: int,
     values: int,

@@ -1,8 +1,21 @@
 """fastalign: fused, compiled losses for aligning language models with human preferences."""
 
-from . import losses
+from . import losses, rl
 from ._backends import backends, use_backend
+from .objective import Objective, attach_gradient, token_objective
 from .ops import TokenStats, sequence_logps, token_logps, token_stats
 
 __version__ = "0.1.0"
-__all__ = ["TokenStats", "backends", "losses", "sequence_logps", "token_logps", "token_stats", "use_backend"]
+__all__ = [
+    "Objective",
+    "TokenStats",
+    "attach_gradient",
+    "backends",
+    "losses",
+    "rl",
+    "sequence_logps",
+    "token_logps",
+    "token_objective",
+    "token_stats",
+    "use_backend",
+]

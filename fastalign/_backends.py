@@ -8,8 +8,10 @@ nobody asked; `FASTALIGN_BACKEND` or `use_backend` override it.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -132,6 +134,11 @@ def _tokens(logits, labels, ref_logits, ignore_index, temperature, softcap) -> t
     )
 
 
+def _fresh(out: Tensor, logits: Tensor) -> bool:
+    """A large separate result, which is written past the caches, into huge pages."""
+    return out.data_ptr() != logits.data_ptr() and out.numel() * out.element_size() > _STREAM_BYTES
+
+
 def _bad_label(labels: Tensor, at: int, ignore_index: int, vocab: int) -> ValueError:
     return ValueError(
         f"labels must be in [0, {vocab}) or equal to ignore_index={ignore_index}; "
@@ -210,17 +217,80 @@ def backward(
         return
     labels = labels.contiguous()
     dense = [None if t is None else t.contiguous() for t in (saved, entropy, kl, *grads)]  # kept until the call is over
-    # A large separate result is written past the caches, into huge pages.
-    fresh = out.data_ptr() != logits.data_ptr() and out.numel() * out.element_size() > _STREAM_BYTES
     bad = _C.token_stats_backward(
         _tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
         tuple(map(_address, dense)),
         out.data_ptr(),
         out.stride(),
-        fresh,
+        _fresh(out, logits),
     )
     if bad >= 0:
         raise _bad_label(labels, bad, ignore_index, logits.shape[-1])
+
+
+# ------------------------------------------------------------------------------------------------- one launch
+KINDS = {"sft": 0, "reinforce": 1, "surrogate": 2, "clip": 3, "cispo": 4}
+KL_TERMS = {None: 0, "k1": 1, "k2": 2, "k3": 3, "exact": 4}
+
+
+class Objective(NamedTuple):
+    """A token-level objective as `kernels/objectives.h` knows it; see `ops.token_objective` for the fields."""
+
+    kind: str
+    low: float = 0.0
+    high: float = 0.0
+    dual_clip: float = math.inf
+    kl: str | None = None
+    kl_coef: float = 0.0
+    kl_reversed: bool = False
+    entropy_coef: float = 0.0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+def objective(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logits: Tensor | None,
+    inputs: tuple[Tensor | None, ...],
+    options: Objective,
+    ignore_index: int,
+    temperature: float,
+    softcap: float,
+    want_entropy: bool,
+    out: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(logps, lse, entropy, kl, mean); the gradient of the objective goes into `out`, which may be `logits` itself.
+
+    `inputs` are weight, old_logps, advantages, ref_logps: float32 of the labels' shape. Only `cpu` can do this today.
+    """
+    name = choose(logits)
+    if name != "cpu":
+        raise RuntimeError(
+            f"the one-launch objective needs the backend 'cpu' (float32, bfloat16 or float16 on cpu); "
+            f"{logits.dtype} on {logits.device} is served by {name!r}: use two steps (one_launch=False)"
+        )
+    labels = labels.contiguous()
+    dense = [None if t is None else t.contiguous() for t in inputs]
+
+    def result(wanted: bool) -> Tensor | None:
+        return torch.empty(labels.shape) if wanted else None
+
+    logps, lse = torch.empty(labels.shape), torch.empty(labels.shape)
+    entropy, kl, mean = result(want_entropy), result(ref_logits is not None), result(options.label_smoothing != 0)
+    codes = (KINDS[options.kind], *options[1:4], KL_TERMS[options.kl], *options[5:])
+    bad = _C.token_objective(
+        _tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
+        codes,
+        tuple(map(_address, dense)),
+        tuple(map(_address, (logps, lse, entropy, kl, mean))),
+        out.data_ptr(),
+        out.stride(),
+        _fresh(out, logits),
+    )
+    if bad >= 0:
+        raise _bad_label(labels, bad, ignore_index, logits.shape[-1])
+    return logps, lse, entropy, kl, mean
 
 
 # ------------------------------------------------------------------------------------------------- advantages

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "objectives.h"
 #include "token_stats.h"
 
 namespace fastalign {
@@ -55,15 +56,25 @@ struct BackwardArgs : TokenArgs {
     const float* saved;
     const float *entropy, *kl;
     PerRow<const float> grads;
-    void* out;
+    void* out_gradient;  // may be `logits`
     RowLayout out_layout;
-    bool stream;  // `out` is far larger than the caches: write past them
+    bool stream;  // the result is far larger than the caches: write past them
+};
+
+struct ObjectiveArgs : TokenArgs {
+    ObjectiveOptions options;
+    const float *weight, *old_logps, *advantages, *ref_logps;  // one per row; weight is needed, others may be null
+    PerRow<float> out;
+    void* out_gradient;
+    RowLayout out_layout;
+    bool stream;
 };
 
 struct CpuKernels {
     const char* isa;
     void (*forward)(const ForwardArgs&);
     void (*backward)(const BackwardArgs&);
+    void (*objective)(const ObjectiveArgs&);
     float (*read)(const void* data, int64_t bytes, int threads);
     void (*copy)(void* to, const void* from, int64_t bytes, int threads);
 };

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from ..objective import Objective, attach_gradient, token_objective
 from ._common import check_float, check_mask, check_range, lookup, masked_mean, stats_of
 from ._normalization import Count, as_real, normalize
+from ._one_launch import token_weights
 
 __all__ = ["NORMALIZATIONS", "SFTLoss", "SFTOutput", "sft_loss"]
 
@@ -86,7 +89,9 @@ class SFTLoss(nn.Module):
         ignore_index: labels with this value (prompt, padding) do not count.
         temperature: divides the logits.
         softcap: soft-capping of the logits (Gemma 2).
-        inplace_backward: the backward writes the gradient over `logits`.
+        inplace_backward: the backward writes the gradient over `logits`; with one_launch the forward already does.
+        one_launch: compute loss and gradient in one visit to the logits (`fastalign.token_objective`): one read and
+            one write of them instead of two reads and a write. The gradient can then be used once.
     """
 
     def __init__(
@@ -99,9 +104,11 @@ class SFTLoss(nn.Module):
         temperature: float = 1.0,
         softcap: float | None = None,
         inplace_backward: bool = False,
+        one_launch: bool = False,
     ) -> None:
         super().__init__()
         lookup("normalization", NORMALIZATIONS, normalization)
+        self.one_launch = one_launch
         self.normalization = normalization
         self.z_loss = check_range("z_loss", z_loss, 0.0)
         self.ignore_index = ignore_index
@@ -121,20 +128,32 @@ class SFTLoss(nn.Module):
         Raises:
             ValueError, TypeError: as `token_stats` and `sft_loss`.
         """
-        stats = stats_of(
-            logits,
-            labels,
-            ignore_index=self.ignore_index,
-            temperature=self.temperature,
-            softcap=self.softcap,
-            label_smoothing=self.label_smoothing,
-            inplace_backward=self.inplace_backward,
-        )
-        lse = stats.lse if self.z_loss > 0 else None
+        options: dict[str, Any] = {
+            "ignore_index": self.ignore_index,
+            "temperature": self.temperature,
+            "softcap": self.softcap,
+        }
         mask = labels != self.ignore_index
-        return sft_loss(
+        gradient = None
+        if self.one_launch and torch.is_grad_enabled() and logits.requires_grad:
+            weight = token_weights(mask, NORMALIZATIONS[self.normalization], num_items)
+            objective = Objective("sft", label_smoothing=self.label_smoothing, z_loss=self.z_loss)
+            stats, gradient = token_objective(
+                logits, labels, weight, objective, inplace=self.inplace_backward, **options
+            )
+        else:
+            stats = stats_of(
+                logits,
+                labels,
+                label_smoothing=self.label_smoothing,
+                inplace_backward=self.inplace_backward,
+                **options,
+            )
+        lse = stats.lse if self.z_loss > 0 else None
+        output = sft_loss(
             stats.logps, mask, normalization=self.normalization, num_items=num_items, lse=lse, z_loss=self.z_loss
         )
+        return output if gradient is None else output._replace(loss=attach_gradient(output.loss, logits, gradient))
 
     def extra_repr(self) -> str:
         return f"normalization={self.normalization!r}, label_smoothing={self.label_smoothing}, z_loss={self.z_loss}"

@@ -1,0 +1,277 @@
+// One row of logits on the CPU: its sums and its gradient. Included once per instruction set (FA_ISA) after its simd
+// header.
+//
+// There is no pass for the maximum: a pivot from the row's first elements is good unless some logit lies far above it,
+// which the finished sum shows; that piece is then done again with its own maximum. Sums run in float32 lanes over a
+// piece of 8192 elements and in float64 across pieces, so that long rows lose nothing. A row's numbers depend on the
+// row alone: pieces are the same ones, merged in the same order, whether one thread takes the row or several share it.
+#pragma once
+#include <algorithm>
+#include <cfloat>
+#include <cstring>
+
+#include "token_stats_cpu.h"
+
+namespace fastalign::FA_ISA {
+namespace {
+
+constexpr int64_t kPiece = 8192;       // elements summed in float32 before they go into float64
+constexpr int64_t kPivotSample = 256;  // elements that the pivot is taken from
+// A sum beyond this is done again with an exact pivot. Plain sums only have to stay finite; entropy and KL are
+// differences of numbers of the size of log(sum), so theirs must stay near the maximum to keep its digits.
+constexpr float kLimit[] = {0x1p96f, 0x1p12f, 0x1p12f};
+constexpr int kUnit = 2 * Vec::kWidth;
+
+// What the caller wants of a row decides the inner loop: plain (logps, lse), moments (entropy, mean), or a reference.
+enum Mode { kPlain, kMoments, kReference };
+
+// ------------------------------------------------------------------------------------------------- elements
+struct Prepare {
+    Vec inv_cap, cap, scale;  // scale = log2(e) / T
+    explicit Prepare(const TokenArgs& a)
+        : inv_cap(set1(a.softcap != 0 ? static_cast<float>(1 / a.softcap) : 0.0f)),
+          cap(set1(static_cast<float>(a.softcap))),
+          scale(set1(static_cast<float>(kLog2e / a.temperature))) {}
+};
+
+// tanh: its series below 0.6 (the quotient would cancel there), 1 - 2 / (e^2x + 1) beyond. Relative error below 3e-7.
+inline Vec tanh(Vec x) {
+    const Vec s = x * x;
+    Vec p = fma(set1(-0.00589514058f), s, set1(0.0207959563f));
+    p = fma(p, s, set1(-0.0537838265f));
+    p = fma(p, s, set1(0.133319244f));
+    p = fma(p, s, set1(-0.333332986f));
+    const Vec series = fma(x * s, p, x), one = set1(1.0f);
+    const Vec quotient = one - set1(2.0f) / (exp2(x * set1(static_cast<float>(2 * kLog2e))) + one);
+    return select_small(x, 0.6f, series, quotient);
+}
+
+template <bool kCap>
+inline Vec capped(Vec x, const Prepare& k) {
+    if constexpr (kCap) return k.cap * tanh(x * k.inv_cap);
+    else return x;
+}
+
+// The last, incomplete unit of a row, padded. Cold: once per row.
+template <class T>
+inline void load_tail(const T* p, int64_t n, float fill, Vec& a, Vec& b) {
+    T unit[kUnit];
+    for (T& e : unit) from_float(fill, e);
+    std::memcpy(unit, p, n * sizeof(T));
+    load2(unit, a, b);
+}
+
+// Largest prepared element. NaN may be lost here; the sums find it.
+template <class T, bool kCap>
+float maximum(const T* x, int64_t n, const Prepare& k) {
+    Vec m = set1(-INFINITY), a, b;
+    int64_t i = 0;
+    for (; i + kUnit <= n; i += kUnit) {
+        load2(x + i, a, b);
+        m = max(m, max(a, b));
+    }
+    if (i < n) {
+        load_tail(x + i, n - i, -INFINITY, a, b);
+        m = max(m, max(a, b));
+    }
+    return reduce_max(capped<kCap>(m, k));  // capping keeps the order
+}
+
+// ------------------------------------------------------------------------------------------------- forward
+template <Mode kMode>
+struct Lanes {
+    Vec s = set1(0), w = set1(0), k = set1(0), t = set1(0), total = set1(0);
+};
+
+// `pad` is 0, or -inf in lanes beyond the row's end, whose x and z are 0. It comes after capping, which would undo it.
+template <bool kCap, bool kPad, Mode kMode>
+inline void accumulate(Lanes<kMode>& acc, Vec x, Vec z, Vec pad, Vec pivot, Vec ref_pivot, const Prepare& k) {
+    x = capped<kCap>(x, k);
+    if constexpr (kMode != kPlain) acc.total = acc.total + x;
+    if constexpr (kPad) x = x + pad;
+    const Vec u = (x - pivot) * k.scale, e = exp2(u);
+    acc.s = acc.s + e;
+    if constexpr (kMode != kPlain) acc.w = acc.w + mul_nonzero(e, u);
+    if constexpr (kMode == kReference) {
+        z = capped<kCap>(z, k);
+        if constexpr (kPad) z = z + pad;
+        const Vec v = (z - ref_pivot) * k.scale;
+        acc.t = acc.t + exp2(v);
+        acc.k = acc.k + mul_nonzero(e, u - v);
+    }
+}
+
+template <class T, bool kCap, Mode kMode>
+Sums sum_piece(const T* x, const T* z, int64_t n, float pivot, float ref_pivot, const Prepare& k) {
+    // How far ahead of the loads to ask for memory: the hardware stops at page ends, this does not.
+    constexpr int64_t kAhead = 2048 / sizeof(T);
+    constexpr int kLines = kUnit * sizeof(T) < 64 ? 1 : kUnit * sizeof(T) / 64;
+    const Vec pv = set1(pivot), rv = set1(ref_pivot);
+    Lanes<kMode> acc[4];
+    Vec a, b, c = set1(0), d = set1(0);
+    int64_t i = 0;
+    for (; i + 2 * kUnit <= n; i += 2 * kUnit) {
+        for (int h = 0; h < 2; ++h) {
+            const int64_t at = i + h * kUnit;
+            for (int l = 0; l < kLines; ++l) prefetch(x + at + kAhead + l * (64 / static_cast<int>(sizeof(T))));
+            load2(x + at, a, b);
+            if constexpr (kMode == kReference) {
+                for (int l = 0; l < kLines; ++l) prefetch(z + at + kAhead + l * (64 / static_cast<int>(sizeof(T))));
+                load2(z + at, c, d);
+            }
+            accumulate<kCap, false>(acc[2 * h], a, c, pv, pv, rv, k);
+            accumulate<kCap, false>(acc[2 * h + 1], b, d, pv, pv, rv, k);
+        }
+    }
+    for (; i + kUnit <= n; i += kUnit) {
+        load2(x + i, a, b);
+        if constexpr (kMode == kReference) load2(z + i, c, d);
+        accumulate<kCap, false>(acc[0], a, c, pv, pv, rv, k);
+        accumulate<kCap, false>(acc[1], b, d, pv, pv, rv, k);
+    }
+    if (i < n) {
+        T zeros[kUnit];
+        std::memset(static_cast<void*>(zeros), 0, sizeof zeros);
+        Vec pad_a, pad_b;
+        load_tail(zeros, n - i, -INFINITY, pad_a, pad_b);
+        load_tail(x + i, n - i, 0.0f, a, b);
+        if constexpr (kMode == kReference) load_tail(z + i, n - i, 0.0f, c, d);
+        accumulate<kCap, true>(acc[0], a, c, pad_a, pv, rv, k);
+        accumulate<kCap, true>(acc[1], b, d, pad_b, pv, rv, k);
+    }
+    const auto sum = [&](Vec Lanes<kMode>::* m) -> double {
+        return reduce_add((acc[0].*m + acc[1].*m) + (acc[2].*m + acc[3].*m));
+    };
+    Sums o{pivot, sum(&Lanes<kMode>::s), 0, 0, ref_pivot, 0, 0};
+    if constexpr (kMode != kPlain) o.w = sum(&Lanes<kMode>::w), o.total = sum(&Lanes<kMode>::total);
+    if constexpr (kMode == kReference) o.k = sum(&Lanes<kMode>::k), o.t = sum(&Lanes<kMode>::t);
+    return o;
+}
+
+// One row of the call, ready to be summed piece by piece.
+template <class T, bool kCap, Mode kMode>
+struct Row {
+    const T *x, *z;
+    int64_t vocab;
+    float pivot, ref_pivot;
+
+    Row(const TokenArgs& a, int64_t row, const Prepare& k)
+        : x(static_cast<const T*>(a.logits) + a.layout.offset(row)),
+          z(kMode == kReference ? static_cast<const T*>(a.ref_logits) + a.ref_layout.offset(row) : nullptr),
+          vocab(a.vocab),
+          pivot(sample(x, k)),
+          ref_pivot(z ? sample(z, k) : 0.0f) {}
+
+    float sample(const T* p, const Prepare& k) const {
+        return finite(maximum<T, kCap>(p, vocab < kPivotSample ? vocab : kPivotSample, k));
+    }
+
+    // All -inf: a pivot below everything, so that differences from it are -inf and not NaN.
+    static float finite(float m) { return m == -INFINITY ? -FLT_MAX : m; }
+
+    Sums piece(int64_t index, const Prepare& k) const {
+        const int64_t begin = index * kPiece, n = vocab - begin < kPiece ? vocab - begin : kPiece;
+        const T *px = x + begin, *pz = z ? z + begin : nullptr;
+        Sums o = sum_piece<T, kCap, kMode>(px, pz, n, pivot, ref_pivot, k);
+        if (o.s < kLimit[kMode] && o.t < kLimit[kMode]) return o;
+        const float exact = finite(maximum<T, kCap>(px, n, k));
+        const float ref_exact = pz ? finite(maximum<T, kCap>(pz, n, k)) : 0.0f;
+        return sum_piece<T, kCap, kMode>(px, pz, n, exact, ref_exact, k);
+    }
+};
+
+template <bool kCap>
+float prepared(float x, const Prepare& k) {
+    return reduce_max(capped<kCap>(set1(x), k));  // by the vector code: the same bits as in the sums
+}
+
+// ------------------------------------------------------------------------------------------------- backward
+template <bool kCap, Mode kMode>
+inline Vec gradient(Vec x, Vec z, const Coefficients& c, const Prepare& k) {
+    Vec slope = set1(c.a), squash = set1(1.0f);
+    if constexpr (kCap) {
+        const Vec th = tanh(x * k.inv_cap);
+        squash = set1(1.0f) - th * th;
+        x = k.cap * th;
+    }
+    const Vec u = (x - set1(c.pivot)) * k.scale, e = exp2(u);
+    Vec dx;
+    if constexpr (kMode == kPlain) {
+        dx = fma(e, slope, set1(c.kappa));
+    } else {
+        slope = fma(set1(c.b), u, slope);
+        if constexpr (kMode == kReference) {
+            const Vec v = (capped<kCap>(z, k) - set1(c.ref_pivot)) * k.scale;
+            slope = slope - set1(c.g) * v;
+        }
+        dx = mul_nonzero(e, slope) + set1(c.kappa);
+    }
+    return kCap ? dx * squash : dx;
+}
+
+template <class T, bool kCap, Mode kMode>
+void gradient_tail(const T* x, const T* z, T* out, int64_t n, const Coefficients& c, const Prepare& k) {
+    Vec a, b, p = set1(0), q = set1(0);
+    T unit[kUnit];
+    load_tail(x, n, 0.0f, a, b);
+    if constexpr (kMode == kReference) load_tail(z, n, 0.0f, p, q);
+    store2<false>(unit, gradient<kCap, kMode>(a, p, c, k), gradient<kCap, kMode>(b, q, c, k));
+    std::memcpy(out, unit, n * sizeof(T));
+}
+
+template <class T, bool kCap, Mode kMode, bool kStream>
+void gradient_piece(const T* x, const T* z, T* out, int64_t n, const Coefficients& c, const Prepare& k) {
+    constexpr int64_t kAhead = 2048 / sizeof(T);
+    constexpr int kLines = kUnit * sizeof(T) < 64 ? 1 : kUnit * sizeof(T) / 64;
+    Vec a, b, p = set1(0), q = set1(0);
+    int64_t i = 0;
+    if (kStream) {  // a streaming store must be aligned: the first few elements go by the ordinary way
+        const int64_t past = reinterpret_cast<uintptr_t>(out) % kStreamAlign / sizeof(T);
+        i = past ? std::min<int64_t>(n, kStreamAlign / sizeof(T) - past) : 0;
+        if (i) gradient_tail<T, kCap, kMode>(x, z, out, i, c, k);
+    }
+    for (; i + kUnit <= n; i += kUnit) {
+        for (int l = 0; l < kLines; ++l) prefetch(x + i + kAhead + l * (64 / static_cast<int>(sizeof(T))));
+        load2(x + i, a, b);
+        if constexpr (kMode == kReference) {
+            for (int l = 0; l < kLines; ++l) prefetch(z + i + kAhead + l * (64 / static_cast<int>(sizeof(T))));
+            load2(z + i, p, q);
+        }
+        store2<kStream>(out + i, gradient<kCap, kMode>(a, p, c, k), gradient<kCap, kMode>(b, q, c, k));
+    }
+    if (i < n) gradient_tail<T, kCap, kMode>(x + i, kMode == kReference ? z + i : z, out + i, n - i, c, k);
+}
+
+inline bool no_gradient(const Coefficients& c) {
+    return c.a == 0 && c.b == 0 && c.g == 0 && c.kappa == 0 && c.delta == 0;
+}
+
+// Gradient of elements [begin, end) of a row, which may be written over the row itself.
+template <class T, bool kCap, Mode kMode>
+void write_gradient(const T* x, const T* z, T* out, int64_t begin, int64_t end, int64_t label, const Coefficients& c,
+                    const Prepare& k, bool stream) {
+    // Ignored tokens, and tokens whose loss does not move (a clipped PPO ratio), are not read at all.
+    if (no_gradient(c)) {
+        std::memset(static_cast<void*>(out + begin), 0, (end - begin) * sizeof(T));
+        return;
+    }
+    const bool has_label = begin <= label && label < end;
+    float at_label = 0;
+    if (has_label) {  // taken before the row is overwritten, and its `delta` added before the one rounding to T
+        Coefficients with_delta = c;
+        with_delta.kappa += c.delta;
+        const Vec xl = set1(to_float(x[label])), zl = set1(kMode == kReference ? to_float(z[label]) : 0.0f);
+        at_label = reduce_max(gradient<kCap, kMode>(xl, zl, with_delta, k));
+    }
+    const T* zb = kMode == kReference ? z + begin : nullptr;
+    if (stream && reinterpret_cast<uintptr_t>(out) % sizeof(T) == 0) {
+        gradient_piece<T, kCap, kMode, true>(x + begin, zb, out + begin, end - begin, c, k);
+        stream_fence();
+    } else {
+        gradient_piece<T, kCap, kMode, false>(x + begin, zb, out + begin, end - begin, c, k);
+    }
+    if (has_label) from_float(at_label, out[label]);
+}
+
+}  // namespace
+}  // namespace fastalign::FA_ISA
