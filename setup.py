@@ -39,6 +39,8 @@ if X86:
     ISAS["avx512"] = (
         ["/arch:AVX512"] if MSVC else ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
     )
+    # Zen 4, Cooper Lake, Sapphire Rapids and later: rounding to bfloat16 is one instruction.
+    ISAS["avx512_bf16"] = [*ISAS["avx512"], *(["-D__AVX512BF16__"] if MSVC else ["-mavx512bf16"])]
 
 if MSVC:
     COMMON = ["/std:c++17", "/O2", "/EHsc", "/Zc:preprocessor"]
@@ -68,7 +70,7 @@ class Build(build_ext):
     def build_extension(self, ext):
         units = [("kernels/cpu_dispatch.cpp", "dispatch", ["-DFA_HAVE_X86"] if X86 else [])]
         for isa, flags in ISAS.items():
-            defines = [f"-DFA_ISA={isa}", f'-DFA_ISA_NAME="{isa}"', f'-DFA_SIMD_HEADER="simd_{isa}.h"']
+            defines = [f"-DFA_ISA={isa}", f'-DFA_ISA_NAME="{isa}"', f'-DFA_SIMD_HEADER="simd_{isa.removesuffix("_bf16")}.h"']
             units.append(("kernels/token_stats_cpu.cpp", isa, [*defines, *flags]))
         units += [("kernels/gae_cpu.cpp", "gae", []), ("csrc/bindings.cpp", "bindings", [])]
         with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -15,6 +15,9 @@
 namespace fastalign {
 
 #ifdef FA_HAVE_X86
+namespace avx512_bf16 {
+extern const CpuKernels kernels;
+}
 namespace avx512 {
 extern const CpuKernels kernels;
 }
@@ -40,6 +43,11 @@ bool has(int leaf7_ebx_bits, unsigned long long xcr0_bits) {
 }
 bool has_avx2() { return has(1 << 5, 6); }
 bool has_avx512() { return has(1 << 5 | 1 << 16 | 1 << 17 | 1 << 30 | static_cast<int>(1u << 31), 0xe6); }
+bool has_avx512_bf16() {
+    int r[4];
+    __cpuidex(r, 7, 1);
+    return has_avx512() && r[0] & 1 << 5;
+}
 #elif defined(FA_HAVE_X86)
 bool has_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -48,6 +56,7 @@ bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 std::atomic<const CpuKernels*> chosen{nullptr};
@@ -55,10 +64,11 @@ std::atomic<const CpuKernels*> chosen{nullptr};
 }  // namespace
 
 const CpuKernels* const* all_cpu_kernels() {
-    static const CpuKernels* list[4] = {};
+    static const CpuKernels* list[5] = {};
     static const bool filled = [] {
         int n = 0;
 #ifdef FA_HAVE_X86
+        if (has_avx512_bf16()) list[n++] = &avx512_bf16::kernels;
         if (has_avx512()) list[n++] = &avx512::kernels;
         if (has_avx2()) list[n++] = &avx2::kernels;
 #endif

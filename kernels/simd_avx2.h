@@ -13,6 +13,8 @@ struct Vec {
     __m256 v;
 };
 
+constexpr bool kHasFma = true;
+inline float first(Vec a) { return _mm256_cvtss_f32(a.v); }
 inline Vec set1(float x) { return {_mm256_set1_ps(x)}; }
 inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }

@@ -1,4 +1,5 @@
-// 16 float32 lanes: AVX-512 F, BW, DQ, VL. The smallest vocabulary of operations that the kernels need.
+// 16 float32 lanes: AVX-512 F, BW, DQ, VL, and BF16 where the compiler may use it. The smallest vocabulary of
+// operations that the kernels need.
 #pragma once
 #include <immintrin.h>
 
@@ -13,6 +14,8 @@ struct Vec {
     __m512 v;
 };
 
+constexpr bool kHasFma = true;
+inline float first(Vec a) { return _mm512_cvtss_f32(a.v); }
 inline Vec set1(float x) { return {_mm512_set1_ps(x)}; }
 inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -60,6 +63,14 @@ inline void load2(const Half* p, Vec& a, Vec& b) {
     b.v = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16)));
 }
 
+#ifdef __AVX512BF16__
+inline __m512i pack_bf16(Vec a, Vec b) {
+    // a's results fill the lower half and b's the upper: interleaved again, as they came.
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v));
+}
+#else
 // Upper halves of the lanes after rounding to nearest even; NaN stays NaN.
 inline __m512i round_bf16(Vec a) {
     const __m512i x = _mm512_castps_si512(a.v);
@@ -72,6 +83,8 @@ inline __m512i round_bf16(Vec a) {
 inline __m512i pack_bf16(Vec a, Vec b) {
     return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(round_bf16(a), 16), round_bf16(b));
 }
+
+#endif
 
 inline __m512i pack_half(Vec a, Vec b) {
     const __m256i lo = _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

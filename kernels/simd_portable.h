@@ -20,6 +20,8 @@ inline Vec each(F f) {
     return r;
 }
 
+constexpr bool kHasFma = false;
+inline float first(Vec a) { return a.v[0]; }
 inline Vec set1(float x) {
     return each([=](int) { return x; });
 }

@@ -3,7 +3,7 @@
 //
 // There is no pass for the maximum: a pivot from the row's first elements is good unless some logit lies far above it,
 // which the finished sum shows; that piece is then done again with its own maximum. Sums run in float32 lanes over a
-// piece of 8192 elements and in float64 across pieces, so that long rows lose nothing. A row's numbers depend on the
+// piece of 16384 elements and in float64 across pieces, so that long rows lose nothing. A row's numbers depend on the
 // row alone: pieces are the same ones, merged in the same order, whether one thread takes the row or several share it.
 #pragma once
 #include <algorithm>
@@ -15,7 +15,7 @@
 namespace fastalign::FA_ISA {
 namespace {
 
-constexpr int64_t kPiece = 8192;       // elements summed in float32 before they go into float64
+constexpr int64_t kPiece = 16384;      // elements summed in float32 before they go into float64
 constexpr int64_t kPivotSample = 256;  // elements that the pivot is taken from
 // A sum beyond this is done again with an exact pivot. Plain sums only have to stay finite; entropy and KL are
 // differences of numbers of the size of log(sum), so theirs must stay near the maximum to keep its digits.
@@ -84,12 +84,14 @@ struct Lanes {
 };
 
 // `pad` is 0, or -inf in lanes beyond the row's end, whose x and z are 0. It comes after capping, which would undo it.
-template <bool kCap, bool kPad, Mode kMode>
-inline void accumulate(Lanes<kMode>& acc, Vec x, Vec z, Vec pad, Vec pivot, Vec ref_pivot, const Prepare& k) {
+// Adds one vector and returns its powers. `kFused`: `pivot` is -pivot * scale, and the difference and the product are
+// one instruction.
+template <bool kCap, bool kPad, bool kFused, Mode kMode>
+inline Vec accumulate(Lanes<kMode>& acc, Vec x, Vec z, Vec pad, Vec pivot, Vec ref_pivot, const Prepare& k) {
     x = capped<kCap>(x, k);
     if constexpr (kMode != kPlain) acc.total = acc.total + x;
     if constexpr (kPad) x = x + pad;
-    const Vec u = (x - pivot) * k.scale, e = exp2(u);
+    const Vec u = kFused ? fma(x, k.scale, pivot) : (x - pivot) * k.scale, e = exp2(u);
     acc.s = acc.s + e;
     if constexpr (kMode != kPlain) acc.w = acc.w + mul_nonzero(e, u);
     if constexpr (kMode == kReference) {
@@ -99,14 +101,17 @@ inline void accumulate(Lanes<kMode>& acc, Vec x, Vec z, Vec pad, Vec pivot, Vec 
         acc.t = acc.t + exp2(v);
         acc.k = acc.k + mul_nonzero(e, u - v);
     }
+    return e;
 }
 
-template <class T, bool kCap, Mode kMode>
-Sums sum_piece(const T* x, const T* z, int64_t n, float pivot, float ref_pivot, const Prepare& k) {
+// `keep`: null, or where the powers go, in the order of the loads, padded to whole units.
+template <class T, bool kCap, Mode kMode, bool kFused, bool kKeep>
+Sums sum_piece_at(const T* x, const T* z, int64_t n, float pivot, float ref_pivot, float* keep, const Prepare& k) {
     // How far ahead of the loads to ask for memory: the hardware stops at page ends, this does not.
     constexpr int64_t kAhead = 2048 / sizeof(T);
     constexpr int kLines = kUnit * sizeof(T) < 64 ? 1 : kUnit * sizeof(T) / 64;
-    const Vec pv = set1(pivot), rv = set1(ref_pivot);
+    const float scale = first(k.scale), offset = -pivot * scale;
+    const Vec pv = set1(kFused ? offset : pivot), rv = set1(ref_pivot);
     Lanes<kMode> acc[4];
     Vec a, b, c = set1(0), d = set1(0);
     int64_t i = 0;
@@ -119,15 +124,17 @@ Sums sum_piece(const T* x, const T* z, int64_t n, float pivot, float ref_pivot, 
                 for (int l = 0; l < kLines; ++l) prefetch(z + at + kAhead + l * (64 / static_cast<int>(sizeof(T))));
                 load2(z + at, c, d);
             }
-            accumulate<kCap, false>(acc[2 * h], a, c, pv, pv, rv, k);
-            accumulate<kCap, false>(acc[2 * h + 1], b, d, pv, pv, rv, k);
+            const Vec e = accumulate<kCap, false, kFused>(acc[2 * h], a, c, pv, pv, rv, k);
+            const Vec f = accumulate<kCap, false, kFused>(acc[2 * h + 1], b, d, pv, pv, rv, k);
+            if constexpr (kKeep) store2<false>(keep + at, e, f);
         }
     }
     for (; i + kUnit <= n; i += kUnit) {
         load2(x + i, a, b);
         if constexpr (kMode == kReference) load2(z + i, c, d);
-        accumulate<kCap, false>(acc[0], a, c, pv, pv, rv, k);
-        accumulate<kCap, false>(acc[1], b, d, pv, pv, rv, k);
+        const Vec e = accumulate<kCap, false, kFused>(acc[0], a, c, pv, pv, rv, k);
+        const Vec f = accumulate<kCap, false, kFused>(acc[1], b, d, pv, pv, rv, k);
+        if constexpr (kKeep) store2<false>(keep + i, e, f);
     }
     if (i < n) {
         T zeros[kUnit];
@@ -136,13 +143,16 @@ Sums sum_piece(const T* x, const T* z, int64_t n, float pivot, float ref_pivot, 
         load_tail(zeros, n - i, -INFINITY, pad_a, pad_b);
         load_tail(x + i, n - i, 0.0f, a, b);
         if constexpr (kMode == kReference) load_tail(z + i, n - i, 0.0f, c, d);
-        accumulate<kCap, true>(acc[0], a, c, pad_a, pv, rv, k);
-        accumulate<kCap, true>(acc[1], b, d, pad_b, pv, rv, k);
+        const Vec e = accumulate<kCap, true, kFused>(acc[0], a, c, pad_a, pv, rv, k);
+        const Vec f = accumulate<kCap, true, kFused>(acc[1], b, d, pad_b, pv, rv, k);
+        if constexpr (kKeep) store2<false>(keep + i, e, f);
     }
     const auto sum = [&](Vec Lanes<kMode>::* m) -> double {
         return reduce_add((acc[0].*m + acc[1].*m) + (acc[2].*m + acc[3].*m));
     };
-    Sums o{pivot, sum(&Lanes<kMode>::s), 0, 0, ref_pivot, 0, 0};
+    // Rounding `offset` moved the pivot a little: the sums are exactly those at the moved one.
+    const double at = kFused ? -static_cast<double>(offset) / scale : pivot;
+    Sums o{at, sum(&Lanes<kMode>::s), 0, 0, ref_pivot, 0, 0};
     if constexpr (kMode != kPlain) o.w = sum(&Lanes<kMode>::w), o.total = sum(&Lanes<kMode>::total);
     if constexpr (kMode == kReference) o.k = sum(&Lanes<kMode>::k), o.t = sum(&Lanes<kMode>::t);
     return o;
@@ -169,14 +179,18 @@ struct Row {
     // All -inf: a pivot below everything, so that differences from it are -inf and not NaN.
     static float finite(float m) { return m == -INFINITY ? -FLT_MAX : m; }
 
-    Sums piece(int64_t index, const Prepare& k) const {
+    template <bool kKeep = false>
+    Sums piece(int64_t index, const Prepare& k, float* keep = nullptr) const {
         const int64_t begin = index * kPiece, n = vocab - begin < kPiece ? vocab - begin : kPiece;
         const T *px = x + begin, *pz = z ? z + begin : nullptr;
-        Sums o = sum_piece<T, kCap, kMode>(px, pz, n, pivot, ref_pivot, k);
-        if (o.s < kLimit[kMode] && o.t < kLimit[kMode]) return o;
+        // Plain sums are bound by instructions in 16 bits, so one fewer counts. At the ends of float32's range the
+        // fused form overflows; entropy and KL want differences that are exactly 0 for equal logits.
+        constexpr bool kFused = kMode == kPlain ? kHasFma : false;
+        const Sums o = sum_piece_at<T, kCap, kMode, kFused, kKeep>(px, pz, n, pivot, ref_pivot, keep, k);
+        if (o.s < kLimit[kMode] && o.t < kLimit[kMode] && std::isfinite(o.pivot)) return o;
         const float exact = finite(maximum<T, kCap>(px, n, k));
         const float ref_exact = pz ? finite(maximum<T, kCap>(pz, n, k)) : 0.0f;
-        return sum_piece<T, kCap, kMode>(px, pz, n, exact, ref_exact, k);
+        return sum_piece_at<T, kCap, kMode, false, kKeep>(px, pz, n, exact, ref_exact, keep, k);
     }
 };
 
@@ -219,8 +233,9 @@ void gradient_tail(const T* x, const T* z, T* out, int64_t n, const Coefficients
     std::memcpy(out, unit, n * sizeof(T));
 }
 
+// `next`: logits that this thread will read soon; asked for on the way, as a row in cache leaves main memory idle.
 template <class T, bool kCap, Mode kMode, bool kStream>
-void gradient_piece(const T* x, const T* z, T* out, int64_t n, const Coefficients& c, const Prepare& k) {
+void gradient_piece(const T* x, const T* z, T* out, int64_t n, const T* next, const Coefficients& c, const Prepare& k) {
     constexpr int64_t kAhead = 2048 / sizeof(T);
     constexpr int kLines = kUnit * sizeof(T) < 64 ? 1 : kUnit * sizeof(T) / 64;
     Vec a, b, p = set1(0), q = set1(0);
@@ -230,8 +245,9 @@ void gradient_piece(const T* x, const T* z, T* out, int64_t n, const Coefficient
         i = past ? std::min<int64_t>(n, kStreamAlign / sizeof(T) - past) : 0;
         if (i) gradient_tail<T, kCap, kMode>(x, z, out, i, c, k);
     }
+    const T* ahead = next ? next : x + kAhead;
     for (; i + kUnit <= n; i += kUnit) {
-        for (int l = 0; l < kLines; ++l) prefetch(x + i + kAhead + l * (64 / static_cast<int>(sizeof(T))));
+        for (int l = 0; l < kLines; ++l) prefetch(ahead + i + l * (64 / static_cast<int>(sizeof(T))));
         load2(x + i, a, b);
         if constexpr (kMode == kReference) {
             for (int l = 0; l < kLines; ++l) prefetch(z + i + kAhead + l * (64 / static_cast<int>(sizeof(T))));
@@ -242,33 +258,56 @@ void gradient_piece(const T* x, const T* z, T* out, int64_t n, const Coefficient
     if (i < n) gradient_tail<T, kCap, kMode>(x + i, kMode == kReference ? z + i : z, out + i, n - i, c, k);
 }
 
+// The gradient of a piece whose powers were kept: no exponential, one multiply-add. `a` is relative to their pivot.
+template <class T, bool kStream>
+void kept_gradient(const float* keep, T* out, int64_t n, const T* next, float a, float kappa) {
+    constexpr int kLines = kUnit * sizeof(T) < 64 ? 1 : kUnit * sizeof(T) / 64;
+    const Vec av = set1(a), kv = set1(kappa);
+    Vec e, f;
+    int64_t i = 0;
+    for (; i + kUnit <= n; i += kUnit) {
+        if (next)
+            for (int l = 0; l < kLines; ++l) prefetch(next + i + l * (64 / static_cast<int>(sizeof(T))));
+        load2(keep + i, e, f);
+        store2<kStream>(out + i, fma(e, av, kv), fma(f, av, kv));
+    }
+    if (i < n) {
+        T unit[kUnit];
+        load2(keep + i, e, f);
+        store2<false>(unit, fma(e, av, kv), fma(f, av, kv));
+        std::memcpy(out + i, unit, (n - i) * sizeof(T));
+    }
+}
+
 inline bool no_gradient(const Coefficients& c) {
     return c.a == 0 && c.b == 0 && c.g == 0 && c.kappa == 0 && c.delta == 0;
 }
 
+// The target's gradient, with its `delta` added before the one rounding to T. Taken before the row is overwritten.
+template <class T, bool kCap, Mode kMode>
+float label_gradient(const T* x, const T* z, int64_t label, Coefficients c, const Prepare& k) {
+    c.kappa += c.delta;
+    const Vec xl = set1(to_float(x[label])), zl = set1(kMode == kReference ? to_float(z[label]) : 0.0f);
+    return first(gradient<kCap, kMode>(xl, zl, c, k));
+}
+
 // Gradient of elements [begin, end) of a row, which may be written over the row itself.
 template <class T, bool kCap, Mode kMode>
-void write_gradient(const T* x, const T* z, T* out, int64_t begin, int64_t end, int64_t label, const Coefficients& c,
-                    const Prepare& k, bool stream) {
+void write_gradient(const T* x, const T* z, T* out, int64_t begin, int64_t end, int64_t label, const T* next,
+                    const Coefficients& c, const Prepare& k, bool stream) {
     // Ignored tokens, and tokens whose loss does not move (a clipped PPO ratio), are not read at all.
     if (no_gradient(c)) {
         std::memset(static_cast<void*>(out + begin), 0, (end - begin) * sizeof(T));
         return;
     }
     const bool has_label = begin <= label && label < end;
-    float at_label = 0;
-    if (has_label) {  // taken before the row is overwritten, and its `delta` added before the one rounding to T
-        Coefficients with_delta = c;
-        with_delta.kappa += c.delta;
-        const Vec xl = set1(to_float(x[label])), zl = set1(kMode == kReference ? to_float(z[label]) : 0.0f);
-        at_label = reduce_max(gradient<kCap, kMode>(xl, zl, with_delta, k));
-    }
+    const float at_label = has_label ? label_gradient<T, kCap, kMode>(x, z, label, c, k) : 0.0f;
     const T* zb = kMode == kReference ? z + begin : nullptr;
     if (stream && reinterpret_cast<uintptr_t>(out) % sizeof(T) == 0) {
-        gradient_piece<T, kCap, kMode, true>(x + begin, zb, out + begin, end - begin, c, k);
+        gradient_piece<T, kCap, kMode, true>(x + begin, zb, out + begin, end - begin, next, c, k);
         stream_fence();
     } else {
-        gradient_piece<T, kCap, kMode, false>(x + begin, zb, out + begin, end - begin, c, k);
+        gradient_piece<T, kCap, kMode, false>(x + begin, zb, out + begin, end - begin, next, c, k);
     }
     if (has_label) from_float(at_label, out[label]);
 }

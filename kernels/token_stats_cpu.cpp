@@ -93,11 +93,12 @@ Coefficients row_coefficients(const BackwardArgs& a, int64_t row) {
 
 // Elements [begin, end) of a row's gradient.
 template <class T, bool kCap, Mode kMode, class Args>
-void row_gradient(const Args& a, int64_t row, int64_t begin, int64_t end, const Coefficients& c, const Prepare& k) {
+void row_gradient(const Args& a, int64_t row, int64_t begin, int64_t end, const Coefficients& c, const Prepare& k,
+                  const T* next = nullptr) {
     const T* x = static_cast<const T*>(a.logits) + a.layout.offset(row);
     const T* z = kMode == kReference ? static_cast<const T*>(a.ref_logits) + a.ref_layout.offset(row) : nullptr;
     T* out = static_cast<T*>(a.out_gradient) + a.out_layout.offset(row);
-    write_gradient<T, kCap, kMode>(x, z, out, begin, end, a.label(row), c, k, a.stream);
+    write_gradient<T, kCap, kMode>(x, z, out, begin, end, a.label(row), next, c, k, a.stream);
 }
 
 template <class T, bool kCap, Mode kMode>
@@ -137,11 +138,56 @@ struct Objective {
             });
             return;
         }
-        parallel_for(a.rows, plan.grain(a), a.threads, [&](int64_t row) {
+        // Neighbours stay on one thread, which fetches the next row while it writes this one's gradient.
+        const int64_t grain = std::max(plan.grain(a), std::min<int64_t>(8, a.rows / (4 * a.threads)));
+        parallel_for(a.rows, grain, a.threads, [&](int64_t row) {
             const bool live = a.label(row) != a.ignore_index;
+            const bool more = (row + 1) % grain != 0 && row + 1 < a.rows && a.label(row + 1) != a.ignore_index;
+            const T* next = more ? static_cast<const T*>(a.logits) + a.layout.offset(row + 1) : nullptr;
+            if constexpr (kMode == kPlain && !kCap) {
+                if (live) return kept(a, row, plan.pieces, next, slopes, k);
+            }
             const Stats o = live ? row_stats<T, kCap, kMode>(a, row, plan.pieces, k) : Stats{};
-            row_gradient<T, kCap, kMode>(a, row, 0, a.vocab, slopes(row, o), k);
+            row_gradient<T, kCap, kMode>(a, row, 0, a.vocab, slopes(row, o), k, next);
         });
+    }
+
+    // The forward's exponentials are kept in float32 (they stay in the second cache) and the gradient is their
+    // multiple.
+    template <class Slopes>
+    static void kept(const ObjectiveArgs& a, int64_t row, int64_t pieces, const T* next, const Slopes& slopes,
+                     const Prepare& k) {
+        static thread_local std::vector<float> keep;
+        static thread_local std::vector<double> pivots;
+        keep.resize(a.vocab + kUnit), pivots.resize(pieces);
+        const Row<T, kCap, kMode> r(a, row, k);
+        const double scale = kLog2e / a.temperature;
+        Sums sums{};
+        for (int64_t p = 0; p < pieces; ++p) {
+            const Sums piece = r.template piece<true>(p, k, keep.data() + p * kPiece);
+            pivots[p] = piece.pivot;
+            if (p == 0) sums = piece;
+            else merge(sums, piece, scale);
+        }
+        const Coefficients c = slopes(row, finish_row(a, row, r, sums, k));
+        T* out = static_cast<T*>(a.out_gradient) + a.out_layout.offset(row);
+        if (no_gradient(c)) {
+            std::memset(static_cast<void*>(out), 0, a.vocab * sizeof(T));
+            return;
+        }
+        const int64_t label = a.label(row);
+        const float at_label = label_gradient<T, kCap, kMode>(r.x, nullptr, label, c, k);
+        const bool stream = a.stream && reinterpret_cast<uintptr_t>(out) % kStreamAlign == 0;
+        for (int64_t p = 0; p < pieces; ++p) {
+            const int64_t begin = p * kPiece, n = std::min(kPiece, a.vocab - begin);
+            const float factor = static_cast<float>(c.a * std::exp2((pivots[p] - c.pivot) * scale));
+            const T* ahead = next ? next + begin : nullptr;
+            const float* powers = keep.data() + begin;
+            if (stream) kept_gradient<T, true>(powers, out + begin, n, ahead, factor, c.kappa);
+            else kept_gradient<T, false>(powers, out + begin, n, ahead, factor, c.kappa);
+        }
+        if (stream) stream_fence();
+        from_float(at_label, out[label]);
     }
 };
 

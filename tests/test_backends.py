@@ -86,7 +86,9 @@ def test_every_instruction_set_of_this_processor_is_built():
         pytest.skip("needs /proc/cpuinfo with x86 flags, which this machine does not have")
     assert "portable" in _backends.cpu_isas()
     assert ("avx2" in _backends.cpu_isas()) == {"avx2", "fma", "f16c"}.issubset(flags)
-    assert ("avx512" in _backends.cpu_isas()) == {"avx512f", "avx512bw", "avx512dq", "avx512vl"}.issubset(flags)
+    avx512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    assert ("avx512_bf16" in _backends.cpu_isas()) == (avx512 | {"avx512_bf16"}).issubset(flags)
+    assert ("avx512" in _backends.cpu_isas()) == avx512.issubset(flags)
 
 
 def test_instruction_sets_agree():
