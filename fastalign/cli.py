@@ -71,7 +71,7 @@ def _explain(error: ImportError) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 1 for a missing package, 2 for bad input, 130 if interrupted.
+    """Runs one command; returns the exit status: 0, 1 for a missing package or file, 2 for bad input, 130 if interrupted.
 
     Bad input prints one line; with FASTALIGN_TRACEBACK set in the environment it raises instead.
     """
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("FASTALIGN_TRACEBACK"):
             raise
         print(f"fastalign {name}: error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, OSError) else 2
     except KeyboardInterrupt:
         print(f"fastalign {name}: interrupted", file=sys.stderr)
         return 130

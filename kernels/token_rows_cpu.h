@@ -233,9 +233,8 @@ void gradient_tail(const T* x, const T* z, T* out, int64_t n, const Coefficients
     std::memcpy(out, unit, n * sizeof(T));
 }
 
-// `next`: logits that this thread will read soon; asked for on the way, as a row in cache leaves main memory idle.
 template <class T, bool kCap, Mode kMode, bool kStream>
-void gradient_piece(const T* x, const T* z, T* out, int64_t n, const T* next, const Coefficients& c, const Prepare& k) {
+void gradient_piece(const T* x, const T* z, T* out, int64_t n, const Coefficients& c, const Prepare& k) {
     constexpr int64_t kAhead = 2048 / sizeof(T);
     constexpr int kLines = kUnit * sizeof(T) < 64 ? 1 : kUnit * sizeof(T) / 64;
     Vec a, b, p = set1(0), q = set1(0);
@@ -245,9 +244,8 @@ void gradient_piece(const T* x, const T* z, T* out, int64_t n, const T* next, co
         i = past ? std::min<int64_t>(n, kStreamAlign / sizeof(T) - past) : 0;
         if (i) gradient_tail<T, kCap, kMode>(x, z, out, i, c, k);
     }
-    const T* ahead = next ? next : x + kAhead;
     for (; i + kUnit <= n; i += kUnit) {
-        for (int l = 0; l < kLines; ++l) prefetch(ahead + i + l * (64 / static_cast<int>(sizeof(T))));
+        for (int l = 0; l < kLines; ++l) prefetch(x + i + kAhead + l * (64 / static_cast<int>(sizeof(T))));
         load2(x + i, a, b);
         if constexpr (kMode == kReference) {
             for (int l = 0; l < kLines; ++l) prefetch(z + i + kAhead + l * (64 / static_cast<int>(sizeof(T))));
@@ -260,14 +258,11 @@ void gradient_piece(const T* x, const T* z, T* out, int64_t n, const T* next, co
 
 // The gradient of a piece whose powers were kept: no exponential, one multiply-add. `a` is relative to their pivot.
 template <class T, bool kStream>
-void kept_gradient(const float* keep, T* out, int64_t n, const T* next, float a, float kappa) {
-    constexpr int kLines = kUnit * sizeof(T) < 64 ? 1 : kUnit * sizeof(T) / 64;
+void kept_gradient(const float* keep, T* out, int64_t n, float a, float kappa) {
     const Vec av = set1(a), kv = set1(kappa);
     Vec e, f;
     int64_t i = 0;
     for (; i + kUnit <= n; i += kUnit) {
-        if (next)
-            for (int l = 0; l < kLines; ++l) prefetch(next + i + l * (64 / static_cast<int>(sizeof(T))));
         load2(keep + i, e, f);
         store2<kStream>(out + i, fma(e, av, kv), fma(f, av, kv));
     }
@@ -293,8 +288,8 @@ float label_gradient(const T* x, const T* z, int64_t label, Coefficients c, cons
 
 // Gradient of elements [begin, end) of a row, which may be written over the row itself.
 template <class T, bool kCap, Mode kMode>
-void write_gradient(const T* x, const T* z, T* out, int64_t begin, int64_t end, int64_t label, const T* next,
-                    const Coefficients& c, const Prepare& k, bool stream) {
+void write_gradient(const T* x, const T* z, T* out, int64_t begin, int64_t end, int64_t label, const Coefficients& c,
+                    const Prepare& k, bool stream) {
     // Ignored tokens, and tokens whose loss does not move (a clipped PPO ratio), are not read at all.
     if (no_gradient(c)) {
         std::memset(static_cast<void*>(out + begin), 0, (end - begin) * sizeof(T));
@@ -304,10 +299,10 @@ void write_gradient(const T* x, const T* z, T* out, int64_t begin, int64_t end, 
     const float at_label = has_label ? label_gradient<T, kCap, kMode>(x, z, label, c, k) : 0.0f;
     const T* zb = kMode == kReference ? z + begin : nullptr;
     if (stream && reinterpret_cast<uintptr_t>(out) % sizeof(T) == 0) {
-        gradient_piece<T, kCap, kMode, true>(x + begin, zb, out + begin, end - begin, next, c, k);
+        gradient_piece<T, kCap, kMode, true>(x + begin, zb, out + begin, end - begin, c, k);
         stream_fence();
     } else {
-        gradient_piece<T, kCap, kMode, false>(x + begin, zb, out + begin, end - begin, next, c, k);
+        gradient_piece<T, kCap, kMode, false>(x + begin, zb, out + begin, end - begin, c, k);
     }
     if (has_label) from_float(at_label, out[label]);
 }
