@@ -70,7 +70,8 @@ class Build(build_ext):
     def build_extension(self, ext):
         units = [("kernels/cpu_dispatch.cpp", "dispatch", ["-DFA_HAVE_X86"] if X86 else [])]
         for isa, flags in ISAS.items():
-            defines = [f"-DFA_ISA={isa}", f'-DFA_ISA_NAME="{isa}"', f'-DFA_SIMD_HEADER="simd_{isa.removesuffix("_bf16")}.h"']
+            header = f"simd_{isa.removesuffix('_bf16')}.h"
+            defines = [f"-DFA_ISA={isa}", f'-DFA_ISA_NAME="{isa}"', f'-DFA_SIMD_HEADER="{header}"']
             units.append(("kernels/token_stats_cpu.cpp", isa, [*defines, *flags]))
         units += [("kernels/gae_cpu.cpp", "gae", []), ("csrc/bindings.cpp", "bindings", [])]
         with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -71,7 +71,7 @@ def _explain(error: ImportError) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 1 for a missing package or file, 2 for bad input, 130 if interrupted.
+    """Runs one command; returns the exit status: 0, 1 for a missing package or file, 2 for bad input, 130 interrupted.
 
     Bad input prints one line; with FASTALIGN_TRACEBACK set in the environment it raises instead.
     """

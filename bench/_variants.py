@@ -1,0 +1,89 @@
+"""The same job done by different code: ours, and what people use instead.
+
+A variant is a function `(logits, labels, ref_logps) -> result`. Here are the ways from logits [B, T, V] to the labels'
+log-probabilities [B, T]; a suite puts its objective on top of each. Results are in the dtype that the code of each
+variant returns: float32 from fastalign, that of the logits from the others.
+
+Liger's losses are not among them: they start from hidden states and the output layer's weight, and its cross-entropy
+on logits is a Triton kernel, which a CPU can only interpret.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fastalign as fa
+
+Logps = Callable[[Tensor, Tensor], Tensor]
+Function = Callable[[Tensor, Tensor, Tensor], Tensor]
+JOBS = ("forward", "backward", "both")
+
+OURS, OURS_IN_PLACE, EAGER, COMPILED = "fastalign", "fastalign in place", "eager", "torch.compile"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """`build` returns the function under test (its form is the suite's); `package` must be installed for it."""
+
+    build: Callable[[], Callable[..., Any]]
+    ours: bool = False
+    jobs: tuple[str, ...] = JOBS
+    package: str | None = None
+
+    @property
+    def missing(self) -> str | None:
+        """Name of the package that has to be installed first, if any."""
+        absent = self.package is not None and importlib.util.find_spec(self.package) is None
+        return self.package if absent else None
+
+
+def eager_logps(logits: Tensor, labels: Tensor) -> Tensor:
+    return torch.log_softmax(logits, -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def cross_entropy_logps(logits: Tensor, labels: Tensor) -> Tensor:
+    return -F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)
+
+
+def trl_logps() -> Logps:
+    from trl.trainer.utils import selective_log_softmax  # imported late: it takes seconds
+
+    return selective_log_softmax
+
+
+def compiled(function: Function) -> Function:
+    """One graph for one shape: dynamic shapes would only cost it time."""
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+Objective = Callable[[Tensor, Tensor], Tensor]
+
+
+def logits_variants(ours: Objective, plain: Objective) -> dict[str, Variant]:
+    """Every variant of a job that starts from logits.
+
+    Args:
+        ours: (logps [B, T], ref_logps [B]) -> result, by fastalign.
+        plain: the same in plain torch.
+    """
+
+    def on(logps: Logps, objective: Objective) -> Function:
+        return lambda logits, labels, ref_logps: objective(logps(logits, labels), ref_logps)
+
+    in_place = partial(fa.token_logps, inplace_backward=True)
+    return {
+        OURS: Variant(lambda: on(fa.token_logps, ours), ours=True),
+        OURS_IN_PLACE: Variant(lambda: on(in_place, ours), ours=True, jobs=("backward", "both")),
+        EAGER: Variant(lambda: on(eager_logps, plain)),
+        "F.cross_entropy": Variant(lambda: on(cross_entropy_logps, plain)),
+        COMPILED: Variant(lambda: compiled(on(eager_logps, plain))),
+        "TRL selective_log_softmax": Variant(lambda: on(trl_logps(), plain), package="trl"),
+    }

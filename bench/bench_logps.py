@@ -1,0 +1,19 @@
+"""Log-probabilities of the labels from logits: forward, backward of a given gradient, and both."""
+
+from __future__ import annotations
+
+from _interleave import replay
+from _suite import LogitsSuite
+from _variants import JOBS, logits_variants
+from torch import Tensor
+
+
+def _unchanged(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    return logps
+
+
+SUITE = LogitsSuite("logps", JOBS, logits_variants(_unchanged, _unchanged), _unchanged)
+
+
+def bench_logps(case, variant, record_of, benchmark):
+    replay(benchmark, record_of(case)["variants"][variant]["seconds"])

@@ -1,0 +1,189 @@
+"""The results file as text: the README's table, or every variant of every case.
+
+    python bench/report.py results.json                      print the README's table
+    python bench/report.py results.json --details            print every variant
+    python bench/report.py results.json --update README.md   rewrite the table between the markers
+
+Needs nothing but Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+BEGIN = "<!-- benchmarks: written by bench/report.py -->"
+END = "<!-- end of benchmarks -->"
+
+_TITLES = {
+    ("logps", "forward"): "log-probs, forward",
+    ("logps", "backward"): "log-probs, backward",
+    ("logps", "both"): "log-probs, forward + backward",
+    ("dpo", "forward"): "DPO loss from logits",
+    ("dpo", "both"): "DPO loss + gradient from logits",
+}
+
+
+# -------------------------------------------------------------------------------------------------------- single cells
+def duration(seconds: float) -> str:
+    """Three significant digits in the unit that suits."""
+    units = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
+    unit = next((unit for unit, scale in units.items() if seconds >= scale), "µs")
+    value = seconds / units[unit]
+    return f"{value:.{max(0, 3 - len(str(int(value))))}f} {unit}"
+
+
+def _spread(row: dict[str, Any]) -> str:
+    return f"{duration(row['median'])} ({duration(row['p10'])} to {duration(row['p90'])})"
+
+
+def _times(ratio: dict[str, float] | None) -> str:
+    return "-" if ratio is None else f"{ratio['median']:.3g}x"
+
+
+def _percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.3g} %"
+
+
+def _peak(case: dict[str, Any], row: dict[str, Any]) -> str:
+    peak = row.get("peak_bytes")
+    return _percent(None if peak is None else peak / case["logits_bytes"])
+
+
+def _error(case: dict[str, Any], row: dict[str, Any]) -> str:
+    error = row.get("error", {}).get("output" if case["job"] == "forward" else "gradient")
+    return "-" if error is None else f"{error:.1e}"
+
+
+def _size(case: dict[str, Any]) -> str:
+    return f"{case['rows']:,} x {case['vocab']:,} {case['dtype']}"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+# ------------------------------------------------------------------------------------------------------- whole reports
+def _measured(results: dict[str, Any]) -> list[dict[str, Any]]:
+    return [case for case in results["cases"] if "probes" in case]
+
+
+def machine(results: dict[str, Any]) -> str:
+    """Where, when and with what the results were taken, in one line."""
+    env = results["environment"]
+    commit = f"commit {env['commit'][:12]}" if env["commit"] else "no commit"
+    commit += " with uncommitted changes" if env["dirty"] else ""
+    isa = f"{env['isa']} kernels" if env["isa"] else "no compiled kernels"
+    trl = f", TRL {env['versions']['trl']}" if env["versions"].get("trl") else ""
+    return (
+        f"{env['cpu']}, {env['threads']} threads, {isa} (backend `{env['backend']}`), torch {env['versions']['torch']}"
+        f"{trl}, {env['date'][:10]}, {commit}, {env['options']['rounds']} rounds"
+    )
+
+
+def _rates(results: dict[str, Any]) -> str:
+    def span(probe: str) -> str:
+        rates = [case["probes"][probe]["rate"] / 1e9 for case in _measured(results)]
+        return f"{min(rates):.1f} to {max(rates):.1f} GB/s"
+
+    return f"Measured in the same rounds: reading {span('read')}, copying {span('copy')} (bytes read and written)."
+
+
+def _overhead(results: dict[str, Any]) -> list[str]:
+    return [
+        f"A call of `token_stats` with autograd's recording takes {duration(case['variants']['fastalign']['median'])} "
+        f"at {case['rows']} x {case['vocab']}, {duration(case['checks']['overhead_seconds'])} more than its kernel "
+        f"alone; eager `log_softmax` + `gather` takes {duration(case['variants']['eager']['median'])}."
+        for case in results["cases"]
+        if "overhead_seconds" in case["checks"]
+    ]
+
+
+_NOTES = (
+    "Times: median (10th to 90th percentile) of rounds that visit every variant once in random order. `2.0x`: the peer "
+    "takes twice as long, median of the ratios within rounds. Of the limit: the time that the bytes that must be moved "
+    "(forward: the logits read once; backward: the logits read and the gradient written) take at the measured rates, "
+    "over the time taken. Peak: memory beyond the logits, as a share of them; eager's in brackets. Error against "
+    "float64: of the result (forward: largest, absolute) or of the gradient (norm of the error over norm), eager's in "
+    "brackets."
+)
+
+
+def table(results: dict[str, Any]) -> str:
+    """The README's block, markers not included: one line per case and variant of ours."""
+    cases = _measured(results)
+    peers = list(dict.fromkeys(name for c in cases for name, row in c["variants"].items() if not row["ours"]))
+    head = ["job", "logits", "variant", "time", "of the limit", *peers, "peak", "error"]
+    lines = [_line(head), _line(["---"] * 3 + ["---:"] * (len(head) - 3))]
+    for case in cases:
+        eager = case["variants"]["eager"]
+        for ours, ratios in case["ratios"].items():
+            row = case["variants"][ours]
+            lines.append(
+                _line(
+                    [
+                        _TITLES.get((case["suite"], case["job"]), f"{case['suite']} {case['job']}"),
+                        _size(case),
+                        "in place" if ours.endswith("in place") else "",
+                        _spread(row),
+                        _percent(row["of_limit"]),
+                        *(_times(ratios.get(peer)) for peer in peers),
+                        f"{_peak(case, row)} ({_peak(case, eager)})",
+                        f"{_error(case, row)} ({_error(case, eager)})",
+                    ]
+                )
+            )
+    parts = [machine(results)]
+    if cases:
+        parts += ["\n".join(lines), _rates(results), _NOTES]
+    return "\n\n".join(parts + _overhead(results))
+
+
+def details(results: dict[str, Any]) -> str:
+    """Every variant of every case: time, rate, share of the limit, peak memory, error."""
+    blocks = [machine(results)]
+    for case in results["cases"]:
+        head = f"{case['suite']} {case['job']}, {_size(case)}"
+        for name, probe in case.get("probes", {}).items():
+            head += f", {name} {probe['rate'] / 1e9:.1f} GB/s"
+        lines = [head]
+        for name, row in sorted(case["variants"].items(), key=lambda item: item[1]["median"]):
+            line = f"  {name:<26}{_spread(row):<34}"
+            if "probes" in case:
+                line += f"{row['rate'] / 1e9:6.1f} GB/s  limit {_percent(row['of_limit']):>7}"
+                line += f"  peak {_peak(case, row):>7}  error {_error(case, row)}"
+            for ours, ratios in case["ratios"].items():
+                if name in ratios:
+                    line += f"  {_times(ratios[name])} {ours}"
+            lines.append(line)
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def update(text: str, block: str) -> str:
+    """The text with what stands between the markers replaced. ValueError unless each marker is there once, in order."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"the file must hold {BEGIN!r} once and, after it, {END!r} once")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, help="JSON written by `pytest bench --json`")
+    parser.add_argument("--details", action="store_true", help="every variant instead of the README's table")
+    parser.add_argument("--update", type=Path, metavar="FILE", help="rewrite the table between this file's markers")
+    arguments = parser.parse_args()
+    results = json.loads(arguments.results.read_text(encoding="utf-8"))
+    if arguments.update:
+        text = arguments.update.read_text(encoding="utf-8")
+        arguments.update.write_text(update(text, table(results)), encoding="utf-8")
+    else:
+        print(details(results) if arguments.details else table(results))
+
+
+if __name__ == "__main__":
+    main()

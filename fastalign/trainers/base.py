@@ -1,0 +1,197 @@
+"""What the trainers share: the way from a batch to logits, exact averaging under gradient accumulation, and metrics.
+
+A trainer is an objective on top of transformers' Trainer: it says what one batch's mean loss is and how many items
+(tokens, sequences or pairs) that mean is over. Everything else is here: the loss of an update is the mean over all
+items of all its micro-batches and processes, whatever their sizes, and so are the metrics between two log lines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from .callbacks import ConsoleCallback, JsonlCallback
+from .config import TrainingConfig
+from .data.collate import Batch
+from .data.files import Rows
+from .data.sampler import UpdateSampler
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+class Means:
+    """Weighted means of named scalars, kept on the device and read out, over all processes, at a log line."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._weight: Tensor | float = 0.0
+
+    def add(self, metrics: Mapping[str, Tensor], weight: Tensor) -> None:
+        """Counts one batch: `metrics` are its means over `weight` items."""
+        for name, value in metrics.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().float() * weight
+        self._weight = self._weight + weight
+
+    def pop(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The means since the last call, summed over processes by `reduce`; empty if nothing was added."""
+        if not self._sums:
+            return {}
+        weight = torch.as_tensor(self._weight).float()
+        total = reduce(torch.stack([weight.to(next(iter(self._sums.values())).device), *self._sums.values()]))
+        names, self._sums, self._weight = list(self._sums), {}, 0.0
+        count, *sums = total.tolist()
+        return {name: value / count if count else 0.0 for name, value in zip(names, sums, strict=True)}
+
+
+class AlignmentTrainer(Trainer, ABC):
+    """Base of the trainers. Subclasses give `prepare`, `items` and `batch_loss`.
+
+    Args:
+        model: a causal language model.
+        args: the configuration.
+        train_dataset, eval_dataset: rows of text (a path, a list of dicts or a datasets.Dataset); may be None.
+        processing_class: the tokenizer.
+        collator: batches of tokenised rows.
+        callbacks: more callbacks; console and JSONL logging are there already.
+        optimizers: as in transformers.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module,
+        args: TrainingConfig,
+        train_dataset: Rows | None,
+        eval_dataset: Rows | None,
+        processing_class: PreTrainedTokenizerBase,
+        *,
+        collator: Callable[..., Batch],
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        self._means = {"train": Means(), "eval": Means()}
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=None if train_dataset is None else self.prepare(train_dataset, args, processing_class),
+            eval_dataset=None if eval_dataset is None else self.prepare(eval_dataset, args, processing_class),
+            processing_class=processing_class,
+            callbacks=[JsonlCallback(), *(callbacks or [])],
+            optimizers=optimizers,
+        )
+        for plain in (ProgressCallback, PrinterCallback):
+            self.remove_callback(plain)
+        self.add_callback(ConsoleCallback())
+        # Our losses are means over the items of the whole update: Trainer must not divide them by the number of
+        # micro-batches once more. (The second name is the one that releases before 5.2x look at.)
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
+
+    # ------------------------------------------------------------------------------------------- for subclasses
+    @abstractmethod
+    def prepare(self, rows: Rows, args: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+        """Rows of text to tokenised rows."""
+
+    @abstractmethod
+    def items(self, batch: Batch) -> Tensor:
+        """How many items the batch's mean loss is over: a scalar tensor."""
+
+    @abstractmethod
+    def batch_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The batch's mean loss, and metrics that are means over the same items."""
+
+    def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Logits of a padded batch, [B, T, V]."""
+        return model_logits(model, batch)
+
+    # ------------------------------------------------------------------------------------------- Trainer's hooks
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The micro-batches of one update, and the number of items in all of them on all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        count = torch.stack([self.items(batch) for batch in batches]).sum().to(device)
+        return batches, self.accelerator.gather(count.float()).sum()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """`group_by_length` sorts inside each update (see `UpdateSampler`); the other strategies are transformers'."""
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        args = self.args
+        if rows is None or args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(rows)
+        size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return UpdateSampler(list(rows["length"]), size, args.seed if args.data_seed is None else args.data_seed)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The batch's share of the update's mean loss; its plain mean where Trainer gives no count (evaluation)."""
+        count = self.items(inputs)
+        loss, metrics = self.batch_loss(model, inputs)
+        training = model.training
+        self._means["train" if training else "eval"].add(metrics if training else {"loss": loss, **metrics}, count)
+        if training:
+            tokens = self.accelerator.gather(inputs["attention_mask"].sum())
+            self.state.num_input_tokens_seen += int(tokens.sum())
+        if num_items_in_batch is not None:
+            # Gradients are averaged over processes, hence their number; an update without any item has no gradient.
+            share = count * self.accelerator.num_processes / torch.as_tensor(num_items_in_batch).clamp(min=1)
+            loss = loss * share
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, None, None]:
+        """The batch's loss; logits are not kept."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Transformers' loop; loss and metrics are exact means over the items, however the batches fall."""
+        self._means["eval"] = Means()
+        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        means = self._means["eval"].pop(self._sum)
+        means_by_key = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        return output._replace(metrics={**(output.metrics or {}), **means_by_key})
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the metrics gathered since the last log line, and the tokens seen so far."""
+        if "loss" in logs:
+            logs.update(self._means["train"].pop(self._sum))
+            logs["num_tokens"] = self.state.num_input_tokens_seen
+        super().log(logs, start_time)
+
+    def _sum(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values, reduction="sum")
+
+
+def model_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Logits [B, T, V] of a model that takes `input_ids`, `attention_mask` and, if it knows them, `position_ids`."""
+    return model(**{name: batch[name] for name in _accepted(model)}, use_cache=False).logits
+
+
+def _accepted(model: nn.Module) -> tuple[str, ...]:
+    """Inputs that the model's forward names (ALiBi models take no positions), seen through wrappers."""
+    inner: Any = model
+    while hasattr(inner, "module"):
+        inner = inner.module
+    with contextlib.suppress(AttributeError):
+        inner = inner.get_base_model()
+    names = inspect.signature(inner.forward).parameters
+    return tuple(name for name in MODEL_INPUTS if name in names)

@@ -1,0 +1,65 @@
+"""Where a run's log lines go: one JSON object a line in the output folder, and a short line on the console."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import Any
+
+from transformers import ProgressCallback, TrainerCallback
+
+LOG_NAME = "log.jsonl"
+_SHOWN = (
+    "loss",
+    "eval_loss",
+    "rewards/accuracies",
+    "rewards/margins",
+    "eval_rewards/accuracies",
+    "learning_rate",
+    "grad_norm",
+)
+
+
+class JsonlCallback(TrainerCallback):
+    """Appends every log line to `output_dir/log.jsonl`; a resumed run first drops the lines it will write again."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        path = os.path.join(args.output_dir, LOG_NAME)
+        kept = [line for line in read_log(path) if state.global_step and line["step"] <= state.global_step]
+        os.makedirs(args.output_dir, exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            with open(os.path.join(args.output_dir, LOG_NAME), "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, "time": time.time(), **logs}) + "\n")
+
+
+def read_log(path: str) -> list[dict[str, Any]]:
+    """The lines of a JSONL log; none if there is no such file. A last line cut short by a crash is left out."""
+    if not os.path.exists(path):
+        return []
+    lines = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return lines
+
+
+class ConsoleCallback(ProgressCallback):
+    """Transformers' progress bar with the numbers that matter beside it, instead of a dictionary per log line."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or self.training_bar is None:
+            return
+        shown = {name: logs[name] for name in _SHOWN if name in logs}
+        if shown:
+            text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+            self.training_bar.write(f"step {state.global_step:>6}  {text}")

@@ -1,0 +1,99 @@
+"""What every training command can be told."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from transformers import TrainingArguments
+
+from .arguments import key
+
+COMMON = (
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "optim",
+    "bf16",
+    "gradient_checkpointing",
+    "logging_steps",
+    "eval_strategy",
+    "eval_steps",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "report_to",
+    "seed",
+)
+"""Keys of transformers.TrainingArguments that the help of a command explains in full."""
+
+_REPLACED = {
+    "label_smoothing_factor": (0.0, "label_smoothing"),
+    "use_liger_kernel": (False, "nothing: fastalign's own kernels always serve the loss"),
+}
+
+
+@dataclass
+class TrainingConfig(TrainingArguments):
+    """Keys shared by the training commands; every key of transformers.TrainingArguments is accepted beside them."""
+
+    model: str | None = key(None, "Folder (or hub name) of the causal language model to train", group="Model and data")
+    tokenizer: str | None = key(None, "Folder of the tokenizer, if not the model's own", group="Model and data")
+    dtype: str = key("float32", "Dtype of the weights: float32, bfloat16 or float16", group="Model and data")
+    attn_implementation: str | None = key(
+        None, "Attention of the model, as in transformers (eager, sdpa, ...)", group="Model and data"
+    )
+    dataset: str | None = key(None, "Training data: .jsonl, .json, .csv or .parquet", group="Model and data")
+    eval_dataset: str | None = key(None, "Evaluation data of the same form", group="Model and data")
+    max_length: int = key(1024, "Tokens of prompt and completion together; the rest is cut", group="Model and data")
+    max_prompt_length: int | None = key(
+        None, "Tokens of the prompt; its beginning is cut, before any completion is", group="Model and data"
+    )
+    append_eos: bool = key(True, "End every completion with the end-of-sequence token", group="Model and data")
+    padding_side: str = key("right", "Side of the padding: right or left", group="Model and data")
+    output_dir: str | None = key(None, "Folder for checkpoints, logs and the trained model")
+    train_sampling_strategy: str = key(
+        "group_by_length",
+        "Order of the rows: group_by_length (random updates, sorted by length among their micro-batches), random or "
+        "sequential",
+        group="Training loop",
+    )
+    overwrite_output_dir: bool = key(False, "Train from the start even if output_dir holds checkpoints")
+    resume_from_checkpoint: str | None = key(None, "Continue: 'auto' for the newest whole checkpoint, or its folder")
+    logging_steps: float = key(10, "Log every so many updates", group="Training loop")
+
+    def __post_init__(self) -> None:
+        for name, (default, instead) in _REPLACED.items():
+            if getattr(self, name) != default:
+                raise ValueError(f"--{name} is not used here; use {instead}")
+        check_choice("padding_side", self.padding_side, ("right", "left"))
+        check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        check_positive("max_length", self.max_length)
+        if self.max_prompt_length is not None:
+            check_positive("max_prompt_length", self.max_prompt_length)
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False
+        # The columns that our collators read are not arguments of the model's forward, so none may be dropped.
+        self.remove_unused_columns = False
+        super().__post_init__()
+        self.output_dir = os.path.expanduser(str(self.output_dir))
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """ValueError unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """ValueError unless the number is above 0."""
+    if not value > 0:
+        raise ValueError(f"{name} must be above 0; got {value}")

@@ -1,0 +1,273 @@
+"""The stages of the demo. Each seeds itself, so that a run that was cut off ends as one that was not."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import resource
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from . import demo_models
+from .callbacks import LOG_NAME, read_log
+from .data.reviews import Review, load_reviews, opening, split_reviews
+from .demo_config import DemoConfig
+from .dpo import DPOConfig, DPOTrainer
+from .eval.estimates import distinct, estimate
+from .eval.gold import agreement, fit_gold, load_independent
+from .eval.sampling import Sample, compare_policies, sample
+from .run import pad_id, start_point, train
+from .sft import SFTConfig, SFTTrainer
+
+_OWN = ("stages", "base", "sft", "dpo", "pairs.jsonl", "eval_pairs.jsonl", "results.json", "curves.png")
+_BATCH = 384  # continuations sampled at once: large enough to keep two cores in matrix products
+
+
+def clear(path: Path) -> None:
+    """Removes what an earlier demo left in the folder, and nothing else."""
+    for name in _OWN:
+        target = path / name
+        if target.is_dir():
+            shutil.rmtree(target)
+        elif target.exists():
+            target.unlink()
+
+
+def peak_memory_mb() -> float:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+class Demo:
+    """What the stages share: the configuration, the folder, and the corpus with its scorers."""
+
+    def __init__(self, config: DemoConfig, path: Path) -> None:
+        self.config, self.path = config, path
+        self._reviews: tuple[list[Review], list[Review]] | None = None
+        self._gold: Any = None
+
+    # ---------------------------------------------------------------------------------------------- shared things
+    @property
+    def reviews(self) -> tuple[list[Review], list[Review]]:
+        """(train, held-out)."""
+        if self._reviews is None:
+            self._reviews = split_reviews(load_reviews(), self.config.held_out, self.config.seed)
+        return self._reviews
+
+    @property
+    def gold(self) -> Any:
+        """The gold reward: texts to scores."""
+        if self._gold is None:
+            self._gold = fit_gold(self.reviews[0])
+        return self._gold
+
+    def prompts(self, reviews: Sequence[Review], count: int) -> list[str]:
+        """Openings of the first reviews that go on for at least as long again; each opening once."""
+        words = self.config.opening_words
+        long = (r.text for r in reviews if len(r.text.split(" ")) >= 2 * words)
+        return list(itertools.islice(dict.fromkeys(opening(text, words) for text in long), count))
+
+    def load(self, name: str) -> tuple[Any, Any]:
+        """(model, tokenizer) that a stage left."""
+        folder = self.path / name
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+
+    # ----------------------------------------------------------------------------------------------------- stages
+    def corpus(self) -> dict[str, Any]:
+        """Fetches the corpus and fits the gold reward on its training part."""
+        train_reviews, held_out = self.reviews
+        return {
+            "train": len(train_reviews),
+            "held_out": len(held_out),
+            "gold": agreement(self.gold, held_out)._asdict(),
+            "independent": agreement(load_independent(), held_out)._asdict(),
+        }
+
+    def base(self) -> dict[str, Any]:
+        """The model to start from, with its tokenizer, in `base/`."""
+        config, folder = self.config, self.path / "base"
+        if config.model == "scratch":
+            tokenizer: Any = demo_models.train_tokenizer([r.text for r in self.reviews[0]], config.vocab_size)
+            model: Any = demo_models.small_model(
+                len(tokenizer), hidden_size=config.hidden_size, layers=config.layers, seed=config.seed, dropout=0.1
+            )
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        source = {"scratch": lambda: folder, "smollm2": demo_models.smollm2}.get(config.model, lambda: config.model)()
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+        return {"source": str(source), "parameters": model.num_parameters(), "vocabulary": len(tokenizer)}
+
+    def sft(self) -> dict[str, Any]:
+        """Fine-tunes on whole reviews: without a prompt, so that openings are learned as well."""
+        config = self.config
+        train_reviews, held_out = self.reviews
+        args = SFTConfig(
+            learning_rate=config.sft_learning_rate,
+            num_train_epochs=config.sft_epochs,
+            weight_decay=0.1,
+            adam_beta2=0.98,
+            eval_strategy="epoch",
+            **self._training("sft", config.sft_batch_size),
+        )
+        base = json.loads((self.path / "stages" / "base.json").read_text(encoding="utf-8"))["source"]
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        rows = [{"prompt": "", "completion": r.text} for r in train_reviews[: config.sft_rows]]
+        held = [{"prompt": "", "completion": r.text} for r in held_out[: 2 * config.eval_prompts]]
+        return self._train(SFTTrainer(model, args, rows, held, tokenizer), "sft")
+
+    def pairs(self) -> dict[str, Any]:
+        """Samples from the fine-tuned model and pairs by gold reward, on training prompts and on held-out ones."""
+        config = self.config
+        model, tokenizer = self.load("sft")
+        result: dict[str, Any] = {}
+        for part, reviews, count in (
+            ("pairs", self.reviews[0], config.prompts),
+            ("eval_pairs", self.reviews[1], config.eval_prompts),
+        ):
+            set_seed(config.seed + len(part))
+            prompts = self.prompts(reviews, count)
+            drawn = self._sample(model, tokenizer, prompts, config.samples_per_prompt, f"continuations ({part})")
+            rows = self._pair(prompts, drawn)
+            if not rows:
+                raise ValueError(f"min_gap={config.min_gap} leaves no pairs; lower it, or raise --prompts")
+            with open(self.path / f"{part}.jsonl", "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+            lengths = [[len(row[side].split()) for row in rows] for side in ("chosen", "rejected")]
+            result[part] = {"pairs": len(rows), "mean_words": [float(np.mean(n)) for n in lengths]}
+        return result
+
+    def _pair(self, prompts: list[str], drawn: list[list[Sample]]) -> list[dict[str, str]]:
+        """Best against worst and second best against second worst of each prompt's finished, different texts.
+
+        Continuations that did not end are left out: trained on with an end put to them, they would teach to stop
+        in the middle of a sentence. Ties and near-ties (`min_gap`) are skipped.
+        """
+        rows = []
+        for prompt, samples in zip(prompts, drawn, strict=True):
+            texts = list(dict.fromkeys(s.text for s in samples if s.finished and s.text.strip()))
+            if len(texts) < 2:
+                continue
+            scores = self.gold([prompt + text for text in texts])
+            order = np.argsort(-scores, kind="stable")
+            for best, worst in zip(order[: min(2, len(texts) // 2)], order[::-1], strict=False):
+                if scores[best] - scores[worst] >= self.config.min_gap:
+                    rows.append({"prompt": prompt, "chosen": texts[best], "rejected": texts[worst]})
+        return rows
+
+    def dpo(self) -> dict[str, Any]:
+        """DPO on the pairs; the aligned model goes to the output folder itself."""
+        config = self.config
+        model, tokenizer = self.load("sft")
+        args = DPOConfig(
+            beta=config.beta,
+            loss_type="rpo" if config.nll_weight else "sigmoid",
+            nll_weight=config.nll_weight or 1.0,
+            length_alpha=config.length_alpha,
+            learning_rate=config.dpo_learning_rate,
+            num_train_epochs=config.dpo_epochs,
+            eval_strategy="steps",
+            eval_steps=0.25,
+            **self._training("dpo", config.dpo_batch_size),
+        )
+        rows, held = (str(self.path / f"{name}.jsonl") for name in ("pairs", "eval_pairs"))
+        trainer = DPOTrainer(model, args, rows, held, tokenizer)
+        before = trainer.evaluate()
+        result = self._train(trainer, "dpo")
+        model.save_pretrained(self.path)
+        tokenizer.save_pretrained(self.path)
+        return {**result, "before": before}
+
+    def compare(self) -> dict[str, Any]:
+        """Samples from both models on held-out prompts with the same seed, and scores them."""
+        config = self.config
+        prompts = self.prompts(self.reviews[1], config.eval_prompts)
+        independent = load_independent()
+        models = {"before": self.load("sft"), "after": self.load("")}
+        result: dict[str, Any] = {}
+        texts, gold = {}, {}
+        for name, (model, tokenizer) in models.items():
+            set_seed(config.seed + 1)
+            drawn = self._sample(model, tokenizer, prompts, config.eval_samples, f"continuations ({name})")
+            flat = [s for samples in drawn for s in samples]
+            texts[name] = [p + s.text for p, samples in zip(prompts, drawn, strict=True) for s in samples]
+            gold[name] = self.gold(texts[name]).reshape(len(prompts), -1)
+            versus = compare_policies(model, models["before"][0], flat, pad_id(tokenizer))
+            shape = (len(prompts), config.eval_samples)
+            result[name] = {
+                "gold": estimate(gold[name])._asdict(),
+                "independent": estimate(independent(texts[name]).reshape(shape))._asdict(),
+                "kl": estimate(versus.kl.reshape(shape).numpy())._asdict(),
+                "kl_k1": estimate(versus.logp_ratio.reshape(shape).numpy())._asdict(),
+                "entropy": float(versus.entropy.sum() / sum(len(s.ids) for s in flat)),
+                "words": estimate(np.array([len(s.text.split()) for s in flat]).reshape(shape))._asdict(),
+                "finished": float(np.mean([s.finished for s in flat])),
+                "distinct_2": distinct([s.text for s in flat], 2),
+            }
+        result["gold_change"] = estimate(gold["after"] - gold["before"])._asdict()
+        result["samples"] = self._examples(prompts, texts)
+        result["gold_scores"] = {name: scores.flatten().tolist() for name, scores in gold.items()}
+        result["peak_memory_mb"] = peak_memory_mb()
+        return result
+
+    # ---------------------------------------------------------------------------------------------------- helpers
+    def _training(self, name: str, batch_size: int) -> dict[str, Any]:
+        """Trainer arguments that both trainings share.
+
+        An update runs as two micro-batches, the longer texts and the shorter ones: a fourth less padding, same update.
+        """
+        return {
+            "output_dir": str(self.path / name),
+            "per_device_train_batch_size": (batch_size + 1) // 2,
+            "gradient_accumulation_steps": min(2, batch_size),
+            "per_device_eval_batch_size": 64,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.05,
+            "max_length": 160,
+            "logging_steps": 5,
+            "save_strategy": "epoch",
+            "save_total_limit": 1,
+            "resume_from_checkpoint": "auto",
+            "seed": self.config.seed,
+        }
+
+    def _train(self, trainer: Any, name: str) -> dict[str, Any]:
+        """Trains; the metrics, speed and log of the run. Checkpoints go once the result is saved."""
+        metrics = train(trainer, start_point(trainer.args))
+        for checkpoint in (self.path / name).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        return {
+            "metrics": metrics,
+            "tokens": trainer.state.num_input_tokens_seen,
+            "tokens_per_second": trainer.state.num_input_tokens_seen / metrics["train_runtime"],
+            "log": read_log(str(self.path / name / LOG_NAME)),
+            "peak_memory_mb": peak_memory_mb(),
+        }
+
+    def _sample(self, model: Any, tokenizer: Any, prompts: list[str], per_prompt: int, desc: str) -> list[list[Sample]]:
+        return sample(
+            model,
+            tokenizer,
+            prompts,
+            per_prompt=per_prompt,
+            max_new_tokens=self.config.max_new_tokens,
+            batch_size=_BATCH,
+            desc=desc,
+        )
+
+    def _examples(self, prompts: list[str], texts: dict[str, list[str]]) -> list[dict[str, Any]]:
+        """The first sample of the first prompts, not chosen for their looks, with their gold rewards."""
+        step = self.config.eval_samples
+        rows = []
+        for i in range(min(5, len(prompts))):
+            pair = {name: all_texts[i * step] for name, all_texts in texts.items()}
+            scores = {f"{name}_gold": float(self.gold([text])[0]) for name, text in pair.items()}
+            rows.append({"prompt": prompts[i], **pair, **scores})
+        return rows

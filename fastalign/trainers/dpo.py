@@ -1,0 +1,215 @@
+"""Direct preference optimisation (Rafailov et al. 2023) and its relatives on pairs of completions.
+
+    fastalign dpo --model runs/sft --dataset pairs.jsonl --output_dir runs/dpo --beta 0.1
+
+or from Python:
+
+    DPOTrainer(model, DPOConfig(output_dir="runs/dpo"), "pairs.jsonl", processing_class=tokenizer).train()
+
+Rows have `prompt`, `chosen` and `rejected`. The reference is the model as it was before training (or `ref_model`).
+By default its log-probabilities are computed once, before the first step, and no second model is held in memory; rows
+that bring `ref_chosen_logps` and `ref_rejected_logps` are used as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .. import ops
+from ..losses.preference import DPOLoss
+from .arguments import key
+from .base import AlignmentTrainer
+from .config import TrainingConfig, check_positive
+from .data.collate import Batch, PreferenceCollator
+from .data.files import Rows
+from .data.tokenize import REFERENCE_COLUMNS, tokenize_preferences
+from .run import encoder, load_model, pad_id, run
+
+_LOSS_KEYS = (
+    "beta",
+    "loss_type",
+    "label_smoothing",
+    "length_alpha",
+    "average",
+    "f_divergence",
+    "f_alpha",
+    "simpo_gamma",
+    "nll_weight",
+    "nll_normalization",
+    "dpop_lambda",
+    "discopop_tau",
+)
+
+
+@dataclass
+class DPOConfig(TrainingConfig):
+    """Direct preference optimisation on rows of `prompt`, `chosen` and `rejected`."""
+
+    beta: float = key(0.1, "Strength of the pull towards the reference", group="Loss")
+    loss_type: str | list[str] | dict[str, float] = key(  # noqa: RUF009 (it makes a dataclasses.field)
+        "sigmoid",
+        "Variant of the loss; a list of them, or variants with weights (an unknown name lists all)",
+        group="Loss",
+    )
+    label_smoothing: float = key(0.0, "Assumed share of flipped labels (conservative and robust DPO)", group="Loss")
+    length_alpha: float = key(0.0, "Penalty for length, in nats a token (DPO-R)", group="Loss")
+    average: bool = key(False, "Use means per token instead of sums (length-normalised DPO)", group="Loss")
+    f_divergence: str = key("reverse_kl", "Divergence that holds the policy to the reference", group="Loss")
+    f_alpha: float = key(0.5, "Parameter of the alpha-divergence", group="Loss")
+    simpo_gamma: float = key(0.5, "Target margin of SimPO", group="Loss")
+    nll_weight: float = key(1.0, "Weight of the chosen completions' NLL in the losses that have one", group="Loss")
+    nll_normalization: str = key("token", "That NLL is averaged over: token, sequence or sum", group="Loss")
+    dpop_lambda: float = key(50.0, "Weight of DPO-Positive's penalty", group="Loss")
+    discopop_tau: float = key(0.05, "Temperature of DiscoPOP", group="Loss")
+    disable_dropout: bool = key(True, "Train without dropout, so that policy and reference start equal", group="Loss")
+    reference_free: bool = key(False, "Take the reference as uniform: no reference model at all", group="Reference")
+    ref_model: str | None = key(None, "Folder of the reference model, if not the model itself", group="Reference")
+    precompute_ref_log_probs: bool = key(
+        True, "Compute the reference's log-probabilities once, before training", group="Reference"
+    )
+    precompute_ref_batch_size: int | None = key(
+        None, "Pairs in a batch of that computation; the evaluation's batch size by default", group="Reference"
+    )
+    learning_rate: float = key(1e-6, "Peak learning rate", group="Training loop")
+
+    def __post_init__(self) -> None:
+        self.loss()
+        if self.precompute_ref_batch_size is not None:
+            check_positive("precompute_ref_batch_size", self.precompute_ref_batch_size)
+        super().__post_init__()
+
+    def loss(self) -> DPOLoss:
+        """The loss that these keys describe; ValueError naming the key that is wrong."""
+        return DPOLoss(inplace_backward=True, **{name: getattr(self, name) for name in _LOSS_KEYS})
+
+    @property
+    def uses_reference(self) -> bool:
+        """False for the losses without a reference (SimPO, CPO, ORPO), and for any other with `reference_free`."""
+        return not self.reference_free and self.loss().options.honours("reference")
+
+
+_METRICS = {
+    "rewards/chosen": "chosen_rewards",
+    "rewards/rejected": "rejected_rewards",
+    "rewards/margins": "margins",
+    "rewards/accuracies": "accuracies",
+    "logps/chosen": "chosen_logps",
+    "logps/rejected": "rejected_logps",
+}
+
+
+class DPOTrainer(AlignmentTrainer):
+    """Minimises a pairwise preference loss.
+
+    Logs `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies` (strictly greater),
+    `logps/chosen`, `logps/rejected` (nats a sequence) and `num_tokens`. The chosen reward may fall while the margin
+    rises: the loss only looks at the difference.
+    """
+
+    args: DPOConfig
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module,
+        args: DPOConfig,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        ref_model: PreTrainedModel | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As `AlignmentTrainer`; the rows have `prompt`, `chosen`, `rejected`. `processing_class` must be given.
+
+        ref_model: the reference policy; None takes `args.ref_model`, or the model as it is now.
+        """
+        if processing_class is None:
+            raise ValueError("processing_class must be the model's tokenizer; got None")
+        if args.disable_dropout:
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+        collator = PreferenceCollator(pad_id(processing_class), args.padding_side)
+        super().__init__(model, args, train_dataset, eval_dataset, processing_class, collator=collator, **kwargs)
+        self.ref_model: nn.Module | None = None
+        self.loss = args.loss()
+        if args.uses_reference:
+            self._set_reference(ref_model)
+        elif ref_model is not None:
+            raise ValueError(f"ref_model must be None: loss_type {args.loss_type!r} here uses no reference")
+
+    def prepare(self, rows: Rows, args: DPOConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+        return tokenize_preferences(rows, encoder(tokenizer, args))
+
+    def items(self, batch: Batch) -> Tensor:
+        """Pairs."""
+        return torch.tensor(len(batch["labels"]) // 2, device=batch["labels"].device)
+
+    def batch_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        chosen, rejected = self._reference_logps(batch)
+        out = self.loss(
+            self.logits(model, batch), batch["labels"], ref_chosen_logps=chosen, ref_rejected_logps=rejected
+        )
+        return out.loss, {name: getattr(out, field).mean() for name, field in _METRICS.items()}
+
+    # ------------------------------------------------------------------------------------------------- reference
+    def _set_reference(self, ref_model: nn.Module | None) -> None:
+        """Attaches the reference's log-probabilities to the data, or keeps a frozen reference model for each step."""
+        given: Any = [rows for rows in (self.train_dataset, self.eval_dataset) if rows is not None]
+        if all(REFERENCE_COLUMNS[0] in rows.column_names for rows in given):
+            return
+        if ref_model is None and self.args.ref_model:
+            ref_model = load_model(self.args.ref_model, self.args)
+        if not self.args.precompute_ref_log_probs:
+            own: Any = copy.deepcopy(self.model) if ref_model is None else ref_model
+            self.ref_model = own.requires_grad_(False).eval().to(self.args.device)
+            return
+        reference: Any = self.model if ref_model is None else ref_model.to(self.args.device)
+        self.train_dataset = self._with_reference(reference, self.train_dataset)
+        self.eval_dataset = self._with_reference(reference, self.eval_dataset)
+
+    @torch.no_grad()
+    def _with_reference(self, reference: nn.Module, rows: Any) -> Any:
+        """The rows with `ref_chosen_logps` and `ref_rejected_logps`, by the reference in evaluation mode."""
+        if rows is None or REFERENCE_COLUMNS[0] in rows.column_names:
+            return rows
+        size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
+        training = reference.training
+        reference.eval()
+        columns: tuple[list[float], list[float]] = ([], [])
+        loader = DataLoader(rows, batch_size=size, collate_fn=self.data_collator)  # type: ignore[arg-type]
+        for batch in tqdm(loader, desc="reference log-probs", disable=self.args.disable_tqdm):
+            batch = {name: value.to(self.args.device) for name, value in batch.items()}
+            with self.accelerator.autocast():
+                logits = self.logits(reference, batch)
+            logps = ops.sequence_logps(logits, batch["labels"])
+            for column, half in zip(columns, logps.chunk(2), strict=True):
+                column += half.tolist()
+        reference.train(training)
+        for name, column in zip(REFERENCE_COLUMNS, columns, strict=True):
+            rows = rows.add_column(name, column)
+        return rows
+
+    def _reference_logps(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """[B] each; None each without a reference."""
+        if not self.args.uses_reference:
+            return None, None
+        if self.ref_model is None or REFERENCE_COLUMNS[0] in batch:
+            return batch["ref_chosen_logps"], batch["ref_rejected_logps"]
+        with torch.no_grad():
+            chosen, rejected = ops.sequence_logps(self.logits(self.ref_model, batch), batch["labels"]).chunk(2)
+        return chosen, rejected
+
+
+def main(argv: list[str]) -> int:
+    """The `fastalign dpo` command."""
+    return run("dpo", DPOConfig, DPOTrainer, argv)

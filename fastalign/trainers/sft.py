@@ -1,0 +1,95 @@
+"""Supervised fine-tuning: the mean negative log-likelihood of completions given their prompts.
+
+    fastalign sft --model MODEL --dataset pairs.jsonl --output_dir runs/sft --learning_rate 2e-5
+
+or from Python:
+
+    SFTTrainer(model, SFTConfig(output_dir="runs/sft"), "pairs.jsonl", processing_class=tokenizer).train()
+
+Rows have a `prompt` (may be empty) and a `completion`; only the completion's tokens, its end-of-sequence token among
+them, are trained on. Sequences are padded, not packed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..losses.sft import SFTLoss
+from .arguments import key
+from .base import AlignmentTrainer
+from .config import TrainingConfig, check_choice
+from .data.collate import IGNORE, Batch, SFTCollator
+from .data.files import Rows
+from .data.tokenize import tokenize_sft
+from .run import encoder, pad_id, run
+
+_ITEMS = {
+    "token": lambda mask: mask.sum(),
+    "sequence": lambda mask: mask.any(-1).sum(),
+}
+"""What the loss averages over, by normalization: real tokens, or sequences that have one."""
+
+
+@dataclass
+class SFTConfig(TrainingConfig):
+    """Supervised fine-tuning on rows of `prompt` and `completion`; the loss counts the completions alone."""
+
+    normalization: str = key("token", "The loss averages over: token (all alike) or sequence (all alike)", group="Loss")
+    label_smoothing: float = key(0.0, "Share of the target spread over the whole vocabulary", group="Loss")
+    z_loss: float = key(0.0, "Weight of the squared log-partition function", group="Loss")
+    learning_rate: float = key(2e-5, "Peak learning rate", group="Training loop")
+
+    def __post_init__(self) -> None:
+        check_choice("normalization", self.normalization, tuple(_ITEMS))
+        self.loss()
+        super().__post_init__()
+
+    def loss(self) -> SFTLoss:
+        """The loss that these keys describe; ValueError naming the key that is wrong."""
+        return SFTLoss(
+            normalization=self.normalization,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            inplace_backward=True,
+        )
+
+
+class SFTTrainer(AlignmentTrainer):
+    """Minimises the masked negative log-likelihood. Logs `loss`, in nats a token, and `num_tokens`."""
+
+    args: SFTConfig
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module,
+        args: SFTConfig,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As `AlignmentTrainer`; the rows have `prompt` and `completion`. `processing_class` must be given."""
+        if processing_class is None:
+            raise ValueError("processing_class must be the model's tokenizer; got None")
+        collator = SFTCollator(pad_id(processing_class), args.padding_side)
+        super().__init__(model, args, train_dataset, eval_dataset, processing_class, collator=collator, **kwargs)
+        self.loss = args.loss()
+
+    def prepare(self, rows: Rows, args: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+        return tokenize_sft(rows, encoder(tokenizer, args))
+
+    def items(self, batch: Batch) -> Tensor:
+        return _ITEMS[self.args.normalization](batch["labels"] != IGNORE)
+
+    def batch_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.loss(self.logits(model, batch), batch["labels"]).loss, {}
+
+
+def main(argv: list[str]) -> int:
+    """The `fastalign sft` command."""
+    return run("sft", SFTConfig, SFTTrainer, argv)
