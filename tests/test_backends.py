@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -14,7 +15,14 @@ X, L = torch.randn(2, 5), torch.tensor([1, 2])
 
 
 def python(code, **env):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env})
+    # Not in the source tree, whose fastalign/ would come before the installed one.
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+        cwd=tempfile.gettempdir(),
+    )
 
 
 def test_both_backends_are_here():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from typing import Literal
 
@@ -140,7 +141,9 @@ def test_missing_required_key_is_an_error_of_usage(capsys):
 
 
 def run_python(code: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tempfile.gettempdir()
+    )
 
 
 def test_missing_extra_is_named():

@@ -74,7 +74,7 @@ _PRETRAINED: dict[str, Any] = {
     "sft_learning_rate": 1e-4,
     "sft_batch_size": 8,
     "prompts": 48,
-    "dpo_learning_rate": 2e-5,
+    "dpo_learning_rate": 5e-5,
     "dpo_batch_size": 8,
     "eval_prompts": 24,
 }

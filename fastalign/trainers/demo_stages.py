@@ -110,11 +110,10 @@ class Demo:
         train_reviews, held_out = self.reviews
         args = SFTConfig(
             learning_rate=config.sft_learning_rate,
-            num_train_epochs=config.sft_epochs,
             weight_decay=0.1,
             adam_beta2=0.98,
-            eval_strategy="epoch",
-            **self._training("sft", config.sft_batch_size),
+            eval_strategy="epoch" if config.sft_epochs > 1 else "no",
+            **self._training("sft", config.sft_batch_size, config.sft_epochs),
         )
         base = json.loads((self.path / "stages" / "base.json").read_text(encoding="utf-8"))["source"]
         tokenizer = AutoTokenizer.from_pretrained(base)
@@ -172,10 +171,9 @@ class Demo:
             nll_weight=config.nll_weight or 1.0,
             length_alpha=config.length_alpha,
             learning_rate=config.dpo_learning_rate,
-            num_train_epochs=config.dpo_epochs,
             eval_strategy="steps",
             eval_steps=0.25,
-            **self._training("dpo", config.dpo_batch_size),
+            **self._training("dpo", config.dpo_batch_size, config.dpo_epochs),
         )
         rows, held = (str(self.path / f"{name}.jsonl") for name in ("pairs", "eval_pairs"))
         trainer = DPOTrainer(model, args, rows, held, tokenizer)
@@ -218,7 +216,7 @@ class Demo:
         return result
 
     # ---------------------------------------------------------------------------------------------------- helpers
-    def _training(self, name: str, batch_size: int) -> dict[str, Any]:
+    def _training(self, name: str, batch_size: int, epochs: float) -> dict[str, Any]:
         """Trainer arguments that both trainings share.
 
         An update runs as two micro-batches, the longer texts and the shorter ones: a fourth less padding, same update.
@@ -232,7 +230,9 @@ class Demo:
             "warmup_steps": 0.05,
             "max_length": 160,
             "logging_steps": 5,
-            "save_strategy": "epoch",
+            "num_train_epochs": epochs,
+            # The stage itself saves its end; a large model's checkpoint there would only cost time.
+            "save_strategy": "epoch" if epochs > 1 else "no",
             "save_total_limit": 1,
             "resume_from_checkpoint": "auto",
             "seed": self.config.seed,
