@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 import torch
-from _case import Case, Problem
+from _case import Case
 from _interleave import Prepare
 from _suite import Options
 
@@ -67,7 +67,7 @@ def main(case_json: str, options_json: str) -> None:
     _map_large_blocks()
     torch.set_num_threads(options.threads)
     suite = importlib.import_module(f"bench_{case.suite}").SUITE
-    contenders = suite.contenders(case, Problem(case, options.seed), options)
+    contenders = suite.contenders(case, suite.problem(case, options), options)
     print(json.dumps({name: peak_of(prepare) for name, prepare in contenders.items()}))
 
 

@@ -50,6 +50,14 @@ class LogitsSuite:
     variants: dict[str, Variant]
     objective: Objective
     checks: Callable[[Problem], dict[str, float]] | None = None
+    inputs: Callable[[Problem], Tensor] | None = None
+    """What the objective gets in place of the reference's log-probabilities."""
+
+    def problem(self, case: Case, options: Options) -> Problem:
+        made = Problem(case, options.seed)
+        if self.inputs is not None:
+            made.ref_logps = self.inputs(made)
+        return made
 
     def cases(self, options: Options) -> list[Case]:
         return [
@@ -70,7 +78,7 @@ class LogitsSuite:
 
     def measure(self, case: Case, options: Options) -> dict[str, Any]:
         """The case's record in the results file."""
-        problem = Problem(case, options.seed)
+        problem = self.problem(case, options)
         contenders = self.contenders(case, problem, options)
         oracle = Oracle(problem, self.objective, gradient=case.job != "forward")
         errors = {name: oracle.errors(prepare()()) for name, prepare in contenders.items()}  # and compiles

@@ -24,6 +24,7 @@ _TITLES = {
     ("logps", "both"): "log-probs, forward + backward",
     ("dpo", "forward"): "DPO loss from logits",
     ("dpo", "both"): "DPO loss + gradient from logits",
+    ("ppo", "both"): "PPO-clip loss + gradient from logits",
 }
 
 
@@ -102,6 +103,16 @@ def _overhead(results: dict[str, Any]) -> list[str]:
     ]
 
 
+def _advantages(results: dict[str, Any]) -> list[str]:
+    return [
+        f"Generalised advantage estimation, {case['rows']} sequences of {case['vocab']:,} tokens: "
+        f"{_spread(case['variants']['fastalign'])}; a loop of tensor operations over time takes "
+        f"{_times(case['ratios']['fastalign']['eager'])} as long."
+        for case in results["cases"]
+        if case["suite"] == "gae" and {"fastalign", "eager"} <= case["variants"].keys()
+    ]
+
+
 _NOTES = (
     "Times: median (10th to 90th percentile) of rounds that visit every variant once in random order. `2.0x`: the peer "
     "takes twice as long, median of the ratios within rounds. Of the limit: the time that the bytes that must be moved "
@@ -127,7 +138,7 @@ def table(results: dict[str, Any]) -> str:
                     [
                         _TITLES.get((case["suite"], case["job"]), f"{case['suite']} {case['job']}"),
                         _size(case),
-                        "in place" if ours.endswith("in place") else "",
+                        ours.removeprefix("fastalign").strip(),
                         _spread(row),
                         _percent(row["of_limit"]),
                         *(_times(ratios.get(peer)) for peer in peers),
@@ -139,7 +150,7 @@ def table(results: dict[str, Any]) -> str:
     parts = [machine(results)]
     if cases:
         parts += ["\n".join(lines), _rates(results), _NOTES]
-    return "\n\n".join(parts + _overhead(results))
+    return "\n\n".join(parts + _advantages(results) + _overhead(results))
 
 
 def details(results: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 
 ROWS, VOCABS, DTYPES = 512, (128256, 32000), ("float32", "bfloat16")
 OURS, IN_PLACE, EAGER, COMPILED = "fastalign", "fastalign in place", "eager", "torch.compile"
+ONE_LAUNCH = "fastalign one launch, in place"
 MARGIN = 1e-6
 """By how much of the result's scale (`output_scale`; the gradient's norm) our error may exceed eager torch's."""
 
@@ -72,6 +74,18 @@ def _of_limit(ours: str) -> Callable[[Record], float | None]:
     return lambda case: case["variants"][ours]["of_limit"]
 
 
+def _own(ours: str, other: str) -> Callable[[Record], float | None]:
+    """How many times longer another of our own variants takes, within rounds."""
+
+    def figure(case: Record) -> float | None:
+        if not {ours, other} <= case["variants"].keys():
+            return None
+        pairs = zip(case["variants"][other]["seconds"], case["variants"][ours]["seconds"], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+    return figure
+
+
 def _peak(ours: str) -> Callable[[Record], float | None]:
     def share(case: Record) -> float | None:
         peak = case["variants"][ours]["peak_bytes"]
@@ -115,6 +129,16 @@ def _speed(dtype: str, vocab: int) -> Iterator[Target]:
     yield Target("times faster than torch.compile", dpo, _ratio(OURS, COMPILED), 2.5)
 
 
+def _one_launch(dtype: str, vocab: int) -> Iterator[Target]:
+    if vocab != VOCABS[0]:
+        return
+    ppo = ("ppo", "both", ROWS, vocab, dtype)
+    yield Target("one launch, times faster than in place", ppo, _own(ONE_LAUNCH, IN_PLACE), 1.4)
+    yield Target("one launch, times faster than torch.compile", ppo, _ratio(ONE_LAUNCH, COMPILED), 6)
+    yield Target("one launch, times faster than eager", ppo, _ratio(ONE_LAUNCH, EAGER), 12)
+    yield Target("one launch, error of the gradient", ppo, _error(ONE_LAUNCH, "gradient"), _eager_gradient_error, True)
+
+
 def _memory(dtype: str, vocab: int) -> Iterator[Target]:
     dpo = ("dpo", "both", ROWS, vocab, dtype)
     percent: dict[str, Any] = {"at_most": True, "unit": " %", "scale": 100}
@@ -144,10 +168,11 @@ def _from_ln2(case: Record) -> float | None:
 def targets() -> list[Target]:
     """Every target, speed first."""
     sizes = [(dtype, vocab) for vocab in VOCABS for dtype in DTYPES]
-    found = [target for group in (_speed, _memory, _accuracy) for size in sizes for target in group(*size)]
+    found = [target for group in (_speed, _one_launch, _memory, _accuracy) for size in sizes for target in group(*size)]
     overhead = ("overhead", "forward", 1, 32, "float32")
     us: dict[str, Any] = {"at_most": True, "unit": " µs", "scale": 1e6}
-    return [*found, Target("call over its kernel alone", overhead, _check("overhead_seconds"), 25e-6, **us)]
+    gae = Target("times faster than a loop", ("gae", "forward", 512, 2048, "float32"), _ratio(OURS, EAGER), 50)
+    return [*found, gae, Target("call over its kernel alone", overhead, _check("overhead_seconds"), 25e-6, **us)]
 
 
 def judge(results: dict[str, Any], wanted: list[Target] | None = None) -> list[Verdict]:

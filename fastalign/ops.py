@@ -105,12 +105,17 @@ _lib.define(
 )
 
 
-def _forward(logits, labels, ref_logits, ignore_index, temperature, softcap, entropy, mean, inplace_backward):
+def _checked_forward(logits, labels, ref_logits, ignore_index, temperature, softcap, entropy, mean, inplace_backward):
     _check(logits, labels, ref_logits, temperature, softcap, inplace_backward)
     ref_logits = None if ref_logits is None else _unit_stride(ref_logits)
-    outputs = _backends.forward(
+    return _backends.forward(
         _unit_stride(logits), labels, ref_logits, ignore_index, temperature, softcap, entropy, mean
     )
+
+
+def _forward(logits, *args):
+    """As an operator, which must return tensors: empty ones for what was not asked for."""
+    outputs = _checked_forward(logits, *args)
     return tuple(logits.new_empty(0, dtype=outputs[0].dtype) if t is None else t for t in outputs)
 
 
@@ -204,7 +209,8 @@ torch.library.register_fake("fastalign::token_stats_backward_", lambda logits, *
 class _TokenStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, ref_logits, *options):
-        outputs = _below_autograd(logits, labels, ref_logits, *options)
+        plain = _plain(logits, labels)
+        outputs = (_checked_forward if plain else _redispatch)(logits, labels, ref_logits, *options)
         ignore_index, temperature, softcap, want_entropy, _, ctx.inplace = options
         _, _, entropy, kl, _, saved = outputs
         ctx.mark_non_differentiable(saved)
@@ -248,17 +254,22 @@ def _plain(logits, labels) -> bool:
     return type(logits) is Tensor and type(labels) is Tensor and torch._C._len_torch_dispatch_stack() == 0
 
 
-def _below_autograd(logits, labels, *args):
-    if _plain(logits, labels):
-        return _forward(logits, labels, *args)
+def _redispatch(*args):
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.fastalign.token_stats(logits, labels, *args)
+        return torch.ops.fastalign.token_stats(*args)
 
 
-def _stats_autograd(logits, *args):
-    if torch.is_grad_enabled() and logits.requires_grad:
-        return _TokenStats.apply(logits, *args)
-    return _below_autograd(logits, *args)
+def _call_plain(logits, *args):
+    """The operator's work for a call that nobody watches; None in place of what was not asked for."""
+    wants_grad = logits.requires_grad and torch.is_grad_enabled()
+    return _TokenStats.apply(logits, *args) if wants_grad else _checked_forward(logits, *args)
+
+
+def _stats_autograd(logits, labels, *args):
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        return _redispatch(logits, labels, *args)
+    outputs = _TokenStats.apply(logits, labels, *args)
+    return tuple(logits.new_empty(0, dtype=outputs[0].dtype) if t is None else t for t in outputs)
 
 
 _lib.impl("token_stats", _stats_autograd, "Autograd")
@@ -308,7 +319,7 @@ def token_stats(
     cap = _as_softcap(softcap)
     compiling = torch.compiler.is_compiling()
     smooth = label_smoothing != 0.0
-    call = torch.ops.fastalign.token_stats if compiling or not _plain(logits, labels) else _stats_autograd
+    call = torch.ops.fastalign.token_stats if compiling or not _plain(logits, labels) else _call_plain
     logps, lse, ent, div, mean, _ = call(
         logits, labels, ref_logits, ignore_index, temperature, cap, entropy, smooth, inplace_backward and not compiling
     )

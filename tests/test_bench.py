@@ -17,7 +17,9 @@ import pytest
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 OURS = ("fastalign", "fastalign in place")
 ROUNDS = 3
-JOBS = {"logps": ("forward", "backward", "both"), "dpo": ("forward", "both")}
+JOBS = {"logps": ("forward", "backward", "both"), "dpo": ("forward", "both"), "ppo": ("both",)}
+FIXED = {("overhead", "forward", 32, "float32"), ("gae", "forward", 2048, "float32")}
+"""Cases of one size, without bytes and errors."""
 
 
 def _load(name: str) -> ModuleType:
@@ -119,9 +121,9 @@ def test_every_case_is_in_the_results_with_all_its_samples(run):
     found = {(c["suite"], c["job"], c["vocab"], c["dtype"]) for c in results["cases"]}
     sizes = [(vocab, dtype) for vocab in (33, 130) for dtype in ("float32", "bfloat16")]
     wanted = {(suite, job, *size) for suite, jobs in JOBS.items() for job in jobs for size in sizes}
-    assert found == wanted | {("overhead", "forward", 32, "float32")}
+    assert found == wanted | FIXED
     for case in results["cases"]:
-        if case["suite"] == "overhead":
+        if "probes" not in case:
             continue
         ours = OURS[:1] if case["job"] == "forward" else OURS
         assert set(case["variants"]) == {*ours, "eager"}
@@ -132,7 +134,7 @@ def test_every_case_is_in_the_results_with_all_its_samples(run):
 
 def test_what_is_derived_follows_from_the_samples(run):
     results, _, _ = run
-    for case in (c for c in results["cases"] if c["suite"] != "overhead"):
+    for case in (c for c in results["cases"] if "probes" in c):
         size = 8 * case["vocab"] * {"float32": 4, "bfloat16": 2}[case["dtype"]]
         passes = {"forward": (1, 0), "backward": (0, 2), "both": (1, 2)}[case["job"]]
         read, copy = (case["probes"][name]["seconds"] for name in ("read", "copy"))
@@ -163,7 +165,7 @@ def test_environment_says_where_the_results_come_from(run):
 def test_errors_are_those_of_the_dtype(run):
     results, _, _ = run
     bounds = {"float32": 2e-6, "bfloat16": 0.1}
-    for case in (c for c in results["cases"] if c["suite"] != "overhead"):
+    for case in (c for c in results["cases"] if "probes" in c):
         for name, row in case["variants"].items():
             assert row["error"]["output"] <= bounds[case["dtype"]] * max(1, row["error"]["output_scale"]), (case, name)
             assert ("gradient" in row["error"]) == (case["job"] != "forward")
@@ -223,7 +225,7 @@ def test_report_has_a_line_for_each_variant_of_ours(run, tmp_path):
     done = _python(BENCH / "report.py", file, cwd=BENCH.parent)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("| ") and "---" not in line]
-    assert len(lines) == 1 + sum(len(case["ratios"]) for case in results["cases"] if case["suite"] != "overhead")
+    assert len(lines) == 1 + sum(len(case["ratios"]) for case in results["cases"] if "probes" in case)
     assert len({line.count("|") for line in lines}) == 1
     case = next(case for case in results["cases"] if case["job"] == "both")
     row = case["variants"]["fastalign"]
@@ -260,11 +262,15 @@ def test_update_refuses_text_without_one_pair_of_markers(text):
 def _results(good: bool) -> dict:
     """Results that meet every target, or miss each."""
     speed, peak, error = (100.0, 0.0, 0.0) if good else (0.1, 9e9, 9.0)
-    names = {*OURS, "eager", "torch.compile"}
+    names = {*OURS, targets.ONE_LAUNCH, "eager", "torch.compile"}
     reference = {"output": 0.1, "output_scale": 1.0, "gradient": 0.1}
+    seconds = {name: [1.0] for name in names} | {targets.ONE_LAUNCH: [1 / speed]}
     row = {"of_limit": speed, "peak_bytes": peak, "error": {**reference, "output": error, "gradient": error}}
-    variants = dict.fromkeys(names, row) | {"eager": {**row, "error": reference}}
-    ratios = {name: {peer: {"median": speed} for peer in ("eager", "torch.compile")} for name in OURS}
+    variants = {name: {**row, "seconds": seconds[name]} for name in names}
+    variants["eager"] = variants["eager"] | {"error": reference}
+    ratios = {
+        name: {peer: {"median": speed} for peer in ("eager", "torch.compile")} for name in (*OURS, targets.ONE_LAUNCH)
+    }
     checks = {
         "step_zero_loss": targets.LN2 if good else 0.7,
         "step_zero_reward": error,

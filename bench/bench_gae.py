@@ -1,0 +1,88 @@
+"""Generalised advantage estimation, 512 sequences of 2,048 tokens: our kernel against a loop of tensor operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from _case import Case
+from _interleave import interleave, replay, summary
+from _suite import Options, peer_ratios
+from _variants import EAGER, OURS, Variant
+from torch import Tensor
+
+from fastalign import rl
+
+ROWS, LENGTH = 512, 2048
+GAMMA, LAM = 0.99, 0.95
+Gae = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _ours(rewards: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    return rl.gae(rewards, values, mask, gamma=GAMMA, lam=LAM)[0]
+
+
+def _loop(rewards: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """What trainers do: one step of tensor operations a token, from the last to the first."""
+    live = mask.float()
+    rewards, values = rewards * live, values * live
+    last, found = torch.zeros(rewards.shape[0]), []
+    for t in reversed(range(rewards.shape[1])):
+        following = values[:, t + 1] if t + 1 < rewards.shape[1] else torch.zeros(rewards.shape[0])
+        last = rewards[:, t] + GAMMA * following - values[:, t] + GAMMA * LAM * last
+        found.append(last)
+    return torch.stack(found[::-1], dim=1) * live
+
+
+class GaeSuite:
+    """One case; rows and vocabulary of the record are sequences and their length."""
+
+    name = "gae"
+    variants: ClassVar[dict[str, Variant]] = {
+        OURS: Variant(lambda: _ours, ours=True),
+        EAGER: Variant(lambda: _loop),
+    }
+
+    def cases(self, options: Options) -> list[Case]:
+        return [Case(self.name, "forward", ROWS, LENGTH, "float32")]
+
+    def variants_of(self, case: Case, options: Options) -> dict[str, Variant]:
+        return options.chosen(self.variants)
+
+    def measure(self, case: Case, options: Options) -> dict[str, Any]:
+        draw = torch.Generator().manual_seed(options.seed)
+        rewards, values = (torch.randn(case.rows, case.vocab, generator=draw) for _ in range(2))
+        lengths = torch.randint(1, case.vocab + 1, (case.rows, 1), generator=draw)
+        mask = (
+            torch.arange(case.vocab) < lengths
+        )  # padded on the right, where the loop needs no more care than it takes
+        runs = {name: partial(v.build(), rewards, values, mask) for name, v in self.variants_of(case, options).items()}
+        results = {name: run() for name, run in runs.items()}
+        seconds = interleave(
+            {name: partial(_already, run) for name, run in runs.items()},
+            rounds=options.rounds,
+            warmup=options.warmup,
+            seed=options.seed,
+        )
+        rows = {
+            name: {"ours": self.variants[name].ours, "seconds": samples, **summary(samples)}
+            for name, samples in seconds.items()
+        }
+        checks = {}
+        if {OURS, EAGER} <= results.keys():
+            checks["difference"] = float((results[OURS] - results[EAGER]).abs().max())
+        return case.to_dict() | {"calls": 1, "variants": rows, "ratios": peer_ratios(rows), "checks": checks}
+
+
+def _already(run: Gae) -> Gae:
+    """Nothing to prepare."""
+    return run
+
+
+SUITE = GaeSuite()
+
+
+def bench_gae(case, variant, record_of, benchmark):
+    replay(benchmark, record_of(case)["variants"][variant]["seconds"])

@@ -1,0 +1,57 @@
+"""PPO-clip from the policy's logits with its gradient: in two steps over the logits, and in one launch.
+
+The limit that shares are given of is that of two visits (one read, then one read and write), which one launch can beat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from _case import Problem
+from _interleave import replay
+from _suite import LogitsSuite
+from _variants import OURS_ONE_LAUNCH, Function, Variant, logits_variants
+from torch import Tensor
+
+import fastalign as fa
+
+CLIP = 0.2
+
+
+def _inputs(problem: Problem) -> Tensor:
+    """[2, B, T]: log-probabilities of the old policy, near the new one's as after an update or two, and advantages."""
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        logps = fa.token_logps(problem.logits, problem.labels)
+    old = logps + 0.1 * torch.randn(logps.shape, generator=draw)
+    return torch.stack([old, torch.randn(logps.shape, generator=draw)])
+
+
+def _plain(logps: Tensor, inputs: Tensor) -> Tensor:
+    """Schulman et al. 2017, eq. 7, as a loss, averaged over tokens."""
+    old, advantages = inputs
+    ratio = torch.exp(logps - old)
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - CLIP, 1 + CLIP)).mean()
+
+
+def _ours(logps: Tensor, inputs: Tensor) -> Tensor:
+    old, advantages = inputs
+    return fa.losses.policy_loss(logps, old, advantages, torch.ones_like(logps, dtype=torch.bool), cliprange=CLIP).loss
+
+
+def _one_launch() -> Function:
+    module = fa.losses.PPOLoss(cliprange=CLIP, one_launch=True, inplace_backward=True)
+    return lambda logits, labels, inputs: module(logits, labels, *inputs).loss
+
+
+def _variants() -> dict[str, Variant]:
+    build: Callable[[], Function] = _one_launch
+    return {**logits_variants(_ours, _plain), OURS_ONE_LAUNCH: Variant(build, ours=True, jobs=("both",))}
+
+
+SUITE = LogitsSuite("ppo", ("both",), _variants(), _plain, inputs=_inputs)
+
+
+def bench_ppo(case, variant, record_of, benchmark):
+    replay(benchmark, record_of(case)["variants"][variant]["seconds"])
