@@ -139,7 +139,8 @@ struct Objective {
         }
         parallel_for(a.rows, plan.grain(a), a.threads, [&](int64_t row) {
             const bool live = a.label(row) != a.ignore_index;
-            if constexpr (kMode == kPlain && !kCap) {
+            // In float32 the row and its powers together outgrow the second cache: no gain there.
+            if constexpr (kMode == kPlain && !kCap && sizeof(T) == 2) {
                 if (live) return kept(a, row, plan.pieces, slopes, k);
             }
             const Stats o = live ? row_stats<T, kCap, kMode>(a, row, plan.pieces, k) : Stats{};
