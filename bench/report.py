@@ -182,13 +182,22 @@ def update(text: str, block: str) -> str:
     return f"{before}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}"
 
 
+def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """One set of results from several runs on one machine: a case is its last run's, the environment the last one's."""
+    if len({(run["environment"]["cpu"], run["environment"]["threads"]) for run in runs}) > 1:
+        raise ValueError("results must come from one machine with one number of threads; got several")
+    keys = ("suite", "job", "rows", "vocab", "dtype")
+    cases = {tuple(case[k] for k in keys): case for run in runs for case in run["cases"]}
+    return {**runs[-1], "cases": list(cases.values())}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, help="JSON written by `pytest bench --json`")
+    parser.add_argument("results", type=Path, nargs="+", help="JSON written by `pytest bench --json`; later cases win")
     parser.add_argument("--details", action="store_true", help="every variant instead of the README's table")
     parser.add_argument("--update", type=Path, metavar="FILE", help="rewrite the table between this file's markers")
     arguments = parser.parse_args()
-    results = json.loads(arguments.results.read_text(encoding="utf-8"))
+    results = merged([json.loads(path.read_text(encoding="utf-8")) for path in arguments.results])
     if arguments.update:
         text = arguments.update.read_text(encoding="utf-8")
         arguments.update.write_text(update(text, table(results)), encoding="utf-8")

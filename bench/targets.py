@@ -190,9 +190,12 @@ def judge(results: dict[str, Any], wanted: list[Target] | None = None) -> list[V
 
 
 def main() -> int:
+    from report import merged  # beside this file, which is where Python looks when it is run
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, help="JSON written by `pytest bench --json`")
-    verdicts = judge(json.loads(parser.parse_args().results.read_text(encoding="utf-8")))
+    parser.add_argument("results", type=Path, nargs="+", help="JSON written by `pytest bench --json`; later cases win")
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in parser.parse_args().results]
+    verdicts = judge(merged(runs) if len(runs) > 1 else runs[0])
     print(*verdicts, sep="\n")
     met = sum(verdict.met for verdict in verdicts)
     print(f"{met} of {len(verdicts)} targets met")

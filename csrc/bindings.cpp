@@ -143,11 +143,11 @@ std::int64_t token_objective(const py::tuple& tokens, const py::tuple& options, 
 }
 
 template <class T>
-void gae(Address rewards, Address values, Address mask, Address advantages, std::int64_t rows, std::int64_t length,
-         double gamma, double gamma_lam, int threads) {
+void gae(Address rewards, Address values, Address mask, Address advantages, Address returns, std::int64_t rows,
+         std::int64_t length, double gamma, double gamma_lam, int threads) {
     py::gil_scoped_release release;
-    fastalign::gae<T>({at<const T>(rewards), at<const T>(values), at<const bool>(mask), at<T>(advantages), rows, length,
-                       static_cast<T>(gamma), static_cast<T>(gamma_lam), threads});
+    fastalign::gae<T>({at<const T>(rewards), at<const T>(values), at<const bool>(mask), at<T>(advantages),
+                       at<T>(returns), rows, length, static_cast<T>(gamma), static_cast<T>(gamma_lam), threads});
 }
 
 std::vector<std::string> isas() {

@@ -294,13 +294,13 @@ def objective(
 
 
 # ------------------------------------------------------------------------------------------------- advantages
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
-    """Advantages [..., T] of checked rewards and values (one dtype, float32 or float64) and a boolean mask."""
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """(advantages, returns) of checked rewards and values (one dtype, float32 or float64) and a boolean mask."""
     # float64 too, unlike the token statistics: here it costs nothing.
     if _C is None or rewards.device.type != "cpu" or _forced == "eager":
         return gae_eager.gae(rewards, values, mask, gamma, lam)
     rewards, values, mask = rewards.contiguous(), values.contiguous(), mask.contiguous()
-    advantages = torch.empty_like(rewards)
+    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
     length = rewards.shape[-1]
     call = _C.gae_float64 if rewards.dtype == torch.float64 else _C.gae_float32
     call(
@@ -308,13 +308,14 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
         values.data_ptr(),
         mask.data_ptr(),
         advantages.data_ptr(),
+        returns.data_ptr(),
         rewards.numel() // length if length else 0,
         length,
         gamma,
         gamma * lam,
         torch.get_num_threads(),
     )
-    return advantages
+    return advantages, returns
 
 
 # ------------------------------------------------------------------------------------------------- machine's rates

@@ -9,7 +9,7 @@ template <class T>
 struct GaeArgs {
     const T *rewards, *values;
     const bool* mask;
-    T* advantages;
+    T *advantages, *returns;
     int64_t rows, length;
     T gamma, gamma_lam;
     int threads;

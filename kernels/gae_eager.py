@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
-    """Advantages [..., T] of rewards, values (of one floating dtype) and a boolean mask, all [..., T]."""
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """(advantages, returns) of rewards, values (of one floating dtype) and a boolean mask; [..., T] all."""
     next_value = next_advantage = torch.zeros_like(rewards[..., 0]) if rewards.shape[-1] else rewards.new_zeros(())
     advantages = torch.zeros_like(rewards)
     for t in range(rewards.shape[-1] - 1, -1, -1):
@@ -24,4 +24,4 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
         next_advantage = torch.where(real, advantage, next_advantage)
         next_value = torch.where(real, value, next_value)
         advantages[..., t] = torch.where(real, advantage, 0)
-    return advantages
+    return advantages, advantages + torch.where(mask, values, 0)
