@@ -72,6 +72,13 @@ def _measured(results: dict[str, Any]) -> list[dict[str, Any]]:
     return [case for case in results["cases"] if "probes" in case]
 
 
+def _rounds(results: dict[str, Any]) -> str:
+    """How many rounds the cases had: merged runs may differ."""
+    counts = {len(row["seconds"]) for case in _measured(results) for row in case["variants"].values()}
+    low, high = (min(counts), max(counts)) if counts else (results["environment"]["options"]["rounds"],) * 2
+    return str(low) if low == high else f"{low} to {high}"
+
+
 def machine(results: dict[str, Any]) -> str:
     """Where, when and with what the results were taken, in one line."""
     env = results["environment"]
@@ -81,7 +88,7 @@ def machine(results: dict[str, Any]) -> str:
     trl = f", TRL {env['versions']['trl']}" if env["versions"].get("trl") else ""
     return (
         f"{env['cpu']}, {env['threads']} threads, {isa} (backend `{env['backend']}`), torch {env['versions']['torch']}"
-        f"{trl}, {env['date'][:10]}, {commit}, {env['options']['rounds']} rounds"
+        f"{trl}, {env['date'][:10]}, {commit}, {_rounds(results)} rounds"
     )
 
 
