@@ -19,9 +19,7 @@ class Oracle:
         logps = logps.view(problem.labels.shape).requires_grad_()
         self.output = objective(logps, problem.ref_logps.double())
         weights = torch.autograd.grad(self.output, logps, problem.weights_for(self.output))[0].flatten()
-        # A loss is a small difference of large sums: what it inherits from its terms is relative to them, not to it.
-        terms = self.output if self.output.dim() else (weights * logps.detach().flatten()).abs().sum()
-        self.scale = float(terms.abs().max())
+        self.scale = float(self.output.abs().max())
         self.gradient: Tensor | None = None
         if gradient:
             self.gradient = torch.empty(self._rows.shape, dtype=torch.float64)
@@ -33,10 +31,8 @@ class Oracle:
     def errors(self, result: tuple[Tensor, Tensor | None]) -> dict[str, float]:
         """The errors of a variant's result and gradient.
 
-        `output`: largest absolute error. `output_scale`: what to make it relative to: of per-token results the largest
-        absolute value, of a scalar sum_i |logp_i d scalar/d logp_i|, which is by how much it moves when every
-        log-probability moves by its own size. `gradient`: Euclidean norm of the error relative to that of the gradient
-        (only where there is one).
+        `output`: largest absolute error. `output_scale`: the largest absolute value, to make it relative to.
+        `gradient`: Euclidean norm of the error relative to that of the gradient (only where there is one).
         """
         output, gradient = result
         errors = {
