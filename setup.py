@@ -21,6 +21,7 @@ HEADERS = [
         "objectives",
         "parallel",
         "probes_cpu",
+        "token_powers_cpu",
         "token_rows_cpu",
         "token_stats",
         "token_stats_cpu",

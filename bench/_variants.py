@@ -27,7 +27,7 @@ Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 JOBS = ("forward", "backward", "both")
 
 OURS, OURS_IN_PLACE, EAGER, COMPILED = "fastalign", "fastalign in place", "eager", "torch.compile"
-OURS_ONE_LAUNCH = "fastalign one launch, in place"
+OURS_ONE_LAUNCH = "fastalign one launch in place"
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ def _plain(logps: Tensor, ref_logps: Tensor) -> Tensor:
 
 
 def _ours(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    return fa.losses.dpo_loss(*logps.sum(-1).chunk(2), *ref_logps.chunk(2), beta=BETA).loss
+    """As `DPOLoss` does with references in float64."""
+    return fa.losses.dpo_loss(*fa.ops.sum_tokens(logps, torch.float64).chunk(2), *ref_logps.chunk(2), beta=BETA).loss
 
 
 def _step_zero(problem: Problem) -> dict[str, float]:

@@ -20,7 +20,7 @@ from typing import Any
 
 ROWS, VOCABS, DTYPES = 512, (128256, 32000), ("float32", "bfloat16")
 OURS, IN_PLACE, EAGER, COMPILED = "fastalign", "fastalign in place", "eager", "torch.compile"
-ONE_LAUNCH = "fastalign one launch, in place"
+ONE_LAUNCH = "fastalign one launch in place"
 MARGIN = 1e-6
 """By how much of the result's scale (`output_scale`; the gradient's norm) our error may exceed eager torch's."""
 

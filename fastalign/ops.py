@@ -353,19 +353,36 @@ def token_logps(logits: Tensor, labels: Tensor, **options) -> Tensor:
     return token_stats(logits, labels, **options).logps
 
 
-def sequence_logps(logits: Tensor, labels: Tensor, *, average: bool = False, **options) -> Tensor:
+def sum_tokens(logps: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Sum of [B, ..., T] log-probabilities over all but the first dimension, [B], in `dtype` (None: that of logps).
+
+    Added up in float64 where the device has it: at -1000 neighbouring float32 numbers are 6e-5 apart, so a float32 sum
+    may carry that error several times, one that is rounded at the end half of it.
+    """
+    wide = logps.dtype if logps.device.type == "mps" else torch.float64
+    total = logps.flatten(1).sum(-1, dtype=wide) if logps.dim() > 1 else logps.to(wide)
+    return total.to(logps.dtype if dtype is None or logps.device.type == "mps" else dtype)
+
+
+def sequence_logps(
+    logits: Tensor, labels: Tensor, *, average: bool = False, dtype: torch.dtype | None = None, **options
+) -> Tensor:
     """Log-probability of each sequence, [B]: the sum over its real tokens, or with `average` their mean (0 if none).
 
     Args:
         logits: [B, ..., V] (usually [B, T, V]).
         labels: [B, ...]; tokens equal to `ignore_index` (prompt, padding) do not count.
         average: divide by the number of real tokens.
+        dtype: of the result: float32 (None: the default, float64 for float64 logits) or float64, which keeps the last
+            digits of long sums for the difference of two of them.
         options: as in `token_stats`.
     """
+    if dtype not in (None, torch.float32, torch.float64):
+        raise TypeError(f"dtype must be None, torch.float32 or torch.float64; got {dtype}")
     logps = token_logps(logits, labels, **options)
     if logps.dim() < 1:
         raise ValueError(f"logits must be [B, ..., V] with at least one batch dimension; got shape {_shape(logits)}")
-    total = logps.flatten(1).sum(-1) if logps.dim() > 1 else logps
+    total = sum_tokens(logps, dtype)
     if not average:
         return total
     live = (labels != options.get("ignore_index", -100)).to(total.dtype)

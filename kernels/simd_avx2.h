@@ -35,6 +35,11 @@ inline float reduce_max(Vec a) {
     return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
 }
 
+// Is any lane above the bound? NaN is not.
+inline bool any_above(Vec a, float bound) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(a.v, _mm256_set1_ps(bound), _CMP_GT_OQ)) != 0;
+}
+
 // 2^u: 0 below -126, at least 2^127 above 127 (callers test sums for that), NaN at NaN. Relative error below 2e-7.
 inline Vec exp2(Vec u) {
     // min and max return their second operand where one is NaN, so NaN passes both.

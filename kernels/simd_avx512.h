@@ -26,6 +26,9 @@ inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 
+// Is any lane above the bound? NaN is not.
+inline bool any_above(Vec a, float bound) { return _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(bound), _CMP_GT_OQ) != 0; }
+
 // 2^u for any u: 0 at -inf, inf where it overflows, NaN at NaN. Relative error below 2e-7.
 inline Vec exp2(Vec u) {
     const __m512 f = _mm512_reduce_ps(u.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // u - floor(u); 0 at -inf

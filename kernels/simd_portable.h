@@ -54,6 +54,13 @@ inline float reduce_max(Vec a) {
     return m;
 }
 
+// Is any lane above the bound? NaN is not.
+inline bool any_above(Vec a, float bound) {
+    bool above = false;
+    for (int i = 0; i < 8; ++i) above |= a.v[i] > bound;
+    return above;
+}
+
 // 2^u: 0 below -126, at least 2^127 above 127 (callers test sums for that), NaN at NaN. Relative error below 3e-7.
 inline Vec exp2(Vec u) {
     return each([&](int i) {

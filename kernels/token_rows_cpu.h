@@ -104,15 +104,37 @@ inline Vec accumulate(Lanes<kMode>& acc, Vec x, Vec z, Vec pad, Vec pivot, Vec r
     return e;
 }
 
-// `keep`: null, or where the powers go, in the order of the loads, padded to whole units.
-template <class T, bool kCap, Mode kMode, bool kFused, bool kKeep>
-Sums sum_piece_at(const T* x, const T* z, int64_t n, float pivot, float ref_pivot, float* keep, const Prepare& k) {
+// What becomes of a piece's powers: nothing.
+struct Drop {
+    void operator()(int64_t, Vec, Vec) const {}
+    void tail(int64_t, int64_t, Vec, Vec) const {}
+    Drop again() const { return {}; }
+};
+
+// The four chains of sums that a piece runs in.
+template <Mode kMode>
+struct Accumulators {
+    Lanes<kMode> lanes[4];
+
+    Sums close(double pivot, double ref_pivot) const {
+        const auto sum = [&](Vec Lanes<kMode>::* m) -> double {
+            return reduce_add((lanes[0].*m + lanes[1].*m) + (lanes[2].*m + lanes[3].*m));
+        };
+        Sums o{pivot, sum(&Lanes<kMode>::s), 0, 0, ref_pivot, 0, 0};
+        if constexpr (kMode != kPlain) o.w = sum(&Lanes<kMode>::w), o.total = sum(&Lanes<kMode>::total);
+        if constexpr (kMode == kReference) o.k = sum(&Lanes<kMode>::k), o.t = sum(&Lanes<kMode>::t);
+        return o;
+    }
+};
+
+template <class T, bool kCap, Mode kMode, bool kFused, class Sink>
+void add_range(Accumulators<kMode>& sums, const T* x, const T* z, int64_t n, float pivot, float ref_pivot,
+               const Sink& sink, const Prepare& k) {
     // How far ahead of the loads to ask for memory: the hardware stops at page ends, this does not.
     constexpr int64_t kAhead = 2048 / sizeof(T);
     constexpr int kLines = kUnit * sizeof(T) < 64 ? 1 : kUnit * sizeof(T) / 64;
-    const float scale = first(k.scale), offset = -pivot * scale;
-    const Vec pv = set1(kFused ? offset : pivot), rv = set1(ref_pivot);
-    Lanes<kMode> acc[4];
+    const Vec pv = set1(kFused ? -pivot * first(k.scale) : pivot), rv = set1(ref_pivot);
+    Lanes<kMode> acc[4] = {sums.lanes[0], sums.lanes[1], sums.lanes[2], sums.lanes[3]};  // in registers
     Vec a, b, c = set1(0), d = set1(0);
     int64_t i = 0;
     for (; i + 2 * kUnit <= n; i += 2 * kUnit) {
@@ -126,7 +148,7 @@ Sums sum_piece_at(const T* x, const T* z, int64_t n, float pivot, float ref_pivo
             }
             const Vec e = accumulate<kCap, false, kFused>(acc[2 * h], a, c, pv, pv, rv, k);
             const Vec f = accumulate<kCap, false, kFused>(acc[2 * h + 1], b, d, pv, pv, rv, k);
-            if constexpr (kKeep) store2<false>(keep + at, e, f);
+            sink(at, e, f);
         }
     }
     for (; i + kUnit <= n; i += kUnit) {
@@ -134,7 +156,7 @@ Sums sum_piece_at(const T* x, const T* z, int64_t n, float pivot, float ref_pivo
         if constexpr (kMode == kReference) load2(z + i, c, d);
         const Vec e = accumulate<kCap, false, kFused>(acc[0], a, c, pv, pv, rv, k);
         const Vec f = accumulate<kCap, false, kFused>(acc[1], b, d, pv, pv, rv, k);
-        if constexpr (kKeep) store2<false>(keep + i, e, f);
+        sink(i, e, f);
     }
     if (i < n) {
         T zeros[kUnit];
@@ -145,17 +167,28 @@ Sums sum_piece_at(const T* x, const T* z, int64_t n, float pivot, float ref_pivo
         if constexpr (kMode == kReference) load_tail(z + i, n - i, 0.0f, c, d);
         const Vec e = accumulate<kCap, true, kFused>(acc[0], a, c, pad_a, pv, rv, k);
         const Vec f = accumulate<kCap, true, kFused>(acc[1], b, d, pad_b, pv, rv, k);
-        if constexpr (kKeep) store2<false>(keep + i, e, f);
+        sink.tail(i, n - i, e, f);
     }
-    const auto sum = [&](Vec Lanes<kMode>::* m) -> double {
-        return reduce_add((acc[0].*m + acc[1].*m) + (acc[2].*m + acc[3].*m));
-    };
-    // Rounding `offset` moved the pivot a little: the sums are exactly those at the moved one.
-    const double at = kFused ? -static_cast<double>(offset) / scale : pivot;
-    Sums o{at, sum(&Lanes<kMode>::s), 0, 0, ref_pivot, 0, 0};
-    if constexpr (kMode != kPlain) o.w = sum(&Lanes<kMode>::w), o.total = sum(&Lanes<kMode>::total);
-    if constexpr (kMode == kReference) o.k = sum(&Lanes<kMode>::k), o.t = sum(&Lanes<kMode>::t);
-    return o;
+    for (int h = 0; h < 4; ++h) sums.lanes[h] = acc[h];
+}
+
+// Rounding -pivot * scale moves the pivot of fused sums a little: they are exactly those at the moved one.
+template <bool kFused>
+double moved(float pivot, const Prepare& k) {
+    const float scale = first(k.scale), offset = -pivot * scale;
+    return kFused ? -static_cast<double>(offset) / scale : pivot;
+}
+
+template <class T, bool kCap, Mode kMode, bool kFused, class Sink>
+Sums sum_piece_at(const T* x, const T* z, int64_t n, float pivot, float ref_pivot, const Sink& sink, const Prepare& k) {
+    Accumulators<kMode> sums;
+    add_range<T, kCap, kMode, kFused>(sums, x, z, n, pivot, ref_pivot, sink, k);
+    return sums.close(moved<kFused>(pivot, k), ref_pivot);
+}
+
+template <bool kCap>
+float prepared(float x, const Prepare& k) {
+    return reduce_max(capped<kCap>(set1(x), k));  // by the vector code: the same bits as in the sums
 }
 
 // One row of the call, ready to be summed piece by piece.
@@ -179,25 +212,28 @@ struct Row {
     // All -inf: a pivot below everything, so that differences from it are -inf and not NaN.
     static float finite(float m) { return m == -INFINITY ? -FLT_MAX : m; }
 
-    template <bool kKeep = false>
-    Sums piece(int64_t index, const Prepare& k, float* keep = nullptr) const {
+    template <class Sink = Drop>
+    Sums piece(int64_t index, const Prepare& k, const Sink& sink = {}) const {
         const int64_t begin = index * kPiece, n = vocab - begin < kPiece ? vocab - begin : kPiece;
         const T *px = x + begin, *pz = z ? z + begin : nullptr;
         // Plain sums are bound by instructions in 16 bits, so one fewer counts. At the ends of float32's range the
         // fused form overflows; entropy and KL want differences that are exactly 0 for equal logits.
         constexpr bool kFused = kMode == kPlain ? kHasFma : false;
-        const Sums o = sum_piece_at<T, kCap, kMode, kFused, kKeep>(px, pz, n, pivot, ref_pivot, keep, k);
+        const Sums o = sum_piece_at<T, kCap, kMode, kFused>(px, pz, n, pivot, ref_pivot, sink, k);
         if (o.s < kLimit[kMode] && o.t < kLimit[kMode] && std::isfinite(o.pivot)) return o;
         const float exact = finite(maximum<T, kCap>(px, n, k));
         const float ref_exact = pz ? finite(maximum<T, kCap>(pz, n, k)) : 0.0f;
-        return sum_piece_at<T, kCap, kMode, false, kKeep>(px, pz, n, exact, ref_exact, keep, k);
+        return sum_piece_at<T, kCap, kMode, false>(px, pz, n, exact, ref_exact, sink.again(), k);
+    }
+
+    // `at_label`: the target's raw logit.
+    Stats finish(const TokenArgs& a, float at_label, const Sums& s, const Prepare& k) const {
+        Stats o = fastalign::finish(s, prepared<kCap>(at_label, k), 1 / a.temperature, static_cast<double>(vocab));
+        if (kMode != kReference) o.kl = o.ref_m = o.ref_r = 0;
+        if (kMode == kPlain) o.entropy = o.mean = 0;
+        return o;
     }
 };
-
-template <bool kCap>
-float prepared(float x, const Prepare& k) {
-    return reduce_max(capped<kCap>(set1(x), k));  // by the vector code: the same bits as in the sums
-}
 
 // ------------------------------------------------------------------------------------------------- backward
 template <bool kCap, Mode kMode>
@@ -254,24 +290,6 @@ void gradient_piece(const T* x, const T* z, T* out, int64_t n, const Coefficient
         store2<kStream>(out + i, gradient<kCap, kMode>(a, p, c, k), gradient<kCap, kMode>(b, q, c, k));
     }
     if (i < n) gradient_tail<T, kCap, kMode>(x + i, kMode == kReference ? z + i : z, out + i, n - i, c, k);
-}
-
-// The gradient of a piece whose powers were kept: no exponential, one multiply-add. `a` is relative to their pivot.
-template <class T, bool kStream>
-void kept_gradient(const float* keep, T* out, int64_t n, float a, float kappa) {
-    const Vec av = set1(a), kv = set1(kappa);
-    Vec e, f;
-    int64_t i = 0;
-    for (; i + kUnit <= n; i += kUnit) {
-        load2(keep + i, e, f);
-        store2<kStream>(out + i, fma(e, av, kv), fma(f, av, kv));
-    }
-    if (i < n) {
-        T unit[kUnit];
-        load2(keep + i, e, f);
-        store2<false>(unit, fma(e, av, kv), fma(f, av, kv));
-        std::memcpy(out + i, unit, (n - i) * sizeof(T));
-    }
 }
 
 inline bool no_gradient(const Coefficients& c) {

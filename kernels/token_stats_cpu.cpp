@@ -8,6 +8,7 @@
 #include FA_SIMD_HEADER
 #include "probes_cpu.h"
 #include "token_rows_cpu.h"
+#include "token_powers_cpu.h"
 
 namespace fastalign::FA_ISA {
 namespace {
@@ -31,22 +32,13 @@ void write_row(const PerRow<float>& out, float* saved, int64_t row, const Stats&
     saved[0] = o.m, saved[1] = o.r, saved[2] = o.ref_m, saved[3] = o.ref_r;
 }
 
-template <class T, bool kCap, Mode kMode>
-Stats finish_row(const TokenArgs& a, int64_t row, const Row<T, kCap, kMode>& r, const Sums& s, const Prepare& k) {
-    const float label = prepared<kCap>(to_float(r.x[a.label(row)]), k);
-    Stats o = finish(s, label, 1 / a.temperature, static_cast<double>(a.vocab));
-    if (kMode != kReference) o.kl = o.ref_m = o.ref_r = 0;
-    if (kMode == kPlain) o.entropy = o.mean = 0;
-    return o;
-}
-
 // The statistics of a live row, by one thread.
 template <class T, bool kCap, Mode kMode>
 Stats row_stats(const TokenArgs& a, int64_t row, int64_t pieces, const Prepare& k) {
     const Row<T, kCap, kMode> r(a, row, k);
     Sums sums = r.piece(0, k);
     for (int64_t p = 1; p < pieces; ++p) merge(sums, r.piece(p, k), kLog2e / a.temperature);
-    return finish_row(a, row, r, sums, k);
+    return r.finish(a, to_float(r.x[a.label(row)]), sums, k);
 }
 
 // The same for few long rows, which threads share; `done(row, stats)` is called in order, ignored rows with zeros.
@@ -64,7 +56,8 @@ void shared_stats(const TokenArgs& a, int64_t pieces, const Prepare& k, const Do
         }
         Sums sums = parts[row * pieces];
         for (int64_t p = 1; p < pieces; ++p) merge(sums, parts[row * pieces + p], kLog2e / a.temperature);
-        done(row, finish_row(a, row, Row<T, kCap, kMode>(a, row, k), sums, k));
+        const Row<T, kCap, kMode> r(a, row, k);
+        done(row, r.finish(a, to_float(r.x[a.label(row)]), sums, k));
     }
 }
 
@@ -137,51 +130,19 @@ struct Objective {
             });
             return;
         }
+        if constexpr (kMode == kPlain && !kCap) {
+            // In float32 the powers pay where they need no memory of their own; beside a row they outgrow the cache.
+            using Slopes = decltype(slopes);
+            using Worker = std::conditional_t<sizeof(T) == 2, PowersApart<T, Slopes>, PowersInPlace<Slopes>>;
+            if (sizeof(T) == 2 || a.out_gradient == a.logits) {
+                return parallel_workers(a.rows, plan.grain(a), a.threads, [&] { return Worker(a, slopes, k); });
+            }
+        }
         parallel_for(a.rows, plan.grain(a), a.threads, [&](int64_t row) {
             const bool live = a.label(row) != a.ignore_index;
-            // In float32 the row and its powers together outgrow the second cache: no gain there.
-            if constexpr (kMode == kPlain && !kCap && sizeof(T) == 2) {
-                if (live) return kept(a, row, plan.pieces, slopes, k);
-            }
             const Stats o = live ? row_stats<T, kCap, kMode>(a, row, plan.pieces, k) : Stats{};
             row_gradient<T, kCap, kMode>(a, row, 0, a.vocab, slopes(row, o), k);
         });
-    }
-
-    // The forward's exponentials are kept in float32 (they stay in the second cache) and the gradient is their
-    // multiple. Measured, that beats exponentials anew; fetching the next row ahead on top of it gains nothing.
-    template <class Slopes>
-    static void kept(const ObjectiveArgs& a, int64_t row, int64_t pieces, const Slopes& slopes, const Prepare& k) {
-        static thread_local std::vector<float> keep;
-        static thread_local std::vector<double> pivots;
-        keep.resize(a.vocab + kUnit), pivots.resize(pieces);
-        const Row<T, kCap, kMode> r(a, row, k);
-        const double scale = kLog2e / a.temperature;
-        Sums sums{};
-        for (int64_t p = 0; p < pieces; ++p) {
-            const Sums piece = r.template piece<true>(p, k, keep.data() + p * kPiece);
-            pivots[p] = piece.pivot;
-            if (p == 0) sums = piece;
-            else merge(sums, piece, scale);
-        }
-        const Coefficients c = slopes(row, finish_row(a, row, r, sums, k));
-        T* out = static_cast<T*>(a.out_gradient) + a.out_layout.offset(row);
-        if (no_gradient(c)) {
-            std::memset(static_cast<void*>(out), 0, a.vocab * sizeof(T));
-            return;
-        }
-        const int64_t label = a.label(row);
-        const float at_label = label_gradient<T, kCap, kMode>(r.x, nullptr, label, c, k);
-        const bool stream = a.stream && reinterpret_cast<uintptr_t>(out) % kStreamAlign == 0;
-        for (int64_t p = 0; p < pieces; ++p) {
-            const int64_t begin = p * kPiece, n = std::min(kPiece, a.vocab - begin);
-            const float factor = static_cast<float>(c.a * std::exp2((pivots[p] - c.pivot) * scale));
-            const float* powers = keep.data() + begin;
-            if (stream) kept_gradient<T, true>(powers, out + begin, n, factor, c.kappa);
-            else kept_gradient<T, false>(powers, out + begin, n, factor, c.kappa);
-        }
-        if (stream) stream_fence();
-        from_float(at_label, out[label]);
     }
 };
 

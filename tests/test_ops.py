@@ -283,3 +283,14 @@ def test_sequence_logps_sum_and_average():
     per_token = fa.token_logps(x, labels)
     assert torch.equal(fa.sequence_logps(x, labels), per_token.sum(-1))
     assert torch.equal(fa.sequence_logps(x, labels, average=True), torch.stack([per_token[0, 2], torch.tensor(0.0)]))
+
+
+def test_sequence_logps_round_once():
+    """A float32 result is the exact sum, rounded; a float64 one is not rounded at all."""
+    x = torch.randn(3, 700, 50, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(0, 50, (3, 700), generator=torch.Generator().manual_seed(1))
+    exact = fa.token_logps(x, labels).double().sum(-1)
+    assert torch.equal(fa.sequence_logps(x, labels, dtype=torch.float64), exact)
+    assert torch.equal(fa.sequence_logps(x, labels), exact.float())
+    with pytest.raises(TypeError, match=r"dtype must be None, torch\.float32 or torch\.float64; got torch\.int64"):
+        fa.sequence_logps(x, labels, dtype=torch.int64)

@@ -9,13 +9,32 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops import sum_tokens
+
+__all__ = [
+    "check_float",
+    "check_mask",
+    "check_range",
+    "hide",
+    "lookup",
+    "masked_mean",
+    "narrow",
+    "stats_of",
+    "sum_tokens",
+]
 
 T = TypeVar("T")
+Output = TypeVar("Output", bound=tuple[Tensor, ...])
 
 
 def stats_of(logits: Tensor, labels: Tensor, **options: Any) -> ops.TokenStats:
     """Token statistics of what a loss module was given. Modules reach logits through here and nowhere else."""
     return ops.token_stats(logits, labels, **options)
+
+
+def narrow(output: Output, dtype: torch.dtype) -> Output:
+    """A loss's NamedTuple of tensors in the given dtype."""
+    return type(output)(*(field.to(dtype) for field in output))
 
 
 def hide(x: Tensor, mask: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._common import check_float, check_mask, check_range, hide, lookup, masked_mean, stats_of
+from ._common import check_float, check_mask, check_range, hide, lookup, masked_mean, stats_of, sum_tokens
 
 
 class ListOutput(NamedTuple):
@@ -295,7 +295,7 @@ class PROLoss(nn.Module):
             check_mask("mask", mask, shape)
             labels = labels.masked_fill(~mask.reshape(labels.shape[:-1]).unsqueeze(-1), self.ignore_index)
         stats = stats_of(logits, labels, ignore_index=self.ignore_index, **self.options)
-        sums = stats.logps.sum(-1).reshape(shape)
+        sums = sum_tokens(stats.logps.flatten(0, -2)).reshape(shape)
         counts = (labels != self.ignore_index).sum(-1).reshape(shape)
         means = sums / counts.clamp(min=1).to(sums.dtype)
         return pro_loss(

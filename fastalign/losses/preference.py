@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._common import check_float, stats_of
+from ._common import check_float, narrow, stats_of, sum_tokens
 from ._pairwise_table import F_DIVERGENCES, NLL_NORMALIZATIONS, PAIRWISE, Pairs, PairwiseOptions, Side
 
 __all__ = ["F_DIVERGENCES", "NLL_NORMALIZATIONS", "PAIRWISE", "DPOLoss", "PreferenceOutput", "dpo_loss"]
@@ -241,7 +241,9 @@ class DPOLoss(nn.Module):
             logits: [2B, T, V], the policy's: the B chosen rows, then the B rejected rows in the same order.
             labels: [2B, T], int64 or int32: `labels[i, t]` is the target of `logits[i, t]`.
             ref_logits: [2B, T, V] of the reference, a constant; or
-            ref_chosen_logps, ref_rejected_logps: [B] precomputed sums; or neither, for reference-free losses.
+            ref_chosen_logps, ref_rejected_logps: [B] precomputed sums; or neither, for reference-free losses. Where
+                they are float64 (`sequence_logps(..., dtype=torch.float64)`), the policy's sums are not rounded to
+                float32 either.
 
         Returns:
             PreferenceOutput.
@@ -259,10 +261,14 @@ class DPOLoss(nn.Module):
             if not self.options.honours("reference"):
                 raise ValueError(f"ref_logits must be None: loss_type {self.options.loss_type!r} uses no reference")
             with torch.no_grad():
-                references = _halves(stats_of(ref_logits, labels, **self.stats_options).logps.sum(-1))
+                ref_logps = stats_of(ref_logits, labels, **self.stats_options).logps
+                references = _halves(sum_tokens(ref_logps, torch.float64))
         stats = stats_of(logits, labels, inplace_backward=self.inplace_backward, **self.stats_options)
         lengths = _halves(labels.ne(self.stats_options["ignore_index"]).sum(-1))
-        return _pairwise_loss(self.options, _halves(stats.logps.sum(-1)), references, lengths)
+        # Rounded as given references were, so that a policy that is its reference still has rewards of exactly 0.
+        dtype = torch.float64 if references[0] is None else references[0].dtype
+        sums = _halves(sum_tokens(stats.logps, dtype if dtype == torch.float64 else torch.float32))
+        return narrow(_pairwise_loss(self.options, sums, references, lengths), stats.logps.dtype)
 
     def extra_repr(self) -> str:
         return repr(self.options)

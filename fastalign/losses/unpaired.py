@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._common import check_float, check_mask, check_range, masked_mean, stats_of
+from ._common import check_float, check_mask, check_range, masked_mean, stats_of, sum_tokens
 
 __all__ = ["KTOLoss", "KTOOutput", "kto_loss"]
 
@@ -170,10 +170,10 @@ class KTOLoss(nn.Module):
             if ref_logps is not None:
                 raise ValueError("give ref_logits or ref_logps, not both")
             with torch.no_grad():
-                ref_logps = stats_of(ref_logits, labels, **self.stats_options).logps.sum(-1)
+                ref_logps = sum_tokens(stats_of(ref_logits, labels, **self.stats_options).logps)
         stats = stats_of(logits, labels, inplace_backward=self.inplace_backward, **self.stats_options)
         return kto_loss(
-            stats.logps.sum(-1),
+            sum_tokens(stats.logps),
             desirable,
             ref_logps,
             kl=kl,

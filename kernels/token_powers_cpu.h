@@ -1,0 +1,274 @@
+// One launch of a plain objective with one exponential an element: the forward's powers 2^u are kept, and a row's
+// gradient is a multiple of them. Where they are kept decides how much of a core's cache a row takes, and so the speed.
+// Included after token_rows_cpu.h.
+#pragma once
+#include <type_traits>
+#include <vector>
+
+#include "token_rows_cpu.h"
+
+namespace fastalign::FA_ISA {
+namespace {
+
+// They are kept, in the order of the loads, padded to whole units.
+struct Keep {
+    float* to;
+    void operator()(int64_t at, Vec e, Vec f) const { store2<false>(to + at, e, f); }
+    void tail(int64_t at, int64_t, Vec e, Vec f) const { (*this)(at, e, f); }
+    Keep again() const { return *this; }
+};
+
+// They are kept in place of another row's, whose gradient is written as its powers leave: a multiple of them.
+template <class T, bool kStream>
+struct Exchange {
+    float* keep;
+    T* out;
+    Vec a, kappa;
+    void operator()(int64_t at, Vec e, Vec f) const {
+        Vec p, q;
+        load2(keep + at, p, q);
+        store2<false>(keep + at, e, f);
+        store2<kStream>(out + at, fma(p, a, kappa), fma(q, a, kappa));
+    }
+    void tail(int64_t at, int64_t n, Vec e, Vec f) const {
+        T unit[kUnit];
+        const Exchange<T, false> last{keep + at, unit, a, kappa};
+        last(0, e, f);
+        std::memcpy(out + at, unit, n * sizeof(T));
+    }
+    Keep again() const { return {keep}; }
+};
+
+// What both ways of keeping them share.
+template <class T, class Slopes>
+struct PowersWorker {
+    const ObjectiveArgs& a;
+    const Slopes& slopes;
+    const Prepare& k;
+    double scale = kLog2e / a.temperature;
+
+    T* gradient_of(int64_t row) const { return static_cast<T*>(a.out_gradient) + a.out_layout.offset(row); }
+    void no_gradient_of(int64_t row) const {
+        std::memset(static_cast<void*>(gradient_of(row)), 0, a.vocab * sizeof(T));
+    }
+
+    // True where the row is ignored and done with.
+    bool ignored(int64_t row) const {
+        if (a.label(row) != a.ignore_index) return false;
+        slopes(row, Stats{});
+        no_gradient_of(row);
+        return true;
+    }
+
+    // From powers relative to `pivot` to the gradient, whose coefficients are relative to the row's own.
+    Vec factor(const Coefficients& c, double pivot) const {
+        return set1(static_cast<float>(c.a * std::exp2((pivot - c.pivot) * scale)));
+    }
+};
+
+// 16-bit rows: their powers in float32 lie apart. A thread has two rows in hand: while one's logits come from memory
+// and are summed, its powers take the place of the row before, whose gradient leaves for memory. So neither the
+// arithmetic nor the memory waits for the other.
+template <class T, class Slopes>
+class PowersApart : PowersWorker<T, Slopes> {
+    using Base = PowersWorker<T, Slopes>;
+    using Base::a, Base::k;
+
+  public:
+    PowersApart(const ObjectiveArgs& args, const Slopes& slopes, const Prepare& prepare)
+        : Base{args, slopes, prepare},
+          pivots_((args.vocab + kPiece - 1) / kPiece),
+          powers_(buffer(args.vocab + kUnit)) {}
+
+    void operator()(int64_t row) {
+        if (this->ignored(row)) return;
+        const Row<T, false, kPlain> r(a, row, k);
+        Sums sums = exchange(r, 0);
+        for (size_t p = 1; p < pivots_.size(); ++p) merge(sums, exchange(r, p), this->scale);
+        close();
+        const int64_t label = a.label(row);
+        const Coefficients c = this->slopes(row, r.finish(a, to_float(r.x[label]), sums, k));
+        if (no_gradient(c)) return this->no_gradient_of(row);
+        T* out = this->gradient_of(row);
+        const bool stream = a.stream && reinterpret_cast<uintptr_t>(out) % kStreamAlign == 0;
+        before_ = {out, c, label, label_gradient<T, false, kPlain>(r.x, nullptr, label, c, k), stream};
+    }
+
+    void finish() {
+        for (size_t p = 0; before_.out && p < pivots_.size(); ++p) {
+            const int64_t n = std::min(kPiece, a.vocab - static_cast<int64_t>(p) * kPiece);
+            if (before_.stream) drain(leaving<true>(p), n);
+            else drain(leaving<false>(p), n);
+        }
+        close();
+    }
+
+  private:
+    // The row whose powers are kept, if any.
+    struct Before {
+        T* out = nullptr;
+        Coefficients c{};
+        int64_t label = 0;
+        float at_label = 0;
+        bool stream = false;
+    };
+
+    static float* buffer(int64_t size) {
+        static thread_local std::vector<float> powers;  // kept from call to call: fresh pages cost more than the work
+        if (static_cast<int64_t>(powers.size()) < size) powers.resize(size);
+        return powers.data();
+    }
+
+    Sums exchange(const Row<T, false, kPlain>& r, size_t p) {
+        const Sums o = !before_.out     ? r.piece(p, k, Keep{powers_ + p * kPiece})
+                       : before_.stream ? r.piece(p, k, leaving<true>(p))
+                                        : r.piece(p, k, leaving<false>(p));
+        pivots_[p] = o.pivot;
+        return o;
+    }
+
+    template <bool kStream>
+    Exchange<T, kStream> leaving(size_t p) const {
+        return {powers_ + p * kPiece, before_.out + p * kPiece, this->factor(before_.c, pivots_[p]),
+                set1(before_.c.kappa)};
+    }
+
+    template <bool kStream>
+    static void drain(const Exchange<T, kStream>& piece, int64_t n) {
+        int64_t i = 0;
+        for (; i + kUnit <= n; i += kUnit) piece(i, set1(0), set1(0));
+        if (i < n) piece.tail(i, n - i, set1(0), set1(0));
+    }
+
+    void close() {
+        if (!before_.out) return;
+        if (before_.stream) stream_fence();
+        from_float(before_.at_label, before_.out[before_.label]);
+        before_ = {};
+    }
+
+    std::vector<double> pivots_;
+    float* powers_;
+    Before before_;
+};
+
+// float32 rows in place: the powers overwrite the logits, so that nothing but the row itself has to stay in cache. A
+// piece cannot be summed anew with a better pivot then, so no power is stored before it is known to be small enough;
+// where one is not, the rest of the piece takes another pivot.
+template <class Slopes>
+class PowersInPlace : PowersWorker<float, Slopes> {
+    using Base = PowersWorker<float, Slopes>;
+    using Base::a, Base::k;
+
+    static constexpr float kHeadroom = 80;  // of a power, in bits: the sum of a piece stays below kLimit[kPlain]
+    static constexpr int64_t kStep = 2 * kUnit;
+
+  public:
+    PowersInPlace(const ObjectiveArgs& args, const Slopes& slopes, const Prepare& prepare)
+        : Base{args, slopes, prepare} {}
+
+    void operator()(int64_t row) {
+        if (this->ignored(row)) return;
+        const Row<float, false, kPlain> r(a, row, k);
+        float* out = this->gradient_of(row);
+        const int64_t label = a.label(row);
+        const float at_label = r.x[label];
+        const Sums sums = overwrite(r, out);
+        const Coefficients c = this->slopes(row, r.finish(a, at_label, sums, k));
+        if (no_gradient(c)) return this->no_gradient_of(row);
+        for (size_t s = 0; s < segments_.size(); ++s) {
+            const int64_t begin = segments_[s].begin, end = s + 1 < segments_.size() ? segments_[s + 1].begin : a.vocab;
+            multiply(out + begin, end - begin, this->factor(c, segments_[s].pivot), set1(c.kappa));
+        }
+        out[label] = label_gradient<float, false, kPlain>(&at_label, nullptr, 0, c, k);
+    }
+
+    void finish() {}
+
+  private:
+    // Powers from `begin` on are relative to this pivot.
+    struct Segment {
+        int64_t begin;
+        double pivot;
+    };
+
+    Sums overwrite(const Row<float, false, kPlain>& r, float* out) {
+        Sums total{};
+        bool empty = true;
+        float pivot = r.pivot;
+        segments_.assign(1, {0, at(pivot)});
+        for (int64_t begin = 0; begin < a.vocab; begin += kPiece) {
+            const int64_t end = std::min(a.vocab, begin + kPiece);
+            for (int64_t i = begin; i < end;) {
+                Accumulators<kPlain> sums;
+                const int64_t from = i;
+                i += fused(pivot) ? add<kHasFma>(sums, r.x + i, out + i, end - i, pivot)
+                                  : add<false>(sums, r.x + i, out + i, end - i, pivot);
+                if (i > from) {
+                    const Sums part = sums.close(at(pivot), 0);
+                    if (empty) total = part;
+                    else merge(total, part, this->scale);
+                    empty = false;
+                }
+                if (i == end) break;
+                pivot = r.finite(maximum<float, false>(r.x + i, end - i, k));
+                segments_.push_back({i, at(pivot)});
+            }
+        }
+        return total;
+    }
+
+    // Sums and stores powers until one would be too large; returns how many.
+    template <bool kFused>
+    int64_t add(Accumulators<kPlain>& sums, const float* x, float* out, int64_t n, float pivot) const {
+        constexpr int64_t kAhead = 2048 / sizeof(float);
+        const Vec pv = set1(kFused ? -pivot * first(k.scale) : pivot);
+        const auto bits = [&](Vec v) { return kFused ? fma(v, k.scale, pv) : (v - pv) * k.scale; };
+        Vec s[4] = {sums.lanes[0].s, sums.lanes[1].s, sums.lanes[2].s, sums.lanes[3].s}, u[4];
+        int64_t i = 0;
+        for (; i + kStep <= n; i += kStep) {
+            for (int64_t l = 0; l < kStep; l += 16) prefetch(x + i + kAhead + l);
+            load2(x + i, u[0], u[1]);
+            load2(x + i + kUnit, u[2], u[3]);
+            for (Vec& v : u) v = bits(v);
+            if (any_above(max(max(u[0], u[1]), max(u[2], u[3])), kHeadroom)) break;
+            for (int h = 0; h < 4; ++h) u[h] = exp2(u[h]), s[h] = s[h] + u[h];
+            store2<false>(out + i, u[0], u[1]);
+            store2<false>(out + i + kUnit, u[2], u[3]);
+        }
+        for (int h = 0; h < 4; ++h) sums.lanes[h].s = s[h];
+        if (n - i >= kStep || (maximum<float, false>(x + i, n - i, k) - pivot) * first(k.scale) > kHeadroom) return i;
+        add_range<float, false, kPlain, kFused>(sums, x + i, nullptr, n - i, pivot, 0, Overwrite{out + i}, k);
+        return n;
+    }
+
+    // What lies behind the row's end is not ours.
+    struct Overwrite {
+        float* to;
+        void operator()(int64_t i, Vec e, Vec f) const { store2<false>(to + i, e, f); }
+        void tail(int64_t i, int64_t n, Vec e, Vec f) const {
+            float unit[kUnit];
+            store2<false>(unit, e, f);
+            std::memcpy(to + i, unit, n * sizeof(float));
+        }
+    };
+
+    // The fused form moves the pivot by up to its rounding: far out that is too much, and at the ends it overflows.
+    bool fused(float pivot) const { return kHasFma && std::fabs(pivot * first(k.scale)) < 0x1p20f; }
+    double at(float pivot) const { return fused(pivot) ? moved<true>(pivot, k) : pivot; }
+
+    static void multiply(float* out, int64_t n, Vec factor, Vec kappa) {
+        Vec e, f;
+        int64_t i = 0;
+        for (; i + kUnit <= n; i += kUnit) {
+            load2(out + i, e, f);
+            store2<false>(out + i, fma(e, factor, kappa), fma(f, factor, kappa));
+        }
+        for (; i < n; ++i) out[i] = first(fma(set1(out[i]), factor, kappa));
+    }
+
+    std::vector<Segment> segments_;
+};
+
+}  // namespace
+}  // namespace fastalign::FA_ISA
