@@ -68,7 +68,7 @@ def token_objective(
         raise ValueError(f"inplace needs a dense vocabulary; got logits with strides {tuple(logits.stride())}")
     source = _unit_stride(logits.detach())
     out = source if inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    logps, lse, ent, div, mean = _backends.objective(
+    logps, lse, ent, div, mean = _backends.pick(source).objective(
         source,
         labels,
         None if ref_logits is None else _unit_stride(ref_logits),
@@ -121,9 +121,7 @@ class _Attach(torch.autograd.Function):
                 "the gradient of a one-launch objective was handed on already: it can be used once (one_launch=False "
                 "keeps the logits for another backward)"
             )
-        # The buffer is ours: scaled in place, and not at all in the usual case of loss.backward().
-        if scale.device.type != "cpu" or scale.item() != 1.0:
-            gradient.mul_(scale)
+        _backends.pick(gradient).scale(gradient, scale)  # the buffer is ours
         return gradient, None, None
 
 

@@ -108,9 +108,9 @@ _lib.define(
 def _checked_forward(logits, labels, ref_logits, ignore_index, temperature, softcap, entropy, mean, inplace_backward):
     _check(logits, labels, ref_logits, temperature, softcap, inplace_backward)
     ref_logits = None if ref_logits is None else _unit_stride(ref_logits)
-    return _backends.forward(
-        _unit_stride(logits), labels, ref_logits, ignore_index, temperature, softcap, entropy, mean
-    )
+    logits = _unit_stride(logits)
+    forward = _backends.pick(logits).forward
+    return forward(logits, labels, ref_logits, ignore_index, temperature, softcap, entropy, mean)
 
 
 def _forward(logits, *args):
@@ -162,8 +162,9 @@ def _backward_into(out, logits, labels, ref_logits, saved, entropy, kl, *rest):
     _check_backward(logits, labels, ref_logits, saved, entropy, kl, *rest)
     *grads, ignore_index, temperature, softcap = rest
     ref_logits = None if ref_logits is None else _unit_stride(ref_logits)
-    _backends.backward(
-        _unit_stride(logits),
+    logits = _unit_stride(logits)
+    _backends.pick(logits).backward(
+        logits,
         labels,
         ref_logits,
         saved,

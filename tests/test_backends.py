@@ -58,8 +58,8 @@ def test_use_backend_is_undone(monkeypatch):
 
 
 def test_an_unavailable_backend_gives_its_reason(monkeypatch):
-    monkeypatch.setattr(_backends, "_C", None)
-    monkeypatch.setattr(_backends, "_C_ERROR", "it was never built")
+    monkeypatch.setattr(_backends.cpu, "_C", None)
+    monkeypatch.setattr(_backends.cpu, "_C_ERROR", "it was never built")
     assert fa.backends()["cpu"] == "it was never built"
     assert _backends.automatic(X) == "eager"
     with pytest.raises(RuntimeError, match="backend 'cpu' is not available: it was never built"), fa.use_backend("cpu"):

@@ -47,7 +47,7 @@ def gae(
     dtype = torch.promote_types(torch.promote_types(rewards.dtype, values.dtype), torch.float32)
     with torch.no_grad():
         rewards, values = rewards.to(dtype), values.to(dtype)
-        return _backends.gae(rewards, values, mask, gamma, lam)
+        return _backends.pick(rewards, "gae").gae(rewards, values, mask, gamma, lam)
 
 
 def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:

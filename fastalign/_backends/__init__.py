@@ -1,0 +1,104 @@
+"""Which kernels serve which tensors. The only importer of `fastalign.kernels` and of the compiled `fastalign._C`.
+
+One module per backend, each with the functions of `Backend`. A backend is either available or has a reason why not;
+asking for one that is not available raises with that reason, and nothing is ever swapped for something else without
+being asked. `automatic` says what serves a tensor when nobody asked; `FASTALIGN_BACKEND` or `use_backend` override it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from . import cpu, eager
+from ._interface import KINDS, KL_TERMS, Backend, Objective
+from .cpu import cpu_isa, cpu_isas, probe_copy, probe_read
+
+__all__ = [
+    "KINDS",
+    "KL_TERMS",
+    "Backend",
+    "Objective",
+    "automatic",
+    "backends",
+    "choose",
+    "cpu_isa",
+    "cpu_isas",
+    "pick",
+    "probe_copy",
+    "probe_read",
+    "use_backend",
+]
+
+BACKENDS: dict[str, Backend] = {
+    "cpu": cpu,
+    "eager": eager,
+}
+"""In order of preference: of those that serve a tensor, the first one does."""
+
+_forced: str | None = os.environ.get("FASTALIGN_BACKEND") or None
+
+
+def backends() -> dict[str, str]:
+    """Name of every backend → "available", or the reason why it is not.
+
+    Without a choice of the caller's, CPU tensors of float32, bfloat16 and float16 are served by `cpu` (compiled SIMD
+    kernels) and everything else, float64 among it, by `eager` (plain PyTorch operations).
+    """
+    return {name: backend.unavailable() or "available" for name, backend in BACKENDS.items()}
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None, *, isa: str | None = None) -> Iterator[None]:
+    """Within the block every call uses the named backend (None: the automatic choice), `cpu` with the given ISA.
+
+    Raises ValueError for an unknown name and RuntimeError, with the reason, for a backend that is not available.
+    """
+    global _forced
+    before, before_isa = _forced, cpu_isa() or ""
+    for wanted in (name, None if isa is None else "cpu"):
+        reason = "" if wanted is None else _known(wanted).unavailable()
+        if reason:
+            raise RuntimeError(f"backend {wanted!r} is not available: {reason}")
+    if isa is not None:
+        cpu.set_isa(isa)
+    _forced = name
+    try:
+        yield
+    finally:
+        _forced = before
+        if isa is not None:
+            cpu.set_isa(before_isa)
+
+
+def _known(name: str) -> Backend:
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+    return BACKENDS[name]
+
+
+def automatic(tensor: Tensor, job: str = "tokens") -> str:
+    """Name of the backend that serves this tensor when nobody asks for one; for the jobs see `_interface.DTYPES`."""
+    return next(name for name, backend in BACKENDS.items() if not backend.serves(tensor, job))
+
+
+def choose(tensor: Tensor, job: str = "tokens") -> str:
+    """Name of the backend for this tensor: the forced one, checked against device and dtype, or the automatic one."""
+    if _forced is None:
+        return automatic(tensor, job)
+    reason = _known(_forced).serves(tensor, job)
+    if reason:
+        raise RuntimeError(f"backend {_forced!r} {reason}")
+    return _forced
+
+
+def pick(tensor: Tensor, job: str = "tokens") -> Backend:
+    """The backend that `choose` names: `pick(logits).forward(..)` is the way to every kernel."""
+    if _forced is None:
+        for backend in BACKENDS.values():
+            if not backend.serves(tensor, job):
+                return backend
+    return BACKENDS[choose(tensor, job)]

@@ -1,0 +1,120 @@
+"""What every backend module offers, and what its callers and the backends share."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "tokens": (torch.float32, torch.bfloat16, torch.float16),
+    # float64 too, unlike the token statistics: here it costs nothing.
+    "gae": (torch.float32, torch.float64),
+}
+"""Job → dtypes that the compiled backends know; `eager` knows every floating dtype."""
+
+KINDS = {"sft": 0, "reinforce": 1, "surrogate": 2, "clip": 3, "cispo": 4}
+KL_TERMS = {None: 0, "k1": 1, "k2": 2, "k3": 3, "exact": 4}
+
+Statistics = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""logps, lse, entropy, kl, mean: None where not asked for."""
+
+
+class Objective(NamedTuple):
+    """A token-level objective as `kernels/objectives.h` knows it; see `objective.token_objective` for the fields."""
+
+    kind: str
+    low: float = 0.0
+    high: float = 0.0
+    dual_clip: float = math.inf
+    kl: str | None = None
+    kl_coef: float = 0.0
+    kl_reversed: bool = False
+    entropy_coef: float = 0.0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+class Backend(Protocol):
+    """The functions of a backend module. Tensors were checked by `ops`; a vocabulary's stride is 1."""
+
+    def unavailable(self) -> str:
+        """Why the backend cannot run here; "" where it can. Cheap: nothing heavy is imported for the answer."""
+
+    def serves(self, tensor: Tensor, job: str) -> str:
+        """Why the backend cannot do the job (a key of DTYPES) on such a tensor, as the end of a sentence; or ""."""
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        ref_logits: Tensor | None,
+        ignore_index: int,
+        temperature: float,
+        softcap: float,
+        want_entropy: bool,
+        want_mean: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+        """(logps, lse, entropy, kl, mean, saved); see `kernels.token_stats_eager` for their meaning.
+
+        Raises ValueError, before any logit is read, for a label that is neither in [0, V) nor `ignore_index`, where
+        labels are on the CPU.
+        """
+
+    def backward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        ref_logits: Tensor | None,
+        saved: Tensor,
+        entropy: Tensor | None,
+        kl: Tensor | None,
+        grads: tuple[Tensor | None, ...],
+        ignore_index: int,
+        temperature: float,
+        softcap: float,
+        out: Tensor,
+    ) -> None:
+        """Writes the gradient of the logits into `out`, which may be `logits` itself."""
+
+    def objective(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        ref_logits: Tensor | None,
+        inputs: tuple[Tensor | None, ...],
+        options: Objective,
+        ignore_index: int,
+        temperature: float,
+        softcap: float,
+        want_entropy: bool,
+        out: Tensor,
+    ) -> Statistics:
+        """The statistics; the gradient of the objective goes into `out`, which may be `logits` itself.
+
+        `inputs` are weight, old_logps, advantages, ref_logps: float32 of the labels' shape. RuntimeError where the
+        backend has no such kernel.
+        """
+
+    def scale(self, gradient: Tensor, by: Tensor) -> None:
+        """Multiplies a dense tensor by a scalar tensor of its device in place; by 1, the usual case, writes nothing."""
+
+    def gae(self, rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+        """(advantages, returns) of checked rewards and values (one dtype, float32 or float64) and a boolean mask."""
+
+
+def bad_label(labels: Tensor, at: int, ignore_index: int, vocab: int) -> ValueError:
+    return ValueError(
+        f"labels must be in [0, {vocab}) or equal to ignore_index={ignore_index}; "
+        f"got {int(labels.flatten()[at])} at flat position {at}"
+    )
+
+
+def check_labels(labels: Tensor, ignore_index: int, vocab: int) -> None:
+    """Reads the labels of a call, never its logits. Off the CPU it would stop the host, and kernels guard instead."""
+    if labels.device.type == "cpu":
+        bad = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
+        if bad.any():
+            raise bad_label(labels, int(bad.flatten().nonzero()[0]), ignore_index, vocab)

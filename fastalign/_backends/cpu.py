@@ -1,0 +1,220 @@
+"""The backend of compiled SIMD kernels for float32, bfloat16 and float16 CPU tensors: calls into `fastalign._C`."""
+
+from __future__ import annotations
+
+import os
+
+# torch is imported first: the compiled module takes its OpenMP runtime from the process, and that must be torch's.
+import torch
+from torch import Tensor
+
+from ._interface import DTYPES, KINDS, KL_TERMS, Objective, Statistics, bad_label
+
+try:
+    from .. import _C
+except ImportError as error:  # a source tree that was never built, or a build for another Python
+    _C = None  # type: ignore[assignment]
+    _C_ERROR = f"the compiled module fastalign._C cannot be imported ({error}); install with `pip install .`"
+else:
+    _C_ERROR = ""
+    if os.environ.get("FASTALIGN_CPU_ISA"):
+        _C.set_isa(os.environ["FASTALIGN_CPU_ISA"])
+
+
+def unavailable() -> str:
+    return _C_ERROR
+
+
+def serves(tensor: Tensor, job: str) -> str:
+    if _C is not None and tensor.device.type == "cpu" and tensor.dtype in DTYPES[job]:
+        return ""
+    if _C is None:
+        return f"is not available: {_C_ERROR}"
+    names = " and ".join(", ".join(str(d).removeprefix("torch.") for d in DTYPES[job]).rsplit(", ", 1))
+    return f"serves {names} tensors on cpu; got {tensor.dtype} on {tensor.device}"
+
+
+def cpu_isa() -> str | None:
+    """Instruction set that the `cpu` backend runs: "avx512", "avx2" or "portable"; None where it is not built.
+
+    The best one that the processor has, unless the environment variable FASTALIGN_CPU_ISA names another.
+    """
+    return None if _C is None else _C.isa()
+
+
+def cpu_isas() -> tuple[str, ...]:
+    """Instruction sets that this build holds and this processor can run, best first."""
+    return () if _C is None else tuple(_C.isas())
+
+
+def set_isa(name: str) -> None:
+    """Runs the named instruction set from now on; ValueError for one that `cpu_isas` does not list."""
+    _C.set_isa(name)
+
+
+# ------------------------------------------------------------------------------------------------ token statistics
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# Results larger than this leave the caches anyway.
+_STREAM_BYTES = 32 << 20
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def tokens(logits, labels, ref_logits, ignore_index, temperature, softcap) -> tuple:
+    """The description of a call that `_C` takes; `labels` and the tensors must outlive it."""
+    return (
+        _DTYPE_CODES[logits.dtype],
+        logits.data_ptr(),
+        tuple(logits.shape),
+        logits.stride(),
+        _address(ref_logits),
+        logits.stride() if ref_logits is None else ref_logits.stride(),
+        labels.data_ptr(),
+        labels.dtype == torch.int64,
+        ignore_index,
+        temperature,
+        softcap,
+        torch.get_num_threads(),
+    )
+
+
+def _fresh(out: Tensor, logits: Tensor) -> bool:
+    """A large separate result, which is written past the caches, into huge pages."""
+    return out.data_ptr() != logits.data_ptr() and out.numel() * out.element_size() > _STREAM_BYTES
+
+
+def forward(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logits: Tensor | None,
+    ignore_index: int,
+    temperature: float,
+    softcap: float,
+    want_entropy: bool,
+    want_mean: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    labels = labels.contiguous()
+    rows = labels.shape
+
+    def out(wanted: bool = True) -> Tensor | None:
+        return torch.empty(rows) if wanted else None
+
+    logps, lse, saved = torch.empty(rows), torch.empty(rows), torch.empty((*rows, 4))
+    entropy, kl, mean = out(want_entropy), out(ref_logits is not None), out(want_mean)
+    bad = _C.token_stats_forward(
+        tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
+        logps.data_ptr(),
+        lse.data_ptr(),
+        _address(entropy),
+        _address(kl),
+        _address(mean),
+        saved.data_ptr(),
+    )
+    if bad >= 0:
+        raise bad_label(labels, bad, ignore_index, logits.shape[-1])
+    return logps, lse, entropy, kl, mean, saved
+
+
+def backward(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logits: Tensor | None,
+    saved: Tensor,
+    entropy: Tensor | None,
+    kl: Tensor | None,
+    grads: tuple[Tensor | None, ...],
+    ignore_index: int,
+    temperature: float,
+    softcap: float,
+    out: Tensor,
+) -> None:
+    labels = labels.contiguous()
+    dense = [None if t is None else t.contiguous() for t in (saved, entropy, kl, *grads)]  # kept until the call is over
+    bad = _C.token_stats_backward(
+        tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
+        tuple(map(_address, dense)),
+        out.data_ptr(),
+        out.stride(),
+        _fresh(out, logits),
+    )
+    if bad >= 0:
+        raise bad_label(labels, bad, ignore_index, logits.shape[-1])
+
+
+# ------------------------------------------------------------------------------------------------- one launch
+def objective(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logits: Tensor | None,
+    inputs: tuple[Tensor | None, ...],
+    options: Objective,
+    ignore_index: int,
+    temperature: float,
+    softcap: float,
+    want_entropy: bool,
+    out: Tensor,
+) -> Statistics:
+    labels = labels.contiguous()
+    dense = [None if t is None else t.contiguous() for t in inputs]
+
+    def result(wanted: bool) -> Tensor | None:
+        return torch.empty(labels.shape) if wanted else None
+
+    logps, lse = torch.empty(labels.shape), torch.empty(labels.shape)
+    entropy, kl, mean = result(want_entropy), result(ref_logits is not None), result(options.label_smoothing != 0)
+    codes = (KINDS[options.kind], *options[1:4], KL_TERMS[options.kl], *options[5:])
+    bad = _C.token_objective(
+        tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
+        codes,
+        tuple(map(_address, dense)),
+        tuple(map(_address, (logps, lse, entropy, kl, mean))),
+        out.data_ptr(),
+        out.stride(),
+        _fresh(out, logits),
+    )
+    if bad >= 0:
+        raise bad_label(labels, bad, ignore_index, logits.shape[-1])
+    return logps, lse, entropy, kl, mean
+
+
+def scale(gradient: Tensor, by: Tensor) -> None:
+    if by.item() != 1.0:
+        gradient.mul_(by)
+
+
+# ------------------------------------------------------------------------------------------------- advantages
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    rewards, values, mask = rewards.contiguous(), values.contiguous(), mask.contiguous()
+    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
+    length = rewards.shape[-1]
+    call = _C.gae_float64 if rewards.dtype == torch.float64 else _C.gae_float32
+    call(
+        rewards.data_ptr(),
+        values.data_ptr(),
+        mask.data_ptr(),
+        advantages.data_ptr(),
+        returns.data_ptr(),
+        rewards.numel() // length if length else 0,
+        length,
+        gamma,
+        gamma * lam,
+        torch.get_num_threads(),
+    )
+    return advantages, returns
+
+
+# ------------------------------------------------------------------------------------------------- machine's rates
+def probe_read(tensor: Tensor) -> float:
+    """Reads every byte of a contiguous CPU tensor with a plain SIMD loop over torch's threads; returns a checksum.
+
+    Timing it gives the machine's read rate, the limit of every kernel that reads its input once.
+    """
+    return _C.read(tensor.data_ptr(), tensor.numel() * tensor.element_size(), torch.get_num_threads())
+
+
+def probe_copy(to: Tensor, source: Tensor) -> None:
+    """Copies a contiguous CPU tensor with streaming stores over torch's threads: the machine's copy rate."""
+    _C.copy(to.data_ptr(), source.data_ptr(), source.numel() * source.element_size(), torch.get_num_threads())
