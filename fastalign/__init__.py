@@ -2,15 +2,20 @@
 
 from . import losses, rl
 from ._backends import backends, use_backend
+from .head import Head, HeadPlan, head_plan, head_token_stats
 from .objective import Objective, attach_gradient, token_objective
 from .ops import TokenStats, sequence_logps, token_logps, token_stats
 
 __version__ = "0.1.0"
 __all__ = [
+    "Head",
+    "HeadPlan",
     "Objective",
     "TokenStats",
     "attach_gradient",
     "backends",
+    "head_plan",
+    "head_token_stats",
     "losses",
     "rl",
     "sequence_logps",

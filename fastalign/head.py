@@ -1,0 +1,332 @@
+"""The fused head: token statistics from hidden states and the head's weight, the logits never held whole.
+
+The GEMMs are the platform's (oneDNN, cuBLAS); around them run the kernels of `token_stats`, on tiles of logits. What is
+kept between forward and backward is the plan's choice, with the number of GEMMs over [tokens, V] that it costs when
+hidden and weight are both trained, and when the weight is frozen:
+
+=============  ==========================================  ===========  ==========
+plan           kept                                        GEMMs        frozen
+=============  ==========================================  ===========  ==========
+`keep`         the logits of live tokens, [M, V]           3            2
+`recompute`    nothing but a tile                          4            3
+`project`      (p - onehot) @ weight, [M, H]               --           2
+=============  ==========================================  ===========  ==========
+
+`project` serves a frozen head and losses of the log-probs alone: their coefficients are row scales, applied to a tensor
+of the size of hidden in backward. Other gradients (entropy, KL, lse) fall back on recomputing there.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._head_checks import check_head, check_labels, check_options, check_reference
+from ._head_tiles import HeadGradient, Problem, Projection, RowStats, forward, joined
+from .ops import TokenStats
+
+PLANS = ("keep", "recompute", "project")
+_TILE_BYTES = 64 << 20  # of a tile where the caller sets no budget: GEMMs of this size run at full speed
+_NARROWEST = 1024  # columns below which a GEMM over a part of the vocabulary loses speed
+
+
+class HeadPlan(NamedTuple):
+    """How a call of `head_token_stats` will run."""
+
+    name: str
+    """"keep", "recompute" or "project"."""
+    rows: int
+    """Rows (live tokens) of a tile of logits."""
+    columns: int
+    """Part of the vocabulary in a tile."""
+    scratch_bytes: int
+    """Memory beyond inputs and outputs: what is kept between forward and backward, and one tile."""
+    gemms: int
+    """Products of [tokens, H] with [H, V], forward and backward, of the policy."""
+
+
+class Head(NamedTuple):
+    """What stands in place of logits in a loss module: `loss(Head(hidden, weight), labels, ...)`, or a plain tuple."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    chunk_bytes: int | None = None
+    plan: str | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the logits."""
+        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
+
+    def dim(self) -> int:
+        return self.hidden.dim()
+
+    def flatten_lists(self, leading: tuple[int, ...]) -> Head:
+        """The same with other leading dimensions."""
+        return self._replace(hidden=self.hidden.reshape(*leading, self.hidden.shape[-1]))
+
+
+def _available_bytes(device: torch.device) -> int:
+    """Memory that nobody uses now; 4 GiB where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable"):
+                    return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    return 4 << 30
+
+
+def head_plan(
+    tokens: int,
+    vocab: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    *,
+    device: torch.device | str = "cpu",
+    train_hidden: bool = True,
+    train_weight: bool = True,
+    entropy: bool = False,
+    kl: bool = False,
+    chunk_bytes: int | None = None,
+    plan: str | None = None,
+) -> HeadPlan:
+    """The plan that `head_token_stats` takes for so many live tokens.
+
+    Args:
+        tokens, vocab, hidden_size: M, V and H.
+        dtype: of the hidden states, and so of the logits.
+        train_hidden, train_weight: which gradients will be asked for; neither: nothing is kept.
+        chunk_bytes: budget for logits, in bytes; None: an eighth of the device's free memory.
+        plan: forces one; ValueError for a name that is not in `PLANS`, or "project" with a trained head.
+    """
+    if plan is not None and plan not in PLANS:
+        raise ValueError(f"plan must be None or one of {', '.join(PLANS)}; got {plan!r}")
+    if plan == "project" and train_weight:
+        raise ValueError("plan 'project' needs a frozen head; got a weight or bias that requires a gradient")
+    if chunk_bytes is not None and chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes must be None or a number of bytes above 0; got {chunk_bytes}")
+    size = torch.empty(0, dtype=dtype).element_size()
+    per_logit = size * (2 if kl else 1)
+    whole = tokens * vocab * per_logit
+    budget = _available_bytes(torch.device(device)) // 8 if chunk_bytes is None else chunk_bytes
+    tile = min(budget, _TILE_BYTES) if chunk_bytes is None else budget
+    training = train_hidden or train_weight
+    gemms = train_hidden + train_weight + 1
+    if plan is None:
+        frozen = training and not train_weight and not entropy and not kl
+        plan = "keep" if whole <= budget else "project" if frozen else "recompute"
+    if plan == "keep" and training:
+        return HeadPlan("keep", max(tokens, 1), vocab, whole, gemms)
+    if plan == "project" and training:
+        rows = max(1, min(tokens, tile // (vocab * per_logit)))
+        return HeadPlan("project", rows, vocab, rows * vocab * per_logit + tokens * hidden_size * size, 2)
+    columns = min(vocab, max(min(_NARROWEST, vocab), tile // (max(tokens, 1) * per_logit) // 64 * 64))
+    rows = max(1, min(tokens, tile // (columns * per_logit)))
+    wide = 4 * tokens * hidden_size if train_hidden and columns < vocab and size == 2 else 0
+    return HeadPlan("recompute", rows, columns, rows * columns * per_logit + wide, gemms + (1 if training else 0))
+
+
+# ------------------------------------------------------------------------------------------------------------ autograd
+class _HeadStats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, problem: Problem, plan: HeadPlan, hidden: Tensor, weight: Tensor, bias: Tensor | None):
+        ctx.problem, ctx.plan = problem, plan
+        ctx.set_materialize_grads(False)
+        # A change of these in place before backward must raise, as it does for torch's own linear.
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.kept = ctx.projected = None
+        needs = ctx.needs_input_grad[2:5]
+        if plan.name == "keep" and any(needs):
+            rows, columns = slice(0, problem.labels.shape[0]), slice(0, problem.vocab)
+            ctx.kept = problem.logits(rows, columns)
+            stats = problem.stats(rows, columns, *ctx.kept)
+        elif plan.name == "project" and any(needs):
+            stats, ctx.projected = _project(problem, plan.rows)
+        else:
+            stats = forward(problem, plan.rows, plan.columns, problem.buffers(plan.rows, plan.columns))
+        ctx.stats = stats
+        return stats.logps, stats.lse, stats.entropy, stats.kl, stats.mean
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        _ = ctx.saved_tensors  # raises where one was changed
+        problem, plan, stats = ctx.problem, ctx.plan, ctx.stats
+        if ctx.problem is None:
+            raise RuntimeError("the graph of head_token_stats was used already, and the kept logits are gone")
+        only_logps = all(g is None for g in grads[1:])
+        if ctx.projected is not None and only_logps:
+            g_logps = torch.zeros_like(stats.logps) if grads[0] is None else grads[0]
+            return None, None, ctx.projected * -g_logps.unsqueeze(-1).to(ctx.projected.dtype), None, None
+        rows, columns = (plan.rows, plan.columns) if ctx.kept is not None else _grid(problem, plan)
+        total = HeadGradient(problem, rows, columns, ctx.needs_input_grad[2:5])
+        buffers = None if ctx.kept is not None else problem.buffers(rows, columns)
+        for at, part in problem.tiles(rows, columns):
+            logits, reference = problem.logits(at, part, buffers) if ctx.kept is None else ctx.kept
+            block = tuple(None if g is None else g[at] for g in grads)
+            total.add(at, part, problem.gradient(at, part, logits, reference, stats.rows(at), block))
+        if ctx.kept is not None:
+            ctx.kept = ctx.problem = None  # the gradient has overwritten the logits
+        return None, None, *total.results()
+
+
+def _grid(problem: Problem, plan: HeadPlan) -> tuple[int, int]:
+    """Tile of a recomputing backward: the plan's, or for `project`, whose rows are whole, another of that size."""
+    if plan.name != "project":
+        return plan.rows, plan.columns
+    columns = max(min(_NARROWEST, problem.vocab), plan.rows * plan.columns // problem.labels.shape[0])
+    return problem.labels.shape[0], min(columns, problem.vocab)
+
+
+def _project(problem: Problem, rows: int) -> tuple[RowStats, Tensor]:
+    """Statistics, and the projection (p - onehot) @ weight of every row."""
+    total, columns = problem.labels.shape[0], slice(0, problem.vocab)
+    hidden = problem.policy.hidden
+    result, blocks = torch.empty_like(hidden), []
+    buffers, weight = problem.buffers(rows, problem.vocab), problem.policy.part(columns)
+    for start in range(0, total, rows):
+        at = slice(start, min(start + rows, total))
+        logits, reference = problem.logits(at, columns, buffers)
+        blocks.append(problem.stats(at, columns, logits, reference))
+        minus_one = torch.full_like(blocks[-1].logps, -1.0)
+        grads = (minus_one, None, None, None, None)
+        torch.mm(problem.gradient(at, columns, logits, reference, blocks[-1], grads), weight, out=result[at])
+    return joined(blocks), result
+
+
+# ---------------------------------------------------------------------------------------------------------- public API
+@torch.compiler.disable
+def head_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    entropy: bool = False,
+    kl: bool = False,
+    chunk_bytes: int | None = None,
+    plan: str | None = None,
+) -> TokenStats:
+    """`token_stats` of the logits `logit_scale * (hidden @ weight.T + bias)`, which are never held for all tokens.
+
+    Tokens with the label `ignore_index` are dropped before the first GEMM.
+
+    Args:
+        hidden: [..., H], float32, bfloat16, float16 or float64: the model's last hidden states.
+        weight: [V, H], `lm_head.weight` (tied or not). A dtype other than that of hidden is converted tile by tile;
+            its gradient has its own dtype. A DTensor is gathered.
+        labels: [...], int64 or int32; nothing is shifted inside.
+        bias: [V].
+        ref_hidden, ref_weight, ref_bias: the reference's, [..., H'], [V, H'] and [V], constants; with and only with kl.
+        ignore_index, temperature, softcap, label_smoothing, entropy, kl: as in `token_stats`.
+        logit_scale: the model's own factor on its logits (Granite divides by `logits_scaling`, Cohere multiplies by
+            `logit_scale`), before soft-capping; for the reference too.
+        chunk_bytes: budget for logits in bytes; None: an eighth of the device's free memory.
+        plan: "keep", "recompute" or "project" in place of the automatic choice; see `head_plan`.
+
+    Returns:
+        TokenStats(logps, lse, entropy, kl): [...] each, float32 (float64 for float64), differentiable once.
+
+    Raises:
+        TypeError: a dtype that is not supported, or not a tensor.
+        ValueError: shapes or devices that do not match, a label outside [0, V) (checked on CPU), an empty weight (a
+            ZeRO-3 shard that was not gathered), numbers out of range, a plan that cannot serve.
+    """
+    hidden, weight, bias = _autocast(hidden, _gathered(weight), _gathered(bias))
+    check_head("", hidden, weight, bias)
+    cap = check_options(hidden, weight, labels, temperature, softcap, logit_scale, label_smoothing)
+    reference = None
+    if kl != (ref_hidden is not None and ref_weight is not None):
+        raise ValueError("kl=True goes with ref_hidden and ref_weight, and they with it; got one without the other")
+    if ref_hidden is not None and ref_weight is not None:
+        with torch.no_grad():
+            ref_hidden, ref_weight, ref_bias = _autocast(ref_hidden, _gathered(ref_weight), _gathered(ref_bias))
+        check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
+    live = (labels != ignore_index).reshape(-1)
+    check_labels(labels, live, ignore_index, weight.shape[0])
+    index = None if bool(live.all()) else live.nonzero().squeeze(-1)
+
+    def rows(t: Tensor) -> Tensor:
+        flat = t.reshape(-1, t.shape[-1])
+        return flat if index is None else flat.index_select(0, index)
+
+    tokens = rows(hidden)
+    if ref_hidden is not None and ref_weight is not None:
+        reference = Projection(rows(ref_hidden.detach()), ref_weight.detach(), _detached(ref_bias))
+    flat = labels.reshape(-1) if index is None else labels.reshape(-1).index_select(0, index)
+    # s * cap' * tanh(u / cap') / T with cap' = cap / s: the scale is a temperature.
+    problem = Problem(
+        Projection(tokens.detach(), weight.detach(), _detached(bias)),
+        reference,
+        flat,
+        temperature / logit_scale,
+        cap / logit_scale,
+        entropy,
+        label_smoothing != 0.0,
+    )
+    chosen = _plan_of(problem, tokens, weight, bias, chunk_bytes, plan)
+    logps, lse, ent, div, mean = _HeadStats.apply(problem, chosen, tokens, weight, bias)
+    if label_smoothing:
+        logps = (1 - label_smoothing) * logps + label_smoothing * (mean - lse)
+
+    def spread(t: Tensor | None) -> Tensor | None:
+        if t is None or index is None:
+            return None if t is None else t.view(labels.shape)
+        return t.new_zeros(live.shape).index_copy(0, index, t).view(labels.shape)
+
+    return TokenStats(spread(logps), spread(lse), spread(ent), spread(div))  # type: ignore[arg-type]
+
+
+def _plan_of(
+    problem: Problem, tokens: Tensor, weight: Tensor, bias: Tensor | None, chunk_bytes: int | None, plan: str | None
+) -> HeadPlan:
+    training = torch.is_grad_enabled()
+    return head_plan(
+        tokens.shape[0],
+        problem.vocab,
+        tokens.shape[1],
+        tokens.dtype,
+        device=tokens.device,
+        train_hidden=training and tokens.requires_grad,
+        train_weight=training and (weight.requires_grad or (bias is not None and bias.requires_grad)),
+        entropy=problem.entropy,
+        kl=problem.reference is not None,
+        chunk_bytes=chunk_bytes,
+        plan=plan,
+    )
+
+
+def _detached(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach()
+
+
+def _gathered(t: Any) -> Any:
+    """The whole of a sharded parameter: FSDP2's DTensor knows how, and reduces its gradient to the shards again."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What autocast would make of a linear layer's arguments."""
+    if not isinstance(hidden, Tensor) or not torch.is_autocast_enabled(hidden.device.type):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    if hidden.dtype == torch.float64:
+        return hidden, weight, bias
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
