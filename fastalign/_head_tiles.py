@@ -183,7 +183,7 @@ def forward(problem: Problem, rows: int, columns: int, buffers: list[Tensor]) ->
     total = problem.labels.shape[0]
     dtype = torch.float64 if problem.policy.hidden.dtype == torch.float64 else torch.float32
     blocks: list[RowStats] = []
-    for start in range(0, total, rows):
+    for start in range(0, max(total, 1), rows):
         at = slice(start, min(start + rows, total))
         merger = _Merger(problem)
         for c in range(0, problem.vocab, columns):

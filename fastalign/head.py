@@ -66,9 +66,35 @@ class Head(NamedTuple):
     def dim(self) -> int:
         return self.hidden.dim()
 
-    def flatten_lists(self, leading: tuple[int, ...]) -> Head:
-        """The same with other leading dimensions."""
-        return self._replace(hidden=self.hidden.reshape(*leading, self.hidden.shape[-1]))
+    def stats(self, labels: Tensor, *, ref_logits: Any = None, **options: Any) -> TokenStats:
+        """`head_token_stats` of this head, `ref_logits` being the reference's; options as there."""
+        if ref_logits is not None:
+            reference = ref_logits if isinstance(ref_logits, Head) else as_head("ref_logits", ref_logits)
+            options |= {
+                "ref_hidden": reference.hidden,
+                "ref_weight": reference.weight,
+                "ref_bias": reference.bias,
+            }
+        return head_token_stats(
+            self.hidden,
+            self.weight,
+            labels,
+            bias=self.bias,
+            logit_scale=self.logit_scale,
+            chunk_bytes=self.chunk_bytes,
+            plan=self.plan,
+            **options,
+        )
+
+
+def as_head(name: str, value: Any) -> Head:
+    """A `Head` from one, or from a tuple (hidden, weight) or (hidden, weight, bias); TypeError for anything else."""
+    if not isinstance(value, tuple) or not 2 <= len(value) <= len(Head._fields):
+        raise TypeError(f"{name} must be a Head or a tuple (hidden, weight[, bias]); got {type(value).__name__}")
+    for part, t in zip(("hidden", "weight"), value, strict=False):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}'s {part} must be a torch.Tensor; got {type(t).__name__}")
+    return Head(*value)
 
 
 def _available_bytes(device: torch.device) -> int:
@@ -161,8 +187,6 @@ class _HeadStats(torch.autograd.Function):
     def backward(ctx, *grads):
         _ = ctx.saved_tensors  # raises where one was changed
         problem, plan, stats = ctx.problem, ctx.plan, ctx.stats
-        if ctx.problem is None:
-            raise RuntimeError("the graph of head_token_stats was used already, and the kept logits are gone")
         only_logps = all(g is None for g in grads[1:])
         if ctx.projected is not None and only_logps:
             g_logps = torch.zeros_like(stats.logps) if grads[0] is None else grads[0]
@@ -175,7 +199,7 @@ class _HeadStats(torch.autograd.Function):
             block = tuple(None if g is None else g[at] for g in grads)
             total.add(at, part, problem.gradient(at, part, logits, reference, stats.rows(at), block))
         if ctx.kept is not None:
-            ctx.kept = ctx.problem = None  # the gradient has overwritten the logits
+            ctx.kept = None  # overwritten by their gradient; where the graph is used again they are formed anew
         return None, None, *total.results()
 
 
@@ -193,7 +217,7 @@ def _project(problem: Problem, rows: int) -> tuple[RowStats, Tensor]:
     hidden = problem.policy.hidden
     result, blocks = torch.empty_like(hidden), []
     buffers, weight = problem.buffers(rows, problem.vocab), problem.policy.part(columns)
-    for start in range(0, total, rows):
+    for start in range(0, max(total, 1), rows):
         at = slice(start, min(start + rows, total))
         logits, reference = problem.logits(at, columns, buffers)
         blocks.append(problem.stats(at, columns, logits, reference))

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..head import Head, as_head
 from ..ops import sum_tokens
 
 __all__ = [
+    "Logits",
     "check_float",
+    "check_logits",
     "check_mask",
     "check_range",
     "hide",
@@ -27,9 +30,23 @@ T = TypeVar("T")
 Output = TypeVar("Output", bound=tuple[Tensor, ...])
 
 
-def stats_of(logits: Tensor, labels: Tensor, **options: Any) -> ops.TokenStats:
-    """Token statistics of what a loss module was given. Modules reach logits through here and nowhere else."""
-    return ops.token_stats(logits, labels, **options)
+Logits = Tensor | tuple[Any, ...]
+"""What a loss module takes: logits, or a `Head` or tuple (hidden, weight[, bias]) from which they would come."""
+
+
+def check_logits(name: str, logits: Any) -> Tensor | Head:
+    """The argument as a tensor or a `Head`, both of which have the logits' shape; TypeError for anything else."""
+    return as_head(name, logits) if isinstance(logits, tuple) else check_float(name, logits)
+
+
+def stats_of(logits: Logits, labels: Tensor, *, inplace_backward: bool = False, **options: Any) -> ops.TokenStats:
+    """Token statistics of what a loss module was given. Modules reach logits through here and nowhere else.
+
+    A head's own logits are nobody else's: their gradient is always written in place.
+    """
+    if isinstance(logits, tuple):
+        return as_head("logits", logits).stats(labels, **options)
+    return ops.token_stats(logits, labels, inplace_backward=inplace_backward, **options)
 
 
 def narrow(output: Output, dtype: torch.dtype) -> Output:

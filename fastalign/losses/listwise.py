@@ -23,7 +23,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._common import check_float, check_mask, check_range, hide, lookup, masked_mean, stats_of, sum_tokens
+from ._common import (
+    Logits,
+    check_float,
+    check_logits,
+    check_mask,
+    check_range,
+    hide,
+    lookup,
+    masked_mean,
+    stats_of,
+    sum_tokens,
+)
 
 
 class ListOutput(NamedTuple):
@@ -263,14 +274,18 @@ class PROLoss(nn.Module):
         self.sft_weight = check_range("sft_weight", sft_weight, 0.0)
         lookup("form", FORMS, form)
         self.form, self.average, self.sft_average, self.ignore_index = form, average, sft_average, ignore_index
-        self.options = {"temperature": temperature, "softcap": softcap, "inplace_backward": inplace_backward}
+        self.options: dict[str, Any] = {
+            "temperature": temperature,
+            "softcap": softcap,
+            "inplace_backward": inplace_backward,
+        }
 
     def extra_repr(self) -> str:
         return f"form={self.form!r}, sft_weight={self.sft_weight}, average={self.average}"
 
     def forward(
         self,
-        logits: Tensor,
+        logits: Logits,
         labels: Tensor,
         *,
         rewards: Tensor | None = None,
@@ -280,7 +295,8 @@ class PROLoss(nn.Module):
         """PROOutput of the ranked responses.
 
         Args:
-            logits: [B, K, T, V], or [B*K, T, V] with the responses of one prompt next to each other.
+            logits: [B, K, T, V], or [B*K, T, V] with the responses of one prompt next to each other; or a
+                `fastalign.Head` or tuple (hidden, weight) in their place.
             labels: [B, K, T] or [B*K, T]: `labels[..., t]` is the target of `logits[..., t, :]`, `ignore_index` at the
                 prompt and the padding. A response without a label counts as hidden.
             rewards: [B, K] as in `pro_loss`.
@@ -310,7 +326,7 @@ class PROLoss(nn.Module):
 
 def _list_shape(logits: Any, labels: Any, rewards: Any, mask: Any, list_size: int | None) -> tuple[int, int]:
     """(B, K) of the lists, from the shapes of the arguments."""
-    check_float("logits", logits)
+    logits = check_logits("logits", logits)
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor; got {type(labels).__name__}")
     if logits.dim() not in (3, 4):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..objective import attach_gradient, token_objective
-from ._common import check_float, check_mask, check_range, lookup, masked_mean, stats_of
+from ._common import Logits, check_float, check_mask, check_range, lookup, masked_mean, stats_of
 from ._kl import KL_ESTIMATORS, importance_weights, kl_estimate, token_kl
 from ._normalization import NORMALIZATIONS, Count, as_real, normalize
 from ._one_launch import policy_inputs, policy_objective, token_weights
@@ -249,24 +249,26 @@ class PPOLoss(nn.Module):
 
     def forward(
         self,
-        logits: Tensor,
+        logits: Logits,
         labels: Tensor,
         old_logps: Tensor,
         advantages: Tensor,
         *,
         ref_logps: Tensor | None = None,
-        ref_logits: Tensor | None = None,
+        ref_logits: Logits | None = None,
         sampler_logps: Tensor | None = None,
         num_items: Count | None = None,
     ) -> PolicyLossOutput:
         """PolicyLossOutput of a batch of sampled responses.
 
         Args:
-            logits: [B, T, V]; nothing is shifted inside: `logits[b, t]` predicts `labels[b, t]`.
+            logits: [B, T, V]; nothing is shifted inside: `logits[b, t]` predicts `labels[b, t]`. Or a `fastalign.Head`
+                or tuple (hidden, weight) in their place (always in two steps).
             labels: [B, T], the sampled tokens, `ignore_index` at prompt and padding.
             old_logps: [B, T]; advantages: [B, T] or [B].
             ref_logps, sampler_logps: [B, T]; num_items: all as in `policy_loss`.
-            ref_logits: [B, T, V] of logits' dtype, the reference's; with and only with kl_estimator="exact".
+            ref_logits: [B, T, V] of logits' dtype (or a head), the reference's; with and only with
+                kl_estimator="exact".
 
         Raises:
             TypeError, ValueError: as `policy_loss` and `fastalign.token_stats` do.
@@ -283,7 +285,7 @@ class PPOLoss(nn.Module):
             **self.options,
         }
         gradient = None
-        if self.one_launch and torch.is_grad_enabled() and logits.requires_grad:
+        if self.one_launch and isinstance(logits, Tensor) and torch.is_grad_enabled() and logits.requires_grad:
             weight = token_weights(mask, self.config["normalization"], num_items, self.config["max_length"])
             objective = policy_objective(self.config, ref_logps is not None)
             inputs: dict[str, Any] = policy_inputs(
@@ -306,4 +308,6 @@ class PPOLoss(nn.Module):
             num_items=num_items,
             **self.config,
         )
-        return output if gradient is None else output._replace(loss=attach_gradient(output.loss, logits, gradient))
+        if gradient is None or not isinstance(logits, Tensor):
+            return output
+        return output._replace(loss=attach_gradient(output.loss, logits, gradient))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._common import check_float, narrow, stats_of, sum_tokens
+from ._common import Logits, check_float, check_logits, narrow, stats_of, sum_tokens
 from ._pairwise_table import F_DIVERGENCES, NLL_NORMALIZATIONS, PAIRWISE, Pairs, PairwiseOptions, Side
 
 __all__ = ["F_DIVERGENCES", "NLL_NORMALIZATIONS", "PAIRWISE", "DPOLoss", "PreferenceOutput", "dpo_loss"]
@@ -228,19 +228,20 @@ class DPOLoss(nn.Module):
 
     def forward(
         self,
-        logits: Tensor,
+        logits: Logits,
         labels: Tensor,
         *,
-        ref_logits: Tensor | None = None,
+        ref_logits: Logits | None = None,
         ref_chosen_logps: Tensor | None = None,
         ref_rejected_logps: Tensor | None = None,
     ) -> PreferenceOutput:
         """The loss of B pairs given as 2B rows.
 
         Args:
-            logits: [2B, T, V], the policy's: the B chosen rows, then the B rejected rows in the same order.
+            logits: [2B, T, V], the policy's: the B chosen rows, then the B rejected rows in the same order; or a
+                `fastalign.Head` or tuple (hidden [2B, T, H], weight [V, H]), from which they are formed by tiles.
             labels: [2B, T], int64 or int32: `labels[i, t]` is the target of `logits[i, t]`.
-            ref_logits: [2B, T, V] of the reference, a constant; or
+            ref_logits: [2B, T, V] (or a head) of the reference, a constant; or
             ref_chosen_logps, ref_rejected_logps: [B] precomputed sums; or neither, for reference-free losses. Where
                 they are float64 (`sequence_logps(..., dtype=torch.float64)`), the policy's sums are not rounded to
                 float32 either.
@@ -251,9 +252,9 @@ class DPOLoss(nn.Module):
         Raises:
             ValueError: an odd number of rows, a reference given twice or not used, and as `token_stats` and `dpo_loss`.
         """
-        if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[0] % 2:
-            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"logits must be [2B, T, V], the chosen rows, then the rejected rows; got {got}")
+        shape = check_logits("logits", logits).shape
+        if len(shape) != 3 or shape[0] % 2:
+            raise ValueError(f"logits must be [2B, T, V], the chosen rows, then the rejected rows; got {list(shape)}")
         references: _Two = (ref_chosen_logps, ref_rejected_logps)
         if ref_logits is not None:
             if ref_chosen_logps is not None or ref_rejected_logps is not None:

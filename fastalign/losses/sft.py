@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..objective import Objective, attach_gradient, token_objective
-from ._common import check_float, check_mask, check_range, lookup, masked_mean, stats_of
+from ._common import Logits, check_float, check_mask, check_range, lookup, masked_mean, stats_of
 from ._normalization import Count, as_real, normalize
 from ._one_launch import token_weights
 
@@ -117,11 +117,11 @@ class SFTLoss(nn.Module):
         self.softcap = softcap
         self.inplace_backward = inplace_backward
 
-    def forward(self, logits: Tensor, labels: Tensor, *, num_items: Count | None = None) -> SFTOutput:
+    def forward(self, logits: Logits, labels: Tensor, *, num_items: Count | None = None) -> SFTOutput:
         """The loss of a batch.
 
         Args:
-            logits: [..., T, V].
+            logits: [..., T, V], or a `fastalign.Head` or tuple (hidden, weight) in their place (always in two steps).
             labels: [..., T], int64 or int32: `labels[i, t]` is the target of `logits[i, t]`.
             num_items: as in `sft_loss`.
 
@@ -135,7 +135,7 @@ class SFTLoss(nn.Module):
         }
         mask = labels != self.ignore_index
         gradient = None
-        if self.one_launch and torch.is_grad_enabled() and logits.requires_grad:
+        if self.one_launch and isinstance(logits, Tensor) and torch.is_grad_enabled() and logits.requires_grad:
             weight = token_weights(mask, NORMALIZATIONS[self.normalization], num_items)
             objective = Objective("sft", label_smoothing=self.label_smoothing, z_loss=self.z_loss)
             stats, gradient = token_objective(
@@ -153,7 +153,9 @@ class SFTLoss(nn.Module):
         output = sft_loss(
             stats.logps, mask, normalization=self.normalization, num_items=num_items, lse=lse, z_loss=self.z_loss
         )
-        return output if gradient is None else output._replace(loss=attach_gradient(output.loss, logits, gradient))
+        if gradient is None or not isinstance(logits, Tensor):
+            return output
+        return output._replace(loss=attach_gradient(output.loss, logits, gradient))
 
     def extra_repr(self) -> str:
         return f"normalization={self.normalization!r}, label_smoothing={self.label_smoothing}, z_loss={self.z_loss}"

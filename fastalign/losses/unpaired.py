@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._common import check_float, check_mask, check_range, masked_mean, stats_of, sum_tokens
+from ._common import Logits, check_float, check_logits, check_mask, check_range, masked_mean, stats_of, sum_tokens
 
 __all__ = ["KTOLoss", "KTOOutput", "kto_loss"]
 
@@ -139,11 +139,11 @@ class KTOLoss(nn.Module):
 
     def forward(
         self,
-        logits: Tensor,
+        logits: Logits,
         labels: Tensor,
         desirable: Tensor,
         *,
-        ref_logits: Tensor | None = None,
+        ref_logits: Logits | None = None,
         ref_logps: Tensor | None = None,
         kl: Tensor | float | None = None,
         kl_logps: Tensor | None = None,
@@ -152,7 +152,7 @@ class KTOLoss(nn.Module):
         """The loss of B responses.
 
         Args:
-            logits: [B, T, V], the policy's.
+            logits: [B, T, V], the policy's, or a `fastalign.Head` or tuple (hidden, weight) in their place.
             labels: [B, T], int64 or int32: `labels[i, t]` is the target of `logits[i, t]`.
             desirable: [B] boolean.
             ref_logits: [B, T, V] of the reference, a constant; or
@@ -163,9 +163,9 @@ class KTOLoss(nn.Module):
         Raises:
             ValueError: logits that are not [B, T, V], a reference given twice, and as `token_stats` and `kto_loss`.
         """
-        if not isinstance(logits, Tensor) or logits.dim() != 3:
-            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"logits must be [B, T, V]; got {got}")
+        shape = check_logits("logits", logits).shape
+        if len(shape) != 3:
+            raise ValueError(f"logits must be [B, T, V]; got {list(shape)}")
         if ref_logits is not None:
             if ref_logps is not None:
                 raise ValueError("give ref_logits or ref_logps, not both")
