@@ -284,5 +284,5 @@ def test_bad_input_is_named(message):
 def test_a_head_is_made_of_tensors():
     with pytest.raises(TypeError, match=r"logits must be a Head or a tuple \(hidden, weight\[, bias\]\); got list"):
         as_head("logits", [1, 2])
-    with pytest.raises(TypeError, match="logits's weight must be a torch.Tensor; got int"):
+    with pytest.raises(TypeError, match=r"logits's weight must be a torch\.Tensor; got int"):
         losses.SFTLoss()((torch.zeros(2, 3), 5), torch.zeros(2, dtype=torch.int64))

@@ -1,0 +1,273 @@
+"""DPO from hidden states, policy and reference, forward and backward: the fused head, its peers and the bare GEMMs.
+
+    python bench/head.py [--tokens 512] [--vocab 128256] [--hidden 1024] [--dtype bfloat16] [--rounds 5] [--json OUT]
+
+All variants run interleaved, each once a round. `four GEMMs` are the policy's and the reference's logits and the two
+gradients, formed and thrown away; `three` leave the weight's gradient out, as a frozen head does. Peak memory beyond
+the inputs is measured in a fresh process for each variant. Errors are those of the weight's gradient (of the hidden
+states' where the head is frozen) in the Euclidean norm, relative to float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from _case import DTYPES
+from _environment import environment
+from _interleave import interleave, ratio, summary
+from _memory import _map_large_blocks, peak_of
+from _suite import Options
+from torch import Tensor
+from torch.nn import functional as F
+
+import fastalign as fa
+
+BETA = 0.1
+TILE = 64 << 20
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Shape:
+    tokens: int = 512
+    vocab: int = 128256
+    hidden: int = 1024
+    dtype: str = "bfloat16"
+    pairs: int = 2
+
+
+class Inputs:
+    """Hidden states [2B, T, H] of both models, chosen first; heads [V, H]; labels, and the same with half a prompt."""
+
+    def __init__(self, shape: Shape, seed: int = 0):
+        draw = torch.Generator().manual_seed(seed)
+        dtype = DTYPES[shape.dtype]
+        rows, length = 2 * shape.pairs, shape.tokens // (2 * shape.pairs)
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(size, generator=draw).to(dtype)
+
+        self.hidden, self.ref_hidden = (normal(rows, length, shape.hidden) for _ in range(2))
+        self.weight = normal(shape.vocab, shape.hidden).mul_(shape.hidden**-0.5)
+        self.ref_weight = normal(shape.vocab, shape.hidden).mul_(shape.hidden**-0.5)
+        self.labels = torch.randint(shape.vocab, (rows, length), generator=draw)
+        self.half = self.labels.clone()
+        self.half[:, : length // 2] = IGNORED
+
+    def leaves(self, frozen: bool) -> list[Tensor]:
+        return [self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_(not frozen)]
+
+
+Gradients = tuple[Tensor, ...]
+
+
+def _dpo(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    chosen, rejected = logps.sum(-1).chunk(2)
+    ref_chosen, ref_rejected = ref_logps.sum(-1).chunk(2)
+    return -F.logsigmoid(BETA * ((chosen - ref_chosen) - (rejected - ref_rejected))).mean()
+
+
+def _gradients(loss: Tensor, leaves: list[Tensor]) -> Gradients:
+    return torch.autograd.grad(loss, [t for t in leaves if t.requires_grad])
+
+
+def gemms(x: Inputs, frozen: bool) -> None:
+    hidden, ref_hidden = x.hidden.flatten(0, 1), x.ref_hidden.flatten(0, 1)
+    logits = hidden @ x.weight.t()
+    torch.mm(ref_hidden, x.ref_weight.t())
+    torch.mm(logits, x.weight)
+    if not frozen:
+        torch.mm(logits.t(), hidden)
+
+
+def fused(x: Inputs, frozen: bool, labels: Tensor, **choice: Any) -> Gradients:
+    leaves = x.leaves(frozen)
+    loss = fa.losses.DPOLoss(beta=BETA)(
+        fa.Head(*leaves, **choice), labels, ref_logits=fa.Head(x.ref_hidden, x.ref_weight, **choice)
+    ).loss
+    return _gradients(loss, leaves)
+
+
+def _linear_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    logits = F.linear(hidden, weight)
+    return torch.log_softmax(logits, -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def eager(x: Inputs, frozen: bool, logps: Callable[..., Tensor] = _linear_logps) -> Gradients:
+    leaves = x.leaves(frozen)
+    with torch.no_grad():
+        reference = logps(x.ref_hidden, x.ref_weight, x.labels)
+    return _gradients(_dpo(logps(*leaves, x.labels), reference), leaves)
+
+
+def trl(x: Inputs) -> Gradients:
+    from trl.kernels import ChunkedLogProbFunction
+
+    def logps(hidden: Tensor, weight: Tensor) -> Tensor:
+        flat = (hidden.flatten(0, 1), weight, None, x.labels.flatten(), 1.0, 32768, None, 1.0, ())
+        return ChunkedLogProbFunction.apply(*flat)[0].view(x.labels.shape)
+
+    leaves = x.leaves(False)
+    with torch.no_grad():
+        reference = logps(x.ref_hidden, x.ref_weight)
+    return _gradients(_dpo(logps(*leaves), reference), leaves)
+
+
+def liger(x: Inputs, module: Any) -> Gradients:
+    leaves = x.leaves(False)
+    loss = module(leaves[1], leaves[0], x.labels, None, x.ref_hidden, x.ref_weight)[0]
+    return _gradients(loss, leaves)
+
+
+def _liger() -> Callable[[Inputs], Gradients]:
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    module = LigerFusedLinearDPOLoss(beta=BETA, compute_nll_loss=False, compiled=True)
+    return lambda x: liger(x, module)
+
+
+def _compiled() -> Callable[[Inputs], Gradients]:
+    function = torch.compile(_linear_logps, dynamic=False)
+    return lambda x: eager(x, False, function)
+
+
+OURS = "fastalign"
+VARIANTS: dict[str, Callable[[], Callable[[Inputs], Any]]] = {
+    "four GEMMs": lambda: lambda x: gemms(x, False),
+    "three GEMMs": lambda: lambda x: gemms(x, True),
+    OURS: lambda: lambda x: fused(x, False, x.labels),
+    "fastalign, half prompt": lambda: lambda x: fused(x, False, x.half),
+    "fastalign, recompute in 64 MiB": lambda: lambda x: fused(x, False, x.labels, chunk_bytes=TILE, plan="recompute"),
+    "fastalign, frozen head": lambda: lambda x: fused(x, True, x.labels),
+    "fastalign, frozen head in 64 MiB": lambda: lambda x: fused(x, True, x.labels, chunk_bytes=TILE),
+    "eager": lambda: lambda x: eager(x, False),
+    "torch.compile": _compiled,
+    "TRL ChunkedLogProbFunction": lambda: trl,
+    "Liger FusedLinearDPOLoss": _liger,
+}
+_PACKAGES = {"TRL ChunkedLogProbFunction": "trl", "Liger FusedLinearDPOLoss": "liger_kernel"}
+
+
+def available(wanted: tuple[str, ...]) -> list[str]:
+    present = [n for n in VARIANTS if n not in _PACKAGES or importlib.util.find_spec(_PACKAGES[n]) is not None]
+    unknown = set(wanted) - set(VARIANTS)
+    if unknown:
+        raise ValueError(f"variants must be among {'; '.join(VARIANTS)}; got {', '.join(sorted(unknown))}")
+    return [n for n in present if not wanted or n in wanted]
+
+
+def exact_gradients(x: Inputs) -> Gradients:
+    """(of hidden, of weight) in float64, a slice of the vocabulary's gradient at a time: the whole would not fit."""
+    hidden, weight = x.hidden.double().flatten(0, 1), x.weight.double()
+    labels, shape = x.labels.flatten(), x.labels.shape
+    logits = hidden @ weight.t()
+    lse = logits.logsumexp(-1)
+    logps = (logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - lse).view(shape).requires_grad_()
+    reference = x.ref_hidden.double().flatten(0, 1) @ x.ref_weight.double().t()
+    ref_logps = reference.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1).view(shape)
+    del reference
+    scale = torch.autograd.grad(_dpo(logps, ref_logps), logps)[0].flatten()
+    logits.sub_(lse.unsqueeze(-1)).exp_().mul_(-scale.unsqueeze(-1))
+    logits.scatter_add_(-1, labels.unsqueeze(-1), scale.unsqueeze(-1))
+    return (logits @ weight).view_as(x.hidden), logits.t() @ hidden
+
+
+def errors(x: Inputs, functions: dict[str, Callable[[Inputs], Any]]) -> dict[str, dict[str, float]]:
+    """Variant → relative errors of the gradients it returns, of those that compute the exact problem's."""
+    exact = exact_gradients(x)
+    found = {}
+    for name, function in functions.items():
+        got = function(x)
+        if got is None or "half" in name:
+            continue
+        pairs = zip(("hidden", "weight"), got, exact, strict=False)
+        found[name] = {key: float((a.double() - b).norm() / b.norm()) for key, a, b in pairs}
+    return found
+
+
+def peaks(shape: Shape, names: list[str], threads: int) -> dict[str, int]:
+    """Variant → bytes beyond the inputs, each measured in a process of its own (Linux only)."""
+    found = {}
+    for name in names:
+        command = [sys.executable, __file__, "--peak", name, "--threads", str(threads)]
+        command += ["--shape", json.dumps(asdict(shape))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"measuring the memory of {name!r} failed:\n{done.stderr}")
+        found[name] = int(done.stdout.splitlines()[-1])
+    return found
+
+
+def _peak(shape: Shape, name: str) -> None:
+    _map_large_blocks()
+    x, function = Inputs(shape), VARIANTS[name]()
+    print(peak_of(lambda: lambda: function(x), warmup=1))
+
+
+def measure(shape: Shape, names: list[str], rounds: int, seed: int, with_errors: bool) -> dict[str, Any]:
+    x = Inputs(shape, seed)
+    functions = {name: VARIANTS[name]() for name in names}
+    wrong = errors(x, functions) if with_errors else {}
+    contenders = {name: (lambda f=function: lambda: f(x)) for name, function in functions.items()}
+    seconds = interleave(contenders, rounds=rounds, warmup=1, seed=seed)
+    rows = {n: summary(samples) | {"seconds": samples, "error": wrong.get(n)} for n, samples in seconds.items()}
+    for bare in ("four GEMMs", "three GEMMs"):
+        for name, row in rows.items():
+            if bare in seconds:
+                row[f"over {bare}"] = ratio(seconds[name], seconds[bare])["median"]
+    return {"shape": asdict(shape), "rounds": rounds, "variants": rows}
+
+
+def table(record: dict[str, Any], peak: dict[str, int]) -> str:
+    head = "| variant | median (p10 to p90) | over four GEMMs | over three | peak | error of dhidden, dweight |"
+    lines = [head, "|---|---|---|---|---|---|"]
+    for name, row in record["variants"].items():
+        times = f"{row['median'] * 1e3:,.0f} ms ({row['p10'] * 1e3:,.0f} to {row['p90'] * 1e3:,.0f})"
+        over = [f"{row[key]:.2f}x" if key in row else "-" for key in ("over four GEMMs", "over three GEMMs")]
+        memory = f"{peak[name] / 2**20:,.0f} MiB" if name in peak else "-"
+        error = ", ".join(f"{e:.1e}" for e in row["error"].values()) if row["error"] else "-"
+        lines.append(f"| {name} | {times} | {over[0]} | {over[1]} | {memory} | {error} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, kind in (("tokens", int), ("vocab", int), ("hidden", int), ("dtype", str), ("pairs", int)):
+        parser.add_argument(f"--{name}", type=kind, default=getattr(Shape, name))
+    parser.add_argument("--variants", default="", help="names, separated by ;")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--no-errors", action="store_true")
+    parser.add_argument("--json", metavar="OUT")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--shape", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    if args.peak:
+        _peak(Shape(**json.loads(args.shape)), args.peak)
+        return 0
+    shape = Shape(args.tokens, args.vocab, args.hidden, args.dtype, args.pairs)
+    names = available(tuple(n.strip() for n in args.variants.split(";") if n.strip()))
+    record = measure(shape, names, args.rounds, args.seed, not args.no_errors)
+    peak = {} if args.no_memory or not Path("/proc/self/clear_refs").exists() else peaks(shape, names, args.threads)
+    print(f"{shape.tokens} tokens, V = {shape.vocab:,}, H = {shape.hidden}, {shape.dtype}, {args.rounds} rounds\n")
+    print(table(record, peak))
+    if args.json:
+        result = record | {"peak_bytes": peak, "environment": environment(Options(threads=args.threads))}
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
