@@ -78,6 +78,11 @@ def label_logit(x_row, label, V, cap, inv_cap, SOFTCAP: tl.constexpr):
     return prepare(x, real, cap, inv_cap, SOFTCAP)
 
 
+@triton.jit
+def finite(x):
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+
+
 @row_kernel
 def forward_kernel(
     x_ptr,
@@ -122,7 +127,7 @@ def forward_kernel(
     ENTROPY: tl.constexpr = entropy_ptr is not None
     MEAN: tl.constexpr = mean_ptr is not None
     x_label = label_logit(x_row, label, V, cap, inv_cap, SOFTCAP)
-    zero = tl.where(tl.abs(x_label) < float("inf"), x_label, 0.0)
+    zero = finite(x_label)
     sums = sum_row(x_row, z_row, V, zero, scale, cap, inv_cap, R, T, VEC, ALIGNED, SOFTCAP, ENTROPY, KL, MEAN)
     logps, entropy, kl, mean, m, r, ref_m, ref_r = finish(sums, x_label, zero, V, inv_t, KL)
     store_statistics(logps_ptr, lse_ptr, entropy_ptr, kl_ptr, mean_ptr, row, logps, m, entropy, kl, mean)
