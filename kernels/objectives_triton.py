@@ -12,9 +12,11 @@ from torch import Tensor
 from .token_rows_triton import (
     add_tile,
     body_offsets,
+    body_pointer,
     coefficients,
     edge_offsets,
     finish,
+    gradient,
     merge_threads,
     no_sums,
     nothing,
@@ -23,9 +25,8 @@ from .token_rows_triton import (
     row_pointer,
     slots,
     sum_row,
-    tile_gradient,
-    vector_pointer,
     write_gradient,
+    write_label_gradient,
     write_zeros,
 )
 from .token_stats_triton import (
@@ -100,7 +101,7 @@ def kl_slope(logp, ref_logp, KL_TERM: tl.constexpr, REVERSED: tl.constexpr):
 def row_in_registers(x_row, head, V, R: tl.constexpr, T: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
     """(edges [1, T, 1], body [R, T, VEC]) of a row that one tile covers; -inf where it has no element."""
     at, live = edge_offsets(head, V, T, VEC)
-    body = vector_pointer(x_row + head, ALIGNED) + body_offsets(R, T, VEC)
+    body = body_pointer(x_row, head, ALIGNED) + body_offsets(R, T, VEC)
     low = float("-inf")
     return tl.load(x_row + at, live, other=low), tl.load(body, slots(R, T) < (V - head) // VEC, other=low)
 
@@ -149,6 +150,7 @@ def objective_kernel(
     R: tl.constexpr,
     T: tl.constexpr,
     VEC: tl.constexpr,
+    ONE: tl.constexpr,
     ALIGNED: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
@@ -169,6 +171,9 @@ def objective_kernel(
         z_row = row_pointer(z_ptr, row, inner, z_outer, z_inner)
 
     x_label = label_logit(x_row, label, V, cap, inv_cap, SOFTCAP)
+    z_label = x_label
+    if KL:
+        z_label = label_logit(z_row, label, V, cap, inv_cap, SOFTCAP)
     zero = finite(x_label)
     head = row_head(x_row, V, VEC)
     if FITS:
@@ -194,7 +199,7 @@ def objective_kernel(
         sums = add_tile(sums, x, z, live, zero, scale, ENTROPY, KL, MEAN)
         sums = merge_threads(sums, scale, ENTROPY, KL, MEAN)
     else:
-        sums = sum_row(x_row, z_row, V, zero, scale, cap, inv_cap, R, T, VEC, ALIGNED, SOFTCAP, ENTROPY, KL, MEAN)
+        sums = sum_row(x_row, z_row, V, zero, scale, cap, inv_cap, R, T, VEC, ONE, ALIGNED, SOFTCAP, ENTROPY, KL, MEAN)
     logps, entropy, kl, mean, m, r, ref_m, ref_r = finish(sums, x_label, zero, V, inv_t, KL)
     store_statistics(logps_ptr, lse_ptr, entropy_ptr, kl_ptr, mean_ptr, row, logps, m, entropy, kl, mean)
 
@@ -224,22 +229,22 @@ def objective_kernel(
         inv_t,
     )
     LINEAR: tl.constexpr = KL_TERM == EXACT
-    target = tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)
     if FITS:
         element = out_row.dtype.element_ty
         x = prepare(edge, edge_live, cap, inv_cap, SOFTCAP)
         z = prepare(z_edge, edge_live, cap, inv_cap, SOFTCAP)
-        dx = tile_gradient(x, z, at, target, c, scale, inv_cap, SLOPE, LINEAR, MEAN, SOFTCAP)
+        dx = gradient(x, z, None, c, scale, inv_cap, SLOPE, LINEAR, MEAN, SOFTCAP)
         tl.store(out_row + at, dx.to(element), edge_live)
         x = prepare(body, live, cap, inv_cap, SOFTCAP)
         z = prepare(z_body, live, cap, inv_cap, SOFTCAP)
         at = body_offsets(R, T, VEC)
-        dx = tile_gradient(x, z, at, target - head, c, scale, inv_cap, SLOPE, LINEAR, MEAN, SOFTCAP)
-        tl.store(vector_pointer(out_row + head, ALIGNED) + at, dx.to(element), live)
+        dx = gradient(x, z, None, c, scale, inv_cap, SLOPE, LINEAR, MEAN, SOFTCAP)
+        tl.store(body_pointer(out_row, head, ALIGNED) + at, dx.to(element), live)
     else:
         write_gradient(
-            x_row, z_row, out_row, target, c, V, scale, cap, inv_cap, R, T, VEC, ALIGNED, SOFTCAP, SLOPE, LINEAR, MEAN
+            x_row, z_row, out_row, c, V, scale, cap, inv_cap, R, T, VEC, ONE, ALIGNED, SOFTCAP, SLOPE, LINEAR, MEAN
         )
+    write_label_gradient(x_label, z_label, out_row, label, c, V, scale, inv_cap, SLOPE, LINEAR, MEAN, SOFTCAP)
 
 
 # ------------------------------------------------------------------------------------------------------------ launches
@@ -253,7 +258,7 @@ def whole_row_tile(vocab: int, dtype: torch.dtype, two: bool) -> tuple[dict[str,
     if vectors > MAX_VECTORS // (2 if two else 1):
         return None
     r = 4 if two or vectors <= 512 else 8
-    return {"R": r, "T": vectors // r, "VEC": vec}, vectors // r // 32
+    return {"R": r, "T": vectors // r, "VEC": vec, "ONE": True}, vectors // r // 32
 
 
 def objective(

@@ -49,8 +49,10 @@ def spread(x):
 @triton.jit
 def row_pointer(pointer, row, inner, outer_stride, inner_stride):
     """Start of a row; the leading dimensions of a tensor are two at most, of which the last has size `inner`."""
-    at = (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
-    return pointer + at
+    outer = 0
+    if row >= inner:  # not where rows are evenly spaced, which spares the division
+        outer = row // inner
+    return pointer + (outer.to(tl.int64) * outer_stride + (row - outer * inner).to(tl.int64) * inner_stride)
 
 
 @triton.jit
@@ -62,8 +64,9 @@ def row_head(pointer, V, VEC: tl.constexpr):
 
 
 @triton.jit
-def vector_pointer(pointer, ALIGNED: tl.constexpr):
-    """The same pointer, promised to lie on a 16-byte boundary where it does."""
+def body_pointer(row, head, ALIGNED: tl.constexpr):
+    """Start of a row's body, promised to lie on a 16-byte boundary where it does."""
+    pointer = row + head
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
@@ -88,6 +91,11 @@ def edge_offsets(head, V, T: tl.constexpr, VEC: tl.constexpr):
     tail = head + (V - head) // VEC * VEC
     at = tl.where(i < VEC, i, tail + i - VEC)
     return at, tl.where(i < VEC, i < head, at < V)
+
+
+@triton.jit
+def has_edges(head, V, VEC: tl.constexpr):
+    return (head > 0) | ((V - head) % VEC > 0)
 
 
 # ------------------------------------------------------------------------------------------------------------ elements
@@ -235,11 +243,11 @@ def coefficients(m, r, ref_m, ref_r, entropy, kl, g_logps, g_lse, g_entropy, g_k
 
 
 @triton.jit
-def tile_gradient(
-    x, z, at, label, c, scale, inv_cap, SLOPE: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr, SOFTCAP: tl.constexpr
+def gradient(
+    x, z, delta, c, scale, inv_cap, SLOPE: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr, SOFTCAP: tl.constexpr
 ):
-    """Gradient of a tile's logits, 2^u (a + b u - g v) + kappa + delta [at = label], times the soft-cap's slope."""
-    pivot, ref_pivot, a, b, g, kappa, delta = c
+    """Gradient of prepared logits, 2^u (a + b u - g v) + kappa + delta, times the soft-cap's slope."""
+    pivot, ref_pivot, a, b, g, kappa, _ = c
     u = (x - pivot) * scale
     p = tl.exp2(u)
     if SLOPE:
@@ -251,11 +259,37 @@ def tile_gradient(
         dx = p * a
     if MEAN:
         dx += kappa
-    dx = tl.where(at == label, dx + delta, dx)
+    if delta is not None:
+        dx += delta
     if SOFTCAP:
         tanh = x * inv_cap
         dx *= 1.0 - tanh * tanh
     return dx
+
+
+@triton.jit
+def write_label_gradient(
+    x_label,
+    z_label,
+    out_row,
+    label,
+    c,
+    V,
+    scale,
+    inv_cap,
+    SLOPE: tl.constexpr,
+    KL: tl.constexpr,
+    MEAN: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """The target's element once more, with its delta: cheaper than to look for the target in every tile.
+
+    The barrier orders this write behind that of the thread which wrote the element's tile.
+    """
+    tl.debug_barrier()
+    dx = gradient(x_label, z_label, c[6], c, scale, inv_cap, SLOPE, KL, MEAN, SOFTCAP)
+    real = (label >= 0) & (label < V)
+    tl.store(out_row + tl.where(real, label, 0), dx.to(out_row.dtype.element_ty), real)
 
 
 # ---------------------------------------------------------------------------------------------------------- whole rows
@@ -271,39 +305,44 @@ def sum_row(
     R: tl.constexpr,
     T: tl.constexpr,
     VEC: tl.constexpr,
+    ONE: tl.constexpr,
     ALIGNED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     KL: tl.constexpr,
     MEAN: tl.constexpr,
 ):
-    """The seven sums of a row, in one read. The next tile is on its way while a tile is added."""
+    """The seven sums of a row, in one read. The next tile is on its way while a tile is added; ONE: there is one."""
     low = float("-inf")
     head = row_head(x_row, V, VEC)
-    at, live = edge_offsets(head, V, T, VEC)
-    x = prepare(tl.load(x_row + at, live, other=low), live, cap, inv_cap, SOFTCAP)
-    z = x
-    if KL:
-        z = prepare(tl.load(z_row + at, live, other=low), live, cap, inv_cap, SOFTCAP)
-    sums = add_tile(no_sums(T), x, z, live, zero, scale, ENTROPY, KL, MEAN)
+    edge_at, edge = edge_offsets(head, V, T, VEC)
+    sums = no_sums(T)
+    if has_edges(head, V, VEC):
+        edge_x = prepare(tl.load(x_row + edge_at, edge, other=low), edge, cap, inv_cap, SOFTCAP)
+        edge_z = edge_x
+        if KL:
+            edge_z = prepare(tl.load(z_row + edge_at, edge, other=low), edge, cap, inv_cap, SOFTCAP)
+        sums = add_tile(sums, edge_x, edge_z, edge, zero, scale, ENTROPY, KL, MEAN)
 
     slot = slots(R, T)
     vectors = (V - head) // VEC
-    xs = vector_pointer(x_row + head, True) + body_offsets(R, T, VEC)
+    xs = body_pointer(x_row, head, True) + body_offsets(R, T, VEC)
     next_x = tl.load(xs, slot < vectors, other=low)
     if KL:
-        zs = vector_pointer(z_row + head, ALIGNED) + body_offsets(R, T, VEC)
+        zs = body_pointer(z_row, head, ALIGNED) + body_offsets(R, T, VEC)
         next_z = tl.load(zs, slot < vectors, other=low)
-    for start in range(0, vectors, R * T):
+    for start in range(0, R * T if ONE else vectors, R * T):
         live = slot < vectors - start
         x = prepare(next_x, live, cap, inv_cap, SOFTCAP)
-        xs += R * T * VEC
-        next_x = tl.load(xs, slot < vectors - start - R * T, other=low)
         z = x
         if KL:
             z = prepare(next_z, live, cap, inv_cap, SOFTCAP)
-            zs += R * T * VEC
-            next_z = tl.load(zs, slot < vectors - start - R * T, other=low)
+        if not ONE:
+            xs += R * T * VEC
+            next_x = tl.load(xs, slot < vectors - start - R * T, other=low)
+            if KL:
+                zs += R * T * VEC
+                next_z = tl.load(zs, slot < vectors - start - R * T, other=low)
         sums = add_tile(sums, x, z, live, zero, scale, ENTROPY, KL, MEAN)
     return merge_threads(sums, scale, ENTROPY, KL, MEAN)
 
@@ -313,7 +352,6 @@ def write_gradient(
     x_row,
     z_row,
     out_row,
-    label,
     c,
     V,
     scale,
@@ -322,48 +360,52 @@ def write_gradient(
     R: tl.constexpr,
     T: tl.constexpr,
     VEC: tl.constexpr,
+    ONE: tl.constexpr,
     ALIGNED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SLOPE: tl.constexpr,
     KL: tl.constexpr,
     MEAN: tl.constexpr,
 ):
-    """The gradient of a row from its coefficients `c`, in one read and one write; in place too, since a thread writes
-    where it has read and nowhere else."""
+    """The gradient of a row from its coefficients `c` without the target's delta, in one read and one write.
+
+    In place too: a thread writes where it has read and nowhere else.
+    """
     low = float("-inf")
     head = row_head(x_row, V, VEC)
-    at, live = edge_offsets(head, V, T, VEC)
-    x = prepare(tl.load(x_row + at, live, other=low), live, cap, inv_cap, SOFTCAP)
-    z = x
-    if KL:
-        z = prepare(tl.load(z_row + at, live, other=low), live, cap, inv_cap, SOFTCAP)
-    dx = tile_gradient(x, z, at, label, c, scale, inv_cap, SLOPE, KL, MEAN, SOFTCAP)
-    tl.store(out_row + at, dx.to(out_row.dtype.element_ty), live)
+    edge_at, edge = edge_offsets(head, V, T, VEC)
+    if has_edges(head, V, VEC):
+        edge_x = prepare(tl.load(x_row + edge_at, edge, other=low), edge, cap, inv_cap, SOFTCAP)
+        edge_z = edge_x
+        if KL:
+            edge_z = prepare(tl.load(z_row + edge_at, edge, other=low), edge, cap, inv_cap, SOFTCAP)
+        edge_dx = gradient(edge_x, edge_z, None, c, scale, inv_cap, SLOPE, KL, MEAN, SOFTCAP)
+        tl.store(out_row + edge_at, edge_dx.to(out_row.dtype.element_ty), edge)
 
     slot = slots(R, T)
     vectors = (V - head) // VEC
     at = body_offsets(R, T, VEC)
-    xs = vector_pointer(x_row + head, True) + at
-    outs = vector_pointer(out_row + head, ALIGNED) + at
+    xs = body_pointer(x_row, head, True) + at
+    outs = body_pointer(out_row, head, ALIGNED) + at
     next_x = tl.load(xs, slot < vectors, other=low)
     if KL:
-        zs = vector_pointer(z_row + head, ALIGNED) + at
+        zs = body_pointer(z_row, head, ALIGNED) + at
         next_z = tl.load(zs, slot < vectors, other=low)
-    label -= head
-    for start in range(0, vectors, R * T):
+    for start in range(0, R * T if ONE else vectors, R * T):
         live = slot < vectors - start
         x = prepare(next_x, live, cap, inv_cap, SOFTCAP)
-        xs += R * T * VEC
-        next_x = tl.load(xs, slot < vectors - start - R * T, other=low)
         z = x
         if KL:
             z = prepare(next_z, live, cap, inv_cap, SOFTCAP)
-            zs += R * T * VEC
-            next_z = tl.load(zs, slot < vectors - start - R * T, other=low)
-        dx = tile_gradient(x, z, at, label, c, scale, inv_cap, SLOPE, KL, MEAN, SOFTCAP)
+        if not ONE:
+            xs += R * T * VEC
+            next_x = tl.load(xs, slot < vectors - start - R * T, other=low)
+            if KL:
+                zs += R * T * VEC
+                next_z = tl.load(zs, slot < vectors - start - R * T, other=low)
+        dx = gradient(x, z, None, c, scale, inv_cap, SLOPE, KL, MEAN, SOFTCAP)
         tl.store(outs, dx.to(out_row.dtype.element_ty), live)
         outs += R * T * VEC
-        label -= R * T * VEC
 
 
 @triton.jit
@@ -374,7 +416,7 @@ def write_zeros(out_row, V, R: tl.constexpr, T: tl.constexpr, VEC: tl.constexpr)
     tl.store(out_row + at, tl.zeros([1, T, 1], out_row.dtype.element_ty), live)
     slot = slots(R, T)
     vectors = (V - head) // VEC
-    outs = vector_pointer(out_row + head, True) + body_offsets(R, T, VEC)
+    outs = body_pointer(out_row, head, True) + body_offsets(R, T, VEC)
     zeros = tl.zeros([R, T, VEC], out_row.dtype.element_ty)
     for start in range(0, vectors, R * T):
         tl.store(outs, zeros, slot < vectors - start)

@@ -22,6 +22,7 @@ from .token_rows_triton import (
     row_pointer,
     sum_row,
     write_gradient,
+    write_label_gradient,
     write_zeros,
 )
 
@@ -108,6 +109,7 @@ def forward_kernel(
     R: tl.constexpr,
     T: tl.constexpr,
     VEC: tl.constexpr,
+    ONE: tl.constexpr,
     ALIGNED: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
@@ -128,7 +130,7 @@ def forward_kernel(
     MEAN: tl.constexpr = mean_ptr is not None
     x_label = label_logit(x_row, label, V, cap, inv_cap, SOFTCAP)
     zero = finite(x_label)
-    sums = sum_row(x_row, z_row, V, zero, scale, cap, inv_cap, R, T, VEC, ALIGNED, SOFTCAP, ENTROPY, KL, MEAN)
+    sums = sum_row(x_row, z_row, V, zero, scale, cap, inv_cap, R, T, VEC, ONE, ALIGNED, SOFTCAP, ENTROPY, KL, MEAN)
     logps, entropy, kl, mean, m, r, ref_m, ref_r = finish(sums, x_label, zero, V, inv_t, KL)
     store_statistics(logps_ptr, lse_ptr, entropy_ptr, kl_ptr, mean_ptr, row, logps, m, entropy, kl, mean)
     tl.store(saved, m)
@@ -168,6 +170,7 @@ def backward_kernel(
     R: tl.constexpr,
     T: tl.constexpr,
     VEC: tl.constexpr,
+    ONE: tl.constexpr,
     ALIGNED: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
@@ -201,8 +204,14 @@ def backward_kernel(
     )
     SLOPE: tl.constexpr = KL or g_entropy_ptr is not None
     MEAN: tl.constexpr = g_mean_ptr is not None
-    at = tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)
-    write_gradient(x_row, z_row, out_row, at, c, V, scale, cap, inv_cap, R, T, VEC, ALIGNED, SOFTCAP, SLOPE, KL, MEAN)
+    x_label = label_logit(x_row, label, V, cap, inv_cap, SOFTCAP)
+    z_label = x_label
+    if KL:
+        z_label = label_logit(z_row, label, V, cap, inv_cap, SOFTCAP)
+    tl.debug_barrier()  # in place, another warp may write over the target's logit before this one has read it
+    write_gradient(x_row, z_row, out_row, c, V, scale, cap, inv_cap, R, T, VEC, ONE, ALIGNED, SOFTCAP, SLOPE, KL, MEAN)
+    if g_logps_ptr is not None:
+        write_label_gradient(x_label, z_label, out_row, label, c, V, scale, inv_cap, SLOPE, KL, MEAN, SOFTCAP)
 
 
 # ------------------------------------------------------------------------------------------------------------ launches
@@ -220,11 +229,11 @@ class Launch(NamedTuple):
 
 
 def tile(vocab: int, dtype: torch.dtype) -> tuple[dict[str, int], int]:
-    """(R, T and VEC, number of warps) of the kernels that walk over rows: one of three choices for each dtype."""
+    """(R, T, VEC and ONE, number of warps) of the kernels that walk over rows; one of five choices for each dtype."""
     vec = 16 // dtype.itemsize
     vectors = triton.cdiv(vocab, vec)
     warps = 1 if vectors <= 128 else 4 if vectors <= 1024 else 8
-    return {"R": 4, "T": 32 * warps, "VEC": vec}, warps
+    return {"R": 4, "T": 32 * warps, "VEC": vec, "ONE": vectors <= 128 * warps}, warps
 
 
 def _merged(tensors: dict[str, Tensor]) -> list[tuple[int, dict[str, int]]]:

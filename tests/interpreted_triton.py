@@ -5,9 +5,6 @@ Not named test_*: in a process of its own, since Triton decides at import whethe
 
 from __future__ import annotations
 
-import os
-import zlib
-
 import numpy as np
 import pytest
 import torch
@@ -16,7 +13,6 @@ from triton.runtime import interpreter
 
 import fastalign as fa
 from fastalign import _backends
-from fastalign.losses import PPOLoss, SFTLoss
 from fastalign.reference import CASES, Sizes, cast
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of -inf - -inf and overflow to inf
