@@ -1,4 +1,4 @@
-"""The Triton kernels of every configuration, compiled ahead of time and simulated: one `Row` each."""
+"""The Triton kernels, compiled ahead of time and simulated: one `Row` for each architecture, dtype and vocabulary."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import importlib.util
 import math
 import re
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from _gpu_row import DTYPES, ROWS, VOCABS, Row, limits
+from fastalign.kernels import objectives_triton, token_stats_triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from fastalign.kernels import objectives_triton, token_stats_triton
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -47,8 +48,7 @@ def plan(kind: str, logits: torch.Tensor, labels: torch.Tensor) -> tuple[Any, di
         return launches[0], {"logps": results[0], "saved": results[5]}
     if kind == "backward":
         saved = torch.zeros(*labels.shape, 4)
-        if logits.dim() == 2 and logits.shape[0] == ROWS:
-            saved[:, 0] = torch.logsumexp(logits.float(), -1)
+        saved[..., 0] = torch.logsumexp(logits.float(), -1)
         grads = (rows, None, None, None, None)
         launches = token_stats_triton.backward(logits, labels, None, saved, None, None, grads, *plain, out)
         return launches[0], {"out": out}
@@ -104,26 +104,13 @@ def compiled(launch: Any, arch: str) -> Compiled:
 
 def _cubin_usage(cubin: bytes) -> tuple[int, int]:
     """(registers, bytes of local memory) a thread, from the machine code's own header."""
-    path = triton.knobs.nvidia.cuobjdump.path
-    with _file(cubin) as name:
-        text = subprocess.run([path, "--dump-resource-usage", name], capture_output=True, text=True, check=True).stdout
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return found["REG"], found["STACK"] + found["LOCAL"]
-
-
-def _file(data: bytes):
-    import contextlib
-    import tempfile
-    from pathlib import Path
-
-    @contextlib.contextmanager
-    def held():
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "kernel.cubin")
-            path.write_bytes(data)
-            yield str(path)
-
-    return held()
 
 
 def _amd_usage(assembly: str) -> tuple[int, int]:
@@ -175,10 +162,9 @@ def rows(
     for dtype in dtypes:
         for vocab in vocabs:
             draw = torch.Generator().manual_seed(vocab)
-            logits = torch.empty(ROWS, vocab)
-            logits.normal_(0, 2, generator=draw) if simulate else logits.zero_()
-            logits = logits.to(getattr(torch, dtype))
-            labels = torch.randint(vocab, (ROWS,), generator=draw)
+            count = ROWS if simulate else 1
+            logits = torch.randn(count, vocab, generator=draw).mul_(2).to(getattr(torch, dtype))
+            labels = torch.randint(vocab, (count,), generator=draw)
             for kind in kinds:
                 launch, _ = plan(kind, logits, labels)
                 for arch in archs:

@@ -3,8 +3,8 @@ simulator `ptxsim` can be imported, counted memory traffic and which limit of an
 
     python bench/gpu_static.py --backend triton [--json]
 
-prints one row for each kernel, architecture, dtype and vocabulary; the fields are those of `_gpu_row.Row`. A lower bound
-is no prediction: latency and occupancy are not in it, and no time measured on a GPU is.
+prints one row for each kernel, architecture, dtype and vocabulary; the fields are those of `_gpu_row.Row`. A lower
+bound is no prediction: latency and occupancy are not in it, nor is any time measured on a GPU.
 """
 
 from __future__ import annotations
