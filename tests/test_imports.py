@@ -59,7 +59,8 @@ def test_imports_go_down(path):
 )
 def test_the_core_needs_torch_alone(path):
     for name, ours in imported(path):
-        assert ours or name in LIGHT or name in sys.stdlib_module_names, f"{room(path)} must not need {name}"
+        light = LIGHT | ({"triton"} if path.stem.endswith("_triton") else set())  # these are imported when needed
+        assert ours or name in light or name in sys.stdlib_module_names, f"{room(path)} must not need {name}"
 
 
 def test_the_reader_sees_relative_imports():

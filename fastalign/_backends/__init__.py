@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from . import cpu, eager
+from . import cpu, eager, triton
 from ._interface import KINDS, KL_TERMS, Backend, Objective
 from .cpu import cpu_isa, cpu_isas, probe_copy, probe_read
 
@@ -35,6 +35,7 @@ __all__ = [
 
 BACKENDS: dict[str, Backend] = {
     "cpu": cpu,
+    "triton": triton,
     "eager": eager,
 }
 """In order of preference: of those that serve a tensor, the first one does."""
@@ -46,7 +47,8 @@ def backends() -> dict[str, str]:
     """Name of every backend → "available", or the reason why it is not.
 
     Without a choice of the caller's, CPU tensors of float32, bfloat16 and float16 are served by `cpu` (compiled SIMD
-    kernels) and everything else, float64 among it, by `eager` (plain PyTorch operations).
+    kernels), the same dtypes on GPUs by `triton`, and everything else, float64 among it, by `eager` (plain PyTorch
+    operations).
     """
     return {name: backend.unavailable() or "available" for name, backend in BACKENDS.items()}
 
