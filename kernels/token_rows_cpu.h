@@ -22,9 +22,6 @@ constexpr int64_t kPivotSample = 256;  // elements that the pivot is taken from
 constexpr float kLimit[] = {0x1p96f, 0x1p12f, 0x1p12f};
 constexpr int kUnit = 2 * Vec::kWidth;
 
-// What the caller wants of a row decides the inner loop: plain (logps, lse), moments (entropy, mean), or a reference.
-enum Mode { kPlain, kMoments, kReference };
-
 // ------------------------------------------------------------------------------------------------- elements
 struct Prepare {
     Vec inv_cap, cap, scale;  // scale = log2(e) / T
@@ -37,10 +34,10 @@ struct Prepare {
 // tanh: its series below 0.6 (the quotient would cancel there), 1 - 2 / (e^2x + 1) beyond. Relative error below 3e-7.
 inline Vec tanh(Vec x) {
     const Vec s = x * x;
-    Vec p = fma(set1(-0.00589514058f), s, set1(0.0207959563f));
-    p = fma(p, s, set1(-0.0537838265f));
-    p = fma(p, s, set1(0.133319244f));
-    p = fma(p, s, set1(-0.333332986f));
+    Vec p = fma(set1(kTanh11), s, set1(kTanh9));
+    p = fma(p, s, set1(kTanh7));
+    p = fma(p, s, set1(kTanh5));
+    p = fma(p, s, set1(kTanh3));
     const Vec series = fma(x * s, p, x), one = set1(1.0f);
     const Vec quotient = one - set1(2.0f) / (exp2(x * set1(static_cast<float>(2 * kLog2e))) + one);
     return select_small(x, 0.6f, series, quotient);
@@ -272,10 +269,6 @@ void kept_gradient(const float* keep, T* out, int64_t n, float a, float kappa) {
         store2<false>(unit, fma(e, av, kv), fma(f, av, kv));
         std::memcpy(out + i, unit, (n - i) * sizeof(T));
     }
-}
-
-inline bool no_gradient(const Coefficients& c) {
-    return c.a == 0 && c.b == 0 && c.g == 0 && c.kappa == 0 && c.delta == 0;
 }
 
 // The target's gradient, with its `delta` added before the one rounding to T. Taken before the row is overwritten.

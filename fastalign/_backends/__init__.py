@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from . import cpu, eager
+from . import cpu, cuda, eager
 from ._interface import KINDS, KL_TERMS, Backend, Objective
 from .cpu import cpu_isa, cpu_isas, probe_copy, probe_read
 
@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 BACKENDS: dict[str, Backend] = {
+    "cuda": cuda,
     "cpu": cpu,
     "eager": eager,
 }

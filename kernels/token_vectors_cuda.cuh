@@ -1,0 +1,198 @@
+// 16-byte vectors of logits in CUDA: conversions, and the few functions of one element.
+#pragma once
+#include <cfloat>
+#include <cstdint>
+
+#include "simd_types.h"
+#include "token_stats.h"
+
+namespace fastalign::cuda {
+
+constexpr int kBytes = 16;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+struct Pack {
+    uint32_t w[4];
+};
+
+// ------------------------------------------------------------------------------------------------- element types
+// bits of -inf, in each element of a word; `unpack` and `pack` one word; `larger` by element, NaN may be lost.
+template <class T>
+struct Words;
+
+template <>
+struct Words<float> {
+    using Bits = uint32_t;
+    static constexpr int kPerWord = 1;
+    static constexpr uint32_t kMinusInf = 0xff800000u;
+    static __device__ void unpack(uint32_t w, float* x) { x[0] = __uint_as_float(w); }
+    static __device__ uint32_t pack(const float* x) { return __float_as_uint(x[0]); }
+    static __device__ uint32_t larger(uint32_t a, uint32_t b) {
+        return __float_as_uint(fmaxf(__uint_as_float(a), __uint_as_float(b)));
+    }
+    static __device__ float load(const float* p) { return *p; }
+    static __device__ void store(float* p, float x) { *p = x; }
+};
+
+template <>
+struct Words<BFloat16> {
+    using Bits = uint16_t;
+    static constexpr int kPerWord = 2;
+    static constexpr uint32_t kMinusInf = 0xff80ff80u;
+    static __device__ void unpack(uint32_t w, float* x) {
+        x[0] = __uint_as_float(w << 16);
+        x[1] = __uint_as_float(w & 0xffff0000u);
+    }
+    static __device__ uint32_t pack(const float* x) {
+        uint32_t w;
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(x[1]), "f"(x[0]));
+        return w;
+    }
+    static __device__ uint32_t larger(uint32_t a, uint32_t b) {
+        uint32_t w;
+        asm("max.bf16x2 %0, %1, %2;" : "=r"(w) : "r"(a), "r"(b));
+        return w;
+    }
+    static __device__ float load(const BFloat16* p) { return __uint_as_float(static_cast<uint32_t>(p->bits) << 16); }
+    static __device__ void store(BFloat16* p, float x) {
+        const float two[2] = {x, x};
+        p->bits = static_cast<uint16_t>(pack(two));
+    }
+};
+
+template <>
+struct Words<Half> {
+    using Bits = uint16_t;
+    static constexpr int kPerWord = 2;
+    static constexpr uint32_t kMinusInf = 0xfc00fc00u;
+    static __device__ void unpack(uint32_t w, float* x) {
+        asm("{.reg .f16 lo, hi;\n mov.b32 {lo, hi}, %2;\n cvt.f32.f16 %0, lo;\n cvt.f32.f16 %1, hi;}"
+            : "=f"(x[0]), "=f"(x[1])
+            : "r"(w));
+    }
+    static __device__ uint32_t pack(const float* x) {
+        uint32_t w;
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(x[1]), "f"(x[0]));
+        return w;
+    }
+    static __device__ uint32_t larger(uint32_t a, uint32_t b) {
+        uint32_t w;
+        asm("max.f16x2 %0, %1, %2;" : "=r"(w) : "r"(a), "r"(b));
+        return w;
+    }
+    static __device__ float load(const Half* p) {
+        float two[2];
+        unpack(p->bits, two);
+        return two[0];
+    }
+    static __device__ void store(Half* p, float x) {
+        const float two[2] = {x, x};
+        p->bits = static_cast<uint16_t>(pack(two));
+    }
+};
+
+template <class T>
+constexpr int kWidth = kBytes / static_cast<int>(sizeof(T));  // elements of a vector
+
+template <class T>
+__device__ inline void unpack(const Pack& v, float (&x)[kWidth<T>]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) Words<T>::unpack(v.w[i], x + i * Words<T>::kPerWord);
+}
+
+template <class T>
+__device__ inline Pack pack(const float (&x)[kWidth<T>]) {
+    Pack v;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v.w[i] = Words<T>::pack(x + i * Words<T>::kPerWord);
+    return v;
+}
+
+// The largest element of a tile.
+template <class T, int kCount>
+__device__ inline float maximum(const Pack (&v)[kCount]) {
+    Pack m = v[0];
+#pragma unroll
+    for (int u = 1; u < kCount; ++u)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) m.w[i] = Words<T>::larger(m.w[i], v[u].w[i]);
+    const uint32_t one = Words<T>::larger(Words<T>::larger(m.w[0], m.w[1]), Words<T>::larger(m.w[2], m.w[3]));
+    float x[2] = {0, -INFINITY};
+    Words<T>::unpack(one, x);
+    return fmaxf(x[0], x[1]);
+}
+
+// ------------------------------------------------------------------------------------------------- functions
+__device__ inline float max_or_nan(float x, float low) {
+    float y;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(low));
+    return y;
+}
+
+// 2^u without the special-function unit, for a share of the elements, as that unit is the first to run out where 16-bit
+// logits are only read. 2^u = 2^i 2^f, |f| <= 1/2, by a polynomial of relative error 1.6e-7 (fitted for equal ripple,
+// exact at 0). 0 below -126.5 and at -inf, NaN at NaN; u must not exceed 127.
+__device__ inline float exp2_polynomial(float u) {
+    constexpr float kRound = 12582912.0f + 127.0f;  // adding 1.5 * 2^23 rounds to an integer; 127: the exponent's bias
+    u = max_or_nan(u, -127.0f);
+    const float t = u + kRound, f = u - (t - kRound);
+    float p = fmaf(0.00132746331f, f, 0.00967196189f);
+    p = fmaf(p, f, 0.0555067845f);
+    p = fmaf(p, f, 0.24022235f);
+    p = fmaf(p, f, 0.693147063f);
+    p = fmaf(p, f, 1.0f);
+    return p * __uint_as_float(__float_as_uint(t) << 23);
+}
+
+template <bool kPolynomial>
+__device__ inline float exp2_of(float u) {
+    if constexpr (kPolynomial) return exp2_polynomial(u);
+    else return power_of_two(u);
+}
+
+__device__ inline float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// tanh: its series below 0.6 (the quotient would cancel there), 1 - 2 / (e^2x + 1) beyond. The CPU's, in one lane.
+__device__ inline float tanh_of(float x) {
+    const float s = x * x;
+    float p = fmaf(kTanh11, s, kTanh9);
+    p = fmaf(p, s, kTanh7);
+    p = fmaf(p, s, kTanh5);
+    p = fmaf(p, s, kTanh3);
+    const float quotient = 1 - 2 * reciprocal(power_of_two(x * static_cast<float>(2 * kLog2e)) + 1);
+    return fabsf(x) < 0.6f ? fmaf(x * s, p, x) : quotient;
+}
+
+// What a call does to every logit before anything else; scale = log2(e) / T.
+struct Prepare {
+    float inv_cap, cap, scale, inv_scale;
+    double inv_temperature;
+};
+
+template <bool kCap>
+__device__ inline float capped(float x, const Prepare& k) {
+    if constexpr (kCap) return k.cap * tanh_of(x * k.inv_cap);
+    else return x;
+}
+
+__device__ inline Pack minus_infinity(uint32_t word) { return {{word, word, word, word}}; }
+
+// 16 bytes from byte `shift` (the same for all lanes) of two neighbouring aligned vectors.
+__device__ inline Pack cut(const Pack& a, const Pack& b, int shift) {
+    uint32_t w[8] = {a.w[0], a.w[1], a.w[2], a.w[3], b.w[0], b.w[1], b.w[2], b.w[3]};
+    const bool eight = shift & 8, four = shift & 4;
+#pragma unroll
+    for (int i = 0; i < 6; ++i) w[i] = eight ? w[i + 2] : w[i];
+#pragma unroll
+    for (int i = 0; i < 5; ++i) w[i] = four ? w[i + 1] : w[i];
+    Pack v;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v.w[i] = __funnelshift_r(w[i], w[i + 1], 8 * (shift & 3));
+    return v;
+}
+
+}  // namespace fastalign::cuda
