@@ -51,7 +51,7 @@ def _cache(*parts: str) -> Path:
 def _run(*command: object) -> str:
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{done.stderr}")
+        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{done.stderr[:4000]}")
     return done.stderr
 
 

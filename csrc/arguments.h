@@ -57,7 +57,8 @@ inline void fill_tokens(TokenArgs& a, const py::tuple& t) {
     a.labels = at<const void>(py::cast<Address>(t[6]));
     a.labels64 = py::cast<bool>(t[7]);
     a.ignore_index = py::cast<std::int64_t>(t[8]);
-    a.temperature = py::cast<double>(t[9]), a.softcap = py::cast<double>(t[10]);
+    a.temperature = py::cast<double>(t[9]), a.inv_temperature = 1 / a.temperature;
+    a.softcap = py::cast<double>(t[10]);
     a.threads = py::cast<int>(t[11]);
 }
 

@@ -43,7 +43,7 @@ struct TokenArgs {
     const void* labels;  // dense, int64 or int32
     bool labels64;
     int64_t rows, vocab, ignore_index;
-    double temperature, softcap;  // softcap 0: none
+    double temperature, inv_temperature, softcap;  // softcap 0: none
     int threads;
 
     FA_MEMBER int64_t label(int64_t row) const {
@@ -100,13 +100,14 @@ FA_HD Coefficients row_coefficients(const BackwardArgs& a, int64_t row) {
     const Stats o{0, 0, at_row(a.entropy, row), at_row(a.kl, row), 0, saved[0], saved[1], saved[2], saved[3]};
     const Grads d{at_row(a.grads.logps, row), at_row(a.grads.lse, row), at_row(a.grads.entropy, row),
                   at_row(a.grads.kl, row), at_row(a.grads.mean, row)};
-    return coefficients(o, d, a.temperature, static_cast<double>(a.vocab));
+    return coefficients(o, d, a.temperature, a.inv_temperature, static_cast<double>(a.vocab));
 }
 
 // The same under an objective, from the statistics just found.
 FA_HD Coefficients row_coefficients(const ObjectiveArgs& a, int64_t row, const Stats& o) {
     const TokenInputs t{a.weight[row], at_row(a.old_logps, row), at_row(a.advantages, row), at_row(a.ref_logps, row)};
-    return coefficients(o, objective_gradient(a.options, o, t), a.temperature, static_cast<double>(a.vocab));
+    const Grads d = objective_gradient(a.options, o, t);
+    return coefficients(o, d, a.temperature, a.inv_temperature, static_cast<double>(a.vocab));
 }
 
 // Tokens whose loss does not move (a clipped PPO ratio) are written without being read.

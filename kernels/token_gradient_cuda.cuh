@@ -81,8 +81,8 @@ __device__ inline void write_gradient(Rows x, Rows z, T* out, int count, int lab
     constexpr bool kReads = kMode == kReference;
     if (no_gradient(c)) return fill(out, count, 0.0f);
     const int thread = threadIdx.x, lane = thread % 32, head = first_aligned(out, count);
-    const int warps = blockDim.x / 32, label_vector = (label - head) / kWidth<T>;
-    const int owner = label < head ? label : label_vector / kSpan % warps * 32 + label_vector % 32;
+    const int label_vector = static_cast<int>(static_cast<unsigned>(label - head) / kWidth<T>);
+    const int owner = label < head ? label : (label_vector / kSpan & (blockDim.x / 32 - 1)) * 32 + label_vector % 32;
     float at_label = 0;
     if (thread == owner) {  // with its delta added before the one rounding to T
         Coefficients with_delta = c;
@@ -93,10 +93,10 @@ __device__ inline void write_gradient(Rows x, Rows z, T* out, int count, int lab
         const float zi = kMode == kReference ? z.at(thread) : 0.0f;
         Words<T>::store(out + thread, gradient<kCap, kMode>(x.at(thread), zi, c, k));
     }
-    x = x.from(head);
-    if constexpr (kMode == kReference) z = z.from(head);
-    T* body = out + head;
     const int rest = count - head;
+    x = x.part(head, rest);
+    if constexpr (kReads) z = z.part(head, rest);
+    T* body = out + head;
     const auto inner = [&](int first) {
         Pack v[kCount], y[kCount];
         x.load(v, first);
@@ -116,7 +116,7 @@ __device__ inline void write_gradient(Rows x, Rows z, T* out, int count, int lab
             store_edge(body, (first + lane + 32 * u) * kWidth<T>, rest, v[0]);
         }
     };
-    for_tiles<T, kSpan, kReads>(x, z, rest, inner, edge);
+    for_tiles<T, kSpan, kReads>(x, z, inner, edge);
     if (thread == owner) Words<T>::store(out + label, at_label);
 }
 

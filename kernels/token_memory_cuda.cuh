@@ -71,7 +71,7 @@ struct Source {
         asm("" : "+l"(aligned), "+r"(shift), "+r"(over), "+r"(whole));  // or the compiler finds them anew in each tile
     }
 
-    __device__ Source from(int begin) const { return {base + begin, length - begin}; }
+    __device__ Source part(int begin, int count) const { return {base + begin, count}; }
     __device__ float at(int i) const { return Words<T>::load(base + i); }
 
     // Vectors before this one are whole vectors of memory, or cut from two; but vector 0 is not, where `cut_at_start`.
@@ -88,16 +88,13 @@ struct Source {
         // The neighbour of lane 31 is the next 32 vectors' first, which lane 0 holds.
         Pack last{};
         if (lane == 0) last = load_pack<kCount * 32 * kBytes>(p);
+        Pack whole[kCount];
 #pragma unroll
-        for (int u = 0; u < kCount; ++u) {
-            Pack next;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const uint32_t following = u + 1 < kCount ? v[u + 1 < kCount ? u + 1 : u].w[i] : last.w[i];
-                next.w[i] = __shfl_sync(kAllLanes, lane == 0 ? following : v[u].w[i], (lane + 1) % 32);
-            }
-            v[u] = cut(v[u], next, shift);
-        }
+        for (int u = 0; u < kCount; ++u) whole[u] = v[u];
+        cut(v, shift, [&](int u, int i) {
+            const uint32_t first = u + 1 < kCount ? whole[u + 1 < kCount ? u + 1 : u].w[i] : last.w[i];
+            return __shfl_sync(kAllLanes, lane == 0 ? first : whole[u].w[i], (lane + 1) % 32);
+        });
     }
 
     // The same vectors at a row's edge; beyond its end there is -inf.
@@ -112,17 +109,34 @@ struct Source {
 };
 
 // ------------------------------------------------------------------------------------------------- shared memory
-__device__ inline void copy_async(void* shared, const void* global) {
-    asm volatile(
-        "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
-        "l"(global)
-        : "memory");
+__device__ inline void copy_async(unsigned shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
 
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Bytes of shared memory that any `count` elements need: their aligned vectors and one more to cut from.
 FA_HD int64_t staged_bytes(int64_t count, int size) { return (count * size + 15) / 16 * 16 + 2 * 16; }
+
+// Volatile, or the compiler takes apart what it needs only a part of, and single words 16 bytes apart share their banks.
+template <int kOffset = 0>
+__device__ inline Pack load_shared(unsigned address) {
+    Pack v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
+                 : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+                 : "r"(address), "n"(kOffset)
+                 : "memory");
+    return v;
+}
+
+// Vectors 0, 32, 64, .. from the address.
+template <int kOffset, int kCount, int kDone = 0>
+__device__ inline void load_shared(Pack (&v)[kCount], unsigned address) {
+    if constexpr (kDone < kCount) {
+        v[kDone] = load_shared<kOffset + kDone * 32 * kBytes>(address);
+        load_shared<kOffset, kCount, kDone + 1>(v, address);
+    }
+}
 
 // A part of a row in shared memory: `length` elements from byte `offset` of `memory`, -inf around them.
 template <class T>
@@ -136,43 +150,57 @@ struct Staged {
     static __device__ Staged copy(char* memory, const T* p, int count) {
         const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(p) & 15);
         const char* aligned = reinterpret_cast<const char*>(p) - shift;
-        const int bytes = shift + count * static_cast<int>(sizeof(T)), vectors = (bytes + kBytes - 1) / kBytes;
-        for (int i = threadIdx.x; i <= vectors; i += blockDim.x) {
-            if ((i > 0 || shift == 0) && (i + 1) * kBytes <= bytes) {
-                copy_async(memory + i * kBytes, aligned + static_cast<int64_t>(i) * kBytes);
-            } else {
-                store_pack(memory + i * kBytes, gather(p, (i * kBytes - shift) / static_cast<int>(sizeof(T)), count));
-            }
-        }
+        const int bytes = shift + count * static_cast<int>(sizeof(T)), whole = bytes / kBytes;
+        const auto edge = [&](int i) {
+            store_pack(memory + i * kBytes, gather(p, (i * kBytes - shift) / static_cast<int>(sizeof(T)), count));
+        };
+        const int first = threadIdx.x + (shift ? 1 : 0), step = blockDim.x * kBytes;
+        unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(memory)) + first * kBytes;
+        const char* from = aligned + static_cast<int64_t>(first) * kBytes;
+#pragma unroll 4
+        for (int i = first; i < whole; i += blockDim.x, to += step, from += step) copy_async(to, from);
+        // The vectors that begin or end outside, and one more for what is cut from the last.
+        if (threadIdx.x == 0 && shift) edge(0);
+        if (threadIdx.x == blockDim.x - 1 && (whole > 0 || !shift)) edge(whole);
+        if (threadIdx.x == blockDim.x - 2) edge(whole + 1);
         return {memory, shift, count};
     }
 
-    __device__ Staged from(int begin) const {
-        return {memory, offset + begin * static_cast<int>(sizeof(T)), length - begin};
+    __device__ Staged part(int begin, int count) const {
+        return {memory, offset + begin * static_cast<int>(sizeof(T)), count};
     }
     __device__ float at(int i) const { return Words<T>::load(reinterpret_cast<const T*>(memory + offset) + i); }
 
-    __device__ int end() const { return length / kWidth<T>; }
+    __device__ int end() const { return static_cast<int>(static_cast<unsigned>(length) / kWidth<T>); }
     __device__ bool cut_at_start() const { return false; }
 
-    __device__ Pack vector(int index) const {
-        const Pack* p = reinterpret_cast<const Pack*>(memory + (offset & ~15)) + index;
-        const int shift = offset & 15;
-        return shift == 0 ? p[0] : cut(p[0], p[1], shift);
+    __device__ unsigned address(int vector) const {
+        return static_cast<unsigned>(__cvta_generic_to_shared(memory)) + (offset & ~15) + vector * kBytes;
     }
 
     template <int kCount>
     __device__ void load(Pack (&v)[kCount], int first) const {
-#pragma unroll
-        for (int u = 0; u < kCount; ++u) v[u] = vector(first + 32 * u + threadIdx.x % 32);
+        const unsigned p = address(first + static_cast<int>(threadIdx.x % 32));
+        load_shared<0>(v, p);
+        const int shift = offset & 15;
+        if (shift == 0) return;
+        Pack next[kCount];
+        load_shared<kBytes>(next, p);
+        cut(v, shift, [&](int u, int i) { return next[u].w[i]; });
     }
 
     template <int kCount>
     __device__ void load_edge(Pack (&v)[kCount], int first) const {
+        const int held = vectors_of<T>(length);
 #pragma unroll
         for (int u = 0; u < kCount; ++u) {
+            // Beyond the end the last vector is read, and -inf put in its place.
             const int index = first + 32 * u + static_cast<int>(threadIdx.x % 32);
-            v[u] = index * kWidth<T> < length ? vector(index) : minus_infinity(Words<T>::kMinusInf);
+            const unsigned p = address(index < held ? index : held - 1);
+            Pack one[1] = {load_shared(p)};
+            const Pack next = load_shared<kBytes>(p);
+            cut(one, offset & 15, [&](int, int i) { return next.w[i]; });
+            v[u] = index < held ? one[0] : minus_infinity(Words<T>::kMinusInf);
         }
     }
 };

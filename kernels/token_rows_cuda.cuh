@@ -75,12 +75,12 @@ __device__ inline void add_tile(FloatSums& a, const Pack (&v)[kCount], const Pac
     }
 }
 
-// Calls inner(first) and edge(first) for this warp's tiles of `count` elements, in order; inner for those that x (and
-// z) hold as whole vectors of memory.
+// Calls inner(first) and edge(first) for this warp's tiles of x, in order; inner for those that x (and z, of the same
+// length) hold as whole vectors of memory.
 template <class T, int kSpan, bool kBoth, class Rows, class Inner, class Edge>
-__device__ inline void for_tiles(const Rows& x, const Rows& z, int count, const Inner& inner, const Edge& edge) {
-    const int step = blockDim.x / 32 * kSpan, vectors = (count + kWidth<T> - 1) / kWidth<T>;
-    int first = threadIdx.x / 32 * kSpan, end = min(count / kWidth<T>, x.end());
+__device__ inline void for_tiles(const Rows& x, const Rows& z, const Inner& inner, const Edge& edge) {
+    const int step = blockDim.x / 32 * kSpan, vectors = vectors_of<T>(x.length);
+    int first = threadIdx.x / 32 * kSpan, end = x.end();
     bool at_edge = x.cut_at_start();
     if constexpr (kBoth) end = min(end, z.end()), at_edge = at_edge || z.cut_at_start();
     at_edge = at_edge && first == 0;
@@ -114,7 +114,7 @@ __device__ inline FloatSums thread_sums(const Rows& x, const Rows& z, const Prep
         if constexpr (kReads) z.load_edge(y, first);
         add_tile<T, kCap, kMode, kPaddingShows>(a, v, y, (first + lane) * kWidth<T>, x.length, k);
     };
-    for_tiles<T, 32 * kCount, kReads>(x, z, x.length, inner, edge);
+    for_tiles<T, 32 * kCount, kReads>(x, z, inner, edge);
     return a;
 }
 
@@ -157,7 +157,7 @@ __device__ inline FloatSums block_sums(FloatSums a, FloatSums* parts, float scal
 template <bool kCap, Mode kMode, class Args>
 __device__ inline Stats row_stats(const Args& a, const FloatSums& s, float logit, const Prepare& k) {
     const Sums sums{s.pivot, s.s, s.w, s.k, s.ref_pivot, s.t, s.total};
-    return wanted(finish(sums, capped<kCap>(logit, k), k.inv_temperature, static_cast<double>(a.vocab)), kMode);
+    return wanted(finish(sums, capped<kCap>(logit, k), a.inv_temperature, static_cast<double>(a.vocab)), kMode);
 }
 
 // What a label asks for. One that is neither a row's element nor ignored cannot be reported from here without stopping

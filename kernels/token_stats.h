@@ -121,12 +121,11 @@ struct Coefficients {
 };
 
 // The canonical form's numbers (alpha, beta, gamma, delta, kappa; see token_stats_eager.py for the derivatives), with
-// the probability's factor exp(-r), the change to powers of two and the 1 / T of the chain rule folded in.
-FA_HD Coefficients coefficients(const Stats& o, const Grads& d, double temperature, double vocab) {
+// the probability's factor exp(-r), the change to powers of two and inv_t = 1 / T of the chain rule folded in.
+FA_HD Coefficients coefficients(const Stats& o, const Grads& d, double temperature, double inv_t, double vocab) {
     Coefficients c;
     c.pivot = static_cast<float>(o.m * temperature);
     c.ref_pivot = static_cast<float>(o.ref_m * temperature);
-    const double inv_t = 1 / temperature;
     const double shift = c.pivot * inv_t - o.m, ref_shift = c.ref_pivot * inv_t - o.ref_m;  // from rounding the pivots
     const double p_scale = exp2((shift - o.r) * kLog2e) * inv_t;
     double alpha = static_cast<double>(d.lse) - d.logps;

@@ -24,7 +24,7 @@ struct Plan {
 template <class T, bool kCap, Mode kMode>
 Stats finish_row(const TokenArgs& a, int64_t row, const Row<T, kCap, kMode>& r, const Sums& s, const Prepare& k) {
     const float label = prepared<kCap>(to_float(r.x[a.label(row)]), k);
-    return wanted(finish(s, label, 1 / a.temperature, static_cast<double>(a.vocab)), kMode);
+    return wanted(finish(s, label, a.inv_temperature, static_cast<double>(a.vocab)), kMode);
 }
 
 // The statistics of a live row, by one thread.

@@ -78,9 +78,9 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
         if (threadIdx.x == 0) shared = a.of(row);
         __syncthreads();  // `shared` is written before the block reads it
         const Coefficients c = shared;
-        const Source<T> x = row_of<T>(a.logits, a.layout, row, a.vocab).from(begin);
+        const Source<T> x = row_of<T>(a.logits, a.layout, row, a.vocab).part(begin, count);
         Source<T> z = reference_of<T, kMode>(a, row);
-        if constexpr (kMode == kReference) z = z.from(begin);
+        if constexpr (kMode == kReference) z = z.part(begin, count);
         const int at = static_cast<int>(label) - begin;
         write_gradient<T, kCap, kMode>(x, z, out, count, 0 <= at && at < count ? at : -1, c, k);
         __syncthreads();  // the block has read `shared` before the next row's is written
@@ -93,8 +93,8 @@ struct Cluster {
     int rank, size;
     int64_t index, count;
 
-    __device__ explicit Cluster(int size) : size(size) {
-        rank = blockIdx.x % size, index = blockIdx.x / size, count = gridDim.x / size;
+    __device__ explicit Cluster(int log_size) : size(1 << log_size) {
+        rank = blockIdx.x & (size - 1), index = blockIdx.x >> log_size, count = gridDim.x >> log_size;
     }
 
     // Between the two, what a block wrote to its shared memory before `arrive` becomes visible to the others.
@@ -131,11 +131,12 @@ struct Cluster {
 // others' sums, and writes the gradient of its own.
 template <class T, bool kCap, Mode kMode>
 __global__ void __launch_bounds__(kMaxThreads, 3)
-    objective_kernel(const __grid_constant__ ObjectiveArgs a, const __grid_constant__ Prepare k, int blocks, int span) {
+    objective_kernel(const __grid_constant__ ObjectiveArgs a, const __grid_constant__ Prepare k, int log_blocks,
+                     int span) {
     extern __shared__ __align__(16) char staged[];
     __shared__ FloatSums parts[kMaxThreads / 32], own;
     __shared__ Coefficients shared;
-    const Cluster cluster(blocks);
+    const Cluster cluster(log_blocks);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int begin = cluster.rank * span, rest = static_cast<int>(a.vocab) - begin;
     const int count = rest < 0 ? 0 : rest < span ? rest : span;
@@ -163,7 +164,7 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
         cluster.arrive();
         cluster.wait();
         if (warp == 0) {
-            if (blocks > 1) sums = warp_sums<kMode>(lane < blocks ? cluster.read(own, lane) : no_sums(), k.scale);
+            if (cluster.size > 1) sums = warp_sums<kMode>(lane < cluster.size ? cluster.read(own, lane) : no_sums(), k.scale);
             if (lane == 0) {
                 const Stats o = row_stats<kCap, kMode>(a, sums, logit, k);
                 if (cluster.rank == 0) write_row(a.out, nullptr, row, o);
@@ -206,7 +207,7 @@ __global__ void __launch_bounds__(kMaxThreads) scale_kernel(T* data, int64_t cou
 // ------------------------------------------------------------------------------------------------- host
 Prepare prepare(const TokenArgs& a) {
     return {a.softcap != 0 ? static_cast<float>(1 / a.softcap) : 0.0f, static_cast<float>(a.softcap),
-            static_cast<float>(kLog2e / a.temperature), static_cast<float>(a.temperature / kLog2e), 1 / a.temperature};
+            static_cast<float>(kLog2e / a.temperature), static_cast<float>(a.temperature / kLog2e)};
 }
 
 template <class Element, bool kCapped, Mode kWanted>
@@ -235,8 +236,10 @@ void with_variant(const TokenArgs& a, Mode mode, const Run& run) {
 // A block's threads for a row: enough for all its vectors at once, as far as there are so many. By the vocabulary
 // alone, so that a row's numbers do not depend on how many rows there are.
 int threads_for(int64_t elements, int size, int tile) {
-    const int64_t vectors = (elements * size + kBytes - 1) / kBytes, threads = (vectors + tile - 1) / tile;
-    return static_cast<int>(threads >= kMaxThreads ? kMaxThreads : (threads + 31) / 32 * 32);
+    const int64_t vectors = (elements * size + kBytes - 1) / kBytes;
+    int threads = 32;  // a power of two
+    while (threads < kMaxThreads && threads * tile < vectors) threads *= 2;
+    return threads;
 }
 
 int element_size(const TokenArgs& a) { return a.dtype == DType::kFloat32 ? 4 : 2; }
@@ -251,20 +254,21 @@ int attribute(cudaDeviceAttr which, const char* name, const Place& place) {
 
 // How a row is spread over a cluster; no blocks: it does not fit.
 struct Spread {
-    int blocks, span;
+    int blocks, log_blocks, span;
     int64_t shared;
 };
 
 // The smallest cluster whose blocks leave room for others beside them on a multiprocessor, else the largest one.
 Spread spread(const TokenArgs& a, int rows_held, int most_blocks, int64_t most_shared) {
     constexpr int64_t kGood = 68 * 1024;  // three blocks in 227 KiB
-    for (int blocks = 1; blocks <= most_blocks; blocks *= 2) {
+    for (int log_blocks = 0; 1 << log_blocks <= most_blocks; ++log_blocks) {
+        const int blocks = 1 << log_blocks;
         const int64_t span = ceil_div(ceil_div(a.vocab, blocks), 16) * 16;
         const int64_t shared = rows_held * staged_bytes(span, element_size(a));
         if (shared <= (blocks < most_blocks && kGood < most_shared ? kGood : most_shared))
-            return {blocks, static_cast<int>(span), shared};
+            return {blocks, log_blocks, static_cast<int>(span), shared};
     }
-    return {0, 0, 0};
+    return {};
 }
 
 }  // namespace
@@ -334,7 +338,7 @@ void objective(const ObjectiveArgs& a, const Place& place) {
     with_variant(a, mode, [&](auto v) {
         using V = decltype(v);
         const Shape shape{a.rows * s.blocks, threads_for(s.span, element_size(a), kTile<V::kMode>), s.shared, s.blocks};
-        launch(kName, objective_kernel<typename V::T, V::kCap, V::kMode>, shape, place, a, prepare(a), s.blocks,
+        launch(kName, objective_kernel<typename V::T, V::kCap, V::kMode>, shape, place, a, prepare(a), s.log_blocks,
                s.span);
     });
 }

@@ -94,6 +94,12 @@ struct Words<Half> {
 template <class T>
 constexpr int kWidth = kBytes / static_cast<int>(sizeof(T));  // elements of a vector
 
+// Vectors that hold `elements`. Unsigned, so that the division is a shift.
+template <class T>
+__device__ inline int vectors_of(int elements) {
+    return static_cast<int>((static_cast<unsigned>(elements) + kWidth<T> - 1) / kWidth<T>);
+}
+
 template <class T>
 __device__ inline void unpack(const Pack& v, float (&x)[kWidth<T>]) {
 #pragma unroll
@@ -170,7 +176,6 @@ __device__ inline float tanh_of(float x) {
 // What a call does to every logit before anything else; scale = log2(e) / T.
 struct Prepare {
     float inv_cap, cap, scale, inv_scale;
-    double inv_temperature;
 };
 
 template <bool kCap>
@@ -181,18 +186,37 @@ __device__ inline float capped(float x, const Prepare& k) {
 
 __device__ inline Pack minus_infinity(uint32_t word) { return {{word, word, word, word}}; }
 
-// 16 bytes from byte `shift` (the same for all lanes) of two neighbouring aligned vectors.
-__device__ inline Pack cut(const Pack& a, const Pack& b, int shift) {
-    uint32_t w[8] = {a.w[0], a.w[1], a.w[2], a.w[3], b.w[0], b.w[1], b.w[2], b.w[3]};
-    const bool eight = shift & 8, four = shift & 4;
+// Cuts each vector's 16 bytes at byte `shift`, the same for all lanes, from v[u] and the vector after it in memory, of
+// which `following(u, i)` is word i. A branch on whole words first: no word is moved by selections, or fetched in vain.
+template <int kWords, int kCount, class Following>
+__device__ inline void cut_words(Pack (&v)[kCount], int bits, const Following& following) {
+    Pack next[kCount];
 #pragma unroll
-    for (int i = 0; i < 6; ++i) w[i] = eight ? w[i + 2] : w[i];
+    for (int u = 0; u < kCount; ++u)
 #pragma unroll
-    for (int i = 0; i < 5; ++i) w[i] = four ? w[i + 1] : w[i];
-    Pack v;
+        for (int i = 0; i <= kWords; ++i) next[u].w[i] = following(u, i);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) v.w[i] = __funnelshift_r(w[i], w[i + 1], 8 * (shift & 3));
-    return v;
+    for (int u = 0; u < kCount; ++u) {
+        const Pack a = v[u], b = next[u];
+        const auto word = [&](int i) { return i < 4 ? a.w[i & 3] : b.w[i & 3]; };
+#pragma unroll
+        for (int i = 0; i < 4; ++i) v[u].w[i] = __funnelshift_r(word(i + kWords), word(i + kWords + 1), bits);
+    }
+}
+
+template <int kCount, class Following>
+__device__ inline void cut(Pack (&v)[kCount], int shift, const Following& following) {
+    const int bits = 8 * (shift & 3);
+    switch (shift >> 2) {
+        case 0:
+            return cut_words<0>(v, bits, following);
+        case 1:
+            return cut_words<1>(v, bits, following);
+        case 2:
+            return cut_words<2>(v, bits, following);
+        default:
+            return cut_words<3>(v, bits, following);
+    }
 }
 
 }  // namespace fastalign::cuda
