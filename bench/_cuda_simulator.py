@@ -13,6 +13,7 @@ import importlib.machinery
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -28,14 +29,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("token_stats_cuda", "gae_cuda")
 SHARED_BYTES = {"sm_80": 166912, "sm_90a": 232448, "sm_100a": 232448, "sm_120": 101376}
 """Architecture → the most shared memory that a block may ask for."""
-
-
-class Usage(NamedTuple):
-    """What the assembler says of one kernel."""
-
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
 
 
 def _cache(*parts: str) -> Path:
@@ -56,43 +49,19 @@ def _run(*command: object) -> str:
 
 
 def compile_kernels(nvcc: str, arch: str) -> Path:
-    """A folder with SOURCE.o (host code and device code of one architecture), SOURCE.ptx and SOURCE.log of each source."""
+    """A folder with SOURCE.o (host code; device code as PTX) and SOURCE.ptx of each source, for one architecture."""
     folder = _cache(nvcc, arch)
     for source in SOURCES:
-        if (folder / f"{source}.log").exists():
+        if (folder / f"{source}.ptx").exists():
             continue
         compute = arch.replace("sm_", "compute_")
-        code = f"arch={compute},code=[{arch},{compute}]"
-        keep = folder / f"{source}.keep"
-        keep.mkdir(exist_ok=True)
-        log = _run(
-            nvcc, "-c", "-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-fPIC", "-gencode", code,
-            "--keep", "--keep-dir", keep, ROOT / "kernels" / f"{source}.cu", "-o", folder / f"{source}.o",
-        )  # fmt: skip
-        ptx = next(p for p in keep.glob("*.ptx"))
-        ptx.replace(folder / f"{source}.ptx")
-        for rest in keep.iterdir():
-            rest.unlink()
-        keep.rmdir()
-        (folder / f"{source}.log").write_text(log)
+        with tempfile.TemporaryDirectory() as keep:
+            _run(
+                nvcc, "-c", "-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-gencode", f"arch={compute},code={compute}",
+                "--keep", "--keep-dir", keep, ROOT / "kernels" / f"{source}.cu", "-o", folder / f"{source}.o",
+            )  # fmt: skip
+            shutil.copy(next(Path(keep).glob("*.ptx")), folder / f"{source}.ptx")
     return folder
-
-
-_ENTRY = re.compile(
-    r"Compiling entry function '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)",
-    re.DOTALL,
-)
-
-
-def usage(folder: Path) -> dict[str, Usage]:
-    """Mangled kernel name → registers, spills and static shared memory."""
-    found = {}
-    for source in SOURCES:
-        for name, stores, loads, registers, rest in _ENTRY.findall((folder / f"{source}.log").read_text()):
-            shared = re.search(r"(\d+) bytes smem", rest)
-            spills = int(stores) + int(loads)
-            found[name] = Usage(int(registers), spills, int(shared.group(1)) if shared else 0)
-    return found
 
 
 def _link(folder: Path, nvcc: str) -> Path:
@@ -144,7 +113,6 @@ class Simulator:
     def __init__(self, nvcc: str, arch: str) -> None:
         self.arch = arch
         self.folder = compile_kernels(nvcc, arch)
-        self.usage = usage(self.folder)
         self.launches: list[Launch] = []
         self.options: dict[str, Any] = {}
         self._kernels: dict[str, Any] = {}
@@ -152,6 +120,11 @@ class Simulator:
         self._error: BaseException | None = None
         self.module = self._load(_link(self.folder, nvcc))
         self._callback = _CALLBACK(self._launch)
+        self.most_blocks = 0
+        self.pretend(arch)
+
+    def pretend(self, arch: str) -> None:
+        """The launch code sees a device of this architecture; the kernels stay those that were compiled."""
         major = int(re.findall(r"\d+", arch)[0]) // 10
         self.recorder.recorder_setup(self._callback, major, SHARED_BYTES[arch])
 
@@ -179,6 +152,7 @@ class Simulator:
         }
         before = {name: getattr(cuda, name) for name in patches}
         deterministic = torch.are_deterministic_algorithms_enabled()
+        self.most_blocks = options.pop("most_blocks", 0)
         self.options, self.launches, self._tensors = options, [], []
         try:
             for name, value in patches.items():
@@ -212,11 +186,14 @@ class Simulator:
     def _launch(self, name, grid, block, cluster, shared, arguments) -> int:
         try:
             kernel = self._kernel(name.decode())
+            blocks = grid[0]
+            if self.most_blocks:  # as if the grid had no room for more
+                blocks = min(blocks, max(1, self.most_blocks // cluster) * cluster)
             values = [ctypes.string_at(arguments[i], p["size"]) for i, p in enumerate(kernel.params)]
             stats = kernel.launch(
-                grid[0], block[0], values, smem=shared, cluster=cluster, buffers=self._tensors, **self.options
+                blocks, block[0], values, smem=shared, cluster=cluster, buffers=self._tensors, **self.options
             )
-            self.launches.append(Launch(name.decode(), grid[0], block[0], cluster, shared, stats))
+            self.launches.append(Launch(name.decode(), blocks, block[0], cluster, shared, stats))
         except BaseException as error:  # cannot pass through C++
             self._error = error
             return 719

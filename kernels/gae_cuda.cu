@@ -7,7 +7,6 @@
 #include "launch_cuda.h"
 
 namespace fastalign::cuda {
-namespace {
 
 constexpr unsigned kEveryLane = 0xffffffffu;
 constexpr int kWarps = 4;
@@ -46,8 +45,6 @@ __global__ void __launch_bounds__(32 * kWarps) gae_kernel(const __grid_constant_
         }
     }
 }
-
-}  // namespace
 
 template <class T>
 void gae(const GaeArgs<T>& a, const Place& place) {

@@ -8,7 +8,6 @@
 #include "token_gradient_cuda.cuh"
 
 namespace fastalign::cuda {
-namespace {
 
 template <class T>
 __device__ inline Source<T> row_of(const void* p, const RowLayout& layout, int64_t row, int64_t vocab) {
@@ -205,6 +204,8 @@ __global__ void __launch_bounds__(kMaxThreads) scale_kernel(T* data, int64_t cou
 }
 
 // ------------------------------------------------------------------------------------------------- host
+namespace {
+
 Prepare prepare(const TokenArgs& a) {
     return {a.softcap != 0 ? static_cast<float>(1 / a.softcap) : 0.0f, static_cast<float>(a.softcap),
             static_cast<float>(kLog2e / a.temperature), static_cast<float>(a.temperature / kLog2e)};

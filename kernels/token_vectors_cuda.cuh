@@ -1,10 +1,10 @@
-// 16-byte vectors of logits in CUDA: conversions, and the few functions of one element.
+// 16-byte vectors of logits in CUDA, and their conversions.
 #pragma once
 #include <cfloat>
 #include <cstdint>
 
+#include "approximations.h"
 #include "simd_types.h"
-#include "token_stats.h"
 
 namespace fastalign::cuda {
 
@@ -128,51 +128,7 @@ __device__ inline float maximum(const Pack (&v)[kCount]) {
     return fmaxf(x[0], x[1]);
 }
 
-// ------------------------------------------------------------------------------------------------- functions
-__device__ inline float max_or_nan(float x, float low) {
-    float y;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(low));
-    return y;
-}
-
-// 2^u without the special-function unit, for a share of the elements, as that unit is the first to run out where 16-bit
-// logits are only read. 2^u = 2^i 2^f, |f| <= 1/2, by a polynomial of relative error 1.6e-7 (fitted for equal ripple,
-// exact at 0). 0 below -126.5 and at -inf, NaN at NaN; u must not exceed 127.
-__device__ inline float exp2_polynomial(float u) {
-    constexpr float kRound = 12582912.0f + 127.0f;  // adding 1.5 * 2^23 rounds to an integer; 127: the exponent's bias
-    u = max_or_nan(u, -127.0f);
-    const float t = u + kRound, f = u - (t - kRound);
-    float p = fmaf(0.00132746331f, f, 0.00967196189f);
-    p = fmaf(p, f, 0.0555067845f);
-    p = fmaf(p, f, 0.24022235f);
-    p = fmaf(p, f, 0.693147063f);
-    p = fmaf(p, f, 1.0f);
-    return p * __uint_as_float(__float_as_uint(t) << 23);
-}
-
-template <bool kPolynomial>
-__device__ inline float exp2_of(float u) {
-    if constexpr (kPolynomial) return exp2_polynomial(u);
-    else return power_of_two(u);
-}
-
-__device__ inline float reciprocal(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-// tanh: its series below 0.6 (the quotient would cancel there), 1 - 2 / (e^2x + 1) beyond. The CPU's, in one lane.
-__device__ inline float tanh_of(float x) {
-    const float s = x * x;
-    float p = fmaf(kTanh11, s, kTanh9);
-    p = fmaf(p, s, kTanh7);
-    p = fmaf(p, s, kTanh5);
-    p = fmaf(p, s, kTanh3);
-    const float quotient = 1 - 2 * reciprocal(power_of_two(x * static_cast<float>(2 * kLog2e)) + 1);
-    return fabsf(x) < 0.6f ? fmaf(x * s, p, x) : quotient;
-}
-
+// ------------------------------------------------------------------------------------------------- logits
 // What a call does to every logit before anything else; scale = log2(e) / T.
 struct Prepare {
     float inv_cap, cap, scale, inv_scale;
