@@ -40,7 +40,7 @@ def token_objective(
     -log p, "reinforce" -A log p, "surrogate" -A rho, "clip" PPO's, "cispo" (see `losses.policy_loss` for the formulas).
 
     Args:
-        logits: [..., V], float32, bfloat16 or float16, on the CPU.
+        logits: [..., V], float32, bfloat16 or float16, on the CPU or a GPU.
         labels: [...], int64 or int32; tokens equal to ignore_index have no gradient.
         weight: [...], float32: what the normalisation gives each token, for a token mean 1 / tokens.
         objective: `Objective(kind, low, high, dual_clip, kl, kl_coef, kl_reversed, entropy_coef, label_smoothing,

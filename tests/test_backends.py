@@ -25,8 +25,10 @@ def python(code, **env):
     )
 
 
-def test_both_backends_are_here():
-    assert fa.backends() == {"cpu": "available", "eager": "available"}
+def test_the_backends_of_a_cpu_are_here():
+    known = fa.backends()
+    assert list(known) == ["cuda", "cpu", "triton", "eager"]
+    assert known["cpu"] == known["eager"] == "available"
 
 
 def test_automatic_choice():
@@ -37,7 +39,7 @@ def test_automatic_choice():
 
 
 def test_unknown_and_unfit_backends_are_refused():
-    with pytest.raises(ValueError, match="backend must be one of cpu, eager; got 'tpu'"), fa.use_backend("tpu"):
+    with pytest.raises(ValueError, match="backend must be one of cuda, cpu, triton, eager; got 'tpu'"), fa.use_backend("tpu"):
         pass
     with fa.use_backend("cpu"), pytest.raises(RuntimeError, match=r"serves float32.*got torch\.float64 on cpu"):
         fa.token_logps(X.double(), L)

@@ -1,0 +1,135 @@
+"""The backend of Triton kernels for float32, bfloat16 and float16 tensors on GPUs (NVIDIA, AMD, Intel).
+
+With TRITON_INTERPRET=1 Triton runs kernels in Python, and then the backend serves CPU tensors, for tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._interface import DTYPES, KINDS, KL_TERMS, Objective, Statistics, check_labels
+
+DEVICES = ("cuda", "xpu")  # torch calls AMD's devices cuda too
+
+
+@functools.cache
+def _missing() -> str:
+    installed = importlib.util.find_spec("triton") is not None
+    return "" if installed else "the package triton is not installed; install it with `pip install triton`"
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable() -> str:
+    if _missing() or _interpreted() or torch.cuda.is_available() or torch.xpu.is_available():
+        return _missing()
+    return "torch sees no CUDA, ROCm or XPU device (and TRITON_INTERPRET=1 is not set)"
+
+
+def serves(tensor: Tensor, job: str) -> str:
+    kind = tensor.device.type
+    known = kind in DEVICES or (kind == "cpu" and _interpreted())
+    if known and tensor.dtype in DTYPES[job] and not _missing():
+        return ""
+    if _missing():
+        return f"is not available: {_missing()}"
+    names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES[job])
+    return f"serves {names} tensors on {' or '.join(DEVICES)}; got {tensor.dtype} on {tensor.device}"
+
+
+@functools.cache
+def _kernels() -> Any:
+    """The kernels' modules, imported at the first call: Triton takes a second."""
+    from ..kernels import gae_triton, objectives_triton, token_stats_triton
+
+    return token_stats_triton, objectives_triton, gae_triton
+
+
+def _run(launches: Iterable[Any], device: torch.device) -> None:
+    """On the device's current stream."""
+    current = torch.get_device_module(device).device(device) if device.type in DEVICES else contextlib.nullcontext()
+    with current:
+        for launch in launches:
+            launch.run()
+
+
+def forward(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logits: Tensor | None,
+    ignore_index: int,
+    temperature: float,
+    softcap: float,
+    want_entropy: bool,
+    want_mean: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    check_labels(labels, ignore_index, logits.shape[-1])
+    launches, results = _kernels()[0].forward(
+        logits, labels, ref_logits, ignore_index, temperature, softcap, want_entropy, want_mean
+    )
+    _run(launches, logits.device)
+    return results
+
+
+def backward(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logits: Tensor | None,
+    saved: Tensor,
+    entropy: Tensor | None,
+    kl: Tensor | None,
+    grads: tuple[Tensor | None, ...],
+    ignore_index: int,
+    temperature: float,
+    softcap: float,
+    out: Tensor,
+) -> None:
+    check_labels(labels, ignore_index, logits.shape[-1])
+    launches = _kernels()[0].backward(
+        logits, labels, ref_logits, saved, entropy, kl, grads, ignore_index, temperature, softcap, out
+    )
+    _run(launches, logits.device)
+
+
+def objective(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logits: Tensor | None,
+    inputs: tuple[Tensor | None, ...],
+    options: Objective,
+    ignore_index: int,
+    temperature: float,
+    softcap: float,
+    want_entropy: bool,
+    out: Tensor,
+) -> Statistics:
+    check_labels(labels, ignore_index, logits.shape[-1])
+    codes = (KINDS[options.kind], *options[1:4], KL_TERMS[options.kl], *options[5:])
+    launches, results = _kernels()[1].objective(
+        logits, labels, ref_logits, inputs, codes, ignore_index, temperature, softcap, want_entropy, out
+    )
+    _run(launches, logits.device)
+    return results
+
+
+def scale(gradient: Tensor, by: Tensor) -> None:
+    if not gradient.is_contiguous():
+        gradient.mul_(by)
+    else:
+        _run([_kernels()[1].scale(gradient, by)], gradient.device)
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    launches, results = _kernels()[2].gae(rewards, values, mask, gamma, lam)
+    _run(launches, rewards.device)
+    return results

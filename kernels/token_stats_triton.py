@@ -1,0 +1,360 @@
+"""Token statistics in Triton, forward and backward: any GPU that Triton knows; semantics as in `token_stats_eager.py`.
+
+The kernels put together what `token_rows_triton.py` offers for one row. A launch is described before it is made
+(`Launch`), so that the same description can be compiled ahead of time where there is no GPU.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .token_rows_triton import (
+    LOG2E,
+    coefficients,
+    finish,
+    nothing,
+    prepare,
+    row_pointer,
+    sum_row,
+    write_gradient,
+    write_label_gradient,
+    write_zeros,
+)
+
+# Neither values nor alignments of arguments are compiled in: kernels find the 16-byte boundaries of rows by themselves.
+_SCALARS = ("x_outer", "x_inner", "z_outer", "z_inner", "out_outer", "out_inner", "inner", "V", "ignore_index")
+_POINTERS = tuple(
+    f"{name}_ptr"
+    for name in (
+        *("x", "z", "out", "labels", "logps", "lse", "entropy", "kl", "mean", "saved"),
+        *("g_logps", "g_lse", "g_entropy", "g_kl", "g_mean", "weight", "old_logps", "advantages", "ref_logps"),
+    )
+)
+
+
+def row_kernel(function):
+    """`triton.jit` that compiles for types alone."""
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return triton.jit(
+        function,
+        do_not_specialize=[n for n in names if n in _SCALARS],
+        do_not_specialize_on_alignment=[n for n in names if n in _POINTERS],
+    )
+
+
+@triton.jit
+def optional(pointer, row):
+    """A row's number, 0 where there is no such tensor."""
+    value = nothing()
+    if pointer is not None:
+        value = tl.load(pointer + row)
+    return value
+
+
+@triton.jit
+def store_optional(pointer, row, value):
+    if pointer is not None:
+        tl.store(pointer + row, value)
+
+
+@triton.jit
+def store_statistics(logps_ptr, lse_ptr, entropy_ptr, kl_ptr, mean_ptr, row, logps, lse, entropy, kl, mean):
+    tl.store(logps_ptr + row, logps)
+    tl.store(lse_ptr + row, lse)
+    store_optional(entropy_ptr, row, entropy)
+    store_optional(kl_ptr, row, kl)
+    store_optional(mean_ptr, row, mean)
+
+
+@triton.jit
+def label_logit(x_row, label, V, cap, inv_cap, SOFTCAP: tl.constexpr):
+    """The target's prepared logit; NaN for a label outside the vocabulary, which is not read."""
+    real = (label >= 0) & (label < V)
+    x = tl.load(x_row + tl.where(real, label, 0), real, other=float("nan"))
+    return prepare(x, real, cap, inv_cap, SOFTCAP)
+
+
+@triton.jit
+def finite(x):
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+
+
+@row_kernel
+def forward_kernel(
+    x_ptr,
+    x_outer: tl.int64,
+    x_inner: tl.int64,
+    z_ptr,
+    z_outer: tl.int64,
+    z_inner: tl.int64,
+    labels_ptr,
+    logps_ptr,
+    lse_ptr,
+    entropy_ptr,
+    kl_ptr,
+    mean_ptr,
+    saved_ptr,
+    inner: tl.int32,
+    V: tl.int32,
+    ignore_index: tl.int64,
+    scale: tl.float32,
+    inv_t: tl.float64,
+    cap: tl.float32,
+    inv_cap: tl.float32,
+    R: tl.constexpr,
+    T: tl.constexpr,
+    VEC: tl.constexpr,
+    ONE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    row = tl.program_id(0)
+    label = tl.load(labels_ptr + row).to(tl.int64)
+    saved = saved_ptr + row.to(tl.int64) * 4
+    none = nothing()
+    if label == ignore_index:
+        store_statistics(logps_ptr, lse_ptr, entropy_ptr, kl_ptr, mean_ptr, row, none, none, none, none, none)
+        tl.store(saved + tl.arange(0, 4), tl.zeros([4], tl.float32))
+        return
+    x_row = row_pointer(x_ptr, row, inner, x_outer, x_inner)
+    z_row = x_row
+    if z_ptr is not None:
+        z_row = row_pointer(z_ptr, row, inner, z_outer, z_inner)
+    KL: tl.constexpr = z_ptr is not None
+    ENTROPY: tl.constexpr = entropy_ptr is not None
+    MEAN: tl.constexpr = mean_ptr is not None
+    x_label = label_logit(x_row, label, V, cap, inv_cap, SOFTCAP)
+    zero = finite(x_label)
+    sums = sum_row(x_row, z_row, V, zero, scale, cap, inv_cap, R, T, VEC, ONE, ALIGNED, SOFTCAP, ENTROPY, KL, MEAN)
+    logps, entropy, kl, mean, m, r, ref_m, ref_r = finish(sums, x_label, zero, V, inv_t, KL)
+    store_statistics(logps_ptr, lse_ptr, entropy_ptr, kl_ptr, mean_ptr, row, logps, m, entropy, kl, mean)
+    tl.store(saved, m)
+    tl.store(saved + 1, r)
+    tl.store(saved + 2, ref_m)
+    tl.store(saved + 3, ref_r)
+
+
+@row_kernel
+def backward_kernel(
+    x_ptr,
+    x_outer: tl.int64,
+    x_inner: tl.int64,
+    z_ptr,
+    z_outer: tl.int64,
+    z_inner: tl.int64,
+    out_ptr,
+    out_outer: tl.int64,
+    out_inner: tl.int64,
+    labels_ptr,
+    saved_ptr,
+    entropy_ptr,
+    kl_ptr,
+    g_logps_ptr,
+    g_lse_ptr,
+    g_entropy_ptr,
+    g_kl_ptr,
+    g_mean_ptr,
+    inner: tl.int32,
+    V: tl.int32,
+    ignore_index: tl.int64,
+    scale: tl.float32,
+    temperature: tl.float64,
+    inv_t: tl.float64,
+    cap: tl.float32,
+    inv_cap: tl.float32,
+    R: tl.constexpr,
+    T: tl.constexpr,
+    VEC: tl.constexpr,
+    ONE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    row = tl.program_id(0)
+    label = tl.load(labels_ptr + row).to(tl.int64)
+    out_row = row_pointer(out_ptr, row, inner, out_outer, out_inner)
+    if label == ignore_index:
+        write_zeros(out_row, V, R, T, VEC)
+        return
+    x_row = row_pointer(x_ptr, row, inner, x_outer, x_inner)
+    z_row = x_row
+    KL: tl.constexpr = g_kl_ptr is not None
+    if KL:
+        z_row = row_pointer(z_ptr, row, inner, z_outer, z_inner)
+    saved = saved_ptr + row.to(tl.int64) * 4
+    c = coefficients(
+        tl.load(saved),
+        tl.load(saved + 1),
+        tl.load(saved + 2),
+        tl.load(saved + 3),
+        optional(entropy_ptr, row),
+        optional(kl_ptr, row),
+        optional(g_logps_ptr, row),
+        optional(g_lse_ptr, row),
+        optional(g_entropy_ptr, row),
+        optional(g_kl_ptr, row),
+        optional(g_mean_ptr, row),
+        V,
+        temperature,
+        inv_t,
+    )
+    SLOPE: tl.constexpr = KL or g_entropy_ptr is not None
+    MEAN: tl.constexpr = g_mean_ptr is not None
+    x_label = label_logit(x_row, label, V, cap, inv_cap, SOFTCAP)
+    z_label = x_label
+    if KL:
+        z_label = label_logit(z_row, label, V, cap, inv_cap, SOFTCAP)
+    tl.debug_barrier()  # in place, another warp may write over the target's logit before this one has read it
+    write_gradient(x_row, z_row, out_row, c, V, scale, cap, inv_cap, R, T, VEC, ONE, ALIGNED, SOFTCAP, SLOPE, KL, MEAN)
+    if g_logps_ptr is not None:
+        write_label_gradient(x_label, z_label, out_row, label, c, V, scale, inv_cap, SLOPE, KL, MEAN, SOFTCAP)
+
+
+# ------------------------------------------------------------------------------------------------------------ launches
+class Launch(NamedTuple):
+    """A kernel and all that it is called with: `arguments` in the order of its signature, constexprs among them."""
+
+    kernel: Any
+    grid: int
+    arguments: dict[str, Any]
+    num_warps: int
+
+    def run(self) -> None:
+        if self.grid:
+            self.kernel[(self.grid,)](**self.arguments, num_warps=self.num_warps)
+
+
+def tile(vocab: int, dtype: torch.dtype) -> tuple[dict[str, int], int]:
+    """(R, T, VEC and ONE, number of warps) of the kernels that walk over rows; one of five choices for each dtype."""
+    vec = 16 // dtype.itemsize
+    vectors = triton.cdiv(vocab, vec)
+    warps = 1 if vectors <= 128 else 4 if vectors <= 1024 else 8
+    return {"R": 4, "T": 32 * warps, "VEC": vec, "ONE": vectors <= 128 * warps}, warps
+
+
+def _merged(tensors: dict[str, Tensor]) -> list[tuple[int, dict[str, int]]]:
+    """(size, strides by name) of the leading dimensions of tensors of one shape, merged where they are dense."""
+    dims: list[tuple[int, dict[str, int]]] = []
+    for i, size in enumerate(next(iter(tensors.values())).shape[:-1]):
+        strides = {name: t.stride(i) for name, t in tensors.items()}
+        if size == 1:
+            continue
+        if dims and all(dims[-1][1][name] == size * s for name, s in strides.items()):
+            dims[-1] = (dims[-1][0] * size, strides)
+        else:
+            dims.append((size, strides))
+    return dims
+
+
+def _geometry(tensors: dict[str, Tensor]) -> dict[str, Any] | None:
+    """Arguments that say where the rows of `x` (and `z` and `out`, where given) are: strides, `inner`, `V`, ALIGNED.
+
+    None where the leading dimensions are more than two after merging.
+    """
+    dims = _merged(tensors)
+    if len(dims) > 2:
+        return None
+    (_, outer), (inner, last) = [(1, dict.fromkeys(tensors, 0))] * (2 - len(dims)) + dims
+    x = tensors["x"]
+    starts = [
+        [n * t.itemsize % 16 for n in (outer[name], last[name])] + [t.data_ptr() % 16] for name, t in tensors.items()
+    ]
+    arguments: dict[str, Any] = {"inner": inner, "V": x.shape[-1], "ALIGNED": all(s == starts[0] for s in starts)}
+    for name in tensors:
+        arguments |= {f"{name}_outer": outer[name], f"{name}_inner": last[name]}
+    return arguments
+
+
+def launches(
+    kernel, logits: dict[str, Tensor | None], per_row: dict[str, Tensor | None], options: dict[str, Any], configuration
+) -> Iterator[Launch]:
+    """The launches that cover all rows: one, or one for each index of a leading dimension too many.
+
+    Args:
+        kernel: made by `row_kernel`.
+        logits: tensors [..., V] named "x", "z", "out"; None where there is none.
+        per_row: dense tensors of the leading dimensions (`saved`: with four more), by argument name without "_ptr".
+        options: further arguments; those that the kernel does not know are left out.
+        configuration: (constexprs, number of warps).
+    """
+    present = {name: t for name, t in logits.items() if t is not None}
+    geometry = _geometry(present)
+    if geometry is None:
+        for i in range(present["x"].shape[0]):
+            part, rows = ({n: None if t is None else t[i] for n, t in g.items()} for g in (logits, per_row))
+            yield from launches(kernel, part, rows, options, configuration)
+        return
+    constexprs, warps = configuration
+    known = {f"{name}_ptr": t for name, t in {**logits, **per_row}.items()} | geometry | options | constexprs
+    arguments = {name: known.get(name, 0) for name in kernel.arg_names}
+    yield Launch(kernel, math.prod(present["x"].shape[:-1]), arguments, warps)
+
+
+def scalars(temperature: float, softcap: float, ignore_index: int) -> dict[str, Any]:
+    """What the kernels need to know of the options of a call, by argument name."""
+    return {
+        "ignore_index": ignore_index,
+        "scale": LOG2E.value / temperature,
+        "temperature": temperature,
+        "inv_t": 1 / temperature,
+        "cap": softcap,
+        "inv_cap": 1 / softcap if softcap else 0.0,
+        "SOFTCAP": softcap != 0,
+    }
+
+
+def forward(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logits: Tensor | None,
+    ignore_index: int,
+    temperature: float,
+    softcap: float,
+    want_entropy: bool,
+    want_mean: bool,
+) -> tuple[list[Launch], tuple]:
+    """(launches, results that they fill); arguments and results as in `token_stats_eager.forward`."""
+
+    def new(wanted: bool = True, tail: tuple[int, ...] = ()) -> Tensor | None:
+        return torch.empty(labels.shape + tail, dtype=torch.float32, device=logits.device) if wanted else None
+
+    names = ("logps", "lse", "entropy", "kl", "mean", "saved")
+    results = (new(), new(), new(want_entropy), new(ref_logits is not None), new(want_mean), new(tail=(4,)))
+    planned = launches(
+        forward_kernel,
+        {"x": logits, "z": ref_logits},
+        {"labels": labels.contiguous(), **dict(zip(names, results, strict=True))},
+        scalars(temperature, softcap, ignore_index),
+        tile(logits.shape[-1], logits.dtype),
+    )
+    return list(planned), results
+
+
+def backward(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logits: Tensor | None,
+    saved: Tensor,
+    entropy: Tensor | None,
+    kl: Tensor | None,
+    grads: tuple[Tensor | None, ...],
+    ignore_index: int,
+    temperature: float,
+    softcap: float,
+    out: Tensor,
+) -> list[Launch]:
+    """The launches that write the gradient of the logits into `out`, which may be `logits` itself."""
+    names = ("g_logps", "g_lse", "g_entropy", "g_kl", "g_mean")
+    per_row = {"labels": labels, "saved": saved, "entropy": entropy, "kl": kl, **dict(zip(names, grads, strict=True))}
+    planned = launches(
+        backward_kernel,
+        {"x": logits, "z": ref_logits if per_row["g_kl"] is not None else None, "out": out},
+        {name: None if t is None else t.contiguous() for name, t in per_row.items()},
+        scalars(temperature, softcap, ignore_index),
+        tile(logits.shape[-1], logits.dtype),
+    )
+    return list(planned)
