@@ -34,8 +34,8 @@ __all__ = [
 ]
 
 BACKENDS: dict[str, Backend] = {
-    "cuda": cuda,
     "cpu": cpu,
+    "cuda": cuda,
     "triton": triton,
     "eager": eager,
 }
@@ -48,8 +48,8 @@ def backends() -> dict[str, str]:
     """Name of every backend → "available", or the reason why it is not.
 
     Without a choice of the caller's, CPU tensors of float32, bfloat16 and float16 are served by `cpu` (compiled SIMD
-    kernels), the same dtypes on GPUs by `triton`, and everything else, float64 among it, by `eager` (plain PyTorch
-    operations).
+    kernels), the same dtypes on NVIDIA GPUs by `cuda` (compiled kernels) and on others by `triton`, and everything
+    else, float64 among it, by `eager` (plain PyTorch operations).
     """
     return {name: backend.unavailable() or "available" for name, backend in BACKENDS.items()}
 

@@ -7,6 +7,7 @@ the tensors' device, never wait for it, and can be captured in CUDA graphs.
 from __future__ import annotations
 
 import functools
+import importlib.util
 
 import torch
 from torch import Tensor
@@ -17,9 +18,10 @@ try:
     from .. import _cuda
 except ImportError as error:  # built without nvcc, or with FASTALIGN_CUDA=0
     _cuda = None  # type: ignore[assignment]
+    absent = importlib.util.find_spec("fastalign._cuda") is None
     _BUILD_ERROR = (
-        f"fastalign._cuda cannot be imported ({error}); install with nvcc at hand (CUDA_HOME, PATH, or the package "
-        "nvidia-cuda-nvcc) and FASTALIGN_CUDA=1"
+        f"{'fastalign was built without nvcc' if absent else f'fastalign._cuda cannot be imported ({error})'}; install "
+        "with nvcc at hand (CUDA_HOME, PATH, or the package nvidia-cuda-nvcc) and FASTALIGN_CUDA=1"
     )
 else:
     _BUILD_ERROR = ""
@@ -167,9 +169,7 @@ def objective(
 def scale(gradient: Tensor, by: Tensor) -> None:
     # By a kernel that looks at `by` on the device: to ask for its value here would stop the host.
     factor = by.to(torch.float32)
-    _cuda.scale(
-        _DTYPE_CODES[gradient.dtype], _address(gradient), gradient.numel(), _address(factor), *_place(gradient)
-    )
+    _cuda.scale(_DTYPE_CODES[gradient.dtype], _address(gradient), gradient.numel(), _address(factor), *_place(gradient))
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
