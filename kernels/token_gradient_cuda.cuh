@@ -72,14 +72,24 @@ __device__ inline void tile_gradient(Pack (&v)[kCount], const Pack (&z)[kCount],
     }
 }
 
+// A row's coefficients, and whether all are 0: then it is written without being read.
+struct Slope {
+    Coefficients c;
+    bool none;
+
+    Slope() = default;
+    __device__ Slope(const Coefficients& c) : c(c), none(no_gradient(c)) {}
+};
+
 // Writes the gradient of the first `count` elements of x, of which `label` (or none: -1) is the target. `Rows` is a
 // Source, perhaps of the very memory that is written, or a Staged. No barrier: what a thread overwrites only it reads.
 template <class T, bool kCap, Mode kMode, class Rows>
-__device__ inline void write_gradient(Rows x, Rows z, T* out, int count, int label, const Coefficients& c,
+__device__ inline void write_gradient(Rows x, Rows z, T* out, int count, int label, const Slope& slope,
                                       const Prepare& k) {
     constexpr int kCount = kTile<kMode>, kSpan = 32 * kCount;
     constexpr bool kReads = kMode == kReference;
-    if (no_gradient(c)) return fill(out, count, 0.0f);
+    if (slope.none) return fill(out, count, 0.0f);
+    const Coefficients c = slope.c;
     const int thread = threadIdx.x, lane = thread % 32, head = first_aligned(out, count);
     const int label_vector = static_cast<int>(static_cast<unsigned>(label - head) / kWidth<T>);
     const int owner = label < head ? label : (label_vector / kSpan & (blockDim.x / 32 - 1)) * 32 + label_vector % 32;

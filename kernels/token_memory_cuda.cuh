@@ -118,7 +118,8 @@ __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" :::
 // Bytes of shared memory that any `count` elements need: their aligned vectors and one more to cut from.
 FA_HD int64_t staged_bytes(int64_t count, int size) { return (count * size + 15) / 16 * 16 + 2 * 16; }
 
-// Volatile, or the compiler takes apart what it needs only a part of, and single words 16 bytes apart share their banks.
+// Volatile, or the compiler takes apart what it needs only a part of, and single words 16 bytes apart share their
+// banks.
 template <int kOffset = 0>
 __device__ inline Pack load_shared(unsigned address) {
     Pack v;
@@ -162,7 +163,7 @@ struct Staged {
         // The vectors that begin or end outside, and one more for what is cut from the last.
         if (threadIdx.x == 0 && shift) edge(0);
         if (threadIdx.x == blockDim.x - 1 && (whole > 0 || !shift)) edge(whole);
-        if (threadIdx.x == blockDim.x - 2) edge(whole + 1);
+        if (threadIdx.x == 1) store_pack(memory + (whole + 1) * kBytes, minus_infinity(Words<T>::kMinusInf));
         return {memory, shift, count};
     }
 

@@ -47,7 +47,7 @@ struct Slopes : BackwardArgs {
     bool under_objective;
     ObjectiveArgs objective;
 
-    __device__ Coefficients of(int64_t row) const {
+    __device__ Slope of(int64_t row) const {
         if (!under_objective) return row_coefficients(*this, row);
         const PerRow<float>& o = objective.out;
         const float* m = saved + 4 * row;
@@ -62,7 +62,7 @@ struct Slopes : BackwardArgs {
 template <class T, bool kCap, Mode kMode>
 __global__ void __launch_bounds__(kMaxThreads, 3)
     backward_kernel(const __grid_constant__ Slopes a, const __grid_constant__ Prepare k, int splits, int span) {
-    __shared__ Coefficients shared;
+    __shared__ Slope shared;
     const int64_t items = a.rows * splits;
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
         const int64_t row = splits == 1 ? item : item / splits, label = a.label(row);
@@ -76,12 +76,11 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
         }
         if (threadIdx.x == 0) shared = a.of(row);
         __syncthreads();  // `shared` is written before the block reads it
-        const Coefficients c = shared;
         const Source<T> x = row_of<T>(a.logits, a.layout, row, a.vocab).part(begin, count);
         Source<T> z = reference_of<T, kMode>(a, row);
         if constexpr (kMode == kReference) z = z.part(begin, count);
         const int at = static_cast<int>(label) - begin;
-        write_gradient<T, kCap, kMode>(x, z, out, count, 0 <= at && at < count ? at : -1, c, k);
+        write_gradient<T, kCap, kMode>(x, z, out, count, 0 <= at && at < count ? at : -1, shared, k);
         __syncthreads();  // the block has read `shared` before the next row's is written
     }
 }
@@ -134,7 +133,7 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
                      int span) {
     extern __shared__ __align__(16) char staged[];
     __shared__ FloatSums parts[kMaxThreads / 32], own;
-    __shared__ Coefficients shared;
+    __shared__ Slope shared;
     const Cluster cluster(log_blocks);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int begin = cluster.rank * span, rest = static_cast<int>(a.vocab) - begin;
@@ -163,7 +162,8 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
         cluster.arrive();
         cluster.wait();
         if (warp == 0) {
-            if (cluster.size > 1) sums = warp_sums<kMode>(lane < cluster.size ? cluster.read(own, lane) : no_sums(), k.scale);
+            if (cluster.size > 1)
+                sums = warp_sums<kMode>(lane < cluster.size ? cluster.read(own, lane) : no_sums(), k.scale);
             if (lane == 0) {
                 const Stats o = row_stats<kCap, kMode>(a, sums, logit, k);
                 if (cluster.rank == 0) write_row(a.out, nullptr, row, o);
@@ -172,9 +172,8 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
         }
         cluster.arrive();
         __syncthreads();  // `shared` is written before the block reads it
-        const Coefficients c = shared;
         const int at = static_cast<int>(label) - begin;
-        write_gradient<T, kCap, kMode>(x, z, out, count, 0 <= at && at < count ? at : -1, c, k);
+        write_gradient<T, kCap, kMode>(x, z, out, count, 0 <= at && at < count ? at : -1, shared, k);
         // No block leaves, or writes the next row's `own`, while another may still read this one's.
         cluster.wait();
         __syncthreads();  // the block has read `staged`, `parts` and `shared` before the next row's are written

@@ -15,7 +15,7 @@ from torch import Tensor
 from ._interface import DTYPES, KINDS, KL_TERMS, Objective, Statistics
 
 try:
-    from .. import _cuda
+    from .. import _cuda  # type: ignore[attr-defined]
 except ImportError as error:  # built without nvcc, or with FASTALIGN_CUDA=0
     _cuda = None  # type: ignore[assignment]
     absent = importlib.util.find_spec("fastalign._cuda") is None
