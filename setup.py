@@ -1,12 +1,20 @@
-"""Builds fastalign._C. Sources and their flags are spelled out; everything else is in pyproject.toml.
+"""Builds fastalign._C and, where there is an nvcc, fastalign._cuda. Sources and their flags are spelled out; everything
+else is in pyproject.toml.
 
-No torch is needed to build: the module takes addresses, and finds torch's OpenMP runtime in the process that loads it.
+No torch is needed to build: the modules take addresses, and `_C` finds torch's OpenMP runtime in the process that loads
+it. FASTALIGN_CUDA=auto (the default) builds the CUDA kernels if nvcc is found, 0 never, 1 fails without it.
 """
 
+import importlib.util
+import json
 import os
 import platform
+import re
+import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pybind11
 from setuptools import Extension, setup
@@ -17,11 +25,13 @@ MSVC = sys.platform == "win32"
 HEADERS = [
     f"kernels/{name}.h"
     for name in (
+        "gae_args",
         "gae_cpu",
         "objectives",
         "parallel",
         "probes_cpu",
         "token_powers_cpu",
+        "token_args",
         "token_rows_cpu",
         "token_stats",
         "token_stats_cpu",
@@ -65,10 +75,121 @@ if sys.platform == "linux":
     COMMON.append("-fopenmp")
 
 
+# ------------------------------------------------------------------------------------------------- CUDA
+# Machine code for each generation, and PTX that later ones translate for themselves.
+CUDA_TARGETS = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100a": "compute_100a", "sm_120": "compute_120"}
+CUDA_PTX = "compute_90"
+CUDA_SOURCES = ["kernels/gae_cuda.cu", "kernels/token_stats_cuda.cu"]
+CUDA_HEADERS = [
+    *(f"kernels/{name}.h" for name in ("approximations", "gae_args", "gae_cuda", "launch_cuda", "objectives", "simd_types")),
+    *(f"kernels/{name}.h" for name in ("token_args", "token_stats", "token_stats_cuda")),
+    *(f"kernels/token_{name}_cuda.cuh" for name in ("gradient", "memory", "rows", "vectors")),
+    "csrc/arguments.h",
+]
+USAGE = "_cuda_usage.json"
+
+
+def nvcc_candidates():
+    """Where an nvcc may be: CUDA_HOME, PATH, and the package nvidia-cuda-nvcc in one of its layouts."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(variable):
+            yield os.path.join(os.environ[variable], "bin", "nvcc")
+    yield shutil.which("nvcc") or ""
+    spec = importlib.util.find_spec("nvidia")
+    for root in (spec.submodule_search_locations if spec else None) or ():
+        yield from map(str, sorted(Path(root).glob("*/bin/nvcc")))
+
+
+def find_nvcc():
+    """Path of nvcc, or None where CUDA is not to be built."""
+    wanted = os.environ.get("FASTALIGN_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"FASTALIGN_CUDA must be auto, 0 or 1; got {wanted!r}")
+    if wanted == "0" or (wanted == "auto" and sys.platform != "linux"):
+        return None
+    if sys.platform != "linux":
+        raise SystemExit(f"FASTALIGN_CUDA=1: the CUDA kernels are built on Linux only, not on {sys.platform}")
+    found = next(filter(os.path.exists, nvcc_candidates()), None)
+    if found is None and wanted == "1":
+        raise SystemExit(
+            "FASTALIGN_CUDA=1, but there is no nvcc: set CUDA_HOME, put nvcc on PATH, or install nvidia-cuda-nvcc into "
+            "the environment that builds (pip install --no-build-isolation)"
+        )
+    return found
+
+
+def cuda_flags(nvcc):
+    """(include directories, library directories) that nvcc itself would use."""
+    shown = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True, check=False).stderr
+    settings = dict(re.findall(r"^#\$ (\w+)=(.*)$", shown, re.MULTILINE))
+    top = settings.get("TOP", str(Path(os.path.realpath(nvcc)).parents[1])).strip()
+    libraries = re.findall(r'"-L([^"]+)"', settings.get("LIBRARIES", ""))
+    return [f"{top}/include"], [*libraries, f"{top}/lib64", f"{top}/lib"]
+
+
+PTXAS = re.compile(
+    r"Compiling entry function '(?P<kernel>\S+)' for '(?P<arch>\w+)'.*?(?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
+
+
+def usage(log):
+    """Architecture → kernel → registers, bytes spilled and static shared memory, from the assembler's own words."""
+    table = {}
+    for m in PTXAS.finditer(log):
+        shared = re.search(r"(\d+) bytes smem", m["rest"])
+        table.setdefault(m["arch"], {})[m["kernel"]] = {
+            "registers": int(m["registers"]),
+            "spill_bytes": int(m["stores"]) + int(m["loads"]),
+            "shared_bytes": int(shared[1]) if shared else 0,
+        }
+    return table
+
+
 class Build(build_ext):
     """Compiles each source with its own flags, in parallel, and links the objects in order."""
 
     def build_extension(self, ext):
+        {"fastalign._C": self.build_cpu, "fastalign._cuda": self.build_cuda}[ext.name](ext)
+
+    def build_cuda(self, ext):
+        nvcc, folder = find_nvcc(), Path(self.build_temp, "cuda")
+        folder.mkdir(parents=True, exist_ok=True)
+        codes = [f"arch={compute},code={arch}" for arch, compute in CUDA_TARGETS.items()]
+        codes.append(f"arch={CUDA_PTX},code={CUDA_PTX}")
+        flags = ["-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden,-g0"]
+        flags += [part for code in codes for part in ("-gencode", code)] + ["--threads", str(os.cpu_count())]
+        objects, log = [], ""
+        for source in CUDA_SOURCES:
+            objects.append(str(folder / f"{Path(source).stem}.o"))
+            command = [nvcc, "-c", *flags, source, "-o", objects[-1]]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
+            log += done.stderr
+        includes, libraries = cuda_flags(nvcc)
+        defines = [f'-DFA_CUDA_ARCHITECTURES="{" ".join(CUDA_TARGETS)} {CUDA_PTX}"']
+        include_dirs = [*ext.include_dirs, *includes]
+        objects += self.compiler.compile(
+            ["csrc/bindings_cuda.cpp"],
+            output_dir=str(folder),
+            include_dirs=include_dirs,
+            extra_postargs=[*COMMON, *defines],
+        )
+        target = Path(self.get_ext_fullpath(ext.name))
+        # The static runtime looks for a driver when it is first used, not when it is loaded.
+        self.compiler.link_shared_object(
+            objects,
+            str(target),
+            library_dirs=libraries,
+            libraries=["cudart_static", "dl", "rt", "pthread"],
+            target_lang="c++",
+            build_temp=self.build_temp,
+        )
+        target.with_name(USAGE).write_text(json.dumps(usage(log), indent=1))
+
+    def build_cpu(self, ext):
         units = [("kernels/cpu_dispatch.cpp", "dispatch", ["-DFA_HAVE_X86"] if X86 else [])]
         for isa, flags in ISAS.items():
             header = f"simd_{isa.removesuffix('_bf16')}.h"
@@ -88,8 +209,18 @@ class Build(build_ext):
         )[0]
 
 
+cuda = [
+    Extension(
+        "fastalign._cuda",
+        sources=["csrc/bindings_cuda.cpp", *CUDA_SOURCES],
+        depends=CUDA_HEADERS,
+        include_dirs=[pybind11.get_include()],
+        language="c++",
+    )
+]
 setup(
     ext_modules=[
+        *(cuda if find_nvcc() else []),
         Extension(
             "fastalign._C",
             sources=[
@@ -98,7 +229,7 @@ setup(
                 "kernels/gae_cpu.cpp",
                 "kernels/token_stats_cpu.cpp",
             ],
-            depends=HEADERS,
+            depends=[*HEADERS, *CUDA_HEADERS, *CUDA_SOURCES, "csrc/bindings_cuda.cpp"],
             include_dirs=[pybind11.get_include()],
             language="c++",
         )

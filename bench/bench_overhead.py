@@ -34,7 +34,7 @@ def _kernel(logits: Tensor, labels: Tensor) -> Run:
     logps, lse, saved = (torch.empty(labels.shape + tail) for tail in ((), (), (4,)))
     tokens = _backends.cpu.tokens(logits, labels, None, -100, 1.0, 0.0)
     addresses = (logps.data_ptr(), lse.data_ptr(), 0, 0, 0, saved.data_ptr())
-    return partial(_call, (logits, labels, logps, lse, saved), tokens, *addresses)
+    return partial(_call, (logits, labels, logps, lse, saved), tokens, addresses)
 
 
 def _call(held: tuple[Tensor, ...], *arguments: object) -> object:

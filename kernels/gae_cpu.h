@@ -1,19 +1,8 @@
 // Interface of generalised advantage estimation on the CPU.
 #pragma once
-#include <cstdint>
+#include "gae_args.h"
 
 namespace fastalign {
-
-// [rows, length] each, dense, of one type. See gae_eager.py for the recursion.
-template <class T>
-struct GaeArgs {
-    const T *rewards, *values;
-    const bool* mask;
-    T *advantages, *returns;
-    int64_t rows, length;
-    T gamma, gamma_lam;
-    int threads;
-};
 
 template <class T>
 void gae(const GaeArgs<T>& args);

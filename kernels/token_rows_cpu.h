@@ -22,9 +22,6 @@ constexpr int64_t kPivotSample = 256;  // elements that the pivot is taken from
 constexpr float kLimit[] = {0x1p96f, 0x1p12f, 0x1p12f};
 constexpr int kUnit = 2 * Vec::kWidth;
 
-// What the caller wants of a row decides the inner loop: plain (logps, lse), moments (entropy, mean), or a reference.
-enum Mode { kPlain, kMoments, kReference };
-
 // ------------------------------------------------------------------------------------------------- elements
 struct Prepare {
     Vec inv_cap, cap, scale;  // scale = log2(e) / T
@@ -37,10 +34,10 @@ struct Prepare {
 // tanh: its series below 0.6 (the quotient would cancel there), 1 - 2 / (e^2x + 1) beyond. Relative error below 3e-7.
 inline Vec tanh(Vec x) {
     const Vec s = x * x;
-    Vec p = fma(set1(-0.00589514058f), s, set1(0.0207959563f));
-    p = fma(p, s, set1(-0.0537838265f));
-    p = fma(p, s, set1(0.133319244f));
-    p = fma(p, s, set1(-0.333332986f));
+    Vec p = fma(set1(kTanh11), s, set1(kTanh9));
+    p = fma(p, s, set1(kTanh7));
+    p = fma(p, s, set1(kTanh5));
+    p = fma(p, s, set1(kTanh3));
     const Vec series = fma(x * s, p, x), one = set1(1.0f);
     const Vec quotient = one - set1(2.0f) / (exp2(x * set1(static_cast<float>(2 * kLog2e))) + one);
     return select_small(x, 0.6f, series, quotient);
@@ -228,10 +225,8 @@ struct Row {
 
     // `at_label`: the target's raw logit.
     Stats finish(const TokenArgs& a, float at_label, const Sums& s, const Prepare& k) const {
-        Stats o = fastalign::finish(s, prepared<kCap>(at_label, k), 1 / a.temperature, static_cast<double>(vocab));
-        if (kMode != kReference) o.kl = o.ref_m = o.ref_r = 0;
-        if (kMode == kPlain) o.entropy = o.mean = 0;
-        return o;
+        const double label = prepared<kCap>(at_label, k);
+        return wanted(fastalign::finish(s, label, a.inv_temperature, static_cast<double>(vocab)), kMode);
     }
 };
 
@@ -290,10 +285,6 @@ void gradient_piece(const T* x, const T* z, T* out, int64_t n, const Coefficient
         store2<kStream>(out + i, gradient<kCap, kMode>(a, p, c, k), gradient<kCap, kMode>(b, q, c, k));
     }
     if (i < n) gradient_tail<T, kCap, kMode>(x + i, kMode == kReference ? z + i : z, out + i, n - i, c, k);
-}
-
-inline bool no_gradient(const Coefficients& c) {
-    return c.a == 0 && c.b == 0 && c.g == 0 && c.kappa == 0 && c.delta == 0;
 }
 
 // The target's gradient, with its `delta` added before the one rounding to T. Taken before the row is overwritten.

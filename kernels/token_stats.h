@@ -16,9 +16,11 @@
 
 #ifdef __CUDACC__
 #define FA_HD __host__ __device__ inline
+#define FA_MEMBER __host__ __device__
 #else
 // static: each instruction set keeps its own copy, none of which may serve another processor.
 #define FA_HD static inline
+#define FA_MEMBER
 #endif
 
 namespace fastalign {
@@ -26,30 +28,58 @@ namespace fastalign {
 constexpr double kLog2e = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 
+// tanh(x) = x + x^3 (c3 + c5 x^2 + .. + c11 x^8) for |x| < 0.6, relative error below 3e-7.
+constexpr float kTanh3 = -0.333332986f, kTanh5 = 0.133319244f, kTanh7 = -0.0537838265f, kTanh9 = 0.0207959563f,
+                kTanh11 = -0.00589514058f;
+
+// 2^x as fast as the place allows: float on the device is for sums that are merged there, before the final step.
+FA_HD double power_of_two(double x) { return exp2(x); }
+FA_HD float power_of_two(float x) {
+#ifdef __CUDA_ARCH__
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return exp2f(x);
+#endif
+}
+
 // Sums over a piece of the vocabulary. A piece of nothing but -inf has sums of 0 and a pivot below all others.
-struct Sums {
-    double pivot, s, w, k, ref_pivot, t, total;
+template <class Real>
+struct SumsOf {
+    Real pivot, s, w, k, ref_pivot, t, total;
 };
+using Sums = SumsOf<double>;
+
+// How far a pivot moves, in powers of two. Beyond 2^-16384 nothing is left in any format, and an infinite move would
+// turn a sum of zero into NaN.
+template <class Real>
+FA_HD Real pivot_move(Real from, Real to, Real scale) {
+    constexpr Real kFar = -16384;
+    const Real move = from == to ? 0 : (from - to) * scale;
+    return move < kFar ? kFar : move;
+}
 
 // Carries the sums to other pivots, not below their own: 2^u shrinks by 2^du, u grows by du.
-FA_HD void rebase(Sums& a, double pivot, double ref_pivot, double scale) {
-    const double du = a.pivot == pivot ? 0 : (a.pivot - pivot) * scale;
-    const double dv = a.ref_pivot == ref_pivot ? 0 : (a.ref_pivot - ref_pivot) * scale;
-    const double f = exp2(du);
+template <class Real>
+FA_HD void rebase(SumsOf<Real>& a, Real pivot, Real ref_pivot, Real scale) {
+    const Real du = pivot_move(a.pivot, pivot, scale), dv = pivot_move(a.ref_pivot, ref_pivot, scale);
+    const Real f = power_of_two(du);
     if (a.s != 0) {  // an empty piece stays empty: 0 * inf is NaN
         a.w = (a.w + du * a.s) * f;
         a.k = (a.k + (du - dv) * a.s) * f;
         a.s *= f;
     }
-    if (a.t != 0) a.t *= exp2(dv);
+    if (a.t != 0) a.t *= power_of_two(dv);
     a.pivot = pivot, a.ref_pivot = ref_pivot;
 }
 
 // Adds b to a. `scale` is log2(e) / T.
-FA_HD void merge(Sums& a, Sums b, double scale) {
+template <class Real>
+FA_HD void merge(SumsOf<Real>& a, SumsOf<Real> b, Real scale) {
     if (a.pivot != b.pivot || a.ref_pivot != b.ref_pivot) {
-        const double pivot = a.pivot < b.pivot ? b.pivot : a.pivot;
-        const double ref_pivot = a.ref_pivot < b.ref_pivot ? b.ref_pivot : a.ref_pivot;
+        const Real pivot = a.pivot < b.pivot ? b.pivot : a.pivot;
+        const Real ref_pivot = a.ref_pivot < b.ref_pivot ? b.ref_pivot : a.ref_pivot;
         rebase(a, pivot, ref_pivot, scale);
         rebase(b, pivot, ref_pivot, scale);
     }
@@ -91,12 +121,11 @@ struct Coefficients {
 };
 
 // The canonical form's numbers (alpha, beta, gamma, delta, kappa; see token_stats_eager.py for the derivatives), with
-// the probability's factor exp(-r), the change to powers of two and the 1 / T of the chain rule folded in.
-FA_HD Coefficients coefficients(const Stats& o, const Grads& d, double temperature, double vocab) {
+// the probability's factor exp(-r), the change to powers of two and inv_t = 1 / T of the chain rule folded in.
+FA_HD Coefficients coefficients(const Stats& o, const Grads& d, double temperature, double inv_t, double vocab) {
     Coefficients c;
     c.pivot = static_cast<float>(o.m * temperature);
     c.ref_pivot = static_cast<float>(o.ref_m * temperature);
-    const double inv_t = 1 / temperature;
     const double shift = c.pivot * inv_t - o.m, ref_shift = c.ref_pivot * inv_t - o.ref_m;  // from rounding the pivots
     const double p_scale = exp2((shift - o.r) * kLog2e) * inv_t;
     double alpha = static_cast<double>(d.lse) - d.logps;

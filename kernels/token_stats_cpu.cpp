@@ -22,16 +22,6 @@ struct Plan {
     int64_t grain(const TokenArgs& a) const { return std::max<int64_t>(1, 2 * kPiece / a.vocab); }
 };
 
-void write_row(const PerRow<float>& out, float* saved, int64_t row, const Stats& o) {
-    out.logps[row] = o.logps, out.lse[row] = o.lse;
-    if (out.entropy) out.entropy[row] = o.entropy;
-    if (out.kl) out.kl[row] = o.kl;
-    if (out.mean) out.mean[row] = o.mean;
-    if (!saved) return;
-    saved += 4 * row;
-    saved[0] = o.m, saved[1] = o.r, saved[2] = o.ref_m, saved[3] = o.ref_r;
-}
-
 // The statistics of a live row, by one thread.
 template <class T, bool kCap, Mode kMode>
 Stats row_stats(const TokenArgs& a, int64_t row, int64_t pieces, const Prepare& k) {
@@ -75,13 +65,8 @@ struct Forward {
     }
 };
 
-Coefficients row_coefficients(const BackwardArgs& a, int64_t row) {
-    if (a.label(row) == a.ignore_index) return {};
-    const auto at = [row](const float* p) { return p ? p[row] : 0.0f; };
-    const float* saved = a.saved + 4 * row;
-    const Stats o{0, 0, at(a.entropy), at(a.kl), 0, saved[0], saved[1], saved[2], saved[3]};
-    const Grads d{at(a.grads.logps), at(a.grads.lse), at(a.grads.entropy), at(a.grads.kl), at(a.grads.mean)};
-    return coefficients(o, d, a.temperature, static_cast<double>(a.vocab));
+Coefficients live_coefficients(const BackwardArgs& a, int64_t row) {
+    return a.label(row) == a.ignore_index ? Coefficients{} : row_coefficients(a, row);
 }
 
 // Elements [begin, end) of a row's gradient.
@@ -101,7 +86,7 @@ struct Backward {
         const int64_t per_row = plan.shared ? plan.pieces : 1, span = plan.shared ? kPiece : a.vocab;
         parallel_for(a.rows * per_row, plan.shared ? 1 : plan.grain(a), a.threads, [&](int64_t i) {
             const int64_t row = i / per_row, begin = i % per_row * span;
-            row_gradient<T, kCap, kMode>(a, row, begin, std::min(a.vocab, begin + span), row_coefficients(a, row), k);
+            row_gradient<T, kCap, kMode>(a, row, begin, std::min(a.vocab, begin + span), live_coefficients(a, row), k);
         });
     }
 };
@@ -114,11 +99,7 @@ struct Objective {
         const Plan plan(a);
         const auto slopes = [&](int64_t row, const Stats& o) {
             write_row(a.out, nullptr, row, o);
-            if (a.label(row) == a.ignore_index) return Coefficients{};
-            const auto at = [row](const float* p) { return p ? p[row] : 0.0f; };
-            const TokenInputs t{a.weight[row], at(a.old_logps), at(a.advantages), at(a.ref_logps)};
-            const Grads g = objective_gradient(a.options, o, t);
-            return coefficients(o, g, a.temperature, static_cast<double>(a.vocab));
+            return a.label(row) == a.ignore_index ? Coefficients{} : row_coefficients(a, row, o);
         };
         if (plan.shared) {
             std::vector<Coefficients> c(a.rows);

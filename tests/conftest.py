@@ -1,6 +1,12 @@
-"""Fixtures shared by several test files: a tokenizer and a language model small enough to train in a second."""
+"""Fixtures shared by several test files: a tokenizer and a language model small enough to train in a second, and a GPU
+that is simulated."""
 
 from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -21,3 +27,18 @@ def tiny_model(tiny_tokenizer):
     from fastalign.trainers.demo_models import small_model
 
     return lambda: small_model(len(tiny_tokenizer), hidden_size=16, layers=1, seed=0)
+
+
+@pytest.fixture(scope="session")
+def cuda_simulator():
+    """The CUDA backend on CPU tensors: the real launch code, its kernels run by a PTX simulator."""
+    pytest.importorskip("ptxsim", reason="needs ptxsim, a PTX simulator")
+    pytest.importorskip("pybind11", reason="needs pybind11")
+    nvcc, compiler = shutil.which("nvcc"), shutil.which("g++")
+    if nvcc is None or compiler is None:
+        pytest.skip(f"needs {'nvcc' if nvcc is None else 'g++'}")
+    path = Path(__file__).resolve().parents[1] / "bench" / "_cuda_simulator.py"
+    spec = importlib.util.spec_from_file_location("cuda_simulator_under_test", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Simulator(nvcc, "sm_90a")

@@ -27,7 +27,7 @@ def python(code, **env):
 
 def test_the_backends_of_a_cpu_are_here():
     known = fa.backends()
-    assert list(known) == ["cpu", "triton", "eager"]
+    assert list(known) == ["cpu", "cuda", "triton", "eager"]
     assert known["cpu"] == known["eager"] == "available"
 
 
@@ -39,7 +39,10 @@ def test_automatic_choice():
 
 
 def test_unknown_and_unfit_backends_are_refused():
-    with pytest.raises(ValueError, match="backend must be one of cpu, triton, eager; got 'tpu'"), fa.use_backend("tpu"):
+    with (
+        pytest.raises(ValueError, match="backend must be one of cpu, cuda, triton, eager; got 'tpu'"),
+        fa.use_backend("tpu"),
+    ):
         pass
     with fa.use_backend("cpu"), pytest.raises(RuntimeError, match=r"serves float32.*got torch\.float64 on cpu"):
         fa.token_logps(X.double(), L)

@@ -12,7 +12,8 @@ PACKAGE = Path(fastalign.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Room → what it must not import from this package, and outside packages that it must do without.
-RANK = {"_C": 0, "kernels": 0, "_backends": 1, "ops": 2, "objective": 3}
+COMPILED = ("_C", "_cuda")
+RANK = dict.fromkeys((*COMPILED, "kernels"), 0) | {"_backends": 1, "ops": 2, "objective": 3}
 RANK |= {"_head_checks": 3, "_head_tiles": 2, "head": 4, "losses": 5, "rl": 5, "reference": 6}
 TOP = 7  # trainers, integrations, cli and whatever else stands on everything
 LIGHT = {"torch", "numpy"}  # all that the layer below the trainers may need besides the standard library
@@ -50,7 +51,7 @@ def test_imports_go_down(path):
         if ours:
             same = {here, name} <= {"losses", "rl"}  # rl computes with the losses' checks and masked means
             assert name == here or same or rank == TOP or RANK.get(name, TOP) < rank, f"{here} must not import {name}"
-            below = name not in ("_C", "kernels") or here in ("_backends", "kernels")
+            below = name not in (*COMPILED, "kernels") or here in ("_backends", "kernels")
             assert below, f"only _backends may import {name}, not {here}"
 
 

@@ -1,4 +1,4 @@
-"""Which kernels serve which tensors. The only importer of `fastalign.kernels` and of the compiled `fastalign._C`.
+"""Which kernels serve which tensors. The only importer of `fastalign.kernels` and of the compiled modules.
 
 One module per backend, each with the functions of `Backend`. A backend is either available or has a reason why not;
 asking for one that is not available raises with that reason, and nothing is ever swapped for something else without
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from . import cpu, eager, triton
+from . import cpu, cuda, eager, triton
 from ._interface import KINDS, KL_TERMS, Backend, Objective
 from .cpu import cpu_isa, cpu_isas, probe_copy, probe_read
 
@@ -35,6 +35,7 @@ __all__ = [
 
 BACKENDS: dict[str, Backend] = {
     "cpu": cpu,
+    "cuda": cuda,
     "triton": triton,
     "eager": eager,
 }
@@ -47,8 +48,8 @@ def backends() -> dict[str, str]:
     """Name of every backend → "available", or the reason why it is not.
 
     Without a choice of the caller's, CPU tensors of float32, bfloat16 and float16 are served by `cpu` (compiled SIMD
-    kernels), the same dtypes on GPUs by `triton`, and everything else, float64 among it, by `eager` (plain PyTorch
-    operations).
+    kernels), the same dtypes on NVIDIA GPUs by `cuda` (compiled kernels) and on others by `triton`, and everything
+    else, float64 among it, by `eager` (plain PyTorch operations).
     """
     return {name: backend.unavailable() or "available" for name, backend in BACKENDS.items()}
 

@@ -106,12 +106,7 @@ def forward(
     entropy, kl, mean = out(want_entropy), out(ref_logits is not None), out(want_mean)
     bad = _C.token_stats_forward(
         tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
-        logps.data_ptr(),
-        lse.data_ptr(),
-        _address(entropy),
-        _address(kl),
-        _address(mean),
-        saved.data_ptr(),
+        tuple(map(_address, (logps, lse, entropy, kl, mean, saved))),
     )
     if bad >= 0:
         raise bad_label(labels, bad, ignore_index, logits.shape[-1])
@@ -170,7 +165,7 @@ def objective(
         tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
         codes,
         tuple(map(_address, dense)),
-        tuple(map(_address, (logps, lse, entropy, kl, mean))),
+        tuple(map(_address, (logps, lse, entropy, kl, mean, None))),
         out.data_ptr(),
         out.stride(),
         _fresh(out, logits),

@@ -1,0 +1,88 @@
+"""The CUDA backend's rows of `gpu_static.py`: what the assembler said when the package was built, and, where nvcc and a
+PTX simulator are at hand, what the kernels read, write and are bound by."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from _cuda_simulator import SHARED_BYTES, Launch, Simulator
+from _gpu_row import DTYPES, ROWS, VOCABS, Row, limits
+
+import fastalign
+from fastalign import Objective
+from fastalign._backends import cuda
+
+USAGE = Path(fastalign.__file__).with_name("_cuda_usage.json")
+LONGEST = 256000
+SIMULATED = ("sm_80", "sm_90a")
+"""Architectures whose kernels are run: the two ways of the objective."""
+_MANGLED = {"float32": "If", "bfloat16": "INS_8BFloat16E", "float16": "INS_4HalfE"}
+KINDS = {"forward": "forward_kernel", "backward": "backward_kernel", "objective": "objective_kernel"}
+
+
+def usage(arch: str, kernel: str, dtype: str) -> dict[str, int]:
+    """Registers, spilled bytes and static shared memory of the plain variant of a kernel, from the build."""
+    table = json.loads(USAGE.read_text())[arch] if USAGE.exists() else {}
+    pattern = rf"\d{kernel}{re.escape(_MANGLED[dtype])}Lb0ELNS_4ModeE0E"
+    return next((entry for name, entry in table.items() if re.search(pattern, name)), {})
+
+
+def _calls(vocab: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Kind → a function of no arguments that launches it, on tensors of its own."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.empty(ROWS, vocab).normal_(0, 4, generator=generator).to(dtype)
+    labels = torch.randint(0, vocab, (ROWS,), generator=generator)
+    out, row = torch.empty_like(logits), torch.ones(ROWS)
+    results: list[Any] = []
+    options = (-100, 1.0, 0.0)
+
+    def forward() -> None:
+        results[:] = cuda.forward(logits, labels, None, *options, False, False)
+
+    def backward() -> None:
+        cuda.backward(logits, labels, None, results[5], None, None, (row, None, None, None, None), *options, out)
+
+    def objective() -> None:
+        clip = Objective("clip", 0.2, 0.2, kl="k3", kl_coef=0.05)
+        cuda.objective(logits, labels, None, (row, -row, row, -row), clip, *options, False, out)
+
+    return {"forward": forward, "backward": backward, "objective": objective}
+
+
+def _row(kind: str, arch: str, dtype: str, vocab: int, launches: list[Launch]) -> Row:
+    """Where the objective took two launches, their traffic is added up and the tighter margin stands."""
+    two = len(launches) > 1
+    known = usage(arch, KINDS["backward" if two else kind], dtype)
+    shared = known.get("shared_bytes")
+    reads = writes = bound = margin = None
+    if launches:
+        logits = ROWS * vocab * getattr(torch, dtype).itemsize
+        sized = [b for launch in launches for b in launch.stats.raw["buffers"] if b["size"] == logits]
+        reads, writes = (sum(b[key] for b in sized) / logits for key in ("read_bytes", "write_bytes"))
+        bound, margin = min((limits(launch.stats) for launch in launches), key=lambda found: found[1])
+        shared = None if shared is None else shared + max(launch.shared for launch in launches)
+    name = "objective_two_read" if two else kind
+    registers, spills = known.get("registers"), known.get("spill_bytes")
+    kernel = "forward_kernel + backward_kernel" if two else KINDS[kind]
+    return Row("cuda", kernel, name, arch, dtype, vocab, registers, spills, shared, 16, reads, writes, bound, margin)
+
+
+def rows(simulate: bool) -> Iterator[Row]:
+    nvcc = shutil.which("nvcc")
+    for arch in SHARED_BYTES:
+        simulator = Simulator(nvcc, arch) if simulate and nvcc and arch in SIMULATED else None
+        for dtype in DTYPES:
+            for vocab in (*VOCABS, LONGEST):
+                calls = _calls(vocab, getattr(torch, dtype)) if simulator else dict.fromkeys(KINDS)
+                for kind, call in calls.items():
+                    launches: list[Launch] = []
+                    if simulator:
+                        with simulator() as launches, simulator.raising():
+                            call()
+                    yield _row(kind, arch, dtype, vocab, launches)

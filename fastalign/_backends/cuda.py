@@ -1,0 +1,188 @@
+"""The backend of CUDA C++ kernels for NVIDIA devices of compute capability 8.0 and later: calls into `fastalign._cuda`.
+
+The kernels were compiled when the package was built; nothing is compiled at run time. They run on the current stream of
+the tensors' device, never wait for it, and can be captured in CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from ._interface import DTYPES, KINDS, KL_TERMS, Objective, Statistics
+
+try:
+    from .. import _cuda  # type: ignore[attr-defined]
+except ImportError as error:  # built without nvcc, or with FASTALIGN_CUDA=0
+    _cuda = None  # type: ignore[assignment]
+    absent = importlib.util.find_spec("fastalign._cuda") is None
+    _BUILD_ERROR = (
+        f"{'fastalign was built without nvcc' if absent else f'fastalign._cuda cannot be imported ({error})'}; install "
+        "with nvcc at hand (CUDA_HOME, PATH, or the package nvidia-cuda-nvcc) and FASTALIGN_CUDA=1"
+    )
+else:
+    _BUILD_ERROR = ""
+
+_LEAST_CAPABILITY = (8, 0)
+
+
+def unavailable() -> str:
+    if _BUILD_ERROR:
+        return _BUILD_ERROR
+    if not torch.backends.cuda.is_built() or torch.version.hip:
+        return f"torch {torch.__version__} is built without CUDA"
+    return "" if torch.cuda.is_available() else "torch finds no CUDA device or no driver"
+
+
+@functools.cache
+def _too_old(index: int) -> str:
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= _LEAST_CAPABILITY:
+        return ""
+    return f"serves compute capability 8.0 and later; got {capability[0]}.{capability[1]} on cuda:{index}"
+
+
+def serves(tensor: Tensor, job: str) -> str:
+    if tensor.device.type == "cuda" and tensor.dtype in DTYPES[job] and not unavailable():
+        return _too_old(tensor.device.index)
+    if unavailable():
+        return f"is not available: {unavailable()}"
+    names = " and ".join(", ".join(str(d).removeprefix("torch.") for d in DTYPES[job]).rsplit(", ", 1))
+    return f"serves {names} tensors on cuda; got {tensor.dtype} on {tensor.device}"
+
+
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Device and current stream of a tensor, as `_cuda` takes them."""
+    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
+    return tuple(map(_address, tensors))
+
+
+def _tokens(logits, labels, ref_logits, ignore_index, temperature, softcap) -> tuple:
+    """The description of a call that `_cuda` takes. Memory freed while it runs is reused on the same stream only."""
+    return (
+        _DTYPE_CODES[logits.dtype],
+        _address(logits),
+        tuple(logits.shape),
+        logits.stride(),
+        _address(ref_logits),
+        logits.stride() if ref_logits is None else ref_logits.stride(),
+        _address(labels),
+        labels.dtype == torch.int64,
+        ignore_index,
+        temperature,
+        softcap,
+        0,
+    )
+
+
+def _per_row(labels: Tensor, wanted: bool = True, *tail: int) -> Tensor | None:
+    return torch.empty((*labels.shape, *tail), device=labels.device) if wanted else None
+
+
+def forward(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logits: Tensor | None,
+    ignore_index: int,
+    temperature: float,
+    softcap: float,
+    want_entropy: bool,
+    want_mean: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    labels = labels.contiguous()
+    logps, lse, saved = (torch.empty((*labels.shape, *tail), device=labels.device) for tail in ((), (), (4,)))
+    entropy, kl, mean = (_per_row(labels, wanted) for wanted in (want_entropy, ref_logits is not None, want_mean))
+    _cuda.token_stats_forward(
+        _tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
+        _addresses(logps, lse, entropy, kl, mean, saved),
+        *_place(logits),
+    )
+    return logps, lse, entropy, kl, mean, saved
+
+
+def backward(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logits: Tensor | None,
+    saved: Tensor,
+    entropy: Tensor | None,
+    kl: Tensor | None,
+    grads: tuple[Tensor | None, ...],
+    ignore_index: int,
+    temperature: float,
+    softcap: float,
+    out: Tensor,
+) -> None:
+    labels = labels.contiguous()
+    dense = [None if t is None else t.contiguous() for t in (saved, entropy, kl, *grads)]
+    _cuda.token_stats_backward(
+        _tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
+        _addresses(*dense),
+        _address(out),
+        out.stride(),
+        *_place(logits),
+    )
+
+
+def objective(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logits: Tensor | None,
+    inputs: tuple[Tensor | None, ...],
+    options: Objective,
+    ignore_index: int,
+    temperature: float,
+    softcap: float,
+    want_entropy: bool,
+    out: Tensor,
+) -> Statistics:
+    labels = labels.contiguous()
+    dense = [None if t is None else t.contiguous() for t in inputs]
+    logps, lse, saved = (torch.empty((*labels.shape, *tail), device=labels.device) for tail in ((), (), (4,)))
+    entropy, kl = _per_row(labels, want_entropy), _per_row(labels, ref_logits is not None)
+    mean = _per_row(labels, options.label_smoothing != 0)
+    _cuda.token_objective(
+        _tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
+        (KINDS[options.kind], *options[1:4], KL_TERMS[options.kl], *options[5:]),
+        _addresses(*dense),
+        _addresses(logps, lse, entropy, kl, mean, saved),
+        _address(out),
+        out.stride(),
+        *_place(logits),
+    )
+    return logps, lse, entropy, kl, mean
+
+
+def scale(gradient: Tensor, by: Tensor) -> None:
+    # By a kernel that looks at `by` on the device: to ask for its value here would stop the host.
+    factor = by.to(torch.float32)
+    _cuda.scale(_DTYPE_CODES[gradient.dtype], _address(gradient), gradient.numel(), _address(factor), *_place(gradient))
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    rewards, values, mask = rewards.contiguous(), values.contiguous(), mask.contiguous()
+    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
+    length = rewards.shape[-1]
+    call = _cuda.gae_float64 if rewards.dtype == torch.float64 else _cuda.gae_float32
+    call(
+        *_addresses(rewards, values, mask, advantages, returns),
+        rewards.numel() // length if length else 0,
+        length,
+        gamma,
+        gamma * lam,
+        *_place(rewards),
+    )
+    return advantages, returns

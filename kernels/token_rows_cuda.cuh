@@ -1,0 +1,178 @@
+// Sums over a row in CUDA: a thread's own, relative to its own pivot, then merged over warp, block and cluster.
+//
+// There is no pass for the maximum. A thread's pivot is the maximum of its first tile, and moves only when a tile lies
+// far above it: one comparison per tile in the usual case.
+#pragma once
+#include "token_args.h"
+#include "token_memory_cuda.cuh"
+
+namespace fastalign::cuda {
+
+using FloatSums = SumsOf<float>;
+
+constexpr int kMaxThreads = 256;
+
+// Vectors that a thread has in flight. A reference brings as many again.
+template <Mode kMode>
+constexpr int kTile = kMode == kReference ? 2 : 4;
+
+// How far, in powers of two, an element may lie above the pivot. Plain sums only have to stay finite; entropy and KL
+// are differences of numbers of the size of log(sum), so theirs must stay near the maximum to keep its digits.
+template <Mode kMode>
+constexpr float kHeadroom = kMode == kPlain ? 32.0f : 8.0f;
+
+// Of every eight elements in 16 bits one is a polynomial's: then the special-function unit keeps ahead of the memory.
+template <class T, Mode kMode>
+__device__ constexpr bool by_polynomial(int element) {
+    return sizeof(T) == 2 && kMode == kPlain && element == 7;
+}
+
+__device__ inline FloatSums no_sums() { return {-FLT_MAX, 0, 0, 0, -FLT_MAX, 0, 0}; }
+
+// `floor`: the pivot when its piece has nothing but -inf, so that differences from it are -inf and not NaN.
+template <class T, bool kCap, int kCount>
+__device__ inline float lifted(float pivot, const Pack (&v)[kCount], float headroom, const Prepare& k) {
+    const float largest = capped<kCap>(maximum<T>(v), k);  // capping keeps the order
+    return largest > pivot + headroom ? largest : pivot;
+}
+
+// Adds a tile to a thread's sums. `at`: the first element of v[0]; v[u] lies 32 vectors after v[u - 1]. At an edge,
+// elements from `length` on are padding of -inf, which capping and the mean must not see.
+template <class T, bool kCap, Mode kMode, bool kEdge, int kCount>
+__device__ inline void add_tile(FloatSums& a, const Pack (&v)[kCount], const Pack (&z)[kCount], int at, int length,
+                                const Prepare& k) {
+    const float headroom = kHeadroom<kMode> * k.inv_scale;
+    const float pivot = lifted<T, kCap>(a.pivot, v, headroom, k);
+    const float ref_pivot = kMode == kReference ? lifted<T, kCap>(a.ref_pivot, z, headroom, k) : a.ref_pivot;
+    if (pivot != a.pivot || ref_pivot != a.ref_pivot) rebase(a, pivot, ref_pivot, k.scale);
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+        float x[kWidth<T>], y[kWidth<T>], s = 0, w = 0, kl = 0, t = 0, total = 0;
+        unpack<T>(v[u], x);
+        if constexpr (kMode == kReference) unpack<T>(z[u], y);
+#pragma unroll
+        for (int i = 0; i < kWidth<T>; ++i) {
+            const bool real = !kEdge || at + 32 * u * kWidth<T> + i < length;
+            const float raw = capped<kCap>(x[i], k);
+            if constexpr (kMode != kPlain) total += real ? raw : 0;
+            float d = (kCap && !real ? -INFINITY : raw) - pivot;
+            if constexpr (kMode == kPlain) {
+                s += by_polynomial<T, kMode>(i) ? exp2_polynomial(d * k.scale) : power_of_two(d * k.scale);
+            } else {
+                // -inf would turn a probability of 0 into NaN; at -256 its power is 0 as well.
+                const float p = max_or_nan(d * k.scale, -256.0f), e = power_of_two(p);
+                s += e;
+                w = fmaf(e, p, w);
+                if constexpr (kMode == kReference) {
+                    const float ref = capped<kCap>(y[i], k);
+                    const float q = ((kCap && !real ? -INFINITY : ref) - ref_pivot) * k.scale;
+                    t += power_of_two(q);
+                    kl += e == 0 ? 0 : e * (p - q);
+                }
+            }
+        }
+        a.s += s, a.w += w, a.k += kl, a.t += t, a.total += total;
+    }
+}
+
+// Calls inner(first) and edge(first) for this warp's tiles of x, in order; inner for those that x (and z, of the same
+// length) hold as whole vectors of memory.
+template <class T, int kSpan, bool kBoth, class Rows, class Inner, class Edge>
+__device__ inline void for_tiles(const Rows& x, const Rows& z, const Inner& inner, const Edge& edge) {
+    const int step = blockDim.x / 32 * kSpan, vectors = vectors_of<T>(x.length);
+    int first = threadIdx.x / 32 * kSpan, end = x.end();
+    bool at_edge = x.cut_at_start();
+    if constexpr (kBoth) end = min(end, z.end()), at_edge = at_edge || z.cut_at_start();
+    at_edge = at_edge && first == 0;
+    for (; first < vectors; first += step) {
+        if (!at_edge) {
+            for (; first + kSpan <= end; first += step) inner(first);
+            if (first >= vectors) break;
+        }
+        edge(first);
+        at_edge = false;
+    }
+}
+
+// The sums of a thread over its tiles of a row. `Rows` is a Source or a Staged.
+template <class T, bool kCap, Mode kMode, class Rows>
+__device__ inline FloatSums thread_sums(const Rows& x, const Rows& z, const Prepare& k) {
+    constexpr int kCount = kTile<kMode>;
+    constexpr bool kReads = kMode == kReference;
+    constexpr bool kPaddingShows = kCap || kMode != kPlain;  // a plain sum takes -inf for what it is
+    const int lane = threadIdx.x % 32;
+    FloatSums a = no_sums();
+    const auto inner = [&](int first) {
+        Pack v[kCount], y[kCount];
+        x.load(v, first);
+        if constexpr (kReads) z.load(y, first);
+        add_tile<T, kCap, kMode, false>(a, v, y, (first + lane) * kWidth<T>, x.length, k);
+    };
+    const auto edge = [&](int first) {
+        Pack v[kCount], y[kCount];
+        x.load_edge(v, first);
+        if constexpr (kReads) z.load_edge(y, first);
+        add_tile<T, kCap, kMode, kPaddingShows>(a, v, y, (first + lane) * kWidth<T>, x.length, k);
+    };
+    for_tiles<T, 32 * kCount, kReads>(x, z, inner, edge);
+    return a;
+}
+
+// ------------------------------------------------------------------------------------------------- merging
+__device__ inline float warp_max(float x) {
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lanes));
+    return x;
+}
+
+__device__ inline float warp_add(float x) {
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
+    return x;
+}
+
+// Every lane gets the sum over the warp, to the same bits.
+template <Mode kMode>
+__device__ inline FloatSums warp_sums(FloatSums a, float scale) {
+    rebase(a, warp_max(a.pivot), kMode == kReference ? warp_max(a.ref_pivot) : a.ref_pivot, scale);
+    a.s = warp_add(a.s);
+    if constexpr (kMode != kPlain) a.w = warp_add(a.w), a.total = warp_add(a.total);
+    if constexpr (kMode == kReference) a.k = warp_add(a.k), a.t = warp_add(a.t);
+    return a;
+}
+
+// The first warp's lanes get the sum over the block. `parts` is shared, one place per warp.
+template <Mode kMode>
+__device__ inline FloatSums block_sums(FloatSums a, FloatSums* parts, float scale) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    a = warp_sums<kMode>(a, scale);
+    if (warps == 1) return a;
+    if (lane == 0) parts[warp] = a;
+    __syncthreads();  // every warp's part is written before the first warp reads them
+    if (warp == 0) a = warp_sums<kMode>(lane < warps ? parts[lane] : no_sums(), scale);
+    return a;
+}
+
+// The statistics of a live row from the sums over all of it. `logit` is the target's, as it lies in memory.
+template <bool kCap, Mode kMode, class Args>
+__device__ inline Stats row_stats(const Args& a, const FloatSums& s, float logit, const Prepare& k) {
+    const Sums sums{s.pivot, s.s, s.w, s.k, s.ref_pivot, s.t, s.total};
+    return wanted(finish(sums, capped<kCap>(logit, k), a.inv_temperature, static_cast<double>(a.vocab)), kMode);
+}
+
+// What a label asks for. One that is neither a row's element nor ignored cannot be reported from here without stopping
+// the host: its statistics and gradient are NaN, and nothing outside the row is read.
+enum class Row { kLive, kIgnored, kBad };
+
+template <class Args>
+__device__ inline Row row_kind(const Args& a, int64_t label) {
+    if (label == a.ignore_index) return Row::kIgnored;
+    return label >= 0 && label < a.vocab ? Row::kLive : Row::kBad;
+}
+
+__device__ inline Stats empty_stats(Row kind) {
+    const float x = kind == Row::kBad ? NAN : 0.0f;
+    return {x, x, x, x, x, x, x, x, x};
+}
+
+}  // namespace fastalign::cuda

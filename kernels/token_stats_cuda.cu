@@ -1,0 +1,359 @@
+// Token statistics in CUDA: forward, backward, and both in one launch with an objective between them.
+//
+// One template per kernel, for every element type, with or without soft-capping, in three modes (see token_args.h).
+// Forward and backward give a row to a block and read it once. The one-launch objective keeps the row in shared memory
+// between its forward and its backward, spread over a cluster of blocks that exchange their sums through distributed
+// shared memory; where a row does not fit, a forward and a backward do its work in two reads.
+#include "launch_cuda.h"
+#include "token_gradient_cuda.cuh"
+
+namespace fastalign::cuda {
+
+template <class T>
+__device__ inline Source<T> row_of(const void* p, const RowLayout& layout, int64_t row, int64_t vocab) {
+    return {static_cast<const T*>(p) + layout.offset(row), static_cast<int>(vocab)};
+}
+
+template <class T, Mode kMode>
+__device__ inline Source<T> reference_of(const TokenArgs& a, int64_t row) {
+    if constexpr (kMode == kReference) return row_of<T>(a.ref_logits, a.ref_layout, row, a.vocab);
+    else return {nullptr, 0};
+}
+
+// ------------------------------------------------------------------------------------------------- forward
+template <class T, bool kCap, Mode kMode>
+__global__ void __launch_bounds__(kMaxThreads, 4)
+    forward_kernel(const __grid_constant__ ForwardArgs a, const __grid_constant__ Prepare k) {
+    __shared__ FloatSums parts[kMaxThreads / 32];
+    for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
+        const int64_t label = a.label(row);
+        const Row kind = row_kind(a, label);
+        if (kind != Row::kLive) {
+            if (threadIdx.x == 0) write_row(a.out, a.saved, row, empty_stats(kind));
+            continue;
+        }
+        const Source<T> x = row_of<T>(a.logits, a.layout, row, a.vocab), z = reference_of<T, kMode>(a, row);
+        const float logit = threadIdx.x == 0 ? x.at(static_cast<int>(label)) : 0.0f;
+        const FloatSums sums = block_sums<kMode>(thread_sums<T, kCap, kMode>(x, z, k), parts, k.scale);
+        if (threadIdx.x == 0) write_row(a.out, a.saved, row, row_stats<kCap, kMode>(a, sums, logit, k));
+        __syncthreads();  // the first warp has read `parts` before the next row's are written
+    }
+}
+
+// ------------------------------------------------------------------------------------------------- backward
+// What the gradient of a row is taken from: the gradients of its statistics, or an objective on them, which is then all
+// there but for what `BackwardArgs` names as well.
+struct Slopes : BackwardArgs {
+    bool under_objective;
+    ObjectiveArgs objective;
+
+    __device__ Slope of(int64_t row) const {
+        if (!under_objective) return row_coefficients(*this, row);
+        const PerRow<float>& o = objective.out;
+        const float* m = saved + 4 * row;
+        const Stats stats{
+            o.logps[row], o.lse[row], at_row(o.entropy, row), at_row(o.kl, row), at_row(o.mean, row), m[0], m[1],
+            m[2],         m[3]};
+        return row_coefficients(objective, row, stats);
+    }
+};
+
+// A row is shared by `splits` blocks, each of which writes `span` elements.
+template <class T, bool kCap, Mode kMode>
+__global__ void __launch_bounds__(kMaxThreads, 3)
+    backward_kernel(const __grid_constant__ Slopes a, const __grid_constant__ Prepare k, int splits, int span) {
+    __shared__ Slope shared;
+    const int64_t items = a.rows * splits;
+    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+        const int64_t row = splits == 1 ? item : item / splits, label = a.label(row);
+        const int begin = splits == 1 ? 0 : static_cast<int>(item % splits) * span;
+        const int rest = static_cast<int>(a.vocab) - begin, count = rest < span ? rest : span;
+        T* out = static_cast<T*>(a.out_gradient) + a.out_layout.offset(row) + begin;
+        const Row kind = row_kind(a, label);
+        if (kind != Row::kLive) {
+            fill(out, count, kind == Row::kBad ? NAN : 0.0f);
+            continue;
+        }
+        if (threadIdx.x == 0) shared = a.of(row);
+        __syncthreads();  // `shared` is written before the block reads it
+        const Source<T> x = row_of<T>(a.logits, a.layout, row, a.vocab).part(begin, count);
+        Source<T> z = reference_of<T, kMode>(a, row);
+        if constexpr (kMode == kReference) z = z.part(begin, count);
+        const int at = static_cast<int>(label) - begin;
+        write_gradient<T, kCap, kMode>(x, z, out, count, 0 <= at && at < count ? at : -1, shared, k);
+        __syncthreads();  // the block has read `shared` before the next row's is written
+    }
+}
+
+// ------------------------------------------------------------------------------------------------- one launch
+// Clusters of blocks; from sm_90 on. A block by itself is a cluster of one.
+struct Cluster {
+    int rank, size;
+    int64_t index, count;
+
+    __device__ explicit Cluster(int log_size) : size(1 << log_size) {
+        rank = blockIdx.x & (size - 1), index = blockIdx.x >> log_size, count = gridDim.x >> log_size;
+    }
+
+    // Between the two, what a block wrote to its shared memory before `arrive` becomes visible to the others.
+    __device__ void arrive() const {
+#if __CUDA_ARCH__ >= 900
+        if (size > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+    }
+    __device__ void wait() const {
+#if __CUDA_ARCH__ >= 900
+        if (size > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+    }
+
+    // What lies at the address of `own` in block `of`.
+    __device__ FloatSums read(const FloatSums& own, int of) const {
+        FloatSums result = own;
+#if __CUDA_ARCH__ >= 900
+        if (size == 1) return result;
+        unsigned remote;
+        asm("mapa.shared::cluster.u32 %0, %1, %2;"
+            : "=r"(remote)
+            : "r"(static_cast<unsigned>(__cvta_generic_to_shared(&own))), "r"(of));
+        float* word = reinterpret_cast<float*>(&result);
+#pragma unroll
+        for (unsigned i = 0; i < sizeof(FloatSums) / sizeof(float); ++i)
+            asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(word[i]) : "r"(remote + 4 * i) : "memory");
+#endif
+        return result;
+    }
+};
+
+// A row in one read, by the blocks of a cluster: each stages `span` elements in shared memory, adds them up, learns the
+// others' sums, and writes the gradient of its own.
+template <class T, bool kCap, Mode kMode>
+__global__ void __launch_bounds__(kMaxThreads, 3)
+    objective_kernel(const __grid_constant__ ObjectiveArgs a, const __grid_constant__ Prepare k, int log_blocks,
+                     int span) {
+    extern __shared__ __align__(16) char staged[];
+    __shared__ FloatSums parts[kMaxThreads / 32], own;
+    __shared__ Slope shared;
+    const Cluster cluster(log_blocks);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int begin = cluster.rank * span, rest = static_cast<int>(a.vocab) - begin;
+    const int count = rest < 0 ? 0 : rest < span ? rest : span;
+    for (int64_t row = cluster.index; row < a.rows; row += cluster.count) {
+        const int64_t label = a.label(row);
+        const Row kind = row_kind(a, label);
+        T* out = static_cast<T*>(a.out_gradient) + a.out_layout.offset(row) + begin;
+        if (kind != Row::kLive) {
+            if (threadIdx.x == 0 && cluster.rank == 0) write_row(a.out, nullptr, row, empty_stats(kind));
+            fill(out, count, kind == Row::kBad ? NAN : 0.0f);
+            continue;
+        }
+        const Source<T> source = row_of<T>(a.logits, a.layout, row, a.vocab), ref = reference_of<T, kMode>(a, row);
+        const Staged<T> x = Staged<T>::copy(staged, source.base + begin, count);
+        Staged<T> z = x;
+        if constexpr (kMode == kReference)
+            z = Staged<T>::copy(staged + staged_bytes(span, sizeof(T)), ref.base + begin, count);
+        const float logit = threadIdx.x == 0 ? source.at(static_cast<int>(label)) : 0.0f;
+        wait_for_copies();
+        __syncthreads();  // every thread's copies and paddings are in shared memory before any thread reads them
+        FloatSums sums = block_sums<kMode>(thread_sums<T, kCap, kMode>(x, z, k), parts, k.scale);
+        if (threadIdx.x == 0) own = sums;
+        // Every block's `own` is written before a block reads it; and, for a gradient that goes over the logits, the
+        // target's logit has been read by all before any block writes.
+        cluster.arrive();
+        cluster.wait();
+        if (warp == 0) {
+            if (cluster.size > 1)
+                sums = warp_sums<kMode>(lane < cluster.size ? cluster.read(own, lane) : no_sums(), k.scale);
+            if (lane == 0) {
+                const Stats o = row_stats<kCap, kMode>(a, sums, logit, k);
+                if (cluster.rank == 0) write_row(a.out, nullptr, row, o);
+                shared = row_coefficients(a, row, o);
+            }
+        }
+        cluster.arrive();
+        __syncthreads();  // `shared` is written before the block reads it
+        const int at = static_cast<int>(label) - begin;
+        write_gradient<T, kCap, kMode>(x, z, out, count, 0 <= at && at < count ? at : -1, shared, k);
+        // No block leaves, or writes the next row's `own`, while another may still read this one's.
+        cluster.wait();
+        __syncthreads();  // the block has read `staged`, `parts` and `shared` before the next row's are written
+    }
+}
+
+// ------------------------------------------------------------------------------------------------- scale
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads) scale_kernel(T* data, int64_t count, const float* factor) {
+    const float by = *factor;
+    if (by == 1) return;
+    const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+    const int head = first_aligned(data, static_cast<int>(count < 16 ? count : 16));
+    const int64_t vectors = (count - head) / kWidth<T>, tail = head + vectors * kWidth<T>;
+    const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    const auto one = [&](int64_t i) { Words<T>::store(data + i, Words<T>::load(data + i) * by); };
+    if (thread < head) one(thread);
+    if (thread < count - tail) one(tail + thread);
+    for (int64_t i = thread; i < vectors; i += step) {
+        T* p = data + head + i * kWidth<T>;
+        float x[kWidth<T>];
+        unpack<T>(load_pack(p), x);
+#pragma unroll
+        for (int e = 0; e < kWidth<T>; ++e) x[e] *= by;
+        store_pack(p, pack<T>(x));
+    }
+}
+
+// ------------------------------------------------------------------------------------------------- host
+namespace {
+
+Prepare prepare(const TokenArgs& a) {
+    return {a.softcap != 0 ? static_cast<float>(1 / a.softcap) : 0.0f, static_cast<float>(a.softcap),
+            static_cast<float>(kLog2e / a.temperature), static_cast<float>(a.temperature / kLog2e)};
+}
+
+template <class Element, bool kCapped, Mode kWanted>
+struct Variant {
+    using T = Element;
+    static constexpr bool kCap = kCapped;
+    static constexpr Mode kMode = kWanted;
+};
+
+// Calls `run` with the Variant that serves the call: the one place where kernels are instantiated.
+template <class T, class Run>
+void with_mode(const TokenArgs& a, Mode mode, const Run& run) {
+    const bool cap = a.softcap != 0;
+    if (mode == kPlain) return cap ? run(Variant<T, true, kPlain>{}) : run(Variant<T, false, kPlain>{});
+    if (mode == kMoments) return cap ? run(Variant<T, true, kMoments>{}) : run(Variant<T, false, kMoments>{});
+    return cap ? run(Variant<T, true, kReference>{}) : run(Variant<T, false, kReference>{});
+}
+
+template <class Run>
+void with_variant(const TokenArgs& a, Mode mode, const Run& run) {
+    if (a.dtype == DType::kFloat32) return with_mode<float>(a, mode, run);
+    if (a.dtype == DType::kBFloat16) return with_mode<BFloat16>(a, mode, run);
+    return with_mode<Half>(a, mode, run);
+}
+
+// A block's threads for a row: enough for all its vectors at once, as far as there are so many. By the vocabulary
+// alone, so that a row's numbers do not depend on how many rows there are.
+int threads_for(int64_t elements, int size, int tile) {
+    const int64_t vectors = (elements * size + kBytes - 1) / kBytes;
+    int threads = 32;  // a power of two
+    while (threads < kMaxThreads && threads * tile < vectors) threads *= 2;
+    return threads;
+}
+
+int element_size(const TokenArgs& a) { return a.dtype == DType::kFloat32 ? 4 : 2; }
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int attribute(cudaDeviceAttr which, const char* name, const Place& place) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, place.device), name, place);
+    return value;
+}
+
+// How a row is spread over a cluster; no blocks: it does not fit.
+struct Spread {
+    int blocks, log_blocks, span;
+    int64_t shared;
+};
+
+// The smallest cluster whose blocks leave room for others beside them on a multiprocessor, else the largest one.
+Spread spread(const TokenArgs& a, int rows_held, int most_blocks, int64_t most_shared) {
+    constexpr int64_t kGood = 68 * 1024;  // three blocks in 227 KiB
+    for (int log_blocks = 0; 1 << log_blocks <= most_blocks; ++log_blocks) {
+        const int blocks = 1 << log_blocks;
+        const int64_t span = ceil_div(ceil_div(a.vocab, blocks), 16) * 16;
+        const int64_t shared = rows_held * staged_bytes(span, element_size(a));
+        if (shared <= (blocks < most_blocks && kGood < most_shared ? kGood : most_shared))
+            return {blocks, log_blocks, static_cast<int>(span), shared};
+    }
+    return {};
+}
+
+}  // namespace
+
+void forward(const ForwardArgs& a, const Place& place) {
+    constexpr const char* kName = "fastalign token_stats forward";
+    if (a.rows == 0) return;
+    const OnDevice guard(kName, place);
+    with_variant(a,
+                 a.ref_logits                  ? kReference
+                 : a.out.entropy || a.out.mean ? kMoments
+                                               : kPlain,
+                 [&](auto v) {
+                     using V = decltype(v);
+                     const Shape shape{a.rows, threads_for(a.vocab, element_size(a), kTile<V::kMode>)};
+                     launch(kName, forward_kernel<typename V::T, V::kCap, V::kMode>, shape, place, a, prepare(a));
+                 });
+}
+
+namespace {
+
+void launch_backward(const char* name, const Slopes& a, Mode mode, const Place& place) {
+    constexpr int64_t kEnough = 1024, kLeast = 16384;  // blocks that fill a device; elements worth a block
+    int64_t splits = ceil_div(a.vocab, kLeast);
+    if (splits > ceil_div(kEnough, a.rows)) splits = ceil_div(kEnough, a.rows);
+    const int64_t span = ceil_div(ceil_div(a.vocab, splits), 16) * 16;
+    splits = ceil_div(a.vocab, span);
+    with_variant(a, mode, [&](auto v) {
+        using V = decltype(v);
+        const Shape shape{a.rows * splits, threads_for(span, element_size(a), kTile<V::kMode>)};
+        launch(name, backward_kernel<typename V::T, V::kCap, V::kMode>, shape, place, a, prepare(a),
+               static_cast<int>(splits), static_cast<int>(span));
+    });
+}
+
+}  // namespace
+
+void backward(const BackwardArgs& a, const Place& place) {
+    constexpr const char* kName = "fastalign token_stats backward";
+    if (a.rows == 0) return;
+    const OnDevice guard(kName, place);
+    launch_backward(kName, {a, false, {}},
+                    a.ref_logits && a.grads.kl ? kReference
+                    : a.grads.entropy          ? kMoments
+                                               : kPlain,
+                    place);
+}
+
+void objective(const ObjectiveArgs& a, const Place& place) {
+    constexpr const char* kName = "fastalign token_objective";
+    if (a.rows == 0) return;
+    const OnDevice guard(kName, place);
+    const Mode mode = a.ref_logits ? kReference : a.out.entropy || a.out.mean ? kMoments : kPlain;
+    const int most_blocks = attribute(cudaDevAttrComputeCapabilityMajor, kName, place) >= 9 ? 8 : 1;
+    const int64_t most_shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, kName, place) - 1024;
+    const Spread s = spread(a, mode == kReference ? 2 : 1, most_blocks, most_shared);
+    if (s.blocks == 0) {
+        ForwardArgs f{};
+        static_cast<TokenArgs&>(f) = a;
+        f.out = a.out, f.saved = a.saved;
+        forward(f, place);
+        BackwardArgs b{};
+        static_cast<TokenArgs&>(b) = a;
+        b.saved = a.saved, b.out_gradient = a.out_gradient, b.out_layout = a.out_layout;
+        return launch_backward(kName, {b, true, a}, mode, place);
+    }
+    with_variant(a, mode, [&](auto v) {
+        using V = decltype(v);
+        const Shape shape{a.rows * s.blocks, threads_for(s.span, element_size(a), kTile<V::kMode>), s.shared, s.blocks};
+        launch(kName, objective_kernel<typename V::T, V::kCap, V::kMode>, shape, place, a, prepare(a), s.log_blocks,
+               s.span);
+    });
+}
+
+void scale(DType dtype, void* data, int64_t count, const float* factor, const Place& place) {
+    constexpr const char* kName = "fastalign scale";
+    if (count == 0) return;
+    const OnDevice guard(kName, place);
+    const int64_t blocks = ceil_div(count, kMaxThreads * 8), most = 4096;
+    const Shape shape{blocks < most ? blocks : most, kMaxThreads};
+    if (dtype == DType::kFloat32)
+        launch(kName, scale_kernel<float>, shape, place, static_cast<float*>(data), count, factor);
+    else if (dtype == DType::kBFloat16)
+        launch(kName, scale_kernel<BFloat16>, shape, place, static_cast<BFloat16*>(data), count, factor);
+    else launch(kName, scale_kernel<Half>, shape, place, static_cast<Half*>(data), count, factor);
+}
+
+}  // namespace fastalign::cuda

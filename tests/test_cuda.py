@@ -1,0 +1,195 @@
+"""The CUDA backend as far as a machine without a GPU shows it: the build, what the assembler says of every kernel, why
+the backend is unavailable, and the formulas that the kernels share with the host."""
+
+import ctypes
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fastalign as fa
+from fastalign._backends import cuda
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parent
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_120")
+MODES = ("plain", "moments", "reference")
+
+
+# ------------------------------------------------------------------------------------------------------ the build
+@pytest.fixture(scope="module")
+def usage():
+    """Architecture → kernel → what the assembler said when the package was built."""
+    if cuda._cuda is None:
+        pytest.skip("the package was built without nvcc")
+    return json.loads(Path(cuda._cuda.__file__).with_name("_cuda_usage.json").read_text())
+
+
+def name_of(mangled):
+    """Kernel and mode of a mangled name; every element type, with and without a soft-cap, shares a limit."""
+    kernel = re.search(r"\d([a-z_]+)_kernelI", mangled)[1]
+    mode = re.search(r"ModeE(\d)", mangled)
+    return kernel if mode is None else f"{kernel} {MODES[int(mode[1])]}"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_no_kernel_spills_or_outgrows_its_registers(usage, arch):
+    recorded = json.loads((TESTS / "cuda_registers.json").read_text())[arch]
+    kernels = usage[arch]
+    # forward, backward and objective in 3 modes, with and without a soft-cap, for 3 dtypes; scale in 3; gae in 2
+    assert len(kernels) == 3 * 3 * 2 * 3 + 3 + 2
+    found = {}
+    for mangled, entry in kernels.items():
+        assert entry["spill_bytes"] == 0, mangled
+        found[name_of(mangled)] = max(found.get(name_of(mangled), 0), entry["registers"])
+    assert found.keys() == recorded.keys()
+    grown = {name: (count, recorded[name]) for name, count in found.items() if count > recorded[name]}
+    assert not grown, f"registers now, and recorded: {grown}"
+
+
+def test_the_module_imports_without_driver_and_device():
+    if cuda._cuda is None:
+        pytest.skip("the package was built without nvcc")
+    code = "import fastalign._cuda as c; print(c.architectures)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tempfile.gettempdir(),
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.stdout.split() == [*ARCHITECTURES, "compute_90"]
+
+
+def test_a_call_without_a_driver_says_so():
+    """The static runtime looks for a driver when it is first used; without one the call fails and touches nothing."""
+    if cuda._cuda is None:
+        pytest.skip("the package was built without nvcc")
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(RuntimeError, match=r"fastalign scale on cuda:0: cudaError\w+"):
+        cuda._cuda.scale(0, 0, 8, 0, 0, 0)
+    cuda._cuda.scale(0, 0, 0, 0, 0, 0)  # nothing to do: no device is asked for
+
+
+def test_the_reason_is_given():
+    reason = fa.backends()["cuda"]
+    if torch.cuda.is_available() and cuda._cuda is not None:
+        assert reason == "available"
+        return
+    expected = "built without nvcc" if cuda._cuda is None else "without CUDA|no CUDA device"
+    assert re.search(expected, reason)
+    with pytest.raises(RuntimeError, match=expected), fa.use_backend("cuda"):
+        pass
+    assert re.search(expected, cuda.serves(torch.zeros(2, 3), "tokens"))
+
+
+def setup_py(**environment):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "setup.py"), "--name"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH")} | environment,
+    )
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+def test_the_builds_switch():
+    pytest.importorskip("pybind11", reason="needs pybind11")
+    pytest.importorskip("setuptools", reason="needs setuptools")
+    refused = setup_py(FASTALIGN_CUDA="yes")
+    assert refused.returncode != 0
+    assert "FASTALIGN_CUDA must be auto, 0 or 1; got 'yes'" in refused.stderr
+    assert setup_py(FASTALIGN_CUDA="0").returncode == 0
+    with tempfile.TemporaryDirectory() as empty:
+        assert setup_py(FASTALIGN_CUDA="auto", PATH=empty).returncode == 0
+        missing = setup_py(FASTALIGN_CUDA="1", PATH=empty)
+    if missing.returncode == 0:
+        pytest.skip("nvcc comes from a package")
+    assert "there is no nvcc: set CUDA_HOME, put nvcc on PATH, or install nvidia-cuda-nvcc" in missing.stderr
+
+
+# ------------------------------------------------------------------------------------------------------ the formulas
+@pytest.fixture(scope="module")
+def formulas(tmp_path_factory):
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    library = tmp_path_factory.mktemp("formulas") / "formulas.so"
+    # Without contraction, and with float32 kept float32: as the device computes.
+    flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-shared", "-fPIC"]
+    subprocess.run([compiler, *flags, str(TESTS / "cuda_formulas.cpp"), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def through(function, x):
+    x = np.ascontiguousarray(x, dtype=np.float32)
+    y = np.empty_like(x)
+    function(*(ctypes.c_void_p(t.ctypes.data) for t in (x, y)), len(x))
+    return y.astype(np.float64)
+
+
+def test_exp2_polynomial(formulas):
+    x = np.linspace(-126, 127, 1_000_001, dtype=np.float32)
+    exact = np.exp2(x.astype(np.float64))
+    assert np.abs(through(formulas.exp2_of, x) / exact - 1).max() < 2.5e-7
+    assert through(formulas.exp2_of, np.arange(-126, 128)).tolist() == np.exp2(np.arange(-126, 128.0)).tolist()
+    assert through(formulas.exp2_of, [-127.0, -200.0, -3e38, -np.inf]).tolist() == [0, 0, 0, 0]
+    assert np.isnan(through(formulas.exp2_of, [np.nan])).all()
+
+
+def test_tanh(formulas):
+    x = np.concatenate([np.linspace(-12, 12, 1_000_001), np.logspace(-30, 0, 10001), [-3e38, 3e38]])
+    x = x.astype(np.float32)[x != 0]
+    assert np.abs(through(formulas.tanh_many, x) / np.tanh(x.astype(np.float64)) - 1).max() < 3.5e-7
+    assert through(formulas.tanh_many, [0.0, -np.inf, np.inf]).tolist() == [0, -1, 1]
+
+
+def eager_row(x, z, label, temperature, g, dtype):
+    """Statistics and gradient by plain PyTorch operations in the given dtype."""
+    x = torch.tensor(x, dtype=dtype)[None].requires_grad_()
+    z = torch.tensor(z, dtype=dtype)[None]
+    with fa.use_backend("eager"):
+        stats = fa.token_stats(x, torch.tensor([label]), ref_logits=z, kl=True, entropy=True, temperature=temperature)
+    (gradient,) = torch.autograd.grad(sum(s.sum() * float(w) for s, w in zip(stats, g, strict=False)), x)
+    return np.array([float(s.detach()) for s in stats]), gradient[0].double().numpy()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])
+@pytest.mark.parametrize("threads", [1, 32, 256])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sums_of_threads_become_statistics_and_a_gradient(formulas, threads, offset, temperature):
+    """Threads with pivots of their own, merged in float32; entropy, KL and every coefficient from the sums."""
+    random = np.random.default_rng(threads)
+    vocab, label = 3001, 77
+    x = (random.normal(0, 4, vocab) + offset).astype(np.float32)
+    z = (x + random.normal(0, 0.3, vocab)).astype(np.float32)
+    x[5], x[17::32] = x.max() + 30, np.finfo(np.float32).min  # a peak, and threads that have nothing
+    z[17::32] = x[17::32]
+    g = random.normal(0, 1, 5).astype(np.float32)
+    g[4] = 0  # the mean of such a row overflows
+    found, c = np.empty(9, np.float32), np.empty(7, np.float32)
+    pointers = [ctypes.c_void_p(t.ctypes.data) for t in (x, z, g, found, c)]
+    formulas.row(*pointers[:2], vocab, label, threads, ctypes.c_double(temperature), *pointers[2:])
+    exact, gradient = eager_row(x, z, label, temperature, g, torch.float64)
+    plain, plain_gradient = eager_row(x, z, label, temperature, g, torch.float32)
+    errors = np.abs(found[:4] - exact)
+    assert (errors <= np.abs(plain - exact) + 1e-6 * np.maximum(1, np.abs(exact))).all()
+    # The canonical form, in float64: what is tested is the coefficients.
+    u, v = ((t.astype(np.float64) - pivot) * np.log2(np.e) / temperature for t, pivot in ((x, c[0]), (z, c[1])))
+    power = np.exp2(u)
+    slope = c[2] + c[3] * u - c[4] * v
+    ours = np.where(power == 0, 0, power * slope) + c[5]
+    ours[label] += c[6]
+    assert np.abs(ours - gradient).max() <= np.abs(plain_gradient - gradient).max() + 1e-6

@@ -1,0 +1,98 @@
+"""What the CUDA kernels read, write and are bound by, counted by a PTX simulator on the figures of an H100. No time is
+predicted: a lower bound says what a kernel cannot beat, and which limit it meets first."""
+
+import pytest
+import torch
+
+from fastalign import Objective
+from fastalign._backends import cuda
+
+ROWS = 132  # one for each multiprocessor
+CHIP = "H100"
+KERNELS = ("forward", "backward", "objective")
+
+
+def launch(simulator, vocab, dtype, misaligned=0):
+    """Forward, backward and one-launch objective of the same logits; kernel → launches."""
+    x = torch.empty(ROWS * vocab + misaligned).normal_(0, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = x[misaligned:].view(ROWS, vocab)
+    out, row = torch.empty_like(x), torch.ones(ROWS)
+    labels = torch.randint(0, vocab, (ROWS,), generator=torch.Generator().manual_seed(1))
+    options = (-100, 1.0, 0.0)
+    with simulator() as launches, simulator.raising():
+        saved = cuda.forward(x, labels, None, *options, False, False)[5]
+        cuda.backward(x, labels, None, saved, None, None, (row, None, None, None, None), *options, out)
+        cuda.objective(x, labels, None, (row, -row, row, None), Objective("clip", 0.2, 0.2), *options, False, out)
+        found = {"forward": launches[:1], "backward": launches[1:2], "objective": launches[2:]}
+    return x, found
+
+
+def passes(launches, x, key):
+    size = x.numel() * x.element_size()
+    return sum(b[key] for one in launches for b in one.stats.raw["buffers"] if b["size"] == size) / size
+
+
+def margin(one):
+    """Memory's lower bound over the next one."""
+    bound = one.stats.bound(CHIP)
+    return bound["t_mem"] / max(bound[f"t_{name}"] for name in ("issue", "sfu", "shared"))
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtype", "misaligned"),
+    [
+        (32000, torch.bfloat16, 0),
+        (50257, torch.bfloat16, 1),
+        (128256, torch.bfloat16, 0),
+        (128256, torch.float16, 3),
+        (151936, torch.float32, 0),
+        (256000, torch.bfloat16, 0),
+    ],
+)
+def test_one_read_and_one_write(cuda_simulator, vocab, dtype, misaligned):
+    x, found = launch(cuda_simulator, vocab, dtype, misaligned)
+    for kernel in KERNELS:
+        assert len(found[kernel]) == 1
+        assert 0.999 <= passes(found[kernel], x, "read_bytes") <= 1.01, kernel
+        written = passes(found[kernel], x, "write_bytes")
+        assert written == 0 if kernel == "forward" else 0.999 <= written <= 1.01, kernel
+        raw = found[kernel][0].stats.raw
+        assert found[kernel][0].stats.bank_conflicts <= 0.05 * raw["shared_wavefronts"], kernel
+    if dtype == torch.bfloat16 and not misaligned:
+        assert margin(found["forward"][0]) >= 1.8
+        assert margin(found["backward"][0]) >= 2
+        assert margin(found["objective"][0]) >= 2
+
+
+@pytest.mark.parametrize(("arch", "vocab", "steps"), [("sm_80", 32000, 1), ("sm_80", 128256, 2), ("sm_120", 151936, 1)])
+def test_a_row_that_does_not_fit_is_read_twice(cuda_simulator, arch, vocab, steps):
+    """The launch code's choice on other devices, with the same kernels."""
+    cuda_simulator.pretend(arch)
+    try:
+        x, found = launch(cuda_simulator, vocab, torch.bfloat16)
+    finally:
+        cuda_simulator.pretend("sm_90a")
+    assert len(found["objective"]) == steps
+    assert passes(found["objective"], x, "read_bytes") == pytest.approx(steps, rel=0.01)
+    assert passes(found["objective"], x, "write_bytes") == pytest.approx(1, rel=0.01)
+
+
+def test_two_reads_give_the_same_gradient(cuda_simulator):
+    g = torch.Generator().manual_seed(0)
+    x, row = (torch.randn(5, 100000, generator=g) * 3).bfloat16(), torch.randn(5, generator=g)
+    labels = torch.randint(0, 100000, (5,), generator=g)
+    labels[3] = -100
+    results = []
+    for arch in ("sm_90a", "sm_80"):
+        cuda_simulator.pretend(arch)
+        out = torch.empty_like(x)
+        with cuda_simulator(), cuda_simulator.raising():
+            clip = Objective("clip", 0.2, 0.2, kl="k2", kl_coef=0.1, entropy_coef=0.01, label_smoothing=0.1)
+            stats = cuda.objective(x, labels, None, (row.abs(), row - 9, row, row - 9), clip, -100, 0.8, 0.0, True, out)
+        results.append((stats, out))
+    cuda_simulator.pretend("sm_90a")
+    (one, a), (two, b) = results
+    for s, t in zip(one, two, strict=True):
+        assert (s is None) == (t is None)
+        assert s is None or torch.allclose(s, t, rtol=1e-6, atol=2e-6)
+    assert torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-9)
