@@ -29,6 +29,18 @@ def _dpo(argv: list[str]) -> int:
     return dpo.main(argv)
 
 
+def _reward(argv: list[str]) -> int:
+    from .trainers import reward
+
+    return reward.main(argv)
+
+
+def _pro(argv: list[str]) -> int:
+    from .trainers import pro
+
+    return pro.main(argv)
+
+
 def _demo(argv: list[str]) -> int:
     from .trainers import demo
 
@@ -49,6 +61,8 @@ COMMANDS: dict[str, Command] = {
     "demo": Command("align a small language model on human-rated movie reviews, start to end, in minutes", _demo),
     "sft": Command("supervised fine-tuning on prompts and completions", _sft),
     "dpo": Command("direct preference optimisation on pairs of completions", _dpo),
+    "pro": Command("preference ranking optimization on ranked lists of completions", _pro),
+    "reward": Command("a reward model from pairs or ranked lists of completions", _reward),
     "backends": Command("list the kernels that can run here, and why the others cannot", _show_backends),
 }
 

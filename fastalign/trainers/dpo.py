@@ -31,7 +31,7 @@ from .base import AlignmentTrainer
 from .config import TrainingConfig, check_positive
 from .data.collate import Batch, PreferenceCollator
 from .data.files import Rows
-from .data.tokenize import REFERENCE_COLUMNS, tokenize_preferences
+from .data.rows import REFERENCE_COLUMNS, tokenize_preferences
 from .run import encoder, load_model, pad_id, run
 
 _LOSS_KEYS = (

@@ -25,7 +25,7 @@ from .base import AlignmentTrainer
 from .config import TrainingConfig, check_choice
 from .data.collate import IGNORE, Batch, SFTCollator
 from .data.files import Rows
-from .data.tokenize import tokenize_sft
+from .data.rows import tokenize_sft
 from .run import encoder, pad_id, run
 
 _ITEMS = {
