@@ -204,6 +204,11 @@ class RewardTrainer(AlignmentTrainer):
         return loss, metrics
 
     # --------------------------------------------------------------------------------------------------- labelers
+    @property
+    def known_labelers(self) -> list[Any]:
+        """Labelers of the training rows."""
+        return [name for name, code in self._labelers.items() if code < self._known]
+
     def _by_labeler(self, scores: Tensor, above: Tensor, labelers: Tensor) -> dict[str, Weighted]:
         """Counts right and all pairs of each labeler; the accuracies of known labelers and of new ones."""
         right = ((scores.unsqueeze(2) > scores.unsqueeze(1)) & above).sum((1, 2)).float()
