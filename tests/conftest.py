@@ -21,3 +21,9 @@ def tiny_model(tiny_tokenizer):
     from fastalign.trainers.demo_models import small_model
 
     return lambda: small_model(len(tiny_tokenizer), hidden_size=16, layers=1, seed=0)
+
+
+@pytest.fixture(autouse=True)
+def own_reference_cache(tmp_path, monkeypatch):
+    """Log-probabilities of references that a test computes are neither found in nor left in the user's cache."""
+    monkeypatch.setenv("FASTALIGN_REFERENCE_CACHE", str(tmp_path / "reference"))

@@ -27,6 +27,7 @@ from .config import TrainingConfig
 from .data.collate import Batch
 from .data.files import Rows
 from .data.sampler import UpdateSampler
+from .lora import is_adapted, merged, with_lora
 from .run import load_model
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -52,8 +53,8 @@ class Means:
         """Counts one batch: `metrics` are its means over `weight` items, or over their own."""
         for name, metric in metrics.items():
             value, items = metric if isinstance(metric, Weighted) else (metric, weight)
-            items = items.detach().float()
-            pair = torch.stack([value.detach().float() * items, items.to(value.device)])
+            items = torch.as_tensor(items, dtype=torch.float32, device=value.device)
+            pair = torch.stack([value.detach().float() * items, items])
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def pop(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
@@ -82,6 +83,9 @@ class AlignmentTrainer(Trainer, ABC):
         optimizers: as in transformers.
     """
 
+    task = "CAUSAL_LM"
+    """Peft's name of what the model is for."""
+
     def __init__(
         self,
         model: PreTrainedModel | nn.Module,
@@ -97,7 +101,7 @@ class AlignmentTrainer(Trainer, ABC):
         self._means = {"train": Means(), "eval": Means()}
         self._partial: str | None = None
         super().__init__(
-            model=model,
+            model=with_lora(model, args, self.task),
             args=args,
             data_collator=collator,
             train_dataset=None if train_dataset is None else self.prepare(train_dataset, args, processing_class),
@@ -228,13 +232,17 @@ class AlignmentTrainer(Trainer, ABC):
         self.accelerator.wait_for_everyone()
 
     def save_whole(self) -> None:
-        """Saves the model and the tokenizer to `output_dir`, whole or not at all."""
-        write_folder(
-            str(self.args.output_dir),
-            lambda folder: self.save_model(folder, _internal_call=True),
-            is_writer=self.args.should_save,
-        )
+        """Saves the model and the tokenizer to `output_dir`, whole or not at all; with adapters merged if so asked."""
+        write_folder(str(self.args.output_dir), self._save_final, is_writer=self.args.should_save)
         self.accelerator.wait_for_everyone()
+
+    def _save_final(self, folder: str) -> None:
+        args: Any = self.args
+        if not (is_adapted(self.model) and args.lora_merge):
+            self.save_model(folder, _internal_call=True)
+        elif args.should_save:
+            merged(self.model).save_pretrained(folder)
+            self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
 
     def _sum(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="sum")

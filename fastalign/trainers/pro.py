@@ -28,7 +28,7 @@ from .base import AlignmentTrainer, Metrics, Weighted
 from .config import TrainingConfig
 from .data.collate import IGNORE, Batch, ListCollator, in_lists
 from .data.files import Rows
-from .data.rows import tokenize_lists
+from .data.tokenize import tokenize_lists
 from .run import encoder, pad_id, run
 
 

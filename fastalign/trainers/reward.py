@@ -38,7 +38,7 @@ from .base import AlignmentTrainer, Metrics, Weighted, model_logits
 from .config import TrainingConfig, check_choice
 from .data.collate import Batch, ListCollator, in_lists
 from .data.files import Rows, read_rows
-from .data.rows import tokenize_lists
+from .data.tokenize import tokenize_lists
 from .run import encoder, model_options, run
 
 PAD_TOKEN = "<|padding|>"
@@ -127,6 +127,7 @@ class RewardTrainer(AlignmentTrainer):
     """
 
     args: RewardConfig
+    task = "SEQ_CLS"
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from . import arguments
 from .checkpoints import checkpoints, start_point, write_json
 from .config import COMMON, TrainingConfig
-from .data.tokenize import Encoder
+from .data.encode import Encoder
 
 __all__ = ["checkpoints", "encoder", "load_model", "model_options", "pad_id", "run", "start_point", "train"]
 

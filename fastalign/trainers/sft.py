@@ -27,7 +27,7 @@ from .config import TrainingConfig, check_choice
 from .data.collate import IGNORE, Batch, PackedCollator, SFTCollator
 from .data.files import Rows
 from .data.pack import pack
-from .data.rows import tokenize_sft
+from .data.tokenize import tokenize_sft
 from .run import encoder, pad_id, run
 
 _ITEMS = {

@@ -1,146 +1,214 @@
-"""Prompts and completions to token ids, with a boundary that no token crosses.
+"""Rows in any of the usual forms to token ids; a row that cannot be used is named.
 
-At generation the prompt is tokenised alone and the model continues after its last token. Training must see the same
-split: `ids(prompt) + ids(completion)`, where no token mixes the end of the prompt with the start of the completion,
-although tokenising the joined text may well merge across that boundary.
+| form | columns |
+| --- | --- |
+| prompt and completion | `prompt`, `completion` |
+| text alone | `text`, or `completion` |
+| conversation | `messages` |
+| pair | `prompt`, `chosen`, `rejected`; or `chosen`, `rejected` that begin alike: what they share is the prompt |
+| ranked list | `prompt`, `completions`, and `rewards` (high is good) or `ranks` (0 is best); without them best first |
+
+Beside pairs may stand `margin`, and both of `ref_chosen_logps`, `ref_rejected_logps`; beside pairs and lists `labeler`.
+Every prompt and completion is a text or a list of messages (`role`, `content`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from datasets import Dataset
 
-from .chat import Messages, Span, render, reply_span, spans
+from .chat import check_messages, is_chat
+from .encode import Encoder
+from .files import Rows, checked_text, read_rows, text_of, together
+
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+SFT_FORMS = (("messages",), ("prompt", "completion"), ("text",), ("completion",))
+PAIR_FORMS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
+LIST_FORMS = (("prompt", "completions"), *PAIR_FORMS)
+
+Row = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Encoder:
-    """Tokenises pairs of prompt and completions, and cuts them to length.
+def tokenize_sft(source: Rows, encode: Encoder) -> Dataset:
+    """Rows to `prompt_ids`, `completion_ids`, `length`, and for conversations `own`: which ids are the assistant's.
 
-    Attributes:
-        tokenizer: the model's tokenizer.
-        max_length: tokens of prompt and completion together. The prompt loses its beginning first (one token of context
-            stays: the beginning-of-sequence token where there is one); a completion that is still too long loses its
-            end, and then has no end-of-sequence token.
-        max_prompt_length: tokens of the prompt; None leaves it to max_length.
-        append_eos: end completions with the end-of-sequence token, unless they have it already. The last reply of a
-            conversation gets one only where the chat template does not mark its end.
+    Raises ValueError naming the row if a completion is empty.
     """
+    rows = read_rows(source)
+    form = _form(rows, SFT_FORMS)
+    return _map(rows, _conversation if form == ("messages",) else _completion, form, encode)
 
-    tokenizer: PreTrainedTokenizerBase
-    max_length: int
-    max_prompt_length: int | None = None
-    append_eos: bool = True
 
-    def __post_init__(self) -> None:
-        if self.append_eos and self.tokenizer.eos_token_id is None:
-            raise ValueError("append_eos needs a tokenizer with an end-of-sequence token; this one has none")
-        if self.max_length < 3:
-            raise ValueError(f"max_length must be at least 3 (context, a token, its end); got {self.max_length}")
+def tokenize_preferences(source: Rows, encode: Encoder) -> Dataset:
+    """Pairs to `prompt_ids`, `chosen_ids`, `rejected_ids` and `length`.
 
-    def __call__(
-        self, prompt: str | Messages, completions: Sequence[str | Messages]
-    ) -> tuple[list[int], list[list[int]]]:
-        """Token ids of the prompt and of each completion. All completions share one prompt, cut alike.
+    Precomputed log-probabilities of the reference are kept. Raises ValueError naming the row if a completion is empty.
+    """
+    rows = read_rows(source)
+    return _map(rows, _pair, _form(rows, PAIR_FORMS), encode, keep=together(rows, REFERENCE_COLUMNS, source))
 
-        A prompt of messages goes through the chat template; its completions are the assistant's replies, as text or
-        as the messages that follow.
-        """
-        before, replies = self._texts(prompt, completions)
-        prompt_ids = self._ids(before)
-        tails = [self._reply(before, prompt_ids, reply) for reply in replies]
-        prompt_ids = self._cut_prompt(prompt_ids, max(map(len, tails)))
-        return prompt_ids, [ids[: self.max_length - len(prompt_ids)] for ids in tails]
 
-    def conversation(self, messages: Messages) -> tuple[list[int], list[int], list[bool]]:
-        """(prompt, rest, which tokens of the rest are the assistant's own).
+def tokenize_lists(source: Rows, encode: Encoder) -> Dataset:
+    """Ranked lists and pairs to `prompt_ids`, `completions_ids` (best first), `ranks`, `length`.
 
-        The prompt is what stands before the first reply; the rest goes on to the end of the last one. White space that
-        a template puts behind the end-of-sequence token of a reply is context of the next turn, not part of it.
-        """
-        prompt_ids: list[int] = []
-        ids: list[int] = []
-        own: list[bool] = []
-        text = ""
-        for i, span in enumerate(pieces := spans(self.tokenizer, messages)):
-            known = prompt_ids + ids
-            if span.is_reply:
-                is_last = i == len(pieces) - 1
-                full = self._continuation(text, known, span.text)
-                reply = self._ended(full, span, append=is_last)
-                new = reply if is_last else full
-                own += [j < len(reply) for j in range(len(new))]
-                ids += new
-            elif i == 0:
-                prompt_ids = self._ids(span.text)
-            else:
-                between = self._continuation(text, known, span.text)
-                ids += between
-                own += [False] * len(between)
-            text += span.text
-        prompt_ids = self._cut_prompt(prompt_ids, len(ids))
-        room = self.max_length - len(prompt_ids)
-        return prompt_ids, ids[:room], own[:room]
+    Where the rows bring them, also `rewards`, `margin` (pairs only) and `labeler`. Raises ValueError naming the row if
+    a completion is empty, or rewards or ranks do not match the completions.
+    """
+    rows = read_rows(source)
+    form = _form(rows, LIST_FORMS)
+    if form in PAIR_FORMS:
+        return _map(rows, _pair_as_list, form, encode, keep=_present(rows, "margin", "labeler"))
+    if "margin" in rows.column_names:
+        raise ValueError("dataset with the column margin must hold pairs (chosen, rejected); this one has completions")
+    if {"rewards", "ranks"} <= set(rows.column_names):
+        raise ValueError("dataset must have one of the columns rewards and ranks; this one has both")
+    order = _present(rows, "rewards", "ranks")
+    return _map(rows, _ranked, (*form, *order), encode, keep=_present(rows, "labeler"))
 
-    def _texts(self, prompt: str | Messages, completions: Sequence[str | Messages]) -> tuple[str, list[Span]]:
-        if isinstance(prompt, str):
-            if not all(isinstance(c, str) for c in completions):
-                raise ValueError("a completion of messages needs a prompt of messages; this prompt is text")
-            return prompt, [Span(str(c), True, False) for c in completions]
-        before = render(self.tokenizer, prompt, reply_follows=True)
-        replies = []
-        for c in completions:
-            turns = [{"role": "assistant", "content": c}] if isinstance(c, str) else list(c)
-            replies.append(reply_span(self.tokenizer, before, [*prompt, *turns]))
-        return before, replies
 
-    def _reply(self, before: str, prompt_ids: list[int], reply: Span) -> list[int]:
-        return self._ended(self._continuation(before, prompt_ids, reply.text), reply, append=True)
+# ------------------------------------------------------------------------------------------------------ forms of rows
+def _form(rows: Dataset, forms: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """The first of the forms whose columns are all there."""
+    for columns in forms:
+        if set(columns) <= set(rows.column_names):
+            return columns
+    choices = " or ".join(f"({', '.join(columns)})" for columns in forms)
+    raise ValueError(f"dataset needs the columns {choices}; it has {', '.join(rows.column_names)}")
 
-    def _ended(self, ids: list[int], reply: Span, *, append: bool) -> list[int]:
-        """The reply's ids up to its end: without white space after the end-of-sequence token, which is added if due."""
-        eos = self.tokenizer.eos_token_id
-        if eos in ids:
-            end = len(ids) - ids[::-1].index(eos)
-            if end == len(ids) or (reply.is_closed and not self._decode(ids[end:]).strip()):
-                return ids[:end]
-        due = append and self.append_eos and not reply.is_closed
-        return [*ids, eos] if due and eos is not None else ids
 
-    def _cut_prompt(self, ids: list[int], needed: int) -> list[int]:
-        """The prompt's ids, with the beginning-of-sequence token, cut so that `needed` tokens fit behind them."""
-        head = self._bos()
-        if ids[: len(head)] == head:  # a chat template writes it out
-            ids = ids[len(head) :]
-        room = self.max_length - needed
-        if self.max_prompt_length is not None:
-            room = min(room, self.max_prompt_length)
-        keep = max(room - len(head), 1 if not head else 0)
-        return head + (ids[-keep:] if keep else [])
+def _present(rows: Dataset, *names: str) -> list[str]:
+    return [name for name in names if name in rows.column_names]
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
 
-    def _bos(self) -> list[int]:
-        """The beginning-of-sequence token, if this tokenizer puts one in front of its texts."""
-        bos = self.tokenizer.bos_token_id
-        return [bos] if bos is not None and self.tokenizer("a", verbose=False)["input_ids"][0] == bos else []
+def _map(
+    rows: Dataset,
+    convert: Callable[[Row, int, Encoder], dict[str, Any]],
+    columns: Sequence[str],
+    encode: Encoder,
+    keep: Sequence[str] = (),
+) -> Dataset:
+    """Every row through `convert`, which sees `columns`; the columns `keep` stay as they are, all others go."""
+    rows = rows.select_columns([*columns, *keep])
 
-    def _continuation(self, prompt: str, prompt_ids: list[int], text: str) -> list[int]:
-        """Ids of the completion as they follow the prompt's own ids."""
-        joined = self._ids(prompt + text)
-        if joined[: len(prompt_ids)] == prompt_ids:
-            return joined[len(prompt_ids) :]
-        alone = self._ids(text)
-        if self._decode(prompt_ids + alone) == self._decode(joined):
-            return alone
-        # SentencePiece-like tokenizers put a space before every text; after a line break, which merges with nothing,
-        # they do not.
-        anchor = self._ids("\n")
-        anchored = self._ids("\n" + text)
-        return anchored[len(anchor) :] if anchored[: len(anchor)] == anchor else alone
+    def one(row: Row, index: int) -> dict[str, Any]:
+        try:
+            return convert(row, index, encode)
+        except ValueError as error:
+            text = str(error)
+            raise ValueError(text if f"row {index} " in text else f"row {index} (from 0): {text}") from None
 
-    def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    gone = [name for name in columns if name not in keep]
+    return rows.map(one, with_indices=True, remove_columns=gone, desc="tokenising")
+
+
+def cell(row: Row, column: str, index: int, *, may_be_empty: bool) -> Any:
+    """A prompt or completion: checked text, or checked messages."""
+    value = row[column]
+    if is_chat(value):
+        check_messages(value, f"column {column!r}, row {index} (from 0),")
+        return value
+    return text_of(row, column, index, may_be_empty=may_be_empty)
+
+
+# ---------------------------------------------------------------------------------------------------- one row of each
+def _completion(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
+    prompt = cell(row, "prompt", index, may_be_empty=True) if "prompt" in row else ""
+    column = "text" if "text" in row else "completion"
+    prompt_ids, (ids,) = encode(prompt, [cell(row, column, index, may_be_empty=False)])
+    return {"prompt_ids": prompt_ids, "completion_ids": ids, "length": len(prompt_ids) + len(ids)}
+
+
+def _conversation(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
+    if not is_chat(row["messages"]):
+        raise ValueError(f"column 'messages' must hold a list of messages; got {type(row['messages']).__name__}")
+    messages = cell(row, "messages", index, may_be_empty=False)
+    prompt_ids, ids, own = encode.conversation(messages)
+    return {"prompt_ids": prompt_ids, "completion_ids": ids, "own": own, "length": len(prompt_ids) + len(ids)}
+
+
+def _pair(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
+    prompt_ids, (chosen, rejected) = encode(*_pair_of(row, index))
+    length = len(prompt_ids) + max(len(chosen), len(rejected))
+    return {"prompt_ids": prompt_ids, "chosen_ids": chosen, "rejected_ids": rejected, "length": length}
+
+
+def _pair_as_list(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
+    prompt_ids, completions = encode(*_pair_of(row, index))
+    return _list(prompt_ids, completions, {"ranks": [0.0, 1.0]})
+
+
+def _pair_of(row: Row, index: int) -> tuple[Any, list[Any]]:
+    """(prompt, [chosen, rejected]); the prompt is what both begin with where there is none of its own."""
+    chosen, rejected = (cell(row, name, index, may_be_empty=False) for name in ("chosen", "rejected"))
+    prompt = cell(row, "prompt", index, may_be_empty=True) if "prompt" in row else None
+    if is_chat(chosen) != is_chat(rejected):
+        raise ValueError("chosen and rejected must both be text or both be messages")
+    if not is_chat(chosen):
+        if prompt is not None:
+            return prompt, [chosen, rejected]
+        shared = _shared_text(chosen, rejected)
+        return shared, [_remainder(text, shared, index) for text in (chosen, rejected)]
+    # Messages after a prompt of text, or none, repeat the whole conversation.
+    turns = 0 if is_chat(prompt) else _shared_turns(chosen, rejected)
+    before, after = [*(prompt if is_chat(prompt) else []), *chosen[:turns]], [chosen[turns:], rejected[turns:]]
+    if not before:
+        raise ValueError("chosen and rejected must begin with the same messages, or have a prompt of messages")
+    if any(len(rest) != 1 or rest[0]["role"] != "assistant" for rest in after):
+        raise ValueError("chosen and rejected must each be one reply of the assistant to the same conversation")
+    return before, after
+
+
+def _shared_text(chosen: str, rejected: str) -> str:
+    """What both texts begin with, to the last white space or line break: words are not torn."""
+    if chosen == rejected:
+        return ""  # nothing tells where the prompt ends
+    alike = (left == right for left, right in zip(chosen, rejected, strict=False))
+    end = sum(1 for _ in itertools.takewhile(bool, alike))
+    return chosen[: max(chosen.rfind(" ", 0, end), chosen.rfind("\n", 0, end) + 1, 0)]
+
+
+def _remainder(text: str, shared: str, index: int) -> str:
+    return checked_text(text[len(shared) :], "what follows the shared beginning", index, may_be_empty=False)
+
+
+def _shared_turns(chosen: Sequence[Row], rejected: Sequence[Row]) -> int:
+    """How many messages both begin with; the last reply of each is not among them."""
+    count = 0
+    for left, right in zip(chosen[:-1], rejected[:-1], strict=False):
+        if left != right:
+            break
+        count += 1
+    return count
+
+
+def _ranked(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
+    completions = row["completions"]
+    if not isinstance(completions, list) or not completions:
+        raise ValueError("column 'completions' must hold a list with at least one completion")
+    for k, completion in enumerate(completions):
+        where = f"column 'completions', number {k} (from 0),"
+        if is_chat(completion):
+            check_messages(completion, f"{where} row {index} (from 0),")
+        else:
+            checked_text(completion, where, index, may_be_empty=False)
+    prompt_ids, ids = encode(cell(row, "prompt", index, may_be_empty=True), completions)
+    columns = {name: _numbers(row[name], name, len(completions)) for name in ("rewards", "ranks") if name in row}
+    ranks = columns.get("ranks", [-r for r in columns.get("rewards", [])] or [float(k) for k in range(len(ids))])
+    order = sorted(range(len(ids)), key=lambda k: ranks[k])
+    columns["ranks"] = ranks
+    return _list(prompt_ids, [ids[k] for k in order], {name: [c[k] for k in order] for name, c in columns.items()})
+
+
+def _numbers(values: Any, column: str, count: int) -> list[float]:
+    good = isinstance(values, list) and all(isinstance(v, (int, float)) and v == v for v in values)
+    if not good or len(values) != count:
+        raise ValueError(f"column {column!r} must hold one number for each of the {count} completions; got {values!r}")
+    return [float(v) for v in values]
+
+
+def _list(prompt_ids: list[int], completions: list[list[int]], columns: dict[str, list[float]]) -> dict[str, Any]:
+    length = len(prompt_ids) + max(map(len, completions))
+    return {"prompt_ids": prompt_ids, "completions_ids": completions, **columns, "length": length}

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ... import ops
 from ..base import model_logits
 from ..data.collate import pad
-from ..data.tokenize import Encoder
+from ..data.encode import Encoder
 from ..run import pad_id
 
 
