@@ -41,6 +41,24 @@ def _pro(argv: list[str]) -> int:
     return pro.main(argv)
 
 
+def _evaluate(argv: list[str]) -> int:
+    from .trainers import evaluate
+
+    return evaluate.main(argv)
+
+
+def _sample(argv: list[str]) -> int:
+    from .trainers import sample
+
+    return sample.main(argv)
+
+
+def _doctor(argv: list[str]) -> int:
+    from .trainers import doctor
+
+    return doctor.main(argv)
+
+
 def _demo(argv: list[str]) -> int:
     from .trainers import demo
 
@@ -63,6 +81,9 @@ COMMANDS: dict[str, Command] = {
     "dpo": Command("direct preference optimisation on pairs of completions", _dpo),
     "pro": Command("preference ranking optimization on ranked lists of completions", _pro),
     "reward": Command("a reward model from pairs or ranked lists of completions", _reward),
+    "eval": Command("compare models on held-out prompts: reward, win rate, length, perplexity", _evaluate),
+    "sample": Command("draw continuations of prompts", _sample),
+    "doctor": Command("look at data and models before a run, and say what would go wrong", _doctor),
     "backends": Command("list the kernels that can run here, and why the others cannot", _show_backends),
 }
 
