@@ -42,7 +42,7 @@ from fastalign.trainers.pro import PROConfig, PROTrainer
 from fastalign.trainers.reward import RewardConfig, RewardTrainer, load_reward_model
 from fastalign.trainers.run import train
 
-HELD_OUT, LIST, PASSES, PAIRS = 1600, 8, 5, 4000
+HELD_OUT, LIST, PASSES, PAIRS = 1600, 8, 4, 4000
 
 
 def logistic_regression(reviews: Sequence[Review], held_out: Sequence[dict[str, Any]], seed: int) -> float:
@@ -60,16 +60,16 @@ def logistic_regression(reviews: Sequence[Review], held_out: Sequence[dict[str, 
 
 
 def reward_trainer(folder: Path, reviews: Sequence[Review], rows: Any, eval_rows: Any, **options: Any) -> RewardTrainer:
-    """A fresh two-layer transformer with 8,000 tokens of vocabulary, to be trained as a reward model."""
+    """A fresh one-layer transformer with 8,000 tokens of vocabulary, to be trained as a reward model."""
     tokenizer = train_tokenizer([r.text for r in reviews], 8000)
-    model = small_model(len(tokenizer), hidden_size=192, layers=2, seed=0, dropout=0.3)
+    model = small_model(len(tokenizer), hidden_size=128, layers=1, seed=0, dropout=0.3)
     # Nine thousand short texts are soon known by heart.
     model.config.embd_pdrop, model.config.attn_pdrop = 0.5, 0.3
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     args = RewardConfig(
         output_dir=str(folder / "reward"),
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,
         weight_decay=0.3,
