@@ -42,3 +42,9 @@ def cuda_simulator():
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.Simulator(nvcc, "sm_90a")
+
+
+@pytest.fixture(autouse=True)
+def own_reference_cache(tmp_path, monkeypatch):
+    """Log-probabilities of references that a test computes are neither found in nor left in the user's cache."""
+    monkeypatch.setenv("FASTALIGN_REFERENCE_CACHE", str(tmp_path / "reference"))
