@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-import signal
-import subprocess
-import sys
-import tempfile
-import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -33,37 +27,6 @@ from fastalign.trainers.ppo import PPOConfig, PPOTrainer
 
 PROMPTS = [{"prompt": text} for text in ("the movie", "a film", "the", "a great", "fun and", "long", "is", "a")]
 PTX = [{"prompt": "the movie", "completion": " is good"}, {"prompt": "", "completion": "a dull film"}] * 2
-
-
-def lengths(completions):
-    return [len(text) % 7 - 3.0 for text in completions]
-
-
-@pytest.fixture
-def options(tmp_path):
-    return {
-        "output_dir": str(tmp_path / "run"),
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "num_mini_batches": 2,
-        "num_ppo_epochs": 2,
-        "response_length": 6,
-        "learning_rate": 1e-2,
-        "total_episodes": 16,
-    }
-
-
-@pytest.fixture
-def make(tiny_model, tiny_tokenizer, options):
-    """A trainer on the tiny model: make(extra options), PPO unless told otherwise."""
-
-    def build(trainer=PPOTrainer, config=PPOConfig, *, reward=lengths, eval_rows=None, **extra):
-        args = config(**{**options, **extra})
-        return trainer(tiny_model(), args, PROMPTS, eval_rows, tiny_tokenizer, reward=reward)
-
-    return build
 
 
 def weights(trainer) -> torch.Tensor:
@@ -216,96 +179,6 @@ def test_policy_learns_what_is_rewarded(make, trainer, config, extra):
     assert sum(scores[-3:]) > 2 * sum(scores[:3]) > 0
 
 
-class TestResume:
-    @pytest.mark.parametrize(
-        "extra",
-        [
-            {"kl_controller": "adaptive", "target": 0.1, "horizon": 50, "ptx_dataset": PTX},
-            {"value_model": "shared", "objective": "penalty", "warmup_steps": 3},
-            {"lora_r": 2},
-        ],
-    )
-    def test_resumed_run_equals_uninterrupted_one(self, make, tmp_path, extra):
-        """To the bit: weights, values, losses and rewards that draw from torch's and python's own generators."""
-        import random
-
-        def noisy(completions):
-            return [score + random.random() + float(torch.rand(())) for score in lengths(completions)]
-
-        shared = {
-            **extra,
-            "total_episodes": 40,
-            "save_steps": 2,
-            "reward": noisy,
-            "eval_steps": 2,
-            "eval_rows": PROMPTS[:3],
-        }
-        whole = make(**shared, output_dir=str(tmp_path / "whole"))
-        whole.train()
-        cut = make(**shared, output_dir=str(tmp_path / "cut"))
-        step = cut.step
-        cut.step = lambda: step() if cut.state.global_step < 3 else (_ for _ in ()).throw(KeyboardInterrupt)
-        with pytest.raises(KeyboardInterrupt):
-            cut.train()
-        random.seed(99)
-        torch.manual_seed(99)
-        resumed = make(**shared, output_dir=str(tmp_path / "cut"), resume_from_checkpoint="auto")
-        start = run.start_point(resumed.args)
-        assert os.path.basename(start) == "checkpoint-2"
-        resumed.train(start)
-        assert torch.equal(weights(resumed), weights(whole))
-        assert log_of(resumed) == log_of(whole)
-        assert resumed.state_dict() == whole.state_dict()
-
-    def test_killed_run_goes_on_and_no_half_written_checkpoint_is_loaded(self, tiny_model, tiny_tokenizer, tmp_path):
-        """SIGKILL from outside while it trains and writes checkpoints all the time; then the same command again."""
-        tiny_model().save_pretrained(tmp_path / "base")
-        tiny_tokenizer.save_pretrained(tmp_path / "base")
-        (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
-        (tmp_path / "rewards.py").write_text(
-            "def lengths(completions):\n    return [len(c) % 7 - 3.0 for c in completions]\n"
-        )
-
-        def argv(out: Path, *more: str) -> list[str]:
-            keys = {"model": tmp_path / "base", "dataset": tmp_path / "prompts.jsonl", "output_dir": out}
-            keys |= {
-                "reward_fn": f"{tmp_path}/rewards.py:lengths",
-                "save_steps": 1,
-                "total_episodes": 48,
-                "learning_rate": 0.01,
-            }
-            keys |= {"per_device_train_batch_size": 4, "response_length": 6, "kl_controller": "adaptive", "target": 0.1}
-            return [part for k, v in keys.items() for part in (f"--{k}", str(v))] + [
-                "--use_cpu",
-                "--disable_tqdm",
-                *more,
-            ]
-
-        assert cli.main(["ppo", *argv(tmp_path / "whole")]) == 0
-        command = [sys.executable, "-m", "fastalign", "ppo", *argv(tmp_path / "cut")]
-        process = subprocess.Popen(
-            command, cwd=tempfile.gettempdir(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        deadline = time.monotonic() + 240
-        while not run.checkpoints(str(tmp_path / "cut"))[1:]:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not (tmp_path / "cut" / "metrics.json").exists()
-        (tmp_path / "cut" / ".checkpoint-99.partial").mkdir()
-        assert cli.main(["ppo", *argv(tmp_path / "cut", "--resume_from_checkpoint", "auto")]) == 0
-        one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "cut"))
-        assert all(torch.equal(one[name], two[name]) for name in one)
-        whole, cut = (
-            [line["objective/scores"] for line in read_log(str(tmp_path / name / LOG_NAME))]
-            for name in ("whole", "cut")
-        )
-        assert whole == cut
-        assert not list((tmp_path / "cut").glob(".*partial"))
-
-
 class TestSaving:
     @pytest.mark.parametrize("source", ["separate", "shared"])
     def test_saved_model_loads_in_transformers_and_the_values_come_back(self, make, tmp_path, source):
@@ -330,9 +203,7 @@ class TestSaving:
     def test_best_weights_are_kept(self, make):
         """The evaluation's score falls from the second one on: what is saved is the first one's model."""
         seen = []
-        trainer = make(
-            reward=lengths, eval_rows=PROMPTS[:3], eval_steps=1, load_best_model_at_end=True, total_episodes=24
-        )
+        trainer = make(eval_rows=PROMPTS[:3], eval_steps=1, load_best_model_at_end=True, total_episodes=24)
         evaluate = trainer.evaluate
         trainer.evaluate = lambda: {**evaluate(), "eval/score": -float(len(seen))}
         after = trainer._after_step

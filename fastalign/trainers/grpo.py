@@ -25,7 +25,8 @@ from .arguments import key
 from .config import check_choice
 from .policy_config import PolicyConfig
 from .policy_run import run_policy
-from .policy_trainer import PolicyTrainer, one_launch
+from .policy_trainer import PolicyTrainer
+from .policy_update import one_launch
 from .rollout import Episode
 
 

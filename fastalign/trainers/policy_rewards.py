@@ -102,6 +102,19 @@ class ModelReward:
         return last_token_scores(self.model.score(hidden).squeeze(-1), batch["attention_mask"].bool())
 
 
+def load_reward(args: Any, function: RewardFunction | None, device: torch.device) -> FunctionReward | ModelReward:
+    """The one reward there is: the function, `args.reward_fn` or `args.reward_model`; ValueError unless exactly one."""
+    given = [x is not None for x in (function, args.reward_fn, args.reward_model)]
+    if sum(given) != 1:
+        raise ValueError(
+            f"exactly one reward must be given: reward_model, reward_fn, or in Python reward; got {sum(given)} of them"
+        )
+    if args.reward_model is None:
+        return FunctionReward(load_function(args.reward_fn) if function is None else function)
+    size = args.rollout_batch_size
+    return ModelReward(args.reward_model, device=device, dtype=getattr(torch, args.dtype), batch_size=size)
+
+
 def load_function(spec: str) -> RewardFunction:
     """The function called `module:function` or `path/to/file.py:function`.
 

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -25,24 +24,31 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, get_scheduler, set_seed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
-from .. import _backends, rl
+from .. import rl
 from ..losses.policy import PPOLoss
 from .actor_critic import ActorCritic, add_lora, disable_dropout
 from .base import model_logits
 from .callbacks import JsonlCallback
 from .data.collate import Batch
 from .data.files import Rows
-from .data.tokenize import Encoder, tokenize_sft
 from .policy_checkpoint import load_training_state, prune, save_policy, save_whole, sweep
 from .policy_config import PolicyConfig
-from .policy_rewards import FunctionReward, ModelReward, RewardFunction, load_function
-from .policy_update import PretrainingStream, Updater, ValueOptions
+from .policy_rewards import RewardFunction, load_reward
+from .policy_update import (
+    PretrainingStream,
+    Updater,
+    ValueOptions,
+    make_optimizer,
+    make_scheduler,
+    pretraining_stream,
+)
 from .rollout import (
     Episode,
     Prompt,
     Sampling,
+    describe,
     fill_in,
     generate,
     load_prompts,
@@ -106,7 +112,7 @@ class PolicyTrainer(ABC):
         self.processing_class: Any = processing_class or AutoTokenizer.from_pretrained(args.tokenizer or path)
         self.fill = pad_id(self.processing_class)
         self.state = RunState(is_world_process_zero=self.accelerator.is_main_process)
-        self.reward = self._reward(reward)
+        self.reward = load_reward(args, reward, self.accelerator.device)
         load = lambda rows: load_prompts(rows, self.processing_class, args.max_prompt_length, self.reward.columns)  # noqa: E731
         self.prompts: list[Prompt] = load(train_dataset)
         self.eval_prompts: list[Prompt] = [] if eval_dataset is None else load(eval_dataset)
@@ -117,8 +123,9 @@ class PolicyTrainer(ABC):
             self.inner.policy = add_lora(policy, args.lora_r, args.lora_alpha, args.lora_target_modules)
         if args.gradient_checkpointing:
             self.inner.policy.gradient_checkpointing_enable()
-        ptx = None if args.ptx_dataset is None else self._pretraining_stream(args.ptx_dataset)
-        self._ptx = ptx
+        self._ptx: PretrainingStream | None = None
+        if args.ptx_dataset is not None:
+            self._ptx = pretraining_stream(args, self.processing_class, self.accelerator.num_processes)
         self.model: Any = None
         self.optimizer: Any = None
         self.scheduler: Any = None
@@ -162,20 +169,6 @@ class PolicyTrainer(ABC):
         return rl.FixedKL(self.args.kl_coef)
 
     # ------------------------------------------------------------------------------------------------- setting up
-    def _reward(self, function: RewardFunction | None) -> FunctionReward | ModelReward:
-        args = self.args
-        given = [x is not None for x in (function, args.reward_fn, args.reward_model)]
-        if sum(given) != 1:
-            raise ValueError(
-                "exactly one reward must be given: reward_model, reward_fn, or in Python reward; got "
-                f"{sum(given)} of them"
-            )
-        if args.reward_model is not None:
-            dtype = getattr(torch, args.dtype)
-            size = args.rollout_batch_size
-            return ModelReward(args.reward_model, device=self.accelerator.device, dtype=dtype, batch_size=size)
-        return FunctionReward(load_function(str(args.reward_fn)) if function is None else function)
-
     def _keep_reference(self, policy: Any, given: Any) -> Any:
         """A frozen model; None where there is nothing to hold to, or where adapters switched off will do."""
         args = self.args
@@ -189,15 +182,6 @@ class PolicyTrainer(ABC):
             given = copy.deepcopy(policy)
         return given.requires_grad_(False).eval().to(self.accelerator.device)
 
-    def _pretraining_stream(self, rows: Rows) -> PretrainingStream:
-        args = self.args
-        length = args.max_prompt_length + args.response_length
-        size = args.ptx_batch_size or (
-            args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
-        )
-        data = tokenize_sft(rows, Encoder(self.processing_class, length))
-        return PretrainingStream(data, size, self.fill, args.seed)
-
     @property
     def total_steps(self) -> int:
         """Steps of the whole run."""
@@ -210,22 +194,11 @@ class PolicyTrainer(ABC):
         args = self.args
         if checkpoint is not None:
             self.inner.load(checkpoint)
-        matrices = [p for p in self.inner.parameters() if p.requires_grad and p.dim() >= 2]
-        others = [p for p in self.inner.parameters() if p.requires_grad and p.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(
-            groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon
-        )
+        optimizer = make_optimizer(args, self.inner)
         updates = self.total_steps * args.num_ppo_epochs * args.num_mini_batches
-        warmup = args.warmup_steps if args.warmup_steps >= 1 else args.warmup_steps * updates
         self.model, self.optimizer = self.accelerator.prepare(self.inner, optimizer)
         self.inner = self.accelerator.unwrap_model(self.model)
-        self.scheduler = get_scheduler(
-            args.lr_scheduler_type,
-            self.optimizer.optimizer,
-            num_warmup_steps=round(warmup),
-            num_training_steps=updates,
-        )
+        self.scheduler = make_scheduler(args, self.optimizer.optimizer, updates)
         reference = self.reference_logits if args.needs_reference else None
         self.updater = Updater(
             args, self.accelerator, self.model, self.optimizer, self.scheduler, reference, self.fill, self._ptx
@@ -328,6 +301,8 @@ class PolicyTrainer(ABC):
         if self.accelerator.is_main_process:
             sweep(str(self.args.output_dir))
         self._jsonl.on_train_begin(self.args, self.state, None)
+        if self.eval_prompts and self.args.eval_steps and self.state.global_step == 0:
+            self.log(self.evaluate())
         metrics: dict[str, float] = {}
         hidden = self.args.disable_tqdm or not self.accelerator.is_main_process
         with tqdm(total=self.total_steps, initial=self.state.global_step, disable=hidden) as bar:
@@ -345,7 +320,7 @@ class PolicyTrainer(ABC):
         episodes = self.roll_out()
         shaped = self.shape(episodes, self.kl.value if self.args.kl_in == "reward" else 0.0)
         coefficients = {f"objective/{name}": c.value for name, c in self.controllers().items()}
-        metrics = {**_describe(episodes, shaped), **coefficients, **self.advantages(episodes, shaped)}
+        metrics = {**describe(episodes, shaped), **coefficients, **self.advantages(episodes, shaped)}
         metrics |= self.update(episodes)
         self.kl.update(metrics["objective/kl"], len(episodes))
         self.state.global_step += 1
@@ -389,7 +364,7 @@ class PolicyTrainer(ABC):
         # A step number that no training step has: the same draws at every evaluation.
         episodes = self._sample([self.eval_prompts[i] for i in numbers], [(2**31, i) for i in numbers])
         shaped = self.shape(episodes, 0.0)
-        found = _describe(episodes, shaped)
+        found = describe(episodes, shaped)
         names = {"objective/scores": "score", "objective/kl": "kl", "objective/entropy": "entropy"}
         names |= {"length": "length", "eos_rate": "eos_rate"}
         return {f"eval/{short}": found[name] for name, short in names.items()}
@@ -420,26 +395,3 @@ class PolicyTrainer(ABC):
         values = {f.name: state[f.name] for f in dataclasses.fields(RunState)}
         self.state = RunState(**{**values, "is_world_process_zero": own})
         self._ready().updates = self.state.updates
-
-
-def one_launch(kind: str, device: torch.device, dtype: str) -> bool:
-    """Whether the loss may be computed in one visit to the logits: a compiled kernel, and tokens that stand alone."""
-    likeness = torch.empty(0, dtype=getattr(torch, dtype), device=device)
-    return not kind.startswith("gspo") and _backends.choose(likeness) == "cpu"
-
-
-def _describe(episodes: Sequence[Episode], shaped: rl.ShapedRewards) -> dict[str, float]:
-    """What users follow: sums over the tokens of a response, means over responses."""
-    non_score = shaped.non_score_rewards
-    ended = [e.ended for e in episodes]
-    return {
-        "objective/kl": float(shaped.kl.mean()),
-        "objective/entropy": float(np.mean([float(e.entropy.sum()) for e in episodes])),
-        "objective/non_score_reward": float(non_score.mean()),
-        "objective/rlhf_reward": float((shaped.scores + non_score).mean()),
-        "objective/scores": float(np.mean([e.score for e in episodes])),
-        "objective/scores_std": float(np.std([e.score for e in episodes])),
-        "length": float(np.mean([len(e.ids) for e in episodes])),
-        "eos_rate": float(np.mean(ended)),
-        "val/num_eos_tokens": float(np.sum(ended)),
-    }

@@ -13,14 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, get_scheduler
 
-from .. import ops
+from .. import _backends, ops
 from ..losses.policy import PolicyLossOutput, PPOLoss
 from ..losses.value import ptx_loss, value_loss
 from .base import Means
 from .data.collate import IGNORE, Batch, SFTCollator
+from .data.tokenize import Encoder, tokenize_sft
 from .rollout import Episode, collate, spread
+from .run import pad_id
 
 _SEQUENCE_MEANS = ("grpo", "dr_grpo")
 _POLICY_METRICS = {
@@ -177,7 +181,7 @@ class Updater:
         if self.ptx is None:
             return
         chosen = [self.ptx.rows[i] for i in self.ptx.batch(self.updates)]
-        tokens = sum(len(row["completion_ids"]) - (not row["prompt_ids"]) for row in chosen)
+        tokens = int((self.ptx.collator(chosen)["labels"] != IGNORE).sum())
         own = self.mine(chosen)
         size = self.args.per_device_train_batch_size
         for start in range(0, len(own), size):
@@ -212,3 +216,34 @@ class Updater:
 
     def _sum(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="sum")
+
+
+def make_optimizer(args: Any, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW; weight decay is for matrices alone."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": args.weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    betas = (args.adam_beta1, args.adam_beta2)
+    groups = [g for g in groups if g["params"]]
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
+
+
+def make_scheduler(args: Any, optimizer: torch.optim.Optimizer, updates: int) -> Any:
+    """The schedule of the learning rate over that many updates."""
+    warmup = args.warmup_steps if args.warmup_steps >= 1 else args.warmup_steps * updates
+    return get_scheduler(args.lr_scheduler_type, optimizer, num_warmup_steps=round(warmup), num_training_steps=updates)
+
+
+def pretraining_stream(args: Any, tokenizer: PreTrainedTokenizerBase, processes: int) -> PretrainingStream:
+    """The rows of `ptx_dataset`, tokenised."""
+    rows = tokenize_sft(args.ptx_dataset, Encoder(tokenizer, args.max_prompt_length + args.response_length))
+    responses = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    return PretrainingStream(rows, args.ptx_batch_size or responses, pad_id(tokenizer), args.seed)
+
+
+def one_launch(kind: str, device: torch.device, dtype: str) -> bool:
+    """Whether the loss may be computed in one visit to the logits: a compiled kernel, and tokens that stand alone."""
+    likeness = torch.empty(0, dtype=getattr(torch, dtype), device=device)
+    return not kind.startswith("gspo") and _backends.choose(likeness) == "cpu"

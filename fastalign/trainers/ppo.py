@@ -30,9 +30,9 @@ from .arguments import key
 from .config import check_choice, check_positive
 from .policy_config import PolicyConfig
 from .policy_run import run_policy
-from .policy_trainer import PolicyTrainer, one_launch
+from .policy_trainer import PolicyTrainer
 from .policy_trust_region import trust_region_updates
-from .policy_update import ValueOptions
+from .policy_update import ValueOptions, one_launch
 from .rollout import Episode, response_mask, stacked, unstack
 
 

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from .. import ops
+from ..rl.rewards import ShapedRewards
 from .actor_critic import ActorCritic
 from .data.collate import IGNORE, Batch, pad
 from .data.files import Rows, load_rows, text_of
@@ -264,3 +265,20 @@ def unstack(x: Tensor, episodes: Sequence[Episode], name: str) -> None:
     """The inverse of `stacked`: gives each episode its row."""
     for episode, row in zip(episodes, x, strict=True):
         setattr(episode, name, row[: len(episode.ids)].clone())
+
+
+def describe(episodes: Sequence[Episode], shaped: ShapedRewards) -> dict[str, float]:
+    """What users follow: sums over the tokens of a response, means over responses."""
+    non_score = shaped.non_score_rewards
+    ended = [e.ended for e in episodes]
+    return {
+        "objective/kl": float(shaped.kl.mean()),
+        "objective/entropy": float(np.mean([float(e.entropy.sum()) for e in episodes])),
+        "objective/non_score_reward": float(non_score.mean()),
+        "objective/rlhf_reward": float((shaped.scores + non_score).mean()),
+        "objective/scores": float(np.mean([e.score for e in episodes])),
+        "objective/scores_std": float(np.std([e.score for e in episodes])),
+        "length": float(np.mean([len(e.ids) for e in episodes])),
+        "eos_rate": float(np.mean(ended)),
+        "val/num_eos_tokens": float(np.sum(ended)),
+    }
