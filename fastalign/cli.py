@@ -41,6 +41,36 @@ def _grpo(argv: list[str]) -> int:
     return grpo.main(argv)
 
 
+def _reward(argv: list[str]) -> int:
+    from .trainers import reward
+
+    return reward.main(argv)
+
+
+def _pro(argv: list[str]) -> int:
+    from .trainers import pro
+
+    return pro.main(argv)
+
+
+def _evaluate(argv: list[str]) -> int:
+    from .trainers import evaluate
+
+    return evaluate.main(argv)
+
+
+def _sample(argv: list[str]) -> int:
+    from .trainers import sample
+
+    return sample.main(argv)
+
+
+def _doctor(argv: list[str]) -> int:
+    from .trainers import doctor
+
+    return doctor.main(argv)
+
+
 def _demo(argv: list[str]) -> int:
     from .trainers import demo
 
@@ -63,6 +93,11 @@ COMMANDS: dict[str, Command] = {
     "dpo": Command("direct preference optimisation on pairs of completions", _dpo),
     "ppo": Command("reinforcement learning from a reward: PPO, its KL-penalty form, TRPO", _ppo),
     "grpo": Command("reinforcement learning without a value function: GRPO, RLOO, Dr. GRPO, DAPO, GSPO", _grpo),
+    "pro": Command("preference ranking optimization on ranked lists of completions", _pro),
+    "reward": Command("a reward model from pairs or ranked lists of completions", _reward),
+    "eval": Command("compare models on held-out prompts: reward, win rate, length, perplexity", _evaluate),
+    "sample": Command("draw continuations of prompts", _sample),
+    "doctor": Command("look at data and models before a run, and say what would go wrong", _doctor),
     "backends": Command("list the kernels that can run here, and why the others cannot", _show_backends),
 }
 

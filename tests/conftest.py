@@ -41,3 +41,9 @@ def make(tiny_model, tiny_tokenizer, tmp_path):
         return trainer(tiny_model(), args, prompts, eval_rows, tiny_tokenizer, reward=reward)
 
     return build
+
+
+@pytest.fixture(autouse=True)
+def own_reference_cache(tmp_path, monkeypatch):
+    """Log-probabilities of references that a test computes are neither found in nor left in the user's cache."""
+    monkeypatch.setenv("FASTALIGN_REFERENCE_CACHE", str(tmp_path / "reference"))

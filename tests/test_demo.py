@@ -235,7 +235,7 @@ def test_policies_are_compared_on_the_sampled_tokens(tiny_model, tiny_tokenizer)
     policy, reference = tiny_model(), tiny_model()
     with torch.no_grad():
         policy.lm_head.weight.mul_(3)
-    drawn = sampling.sample(policy, tiny_tokenizer, ["the movie", "a"], per_prompt=3, max_new_tokens=6, batch_size=4)
+    drawn = sampling.sample(policy, tiny_tokenizer, ["the movie", "a"], per_prompt=3, how=sampling.Sampling(6, 4))
     flat = [s for samples in drawn for s in samples]
     assert [len(samples) for samples in drawn] == [3, 3]
     got = sampling.compare_policies(policy, reference, flat, 1, batch_size=4)

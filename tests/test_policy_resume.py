@@ -48,7 +48,7 @@ class TestResume:
         [
             {"kl_controller": "adaptive", "target": 0.1, "horizon": 50, "ptx_dataset": PTX},
             {"value_model": "shared", "objective": "penalty", "warmup_steps": 3},
-            {"lora_r": 2},
+            {"lora_rank": 2},
         ],
     )
     def test_resumed_run_equals_uninterrupted_one(self, make, tmp_path, extra):
@@ -119,7 +119,7 @@ class TestResume:
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not (tmp_path / "cut" / "metrics.json").exists()
-        (tmp_path / "cut" / ".checkpoint-99.partial").mkdir()
+        (tmp_path / "cut" / ".partial" / "checkpoint-99").mkdir(parents=True, exist_ok=True)
         assert cli.main(["ppo", *argv(tmp_path / "cut", "--resume_from_checkpoint", "auto")]) == 0
         one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "cut"))
         assert all(torch.equal(one[name], two[name]) for name in one)
@@ -128,4 +128,4 @@ class TestResume:
             for name in ("whole", "cut")
         )
         assert whole == cut
-        assert not list((tmp_path / "cut").glob(".*partial"))
+        assert not list((tmp_path / "cut" / ".partial").glob("*"))

@@ -109,6 +109,19 @@ class TestSFT:
         torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-6)
         assert results[1][1] == pytest.approx(results[0][1], rel=1e-5)
 
+    def test_packing_changes_neither_loss_nor_update(self, tiny_model, tiny_tokenizer, options):
+        results = []
+        for extra in ({"packing": True, "max_length": 32}, {}):
+            sized = {**options, "max_steps": 1, "per_device_train_batch_size": 8, **extra}
+            trainer = SFTTrainer(tiny_model(), SFTConfig(**sized), SFT_ROWS, SFT_ROWS, tiny_tokenizer)
+            before = trainer.evaluate()["eval_loss"]
+            trainer.train()
+            results.append((weights(trainer), before, log_of(trainer)[0]["num_tokens"], len(trainer.train_dataset)))
+        torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-6)
+        assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
+        assert results[0][2] == results[1][2]
+        assert results[0][3] < results[1][3]
+
     def test_num_tokens_counts_real_tokens(self, tiny_model, tiny_tokenizer, options):
         trainer = SFTTrainer(tiny_model(), SFTConfig(**options), SFT_ROWS, processing_class=tiny_tokenizer)
         trainer.train()
@@ -291,6 +304,7 @@ def test_command_saves_a_model_that_loads(tiny_model, tiny_tokenizer, tmp_path):
         (SFTConfig, {"label_smoothing": 2.0}, "label_smoothing"),
         (SFTConfig, {"label_smoothing_factor": 0.1}, "use label_smoothing"),
         (SFTConfig, {"padding_side": "top"}, "padding_side must be one of"),
+        (SFTConfig, {"packing": True, "normalization": "sequence"}, "packing needs normalization token"),
         (SFTConfig, {"max_length": 0}, "max_length must be above 0"),
         (DPOConfig, {"loss_type": "sigmoidal"}, "loss_type"),
         (DPOConfig, {"beta": 0.0}, "beta"),

@@ -167,6 +167,7 @@ def pro_loss(
     logps: Tensor,
     *,
     rewards: Tensor | None = None,
+    ranks: Tensor | None = None,
     mask: Tensor | None = None,
     sft_weight: float = 0.0,
     sft_logps: Tensor | None = None,
@@ -194,8 +195,10 @@ def pro_loss(
 
     Args:
         logps: [B, K], floating point: each response's score s, in the paper its mean log-probability per completion
-            token. Best first unless `rewards` are given. Half precision is computed in float32.
+            token. Best first unless `rewards` or `ranks` are given. Half precision is computed in float32.
         rewards: [B, K], floating point, constants. None: no temperatures.
+        ranks: [B, K], integer or floating point, 0 is best: the order without temperatures; not beside `rewards`.
+            Responses of equal rank are not compared.
         mask: [B, K] bool, True = real. Lists may differ in length; hidden entries may stand anywhere and hold anything.
         sft_weight: weight of the supervised term (the paper's beta), at least 0.
         sft_logps: [B, K]: log-probabilities for the supervised term. None: `logps`, that is the mean NLL per token if
@@ -211,7 +214,10 @@ def pro_loss(
     scores, real = check_lists("logps", logps, mask)
     check_range("sft_weight", sft_weight, 0.0)
     reduce = lookup("form", FORMS, form)
-    ranks = None
+    if ranks is not None:
+        if rewards is not None:
+            raise ValueError("ranks must be None where rewards give the order; got both")
+        ranks = check_ranks(ranks, scores.shape, "logps")
     if rewards is not None:
         rewards = hide(check_float("rewards", rewards, scores.shape, "logps").detach().to(scores.dtype), real)
         ranks = -rewards

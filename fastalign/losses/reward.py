@@ -95,7 +95,9 @@ def _margin(margin: Any, mask: Tensor, dtype: torch.dtype) -> Tensor | float:
     return check_range("margin", float(margin), float("-inf"))
 
 
-def kwise_reward_loss(scores: Tensor, *, ranks: Tensor | None = None, mask: Tensor | None = None) -> RewardOutput:
+def kwise_reward_loss(
+    scores: Tensor, *, ranks: Tensor | None = None, mask: Tensor | None = None, center_coefficient: float = 0.0
+) -> RewardOutput:
     """All pairs of a ranking at once: the mean over prompts of 1/C(K, 2) sum_{w above l} -log sigmoid(r_w - r_l).
 
     Ouyang et al. 2022 (arXiv:2203.02155), eq. 1. All pairs of a prompt share one batch element, so each completion is
@@ -107,6 +109,7 @@ def kwise_reward_loss(scores: Tensor, *, ranks: Tensor | None = None, mask: Tens
         scores: [B, K], floating point, best first unless `ranks` are given. Half precision is computed in float32.
         ranks: [B, K], integer or floating point, lower is better (0 is best); equal ranks are ties.
         mask: [B, K] bool, True = real. Lists may differ in length; hidden entries may stand anywhere and hold anything.
+        center_coefficient: at least 0: weight of (r_w + r_l)^2 beside each pair's loss, as in `reward_loss`.
 
     Returns:
         RewardOutput, whose metrics average over all pairs of the batch.
@@ -116,7 +119,11 @@ def kwise_reward_loss(scores: Tensor, *, ranks: Tensor | None = None, mask: Tens
     """
     scores, mask = check_lists("scores", scores, mask)
     above = comparisons(mask, None if ranks is None else check_ranks(ranks, scores.shape, "scores"))
-    per_prompt = masked_mean(_bradley_terry(-differences(scores)), above, (1, 2))
+    check_range("center_coefficient", center_coefficient, 0.0)
+    per_pair = _bradley_terry(-differences(scores))
+    if center_coefficient:
+        per_pair = per_pair + center_coefficient * (scores.unsqueeze(1) + scores.unsqueeze(2)).square()
+    per_prompt = masked_mean(per_pair, above, (1, 2))
     accuracy, _, margin, _ = list_metrics(scores, mask, above)
     paired = above.any(1) | above.any(2)
     return RewardOutput(

@@ -26,13 +26,19 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None
     return torch.stack(terms).mean()
 
 
-def kwise(scores: Tensor, mask: Tensor, ranks: Tensor | None = None) -> Tensor:
-    """Ouyang et al. 2022, eq. 1: per prompt the mean over its pairs, then the mean over prompts with a pair."""
+def kwise(scores: Tensor, mask: Tensor, ranks: Tensor | None = None, center: float = 0.0) -> Tensor:
+    """Ouyang et al. 2022, eq. 1: per prompt the mean over its pairs, then the mean over prompts with a pair.
+
+    With `center`, each pair's term has + center (r_w + r_l)^2.
+    """
     prompts = []
     for row in range(scores.shape[0]):
         place = range(scores.shape[1]) if ranks is None else ranks[row].tolist()
         entries = [k for k in range(scores.shape[1]) if mask[row, k]]
-        pairs = [pair(scores[row, w], scores[row, x]) for w in entries for x in entries if place[w] < place[x]]
+        r = scores[row].double()
+        pairs = [
+            pair(r[w], r[x]) + center * (r[w] + r[x]) ** 2 for w in entries for x in entries if place[w] < place[x]
+        ]
         if pairs:
             prompts.append(torch.stack(pairs).mean())
     return torch.stack(prompts).mean() if prompts else torch.zeros((), dtype=torch.float64)
@@ -76,5 +82,12 @@ CASES = [
         ("chosen", "rejected"),
     ),
     Case("kwise_reward", lambda **t: kwise_reward_loss(**t).loss, kwise, ranked_scores, ("scores",)),
+    Case(
+        "kwise_reward_centered",
+        lambda **t: kwise_reward_loss(**t, center_coefficient=_CENTER).loss,
+        lambda **t: kwise(**t, center=_CENTER),
+        ranked_scores,
+        ("scores",),
+    ),
     Case("best_of_k", lambda **t: best_of_k_loss(**t).loss, best_of_k, _best_scores, ("scores",)),
 ]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from .base import _accepted, model_logits
+from .lora import is_adapted
 
 VALUE_FOLDER, VALUE_HEAD = "value_model", "value_head.safetensors"
 _POLICY, _CRITIC, _HEAD = "policy.", "critic.", "value_head."
@@ -63,7 +64,7 @@ class ActorCritic(nn.Module):
 
     @staticmethod
     def _run(model: Any, batch: Mapping[str, Tensor], **options: Any) -> Any:
-        return model(**{name: batch[name] for name in _accepted(model)}, use_cache=False, **options)
+        return model(**{name: batch[name] for name in _accepted(model) if name in batch}, use_cache=False, **options)
 
     def _value(self, hidden: Tensor) -> Tensor:
         if self.value_head is None:
@@ -86,7 +87,7 @@ class ActorCritic(nn.Module):
 
     def load(self, folder: str) -> None:
         """Takes up what `save` wrote, in place. OSError if it is not there, RuntimeError if it does not fit."""
-        if hasattr(self.policy, "peft_config"):
+        if is_adapted(self.policy):
             from peft import load_peft_weights, set_peft_model_state_dict
 
             set_peft_model_state_dict(self.policy, load_peft_weights(folder, device="cpu"))
@@ -141,13 +142,3 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in list(vars(module).items()):
             if isinstance(value, float) and "dropout" in name:
                 setattr(module, name, 0.0)
-
-
-def add_lora(policy: Any, r: int, alpha: float, targets: list[str] | None) -> Any:
-    """The policy with LoRA adapters (Hu et al. 2021), the only weights that are trained."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ModuleNotFoundError:
-        raise ValueError("lora_r above 0 needs the package peft; first: pip install peft") from None
-    config = LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")  # type: ignore[arg-type]
-    return get_peft_model(policy, config)

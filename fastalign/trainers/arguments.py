@@ -21,7 +21,7 @@ C = TypeVar("C")
 
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _OTHER = "Also accepted"
-_ORDER = ("Model and data", "Run", "Loss", "Reference")
+_ORDER = ("Model and data", "Run", "Loss", "Reference", "LoRA")
 
 
 class Helped(Exception):

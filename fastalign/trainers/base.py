@@ -9,23 +9,39 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .callbacks import ConsoleCallback, JsonlCallback
+from .checkpoints import PARTIAL, publish, rotate, write_folder
 from .config import TrainingConfig
 from .data.collate import Batch
 from .data.files import Rows
 from .data.sampler import UpdateSampler
 from .even import FILLER, EvenCollator, even
+from .lora import is_adapted, merged, with_lora
+from .run import load_model
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+class Weighted(NamedTuple):
+    """A metric that is a mean over other items than the loss is: pairs, say, where the loss is over lists."""
+
+    mean: Tensor
+    weight: Tensor
+
+
+Metrics = Mapping[str, Tensor | Weighted]
 
 
 class Means:
@@ -33,23 +49,26 @@ class Means:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._weight: Tensor | float = 0.0
 
-    def add(self, metrics: Mapping[str, Tensor], weight: Tensor) -> None:
-        """Counts one batch: `metrics` are its means over `weight` items."""
-        for name, value in metrics.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach().float() * weight
-        self._weight = self._weight + weight
+    def add(self, metrics: Metrics, weight: Tensor) -> None:
+        """Counts one batch: `metrics` are its means over `weight` items, or over their own."""
+        for name, metric in metrics.items():
+            value, items = metric if isinstance(metric, Weighted) else (metric, weight)
+            items = torch.as_tensor(items, dtype=torch.float32, device=value.device)
+            pair = torch.stack([value.detach().float() * items, items])
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def pop(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The means since the last call, summed over processes by `reduce`; empty if nothing was added."""
+        """The means since the last call, summed over processes by `reduce`; empty if nothing was added.
+
+        Every process must have added the same names.
+        """
         if not self._sums:
             return {}
-        weight = torch.as_tensor(self._weight).float()
-        total = reduce(torch.stack([weight.to(next(iter(self._sums.values())).device), *self._sums.values()]))
-        names, self._sums, self._weight = list(self._sums), {}, 0.0
-        count, *sums = total.tolist()
-        return {name: value / count if count else 0.0 for name, value in zip(names, sums, strict=True)}
+        names = sorted(self._sums)
+        totals = reduce(torch.stack([self._sums[name] for name in names])).tolist()
+        self._sums = {}
+        return {name: total / count if count else 0.0 for name, (total, count) in zip(names, totals, strict=True)}
 
 
 class AlignmentTrainer(Trainer, ABC):
@@ -65,6 +84,9 @@ class AlignmentTrainer(Trainer, ABC):
         optimizers: as in transformers.
     """
 
+    task = "CAUSAL_LM"
+    """Peft's name of what the model is for."""
+
     def __init__(
         self,
         model: PreTrainedModel | nn.Module,
@@ -78,8 +100,9 @@ class AlignmentTrainer(Trainer, ABC):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         self._means = {"train": Means(), "eval": Means()}
+        self._partial: str | None = None
         super().__init__(
-            model=model,
+            model=with_lora(model, args, self.task),
             args=args,
             data_collator=EvenCollator(collator),
             train_dataset=None if train_dataset is None else self.prepare(train_dataset, args, processing_class),
@@ -106,12 +129,17 @@ class AlignmentTrainer(Trainer, ABC):
         """How many items the batch's mean loss is over: a scalar tensor."""
 
     @abstractmethod
-    def batch_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The batch's mean loss, and metrics that are means over the same items."""
+    def batch_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
+        """The batch's mean loss, and metrics that are means over the same items (or say over how many others)."""
 
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Logits of a padded batch, [B, T, V]."""
         return model_logits(model, batch)
+
+    @classmethod
+    def load(cls, path: str, args: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model and the tokenizer that a command starts from."""
+        return load_model(path, args), AutoTokenizer.from_pretrained(args.tokenizer or path)
 
     # ------------------------------------------------------------------------------------------- Trainer's hooks
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -150,10 +178,13 @@ class AlignmentTrainer(Trainer, ABC):
         """The batch's share of the update's mean loss; its plain mean where Trainer gives no count (evaluation)."""
         count = self._count(inputs)
         loss, metrics = self.batch_loss(model, inputs)
+        if FILLER in inputs:
+            metrics = {name: getattr(metric, "mean", metric) for name, metric in metrics.items()}
         training = model.training
         self._means["train" if training else "eval"].add(metrics if training else {"loss": loss, **metrics}, count)
         if training:
-            tokens = self.accelerator.gather(inputs["attention_mask"].sum() * (FILLER not in inputs))
+            real = inputs["attention_mask" if "attention_mask" in inputs else "num_tokens"]
+            tokens = self.accelerator.gather(real.sum() * (FILLER not in inputs))
             self.state.num_input_tokens_seen += int(tokens.sum())
         if num_items_in_batch is not None:
             # Gradients are averaged over processes, hence their number; an update without any item has no gradient.
@@ -191,13 +222,51 @@ class AlignmentTrainer(Trainer, ABC):
             logs["num_tokens"] = self.state.num_input_tokens_seen
         super().log(logs, start_time)
 
+    # -------------------------------------------------------------------------------------------------- saving
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._partial or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Transformers' checkpoint, written elsewhere and renamed into its place when all of it is there."""
+        output_dir, name = super()._get_output_dir(trial), f"checkpoint-{self.state.global_step}"
+        self._partial = os.path.join(output_dir, PARTIAL)
+        if self.args.should_save:
+            shutil.rmtree(self._partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            written, self._partial = os.path.join(self._partial, name), None
+        target = os.path.join(output_dir, name)
+        if self.state.best_model_checkpoint == written:
+            self.state.best_model_checkpoint = target
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))
+            publish(written, target)
+            rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def save_whole(self) -> None:
+        """Saves the model and the tokenizer to `output_dir`, whole or not at all; with adapters merged if so asked."""
+        write_folder(str(self.args.output_dir), self._save_final, is_writer=self.args.should_save)
+        self.accelerator.wait_for_everyone()
+
+    def _save_final(self, folder: str) -> None:
+        args: Any = self.args
+        if not (is_adapted(self.model) and args.lora_merge):
+            self.save_model(folder, _internal_call=True)
+        elif args.should_save:
+            merged(self.model).save_pretrained(folder)
+            self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
+
     def _sum(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="sum")
 
 
 def model_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Logits [B, T, V] of a model that takes `input_ids`, `attention_mask` and, if it knows them, `position_ids`."""
-    return model(**{name: batch[name] for name in _accepted(model)}, use_cache=False).logits
+    return model(**{name: batch[name] for name in _accepted(model) if name in batch}, use_cache=False).logits
 
 
 def _accepted(model: nn.Module) -> tuple[str, ...]:

@@ -59,6 +59,15 @@ class TrainingConfig(TrainingArguments):
     )
     append_eos: bool = key(True, "End every completion with the end-of-sequence token", group="Model and data")
     padding_side: str = key("right", "Side of the padding: right or left", group="Model and data")
+    lora_rank: int = key(0, "Rank of LoRA adapters; 0 trains all weights", group="LoRA")
+    lora_alpha: int = key(16, "Scale of the adapters: they are multiplied by lora_alpha / lora_rank", group="LoRA")
+    lora_dropout: float = key(0.0, "Dropout in front of the adapters", group="LoRA")
+    lora_target_modules: list[str] | None = key(  # noqa: RUF009 (it makes a dataclasses.field)
+        None, "Names of the layers that get adapters; all linear ones by default", group="LoRA"
+    )
+    lora_merge: bool = key(
+        True, "Save a plain model with the adapters merged in at the end; false: the adapters alone", group="LoRA"
+    )
     output_dir: str | None = key(None, "Folder for checkpoints, logs and the trained model")
     train_sampling_strategy: str = key(
         "group_by_length",
@@ -79,6 +88,10 @@ class TrainingConfig(TrainingArguments):
         check_positive("max_length", self.max_length)
         if self.max_prompt_length is not None:
             check_positive("max_prompt_length", self.max_prompt_length)
+        if self.lora_rank < 0 or not 0 <= self.lora_dropout < 1:
+            raise ValueError(
+                f"lora_rank must be at least 0 and lora_dropout in [0, 1); got {self.lora_rank} and {self.lora_dropout}"
+            )
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False
         # The columns that our collators read are not arguments of the model's forward, so none may be dropped.

@@ -26,6 +26,7 @@ from rich.console import Console
 from transformers import logging as transformers_logging
 
 from . import arguments, demo_report, demo_stages
+from .checkpoints import write_json
 from .demo_config import DemoConfig
 
 _MARK = "demo.json"
@@ -76,14 +77,6 @@ class Workplace:
             self.console.print(f"   {result['seconds']:.1f} s")
         self.results[name] = result
         return result
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(partial, path)
 
 
 def run_demo(config: DemoConfig) -> dict[str, Any]:

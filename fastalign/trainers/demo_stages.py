@@ -22,7 +22,7 @@ from .demo_config import DemoConfig
 from .dpo import DPOConfig, DPOTrainer
 from .eval.estimates import distinct, estimate
 from .eval.gold import agreement, fit_gold, load_independent
-from .eval.sampling import Sample, compare_policies, sample
+from .eval.sampling import Sample, Sampling, compare_policies, sample
 from .run import pad_id, start_point, train
 from .sft import SFTConfig, SFTTrainer
 
@@ -257,8 +257,7 @@ class Demo:
             tokenizer,
             prompts,
             per_prompt=per_prompt,
-            max_new_tokens=self.config.max_new_tokens,
-            batch_size=_BATCH,
+            how=Sampling(self.config.max_new_tokens, _BATCH),
             desc=desc,
         )
 

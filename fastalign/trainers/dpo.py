@@ -7,12 +7,14 @@ or from Python:
     DPOTrainer(model, DPOConfig(output_dir="runs/dpo"), "pairs.jsonl", processing_class=tokenizer).train()
 
 Rows have `prompt`, `chosen` and `rejected`. The reference is the model as it was before training (or `ref_model`).
-By default its log-probabilities are computed once, before the first step, and no second model is held in memory; rows
-that bring `ref_chosen_logps` and `ref_rejected_logps` are used as they are.
+By default its log-probabilities are computed once, before the first step, kept on disk for later runs on the same model
+and data, and no second model is held in memory; rows that bring `ref_chosen_logps` and `ref_rejected_logps` are used as
+they are. With LoRA the reference is the model with its adapters off.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import dataclass
 from typing import Any
@@ -26,13 +28,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import ops
 from ..losses.preference import DPOLoss
+from . import ref_cache
 from .arguments import key
-from .base import AlignmentTrainer
+from .base import AlignmentTrainer, Metrics, Weighted
 from .config import TrainingConfig, check_positive
-from .data.collate import Batch, PreferenceCollator
+from .data.collate import IGNORE, Batch, PreferenceCollator
 from .data.files import Rows
 from .data.tokenize import REFERENCE_COLUMNS, tokenize_preferences
+from .lora import adapters_off, is_adapted
 from .run import encoder, load_model, pad_id, run
+from .watch import PreferenceWatch
 
 _LOSS_KEYS = (
     "beta",
@@ -76,6 +81,9 @@ class DPOConfig(TrainingConfig):
     precompute_ref_log_probs: bool = key(
         True, "Compute the reference's log-probabilities once, before training", group="Reference"
     )
+    cache_ref_log_probs: bool = key(
+        True, "Keep them on disk, keyed by the reference's weights and the data, for runs to come", group="Reference"
+    )
     precompute_ref_batch_size: int | None = key(
         None, "Pairs in a batch of that computation; the evaluation's batch size by default", group="Reference"
     )
@@ -111,8 +119,8 @@ class DPOTrainer(AlignmentTrainer):
     """Minimises a pairwise preference loss.
 
     Logs `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies` (strictly greater),
-    `logps/chosen`, `logps/rejected` (nats a sequence) and `num_tokens`. The chosen reward may fall while the margin
-    rises: the loss only looks at the difference.
+    `logps/chosen`, `logps/rejected` (nats a sequence), `lengths/*` and `num_tokens`. The chosen reward may fall while
+    the margin rises (the loss only looks at the difference), and longer outputs may win: `PreferenceWatch` says so.
     """
 
     args: DPOConfig
@@ -140,6 +148,7 @@ class DPOTrainer(AlignmentTrainer):
                     module.p = 0.0
         collator = PreferenceCollator(pad_id(processing_class), args.padding_side)
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, collator=collator, **kwargs)
+        self.add_callback(PreferenceWatch())
         self.ref_model: nn.Module | None = None
         self.loss = args.loss()
         if args.uses_reference:
@@ -154,12 +163,13 @@ class DPOTrainer(AlignmentTrainer):
         """Pairs."""
         return torch.tensor(len(batch["labels"]) // 2, device=batch["labels"].device)
 
-    def batch_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen, rejected = self._reference_logps(batch)
+    def batch_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
+        chosen, rejected = self._reference_logps(model, batch)
         out = self.loss(
             self.logits(model, batch), batch["labels"], ref_chosen_logps=chosen, ref_rejected_logps=rejected
         )
-        return out.loss, {name: getattr(out, field).mean() for name, field in _METRICS.items()}
+        metrics = {name: getattr(out, field).mean() for name, field in _METRICS.items()}
+        return out.loss, {**metrics, **_lengths(batch["labels"], out.margins)}
 
     # ------------------------------------------------------------------------------------------------- reference
     def _set_reference(self, ref_model: nn.Module | None) -> None:
@@ -169,45 +179,74 @@ class DPOTrainer(AlignmentTrainer):
             return
         if ref_model is None and self.args.ref_model:
             ref_model = load_model(self.args.ref_model, self.args)
-        if not self.args.precompute_ref_log_probs:
+        if self.args.precompute_ref_log_probs:
+            reference: Any = self.model if ref_model is None else ref_model.to(self.args.device)
+            self.train_dataset = self._with_reference(reference, self.train_dataset)
+            self.eval_dataset = self._with_reference(reference, self.eval_dataset)
+        elif ref_model is not None or not is_adapted(self.model):
             own: Any = copy.deepcopy(self.model) if ref_model is None else ref_model
             self.ref_model = own.requires_grad_(False).eval().to(self.args.device)
-            return
-        reference: Any = self.model if ref_model is None else ref_model.to(self.args.device)
-        self.train_dataset = self._with_reference(reference, self.train_dataset)
-        self.eval_dataset = self._with_reference(reference, self.eval_dataset)
 
-    @torch.no_grad()
     def _with_reference(self, reference: nn.Module, rows: Any) -> Any:
-        """The rows with `ref_chosen_logps` and `ref_rejected_logps`, by the reference in evaluation mode."""
+        """The rows with `ref_chosen_logps` and `ref_rejected_logps`, computed now or by an earlier run."""
         if rows is None or REFERENCE_COLUMNS[0] in rows.column_names:
             return rows
+        if self.args.cache_ref_log_probs:
+            ids = ("prompt_ids", "chosen_ids", "rejected_ids")
+            precision = {name: getattr(self.args, name) for name in ("bf16", "fp16", "attn_implementation")}
+            key = ref_cache.key_of(reference, rows, ids, precision)
+            columns = ref_cache.cached(key, lambda: self._compute_reference(reference, rows))
+        else:
+            columns = self._compute_reference(reference, rows)
+        for name, column in zip(REFERENCE_COLUMNS, columns, strict=True):
+            rows = rows.add_column(name, column)
+        return rows
+
+    @torch.no_grad()
+    def _compute_reference(self, reference: nn.Module, rows: Any) -> ref_cache.Columns:
+        """Log-probabilities of every completion by the reference in evaluation mode."""
         size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
         training = reference.training
         reference.eval()
-        columns: tuple[list[float], list[float]] = ([], [])
+        columns: ref_cache.Columns = ([], [])
         loader = DataLoader(rows, batch_size=size, collate_fn=self.data_collator)  # type: ignore[arg-type]
         for batch in tqdm(loader, desc="reference log-probs", disable=self.args.disable_tqdm):
             batch = {name: value.to(self.args.device) for name, value in batch.items()}
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), adapters_off(reference):
                 logits = self.logits(reference, batch)
             logps = ops.sequence_logps(logits, batch["labels"])
             for column, half in zip(columns, logps.chunk(2), strict=True):
                 column += half.tolist()
         reference.train(training)
-        for name, column in zip(REFERENCE_COLUMNS, columns, strict=True):
-            rows = rows.add_column(name, column)
-        return rows
+        return columns
 
-    def _reference_logps(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+    def _reference_logps(self, model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """[B] each; None each without a reference."""
         if not self.args.uses_reference:
             return None, None
-        if self.ref_model is None or REFERENCE_COLUMNS[0] in batch:
+        if REFERENCE_COLUMNS[0] in batch:
             return batch["ref_chosen_logps"], batch["ref_rejected_logps"]
-        with torch.no_grad():
-            chosen, rejected = ops.sequence_logps(self.logits(self.ref_model, batch), batch["labels"]).chunk(2)
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            reference = self.ref_model
+            if reference is None:
+                stack.enter_context(adapters_off(model))
+                reference = model
+            chosen, rejected = ops.sequence_logps(self.logits(reference, batch), batch["labels"]).chunk(2)
         return chosen, rejected
+
+
+def _lengths(labels: Tensor, margins: Tensor) -> dict[str, Tensor | Weighted]:
+    """Tokens of both sides, and over pairs of different length: whether the data, and the rewards, chose the longer."""
+    chosen, rejected = (labels != IGNORE).sum(-1).float().chunk(2)
+    longer = (chosen - rejected).sign()
+    different = (longer != 0).sum()
+    share = different.clamp(min=1)
+    return {
+        "lengths/chosen": chosen.mean(),
+        "lengths/rejected": rejected.mean(),
+        "lengths/longer_chosen": Weighted((longer > 0).sum() / share, different),
+        "rewards/longer_preferred": Weighted((longer * margins > 0).sum() / share, different),
+    }
 
 
 def main(argv: list[str]) -> int:

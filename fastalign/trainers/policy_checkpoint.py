@@ -11,6 +11,7 @@ import json
 import os
 import random
 import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from .run import checkpoints
+from .checkpoints import PARTIAL, publish, write_json
+from .lora import is_adapted, merged
 
-_OPTIMIZER, _STATE, _PARTIAL = "optimizer.pt", "trainer_state.json", ".partial"
+_OPTIMIZER, _STATE = "optimizer.pt", "trainer_state.json"
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -49,12 +51,19 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def save_policy(trainer: Any, folder: str) -> None:
-    """Policy, value function and tokenizer, all in one folder. Every process must call it; the first one writes."""
+def save_policy(trainer: Any, folder: str, *, merge: bool = False) -> None:
+    """Policy, value function and tokenizer, all in one folder. Every process must call it; the first one writes.
+
+    merge: add adapters to the weights, so that what is saved is a plain model.
+    """
     state = get_model_state_dict(trainer.model, options=_WHOLE)
     if trainer.accelerator.is_main_process:
         os.makedirs(folder, exist_ok=True)
         trainer.inner.save(folder, state)
+        if merge and is_adapted(trainer.inner.policy):
+            for name in ("adapter_model.safetensors", "adapter_config.json"):
+                os.remove(os.path.join(folder, name))
+            merged(trainer.inner.policy).save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
     trainer.accelerator.wait_for_everyone()
 
@@ -63,7 +72,7 @@ def save_whole(trainer: Any, folder: str, *, resumable: bool = True) -> None:
     """Writes the folder beside its place and renames it when all of it is there."""
     accelerator = trainer.accelerator
     parent, name = os.path.split(folder)
-    partial = os.path.join(parent, f".{name}{_PARTIAL}")
+    partial = os.path.join(parent, PARTIAL, name)
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
         os.makedirs(partial)
@@ -76,13 +85,11 @@ def save_whole(trainer: Any, folder: str, *, resumable: bool = True) -> None:
             state = {"optimizer": optimizer, "scheduler": trainer.scheduler.state_dict()}
             torch.save(state, os.path.join(partial, _OPTIMIZER))
     if accelerator.is_main_process:
-        with open(os.path.join(partial, _STATE), "w", encoding="utf-8") as file:
-            json.dump(trainer.state_dict(), file, indent=1)
+        write_json(Path(partial) / _STATE, trainer.state_dict())
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _sync(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        publish(partial, folder)
     accelerator.wait_for_everyone()
 
 
@@ -94,23 +101,8 @@ def _sync(folder: str) -> None:
                 os.fsync(file.fileno())
 
 
-def sweep(output_dir: str) -> None:
-    """Removes what a run that was killed while it wrote left behind."""
-    for name in os.listdir(output_dir) if os.path.isdir(output_dir) else ():
-        if name.startswith(".") and name.endswith(_PARTIAL):
-            shutil.rmtree(os.path.join(output_dir, name))
-
-
 def _rng(process: int) -> str:
     return f"rng-{process}.pt"
-
-
-def prune(trainer: Any) -> None:
-    """Removes the oldest checkpoints beyond save_total_limit."""
-    limit = trainer.args.save_total_limit
-    if limit is not None and trainer.accelerator.is_main_process:
-        for path in checkpoints(trainer.args.output_dir)[:-limit]:
-            shutil.rmtree(path)
 
 
 def load_training_state(trainer: Any, folder: str) -> None:

@@ -24,7 +24,7 @@ _POSITIVE = (
     "num_train_epochs",
     "logging_steps",
 )
-_NOT_NEGATIVE = ("top_k", "warmup_steps", "weight_decay", "max_grad_norm", "kl_coef", "entropy_coef", "lora_r")
+_NOT_NEGATIVE = ("top_k", "warmup_steps", "weight_decay", "max_grad_norm", "kl_coef", "entropy_coef", "lora_rank")
 _EVERY = ("total_episodes", "eval_steps", "save_steps", "save_total_limit", "ptx_batch_size", "lora_alpha")
 
 
@@ -73,11 +73,15 @@ class PolicyConfig:
     ref_model: str | None = key(
         None, "Folder of the reference model, if not the model as it was at the start", group="Reference"
     )
-    lora_r: int = key(0, "Rank of LoRA adapters; 0 trains all weights. Needs peft", group="LoRA")
-    lora_alpha: float = key(16.0, "Scale of the adapters", group="LoRA")
+    lora_rank: int = key(0, "Rank of LoRA adapters; 0 trains all weights", group="LoRA")
+    lora_alpha: int = key(16, "Scale of the adapters: they are multiplied by lora_alpha / lora_rank", group="LoRA")
     lora_target_modules: list[str] | None = key(  # noqa: RUF009 (it makes a dataclasses.field)
-        None, "Names of the layers that get one; peft's choice by default", group="LoRA"
+        None, "Names of the layers that get adapters; all linear ones by default", group="LoRA"
     )
+    lora_merge: bool = key(
+        True, "Save a plain model with the adapters merged in at the end; false: the adapters alone", group="LoRA"
+    )
+    lora_dropout = 0.0  # not a key: here nothing may be dropped
     total_episodes: int | None = key(None, "Responses to sample in all; num_train_epochs by default")
     num_train_epochs: float = key(1.0, "Passes over the prompts", group="Training loop")
     num_ppo_epochs: int = key(4, "Passes over each batch of responses", group="Training loop")

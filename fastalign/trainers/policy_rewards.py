@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from ..losses.reward import last_token_scores
 from .base import _accepted
 from .data.collate import pad
-from .data.tokenize import Encoder
+from .data.encode import Encoder
 from .rollout import Episode
 from .run import pad_id
 

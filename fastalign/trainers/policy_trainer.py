@@ -11,6 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import os
+import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -28,12 +29,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from .. import rl
 from ..losses.policy import PPOLoss
-from .actor_critic import ActorCritic, add_lora, disable_dropout
+from .actor_critic import ActorCritic, disable_dropout
 from .base import model_logits
 from .callbacks import JsonlCallback
+from .checkpoints import PARTIAL, rotate
 from .data.collate import Batch
 from .data.files import Rows
-from .policy_checkpoint import load_training_state, prune, save_policy, save_whole, sweep
+from .lora import adapters_off, with_lora
+from .policy_checkpoint import load_training_state, save_policy, save_whole
 from .policy_config import PolicyConfig
 from .policy_rewards import RewardFunction, load_reward
 from .policy_update import (
@@ -119,8 +122,7 @@ class PolicyTrainer(ABC):
         self._reference = self._keep_reference(policy, ref_model)
         self.inner = self.build(policy)
         disable_dropout(self.inner)
-        if args.lora_r:
-            self.inner.policy = add_lora(policy, args.lora_r, args.lora_alpha, args.lora_target_modules)
+        self.inner.policy = with_lora(policy, args, "CAUSAL_LM")  # type: ignore[arg-type]
         if args.gradient_checkpointing:
             self.inner.policy.gradient_checkpointing_enable()
         self._ptx: PretrainingStream | None = None
@@ -177,7 +179,7 @@ class PolicyTrainer(ABC):
         if given is None and args.ref_model is not None:
             given = load_model(args.ref_model, args)  # type: ignore[arg-type]
         if given is None:
-            if args.lora_r:
+            if args.lora_rank:
                 return None
             given = copy.deepcopy(policy)
         return given.requires_grad_(False).eval().to(self.accelerator.device)
@@ -213,7 +215,7 @@ class PolicyTrainer(ABC):
         if self._reference is not None:
             with self.accelerator.autocast():
                 return model_logits(self._reference, batch)
-        with self.accelerator.autocast(), self.inner.policy.disable_adapter():
+        with self.accelerator.autocast(), adapters_off(self.inner.policy):
             return model_logits(self.inner.policy, batch)
 
     @contextlib.contextmanager
@@ -299,7 +301,7 @@ class PolicyTrainer(ABC):
             config = {k: v for k, v in dataclasses.asdict(self.args).items() if isinstance(v, (int, float, str, bool))}
             self.accelerator.init_trackers(self.args.run_name, config)
         if self.accelerator.is_main_process:
-            sweep(str(self.args.output_dir))
+            shutil.rmtree(os.path.join(str(self.args.output_dir), PARTIAL), ignore_errors=True)
         self._jsonl.on_train_begin(self.args, self.state, None)
         if self.eval_prompts and self.args.eval_steps and self.state.global_step == 0:
             self.log(self.evaluate())
@@ -345,7 +347,8 @@ class PolicyTrainer(ABC):
                     save_whole(self, self.best_folder, resumable=False)
         if args.save_steps and step % args.save_steps == 0:
             save_whole(self, os.path.join(str(args.output_dir), f"checkpoint-{step}"))
-            prune(self)
+            if self.accelerator.is_main_process:
+                rotate(str(args.output_dir), args.save_total_limit, None)
         bar.update(1)
 
     def log(self, metrics: dict[str, float], bar: Any = None) -> None:
@@ -378,7 +381,7 @@ class PolicyTrainer(ABC):
     def save_model(self, folder: str | None = None) -> None:
         """Policy (loads with AutoModelForCausalLM), tokenizer and value function into output_dir or another folder."""
         self._ready()
-        save_policy(self, folder or str(self.args.output_dir))
+        save_policy(self, folder or str(self.args.output_dir), merge=self.args.lora_merge)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and controllers, as JSON holds them."""

@@ -22,7 +22,8 @@ from ..losses.policy import PolicyLossOutput, PPOLoss
 from ..losses.value import ptx_loss, value_loss
 from .base import Means
 from .data.collate import IGNORE, Batch, SFTCollator
-from .data.tokenize import Encoder, tokenize_sft
+from .data.encode import Encoder
+from .data.tokenize import tokenize_sft
 from .rollout import Episode, collate, spread
 from .run import pad_id
 

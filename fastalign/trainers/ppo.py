@@ -77,8 +77,8 @@ class PPOConfig(PolicyConfig):
             raise ValueError(f"kl_in must be reward with objective={self.objective}; got loss")
         if self.objective == "trpo" and self.value_model == "shared":
             raise ValueError("value_model must not be shared with objective=trpo: its fit would move the policy")
-        if self.objective == "trpo" and (self.ptx_dataset or self.lora_r):
-            raise ValueError("objective=trpo goes with neither ptx_dataset nor lora_r")
+        if self.objective == "trpo" and (self.ptx_dataset or self.lora_rank):
+            raise ValueError("objective=trpo goes with neither ptx_dataset nor lora_rank")
         super().__post_init__()
 
     @property

@@ -33,9 +33,11 @@ from transformers import (
 from .. import ops
 from ..rl.rewards import ShapedRewards
 from .actor_critic import ActorCritic
+from .data.chat import is_chat, render
 from .data.collate import IGNORE, Batch, pad
+from .data.encode import Encoder
 from .data.files import Rows, load_rows, text_of
-from .data.tokenize import Encoder
+from .lora import is_adapted
 from .run import pad_id
 
 
@@ -92,8 +94,8 @@ def load_prompts(
     prompts = []
     for index, row in enumerate(rows):
         given: Any = row
-        if isinstance(given["prompt"], list):
-            text = tokenizer.apply_chat_template(given["prompt"], tokenize=False, add_generation_prompt=True)
+        if is_chat(given["prompt"]):
+            text = render(tokenizer, given["prompt"], reply_follows=True)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"][-max_prompt_length:]
         else:
             text = text_of(given, "prompt", index, may_be_empty=True)
@@ -134,7 +136,7 @@ class _Draw(LogitsProcessor):
 @contextlib.contextmanager
 def _plain_generation(model: Any) -> Iterator[None]:
     """Sets the model's own generation settings aside: transformers fills gaps in the given ones from them."""
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    inner = model.get_base_model() if is_adapted(model) else model
     before = inner.generation_config
     inner.generation_config = GenerationConfig()
     try:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from . import arguments
+from .checkpoints import checkpoints, start_point, write_json
 from .config import COMMON, TrainingConfig
-from .data.tokenize import Encoder
+from .data.encode import Encoder
 
-_STATE = "trainer_state.json"
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+__all__ = ["checkpoints", "encoder", "load_model", "model_options", "pad_id", "run", "start_point", "train"]
+
+
+def model_options(args: TrainingConfig) -> dict[str, Any]:
+    """What from_pretrained is told of dtype and attention."""
+    attention = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
+    return {"dtype": getattr(torch, args.dtype), **attention}
 
 
 def load_model(path: str, args: TrainingConfig) -> PreTrainedModel:
     """The causal language model in that folder, with the dtype and attention that the configuration asks for."""
-    options = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
-    return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, args.dtype), **options)
+    return AutoModelForCausalLM.from_pretrained(path, **model_options(args))
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -38,51 +40,6 @@ def encoder(tokenizer: PreTrainedTokenizerBase, args: TrainingConfig) -> Encoder
     return Encoder(tokenizer, args.max_length, args.max_prompt_length, args.append_eos)
 
 
-# ------------------------------------------------------------------------------------------------------ checkpoints
-def checkpoints(output_dir: str) -> list[str]:
-    """Whole checkpoints, oldest first. The trainer's state is written last, so where it can be read all is there."""
-    found = []
-    for name in os.listdir(output_dir) if os.path.isdir(output_dir) else ():
-        match = _CHECKPOINT.fullmatch(name)
-        if match and _is_whole(os.path.join(output_dir, name)):
-            found.append((int(match[1]), os.path.join(output_dir, name)))
-    return [path for _, path in sorted(found)]
-
-
-def _is_whole(path: str) -> bool:
-    try:
-        with open(os.path.join(path, _STATE), encoding="utf-8") as file:
-            json.load(file)
-    except (OSError, json.JSONDecodeError):
-        return False
-    return True
-
-
-def start_point(args: TrainingConfig) -> str | None:
-    """The checkpoint to continue from, or None to start anew.
-
-    Raises ValueError if the output folder holds checkpoints and the configuration says neither to continue nor to
-    overwrite them, or if the checkpoint asked for is not whole.
-    """
-    output_dir = str(args.output_dir)
-    present = checkpoints(output_dir)
-    wanted = args.resume_from_checkpoint
-    if wanted in (None, "false"):
-        if present and not args.overwrite_output_dir:
-            raise ValueError(
-                f"output_dir {output_dir!r} holds {os.path.basename(present[-1])}: continue it with "
-                "--resume_from_checkpoint auto, or start anew with --overwrite_output_dir true"
-            )
-        for path in present:
-            shutil.rmtree(path)
-        return None
-    if wanted in ("auto", "true"):
-        return present[-1] if present else None
-    if not _is_whole(str(wanted)):
-        raise ValueError(f"resume_from_checkpoint must be auto or a folder with a whole checkpoint; got {wanted!r}")
-    return wanted
-
-
 # -------------------------------------------------------------------------------------------------------- a command
 def run(command: str, config: type[TrainingConfig], trainer_class: Any, argv: list[str]) -> int:
     """Parses, trains, evaluates and saves: model, tokenizer, `log.jsonl` and `metrics.json` in `output_dir`."""
@@ -93,9 +50,9 @@ def run(command: str, config: type[TrainingConfig], trainer_class: Any, argv: li
         print(text)
         return 0
     checkpoint = start_point(args)
-    path = str(args.model)
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or path)
-    trainer = trainer_class(load_model(path, args), args, args.dataset, args.eval_dataset, tokenizer)
+    set_seed(args.seed)  # a fresh head is drawn while loading
+    model, tokenizer = trainer_class.load(str(args.model), args)
+    trainer = trainer_class(model, args, args.dataset, args.eval_dataset, tokenizer)
     train(trainer, checkpoint)
     print(f"saved to {args.output_dir}")
     return 0
@@ -108,8 +65,8 @@ def train(trainer: Any, checkpoint: str | None = None) -> dict[str, float]:
         metrics.update(trainer.evaluate())
     # Training switches the cache off; a saved model is for generating.
     trainer.model.config.use_cache = True
-    trainer.save_model()
+    trainer.save_whole()
     if trainer.is_world_process_zero():
-        with open(os.path.join(trainer.args.output_dir, "metrics.json"), "w", encoding="utf-8") as file:
-            json.dump({**metrics, "num_tokens": trainer.state.num_input_tokens_seen}, file, indent=1)
+        path = Path(trainer.args.output_dir) / "metrics.json"
+        write_json(path, {**metrics, "num_tokens": trainer.state.num_input_tokens_seen})
     return metrics

@@ -6,8 +6,9 @@ or from Python:
 
     SFTTrainer(model, SFTConfig(output_dir="runs/sft"), "pairs.jsonl", processing_class=tokenizer).train()
 
-Rows have a `prompt` (may be empty) and a `completion`; only the completion's tokens, its end-of-sequence token among
-them, are trained on. Sequences are padded, not packed.
+Rows have a `prompt` (may be empty) and a `completion`, or `messages` (a conversation), or `text`; only the completion's
+tokens (a conversation's replies), the end-of-sequence token among them, are trained on. With `packing`, short sequences
+share a row: no padding, the same loss.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from ..losses.sft import SFTLoss
 from .arguments import key
 from .base import AlignmentTrainer
 from .config import TrainingConfig, check_choice
-from .data.collate import IGNORE, Batch, SFTCollator
+from .data.collate import IGNORE, Batch, PackedCollator, SFTCollator
 from .data.files import Rows
+from .data.pack import pack
 from .data.tokenize import tokenize_sft
 from .run import encoder, pad_id, run
 
@@ -37,14 +39,21 @@ _ITEMS = {
 
 @dataclass
 class SFTConfig(TrainingConfig):
-    """Supervised fine-tuning on rows of `prompt` and `completion`; the loss counts the completions alone."""
+    """Supervised fine-tuning on rows of `prompt` and `completion`, or of `messages`; the loss counts the replies."""
 
     normalization: str = key("token", "The loss averages over: token (all alike) or sequence (all alike)", group="Loss")
     label_smoothing: float = key(0.0, "Share of the target spread over the whole vocabulary", group="Loss")
     z_loss: float = key(0.0, "Weight of the squared log-partition function", group="Loss")
+    packing: bool = key(
+        False,
+        "Put several sequences into one row of up to max_length tokens: no padding",
+        group="Model and data",
+    )
     learning_rate: float = key(2e-5, "Peak learning rate", group="Training loop")
 
     def __post_init__(self) -> None:
+        if self.packing and self.normalization != "token":
+            raise ValueError(f"packing needs normalization token; got {self.normalization!r}")
         check_choice("normalization", self.normalization, tuple(_ITEMS))
         self.loss()
         super().__post_init__()
@@ -76,12 +85,14 @@ class SFTTrainer(AlignmentTrainer):
         """As `AlignmentTrainer`; the rows have `prompt` and `completion`. `processing_class` must be given."""
         if processing_class is None:
             raise ValueError("processing_class must be the model's tokenizer; got None")
-        collator = SFTCollator(pad_id(processing_class), args.padding_side)
+        fill = pad_id(processing_class)
+        collator = PackedCollator(fill) if args.packing else SFTCollator(fill, args.padding_side)
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, collator=collator, **kwargs)
         self.loss = args.loss()
 
     def prepare(self, rows: Rows, args: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        return tokenize_sft(rows, encoder(tokenizer, args))
+        tokenised = tokenize_sft(rows, encoder(tokenizer, args))
+        return pack(tokenised, args.max_length) if args.packing else tokenised
 
     def items(self, batch: Batch) -> Tensor:
         return _ITEMS[self.args.normalization](batch["labels"] != IGNORE)

@@ -18,15 +18,20 @@ Batch = dict[str, Tensor]
 
 
 def pad(
-    sequences: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: int, padding_side: str = "right"
+    sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
+    pad_token_id: int,
+    padding_side: str = "right",
+    own: Sequence[Sequence[bool] | None] | None = None,
 ) -> Batch:
     """Pads (prompt ids, completion ids) to one length T.
+
+    `own` says of each completion which of its tokens are trained on; None: all of them.
 
     Returns:
         input_ids: [B, T], int64.
         attention_mask: [B, T], int64; 1 on real tokens.
         position_ids: [B, T], int64; 0, 1, 2, ... over the real tokens, wherever the padding is.
-        labels: [B, T], int64; the next token where that belongs to the completion, else -100.
+        labels: [B, T], int64; the next token where that belongs to the completion (and is trained on), else -100.
     """
     length = max(len(prompt) + len(completion) for prompt, completion in sequences)
     shape = (len(sequences), length)
@@ -41,19 +46,51 @@ def pad(
         attention_mask[row, span] = 1
         position_ids[row, span] = torch.arange(len(ids))
         first = max(len(prompt), 1)  # without a prompt nothing predicts the first token
-        labels[row, start + first - 1 : start + len(ids) - 1] = ids[first:]
+        targets = ids[first:]
+        mask = None if own is None else own[row]
+        if mask is not None:
+            targets = targets.where(torch.tensor(mask[first - len(prompt) :]), IGNORE)
+        labels[row, start + first - 1 : start + len(ids) - 1] = targets
     return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, "labels": labels}
 
 
 @dataclass(frozen=True)
 class SFTCollator:
-    """Rows with `prompt_ids` and `completion_ids` to one padded batch of B sequences."""
+    """Rows with `prompt_ids`, `completion_ids` and perhaps `own` to one padded batch of B sequences."""
 
     pad_token_id: int
     padding_side: str = "right"
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
-        return pad([(r["prompt_ids"], r["completion_ids"]) for r in rows], self.pad_token_id, self.padding_side)
+        sequences = [(r["prompt_ids"], r["completion_ids"]) for r in rows]
+        return pad(sequences, self.pad_token_id, self.padding_side, [r.get("own") for r in rows])
+
+
+@dataclass(frozen=True)
+class PackedCollator:
+    """Rows that each hold several sequences one after the other (see `pack`) to one batch of B rows.
+
+    There is no attention mask: positions that begin again at 0 are how transformers' models know where a sequence
+    ends and the next, which must not see it, begins. `num_tokens`, [B], counts the real tokens.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        length = max(len(r["input_ids"]) for r in rows)
+        batch = {
+            "input_ids": torch.full((len(rows), length), self.pad_token_id, dtype=torch.int64),
+            "position_ids": torch.zeros((len(rows), length), dtype=torch.int64),
+            "labels": torch.full((len(rows), length), IGNORE, dtype=torch.int64),
+        }
+        for i, r in enumerate(rows):
+            for name, tensor in batch.items():
+                tensor[i, : len(r[name])] = torch.tensor(r[name])
+            # Padding counts as one more sequence, with positions of its own.
+            filler = length - len(r["input_ids"])
+            batch["position_ids"][i, length - filler :] = torch.arange(filler)
+        batch["num_tokens"] = torch.tensor([len(r["input_ids"]) for r in rows])
+        return batch
 
 
 @dataclass(frozen=True)
@@ -73,3 +110,40 @@ class PreferenceCollator:
             if name in rows[0]:
                 batch[name] = torch.tensor([r[name] for r in rows], dtype=torch.float32)
         return batch
+
+
+@dataclass(frozen=True)
+class ListCollator:
+    """Ranked lists of any lengths to one padded batch of all their completions, N sequences.
+
+    Beside the inputs of `pad`, for B lists of at most K completions:
+        places: [B, K], int64; the sequence that is entry k of list b, -1 where the list has no such entry.
+        ranks: [B, K], float32; 0 is best. rewards: [B, K], float32, where all the rows bring them.
+        margin: [B], float32, and labeler: [B], int64, likewise.
+    """
+
+    pad_token_id: int
+    padding_side: str = "right"
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        sequences = [(r["prompt_ids"], ids) for r in rows for ids in r["completions_ids"]]
+        batch = pad(sequences, self.pad_token_id, self.padding_side)
+        lengths = [len(r["completions_ids"]) for r in rows]
+        places = torch.full((len(rows), max(lengths)), -1)
+        real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        places[real] = torch.arange(len(sequences))
+        batch["places"] = places
+        for name in ("ranks", "rewards"):
+            if all(r.get(name) is not None for r in rows):
+                batch[name] = torch.zeros(places.shape)
+                batch[name][real] = torch.tensor([v for r in rows for v in r[name]], dtype=torch.float32)
+        for name, dtype in (("margin", torch.float32), ("labeler", torch.int64)):
+            if all(r.get(name) is not None for r in rows):
+                batch[name] = torch.tensor([r[name] for r in rows], dtype=dtype)
+        return batch
+
+
+def in_lists(values: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """([N] values as [B, K] lists, which entries are real): the way back from `ListCollator`'s batch."""
+    real = places >= 0
+    return values[places.clamp(min=0)], real

@@ -10,8 +10,9 @@ import ast
 import io
 import random
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .fetch import VADER, fetch
 
@@ -21,12 +22,25 @@ _RATERS = "movieReviewSnippets_anonDataRatings.txt"
 _SCORER = ("vaderSentiment.py", "vader_lexicon.txt", "emoji_utf8_lexicon.txt")
 
 
+_BATCH = 30
+
+
 class Review(NamedTuple):
-    """One snippet: its mean rating from -4 to +4, its text with white space made uniform, and every rater's rating."""
+    """One snippet: its mean rating from -4 to +4, its text with white space made uniform, and every rater's rating.
+
+    The corpus names no raters, but it was rated in batches of 30 snippets, each by people of its own, whose ratings
+    stand in one order: place j of every snippet of a batch is one person. (The places' mean deviations from the
+    snippets' means vary nine times as much as they do with each snippet's ratings shuffled.)
+    """
 
     rating: float
     text: str
     ratings: tuple[int, ...]
+    batch: int = 0
+
+    def labelers(self) -> list[tuple[str, int]]:
+        """(rater, rating) of everyone who rated it."""
+        return [(f"{self.batch}-{place}", rating) for place, rating in enumerate(self.ratings)]
 
 
 def load_reviews() -> list[Review]:
@@ -43,7 +57,7 @@ def load_reviews() -> list[Review]:
     for line in rated.splitlines():
         number, rating, text = line.split("\t")
         text = " ".join(text.replace("''", '"').split())
-        reviews.setdefault(text, Review(float(rating), text, every.get(number, ())))
+        reviews.setdefault(text, Review(float(rating), text, every.get(number, ()), (int(number) - 1) // _BATCH))
     return list(reviews.values())
 
 
@@ -80,3 +94,53 @@ def _member(archive: tarfile.TarFile, ending: str) -> bytes:
             if file is not None:
                 return file.read()
     raise ValueError(f"the archive has no file {ending!r}")
+
+
+# ------------------------------------------------------------------------------------------------- rows for trainers
+def ranked_reviews(reviews: Sequence[Review], size: int, count: int, seed: int) -> list[dict[str, Any]]:
+    """`count` ranked lists of `size` whole reviews, with their mean ratings as rewards.
+
+    Reviews are dealt out until all were used, then shuffled and dealt out again: no comparison comes twice by design.
+    """
+    draw = random.Random(seed)
+    rows: list[dict[str, Any]] = []
+    while len(rows) < count:
+        dealt = draw.sample(list(reviews), len(reviews))
+        rows += [_ranked(dealt[i : i + size]) for i in range(0, len(dealt) - size + 1, size)]
+    return rows[:count]
+
+
+def review_pairs(reviews: Sequence[Review], count: int, seed: int) -> list[dict[str, Any]]:
+    """`count` pairs of different mean rating, drawn at random."""
+    draw = random.Random(seed)
+    rows: list[dict[str, Any]] = []
+    while len(rows) < count:
+        one, other = draw.sample(list(reviews), 2)
+        if one.rating > other.rating:
+            rows.append({"prompt": "", "chosen": one.text, "rejected": other.text})
+    return rows
+
+
+def labeler_lists(reviews: Sequence[Review], size: int, seed: int) -> list[dict[str, Any]]:
+    """One list of at most `size` reviews for every rater, with that rater's own ratings as rewards.
+
+    Raters whose reviews here are fewer than two, or all rated alike, are left out.
+    """
+    draw = random.Random(seed)
+    rated: dict[str, list[tuple[str, int]]] = {}
+    for review in reviews:
+        for name, rating in review.labelers():
+            rated.setdefault(name, []).append((review.text, rating))
+    rows = []
+    for name, entries in rated.items():
+        chosen = draw.sample(entries, min(size, len(entries)))
+        if len({rating for _, rating in chosen}) > 1:
+            texts, ratings = zip(*chosen, strict=True)
+            rows.append(
+                {"prompt": "", "completions": list(texts), "rewards": [float(r) for r in ratings], "labeler": name}
+            )
+    return rows
+
+
+def _ranked(reviews: Sequence[Review]) -> dict[str, Any]:
+    return {"prompt": "", "completions": [r.text for r in reviews], "rewards": [r.rating for r in reviews]}

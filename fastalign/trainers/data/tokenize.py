@@ -1,118 +1,214 @@
-"""Prompts and completions to token ids, with a boundary that no token crosses.
+"""Rows in any of the usual forms to token ids; a row that cannot be used is named.
 
-At generation the prompt is tokenised alone and the model continues after its last token. Training must see the same
-split: `ids(prompt) + ids(completion)`, where no token mixes the end of the prompt with the start of the completion,
-although tokenising the joined text may well merge across that boundary.
+| form | columns |
+| --- | --- |
+| prompt and completion | `prompt`, `completion` |
+| text alone | `text`, or `completion` |
+| conversation | `messages` |
+| pair | `prompt`, `chosen`, `rejected`; or `chosen`, `rejected` that begin alike: what they share is the prompt |
+| ranked list | `prompt`, `completions`, and `rewards` (high is good) or `ranks` (0 is best); without them best first |
+
+Beside pairs may stand `margin`, and both of `ref_chosen_logps`, `ref_rejected_logps`; beside pairs and lists `labeler`.
+Every prompt and completion is a text or a list of messages (`role`, `content`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
-from .files import Rows, load_rows, text_of
+from .chat import check_messages, is_chat
+from .encode import Encoder
+from .files import Rows, checked_text, read_rows, text_of, together
 
-SFT_COLUMNS = ("prompt", "completion")
-PREFERENCE_COLUMNS = ("prompt", "chosen", "rejected")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+SFT_FORMS = (("messages",), ("prompt", "completion"), ("text",), ("completion",))
+PAIR_FORMS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
+LIST_FORMS = (("prompt", "completions"), *PAIR_FORMS)
 
-
-@dataclass(frozen=True)
-class Encoder:
-    """Tokenises pairs of prompt and completions, and cuts them to length.
-
-    Attributes:
-        tokenizer: the model's tokenizer.
-        max_length: tokens of prompt and completion together. The prompt loses its beginning first (one token of context
-            stays: the beginning-of-sequence token where there is one); a completion that is still too long loses its
-            end, and then has no end-of-sequence token.
-        max_prompt_length: tokens of the prompt; None leaves it to max_length.
-        append_eos: end completions with the end-of-sequence token, unless they have it already.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    max_length: int
-    max_prompt_length: int | None = None
-    append_eos: bool = True
-
-    def __post_init__(self) -> None:
-        if self.append_eos and self.tokenizer.eos_token_id is None:
-            raise ValueError("append_eos needs a tokenizer with an end-of-sequence token; this one has none")
-        if self.max_length < 3:
-            raise ValueError(f"max_length must be at least 3 (context, a token, its end); got {self.max_length}")
-
-    def __call__(self, prompt: str, completions: list[str]) -> tuple[list[int], list[list[int]]]:
-        """Token ids of the prompt and of each completion. All completions share one prompt, cut alike."""
-        head = self._bos()
-        prompt_ids = self._ids(prompt)
-        tails = [self._continuation(prompt, prompt_ids, text) for text in completions]
-        if self.append_eos:
-            eos = self.tokenizer.eos_token_id
-            tails = [ids if ids and ids[-1] == eos else [*ids, eos] for ids in tails]
-        room = self.max_length - max(map(len, tails))
-        if self.max_prompt_length is not None:
-            room = min(room, self.max_prompt_length)
-        keep = max(room - len(head), 1 if not head else 0)
-        prompt_ids = head + (prompt_ids[-keep:] if keep else [])
-        return prompt_ids, [ids[: self.max_length - len(prompt_ids)] for ids in tails]
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
-
-    def _bos(self) -> list[int]:
-        """The beginning-of-sequence token, if this tokenizer puts one in front of its texts."""
-        bos = self.tokenizer.bos_token_id
-        return [bos] if bos is not None and self.tokenizer("a", verbose=False)["input_ids"][0] == bos else []
-
-    def _continuation(self, prompt: str, prompt_ids: list[int], text: str) -> list[int]:
-        """Ids of the completion as they follow the prompt's own ids."""
-        joined = self._ids(prompt + text)
-        if joined[: len(prompt_ids)] == prompt_ids:
-            return joined[len(prompt_ids) :]
-        alone = self._ids(text)
-        if self._decode(prompt_ids + alone) == self._decode(joined):
-            return alone
-        # SentencePiece-like tokenizers put a space before every text; after a line break, which merges with nothing,
-        # they do not.
-        anchor = self._ids("\n")
-        anchored = self._ids("\n" + text)
-        return anchored[len(anchor) :] if anchored[: len(anchor)] == anchor else alone
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+Row = Mapping[str, Any]
 
 
 def tokenize_sft(source: Rows, encode: Encoder) -> Dataset:
-    """Rows of prompt and completion to `prompt_ids`, `completion_ids` and `length`.
+    """Rows to `prompt_ids`, `completion_ids`, `length`, and for conversations `own`: which ids are the assistant's.
 
     Raises ValueError naming the row if a completion is empty.
     """
-
-    def one(row: Mapping[str, Any], index: int) -> dict[str, Any]:
-        prompt = text_of(row, "prompt", index, may_be_empty=True)
-        prompt_ids, (ids,) = encode(prompt, [text_of(row, "completion", index, may_be_empty=False)])
-        return {"prompt_ids": prompt_ids, "completion_ids": ids, "length": len(prompt_ids) + len(ids)}
-
-    rows = load_rows(source, required=SFT_COLUMNS)
-    return rows.map(one, with_indices=True, remove_columns=rows.column_names, desc="tokenising")
+    rows = read_rows(source)
+    form = _form(rows, SFT_FORMS)
+    return _map(rows, _conversation if form == ("messages",) else _completion, form, encode)
 
 
 def tokenize_preferences(source: Rows, encode: Encoder) -> Dataset:
-    """Rows of prompt, chosen and rejected to `prompt_ids`, `chosen_ids`, `rejected_ids` and `length`.
+    """Pairs to `prompt_ids`, `chosen_ids`, `rejected_ids` and `length`.
 
     Precomputed log-probabilities of the reference are kept. Raises ValueError naming the row if a completion is empty.
     """
+    rows = read_rows(source)
+    return _map(rows, _pair, _form(rows, PAIR_FORMS), encode, keep=together(rows, REFERENCE_COLUMNS, source))
 
-    def one(row: Mapping[str, Any], index: int) -> dict[str, Any]:
-        prompt = text_of(row, "prompt", index, may_be_empty=True)
-        completions = [text_of(row, name, index, may_be_empty=False) for name in ("chosen", "rejected")]
-        prompt_ids, (chosen, rejected) = encode(prompt, completions)
-        length = len(prompt_ids) + max(len(chosen), len(rejected))
-        return {"prompt_ids": prompt_ids, "chosen_ids": chosen, "rejected_ids": rejected, "length": length}
 
-    rows = load_rows(source, required=PREFERENCE_COLUMNS, optional=REFERENCE_COLUMNS)
-    return rows.map(one, with_indices=True, remove_columns=list(PREFERENCE_COLUMNS), desc="tokenising")
+def tokenize_lists(source: Rows, encode: Encoder) -> Dataset:
+    """Ranked lists and pairs to `prompt_ids`, `completions_ids` (best first), `ranks`, `length`.
+
+    Where the rows bring them, also `rewards`, `margin` (pairs only) and `labeler`. Raises ValueError naming the row if
+    a completion is empty, or rewards or ranks do not match the completions.
+    """
+    rows = read_rows(source)
+    form = _form(rows, LIST_FORMS)
+    if form in PAIR_FORMS:
+        return _map(rows, _pair_as_list, form, encode, keep=_present(rows, "margin", "labeler"))
+    if "margin" in rows.column_names:
+        raise ValueError("dataset with the column margin must hold pairs (chosen, rejected); this one has completions")
+    if {"rewards", "ranks"} <= set(rows.column_names):
+        raise ValueError("dataset must have one of the columns rewards and ranks; this one has both")
+    order = _present(rows, "rewards", "ranks")
+    return _map(rows, _ranked, (*form, *order), encode, keep=_present(rows, "labeler"))
+
+
+# ------------------------------------------------------------------------------------------------------ forms of rows
+def _form(rows: Dataset, forms: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """The first of the forms whose columns are all there."""
+    for columns in forms:
+        if set(columns) <= set(rows.column_names):
+            return columns
+    choices = " or ".join(f"({', '.join(columns)})" for columns in forms)
+    raise ValueError(f"dataset needs the columns {choices}; it has {', '.join(rows.column_names)}")
+
+
+def _present(rows: Dataset, *names: str) -> list[str]:
+    return [name for name in names if name in rows.column_names]
+
+
+def _map(
+    rows: Dataset,
+    convert: Callable[[Row, int, Encoder], dict[str, Any]],
+    columns: Sequence[str],
+    encode: Encoder,
+    keep: Sequence[str] = (),
+) -> Dataset:
+    """Every row through `convert`, which sees `columns`; the columns `keep` stay as they are, all others go."""
+    rows = rows.select_columns([*columns, *keep])
+
+    def one(row: Row, index: int) -> dict[str, Any]:
+        try:
+            return convert(row, index, encode)
+        except ValueError as error:
+            text = str(error)
+            raise ValueError(text if f"row {index} " in text else f"row {index} (from 0): {text}") from None
+
+    gone = [name for name in columns if name not in keep]
+    return rows.map(one, with_indices=True, remove_columns=gone, desc="tokenising")
+
+
+def cell(row: Row, column: str, index: int, *, may_be_empty: bool) -> Any:
+    """A prompt or completion: checked text, or checked messages."""
+    value = row[column]
+    if is_chat(value):
+        check_messages(value, f"column {column!r}, row {index} (from 0),")
+        return value
+    return text_of(row, column, index, may_be_empty=may_be_empty)
+
+
+# ---------------------------------------------------------------------------------------------------- one row of each
+def _completion(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
+    prompt = cell(row, "prompt", index, may_be_empty=True) if "prompt" in row else ""
+    column = "text" if "text" in row else "completion"
+    prompt_ids, (ids,) = encode(prompt, [cell(row, column, index, may_be_empty=False)])
+    return {"prompt_ids": prompt_ids, "completion_ids": ids, "length": len(prompt_ids) + len(ids)}
+
+
+def _conversation(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
+    if not is_chat(row["messages"]):
+        raise ValueError(f"column 'messages' must hold a list of messages; got {type(row['messages']).__name__}")
+    messages = cell(row, "messages", index, may_be_empty=False)
+    prompt_ids, ids, own = encode.conversation(messages)
+    return {"prompt_ids": prompt_ids, "completion_ids": ids, "own": own, "length": len(prompt_ids) + len(ids)}
+
+
+def _pair(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
+    prompt_ids, (chosen, rejected) = encode(*_pair_of(row, index))
+    length = len(prompt_ids) + max(len(chosen), len(rejected))
+    return {"prompt_ids": prompt_ids, "chosen_ids": chosen, "rejected_ids": rejected, "length": length}
+
+
+def _pair_as_list(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
+    prompt_ids, completions = encode(*_pair_of(row, index))
+    return _list(prompt_ids, completions, {"ranks": [0.0, 1.0]})
+
+
+def _pair_of(row: Row, index: int) -> tuple[Any, list[Any]]:
+    """(prompt, [chosen, rejected]); the prompt is what both begin with where there is none of its own."""
+    chosen, rejected = (cell(row, name, index, may_be_empty=False) for name in ("chosen", "rejected"))
+    prompt = cell(row, "prompt", index, may_be_empty=True) if "prompt" in row else None
+    if is_chat(chosen) != is_chat(rejected):
+        raise ValueError("chosen and rejected must both be text or both be messages")
+    if not is_chat(chosen):
+        if prompt is not None:
+            return prompt, [chosen, rejected]
+        shared = _shared_text(chosen, rejected)
+        return shared, [_remainder(text, shared, index) for text in (chosen, rejected)]
+    # Messages after a prompt of text, or none, repeat the whole conversation.
+    turns = 0 if is_chat(prompt) else _shared_turns(chosen, rejected)
+    before, after = [*(prompt if is_chat(prompt) else []), *chosen[:turns]], [chosen[turns:], rejected[turns:]]
+    if not before:
+        raise ValueError("chosen and rejected must begin with the same messages, or have a prompt of messages")
+    if any(len(rest) != 1 or rest[0]["role"] != "assistant" for rest in after):
+        raise ValueError("chosen and rejected must each be one reply of the assistant to the same conversation")
+    return before, after
+
+
+def _shared_text(chosen: str, rejected: str) -> str:
+    """What both texts begin with, to the last white space or line break: words are not torn."""
+    if chosen == rejected:
+        return ""  # nothing tells where the prompt ends
+    alike = (left == right for left, right in zip(chosen, rejected, strict=False))
+    end = sum(1 for _ in itertools.takewhile(bool, alike))
+    return chosen[: max(chosen.rfind(" ", 0, end), chosen.rfind("\n", 0, end) + 1, 0)]
+
+
+def _remainder(text: str, shared: str, index: int) -> str:
+    return checked_text(text[len(shared) :], "what follows the shared beginning", index, may_be_empty=False)
+
+
+def _shared_turns(chosen: Sequence[Row], rejected: Sequence[Row]) -> int:
+    """How many messages both begin with; the last reply of each is not among them."""
+    count = 0
+    for left, right in zip(chosen[:-1], rejected[:-1], strict=False):
+        if left != right:
+            break
+        count += 1
+    return count
+
+
+def _ranked(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
+    completions = row["completions"]
+    if not isinstance(completions, list) or not completions:
+        raise ValueError("column 'completions' must hold a list with at least one completion")
+    for k, completion in enumerate(completions):
+        where = f"column 'completions', number {k} (from 0),"
+        if is_chat(completion):
+            check_messages(completion, f"{where} row {index} (from 0),")
+        else:
+            checked_text(completion, where, index, may_be_empty=False)
+    prompt_ids, ids = encode(cell(row, "prompt", index, may_be_empty=True), completions)
+    columns = {name: _numbers(row[name], name, len(completions)) for name in ("rewards", "ranks") if name in row}
+    ranks = columns.get("ranks", [-r for r in columns.get("rewards", [])] or [float(k) for k in range(len(ids))])
+    order = sorted(range(len(ids)), key=lambda k: ranks[k])
+    columns["ranks"] = ranks
+    return _list(prompt_ids, [ids[k] for k in order], {name: [c[k] for k in order] for name, c in columns.items()})
+
+
+def _numbers(values: Any, column: str, count: int) -> list[float]:
+    good = isinstance(values, list) and all(isinstance(v, (int, float)) and v == v for v in values)
+    if not good or len(values) != count:
+        raise ValueError(f"column {column!r} must hold one number for each of the {count} completions; got {values!r}")
+    return [float(v) for v in values]
+
+
+def _list(prompt_ids: list[int], completions: list[list[int]], columns: dict[str, list[float]]) -> dict[str, Any]:
+    length = len(prompt_ids) + max(map(len, completions))
+    return {"prompt_ids": prompt_ids, "completions_ids": completions, **columns, "length": length}

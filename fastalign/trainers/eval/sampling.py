@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ... import ops
 from ..base import model_logits
+from ..config import check_positive
+from ..data.chat import Messages
 from ..data.collate import pad
-from ..data.tokenize import Encoder
+from ..data.encode import Encoder
 from ..run import pad_id
 
 
@@ -37,57 +40,94 @@ class PolicyComparison(NamedTuple):
     """Sum over t of the policy's entropy."""
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How continuations are drawn; by default from the model's own distribution.
+
+    Attributes:
+        max_new_tokens: longest continuation.
+        temperature: divides the logits; 0 takes the likeliest token each time.
+        top_k: only the k likeliest tokens; 0: all.
+        top_p: only the likeliest tokens that together have this probability; 1: all.
+        batch_size: continuations drawn at once.
+    """
+
+    max_new_tokens: int
+    batch_size: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch_size"):
+            check_positive(name, getattr(self, name))
+        if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                "temperature and top_k must be at least 0 and top_p in (0, 1]; "
+                f"got {self.temperature}, {self.top_k} and {self.top_p}"
+            )
+
+    def options(self) -> dict[str, Any]:
+        """What transformers' generate is told; what the model's own generation config says does not count."""
+        draw = {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        how = draw if self.temperature else {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+        return {"max_new_tokens": self.max_new_tokens, "repetition_penalty": 1.0, **how}
+
+
+def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a text: the tokenizer's, and those of the model's generation config (ends of turns)."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return sorted({i for i in found if i is not None})
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Messages]) -> list[list[int]]:
+    """Token ids of prompts, texts or messages, as training sees them."""
+    encode = Encoder(tokenizer, max_length=2**30, append_eos=False)
+    return [encode(prompt, [" "])[0] for prompt in prompts]
+
+
 @torch.no_grad()
 def sample(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Messages],
     *,
     per_prompt: int,
-    max_new_tokens: int,
-    batch_size: int,
+    how: Sampling,
     desc: str = "sampling",
 ) -> list[list[Sample]]:
-    """Continuations of each prompt, drawn from the model's own distribution: temperature 1, no top-k, no top-p.
-
-    Uses torch's global random generator: seed it for the same samples again. `batch_size` counts continuations.
-    """
-    encode = Encoder(tokenizer, max_length=2**30, append_eos=False)
-    rows = [encode(prompt, [" "])[0] for prompt in prompts]
-    fill, eos = pad_id(tokenizer), tokenizer.eos_token_id
+    """`per_prompt` continuations of each prompt. Uses torch's global generator: seed it for the same samples again."""
+    rows = prompt_ids(tokenizer, prompts)
+    fill, ends = pad_id(tokenizer), end_ids(model, tokenizer)
     was_training = model.training
     model.eval()
     out: list[list[Sample]] = []
-    step = max(1, batch_size // per_prompt)
+    step = max(1, how.batch_size // per_prompt)
     for start in tqdm(range(0, len(rows), step), desc=desc):
         batch = pad([(ids, []) for ids in rows[start : start + step]], fill, "left")
         drawn = model.generate(
-            input_ids=batch["input_ids"].to(model.device),
-            attention_mask=batch["attention_mask"].to(model.device),
-            max_new_tokens=max_new_tokens,
-            num_return_sequences=per_prompt,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
+            input_ids=batch["input_ids"].to(model.device).repeat_interleave(per_prompt, 0),
+            attention_mask=batch["attention_mask"].to(model.device).repeat_interleave(per_prompt, 0),
             use_cache=True,
             pad_token_id=fill,
-            eos_token_id=eos,
+            eos_token_id=ends or None,
+            **how.options(),
         )
         tails = drawn[:, batch["input_ids"].shape[1] :].tolist()
         for i, ids in enumerate(rows[start : start + step]):
             mine = tails[i * per_prompt : (i + 1) * per_prompt]
-            out.append([_cut(ids, tail, eos, tokenizer) for tail in mine])
+            out.append([_cut(ids, tail, ends, tokenizer) for tail in mine])
     model.train(was_training)
     return out
 
 
-def _cut(prompt_ids: list[int], tail: list[int], eos: int | None, tokenizer: PreTrainedTokenizerBase) -> Sample:
+def _cut(start: list[int], tail: list[int], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Sample:
     """The continuation up to and with its end; what follows is padding."""
-    finished = eos is not None and eos in tail
-    ids = tail[: tail.index(eos) + 1] if eos is not None and finished else tail
+    end = next((i for i, token in enumerate(tail) if token in ends), None)
+    ids = tail if end is None else tail[: end + 1]
     text = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-    return Sample(prompt_ids, ids, text, finished)
+    return Sample(start, ids, text, end is not None)
 
 
 @torch.no_grad()

@@ -1,0 +1,117 @@
+"""Checkpoints that are there whole or not at all, and where a run continues from.
+
+Everything is written into a hidden folder beside its place and renamed into it: a process that is killed while it
+writes leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .config import TrainingConfig
+
+PARTIAL = ".partial"
+"""Folder inside the output folder for what is being written or removed; nothing in it is ever read."""
+
+_STATE = "trainer_state.json"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes the file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_folder(folder: str, write: Callable[[str], None], *, is_writer: bool = True) -> None:
+    """Lets `write` fill a hidden folder, then moves its files into `folder`, `config.json` last.
+
+    Without that file no model can be loaded, so a first model is there whole or not at all. In several processes all
+    of them call this, since all of them may have a part in `write`; one is the writer.
+    """
+    partial = os.path.join(folder, PARTIAL, "model")
+    shutil.rmtree(partial, ignore_errors=True)
+    write(partial)
+    if is_writer:
+        for name in sorted(os.listdir(partial), key=lambda name: (name == "config.json", name)):
+            os.replace(os.path.join(partial, name), os.path.join(folder, name))
+        shutil.rmtree(os.path.join(folder, PARTIAL), ignore_errors=True)
+
+
+def remove(folder: str) -> None:
+    """Removes a checkpoint; if that is cut short, nothing that looks like one is left."""
+    grave = os.path.join(os.path.dirname(folder), PARTIAL, "removed-" + os.path.basename(folder))
+    os.makedirs(os.path.dirname(grave), exist_ok=True)
+    shutil.rmtree(grave, ignore_errors=True)
+    os.replace(folder, grave)
+    shutil.rmtree(grave)
+
+
+def publish(partial: str, target: str) -> None:
+    """Puts a written checkpoint in its place, instead of one that may be there."""
+    if os.path.isdir(target):
+        remove(target)
+    os.replace(partial, target)
+
+
+def rotate(output_dir: str, limit: int | None, best: str | None) -> None:
+    """Removes the oldest checkpoints until `limit` are left; the newest and the best one stay."""
+    if not limit or limit < 1:
+        return
+    present = checkpoints(output_dir)
+    kept = {os.path.abspath(path) for path in (present[-1:] + ([best] if best else []))}
+    spare = [path for path in present if os.path.abspath(path) not in kept]
+    for path in spare[: max(0, len(present) - max(limit, len(kept)))]:
+        remove(path)
+
+
+def checkpoints(output_dir: str) -> list[str]:
+    """Whole checkpoints, oldest first. The trainer's state is written last, so where it can be read all is there."""
+    found = []
+    for name in os.listdir(output_dir) if os.path.isdir(output_dir) else ():
+        match = _CHECKPOINT.fullmatch(name)
+        if match and _is_whole(os.path.join(output_dir, name)):
+            found.append((int(match[1]), os.path.join(output_dir, name)))
+    return [path for _, path in sorted(found)]
+
+
+def _is_whole(path: str) -> bool:
+    try:
+        with open(os.path.join(path, _STATE), encoding="utf-8") as file:
+            json.load(file)
+    except (OSError, json.JSONDecodeError):
+        return False
+    return True
+
+
+def start_point(args: TrainingConfig) -> str | None:
+    """The checkpoint to continue from, or None to start anew.
+
+    Raises ValueError if the output folder holds checkpoints and the configuration says neither to continue nor to
+    overwrite them, or if the checkpoint asked for is not whole.
+    """
+    output_dir = str(args.output_dir)
+    present = checkpoints(output_dir)
+    wanted = args.resume_from_checkpoint
+    if wanted in (None, "false"):
+        if present and not args.overwrite_output_dir:
+            raise ValueError(
+                f"output_dir {output_dir!r} holds {os.path.basename(present[-1])}: continue it with "
+                "--resume_from_checkpoint auto, or start anew with --overwrite_output_dir true"
+            )
+        for path in present:
+            shutil.rmtree(path)
+        return None
+    if wanted in ("auto", "true"):
+        return present[-1] if present else None
+    if not _is_whole(str(wanted)):
+        raise ValueError(f"resume_from_checkpoint must be auto or a folder with a whole checkpoint; got {wanted!r}")
+    return wanted

@@ -1,0 +1,180 @@
+"""The doctor: each check on data or a model that has the fault, and on one that has not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="needs transformers (the extra `train`)")
+pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
+
+from transformers import GenerationConfig, GPT2ForSequenceClassification, set_seed
+
+from fastalign import cli
+from fastalign.trainers.doctor import DoctorConfig, examine
+
+WORDS = ["good", "bad", "great", "dull", "fun", "awful"]
+SOUND = [
+    {
+        "prompt": f"the movie number {i}" + " is" * (i % 4),
+        "chosen": f" {WORDS[i % 6]}" + " and long" * (i % 2),
+        "rejected": f" {WORDS[(i + 1) % 6]}" + " and dull" * ((i + 1) % 2),
+    }
+    for i in range(24)
+]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CHAT = [{"messages": [{"role": "user", "content": f"is it {w}"}, {"role": "assistant", "content": w}]} for w in WORDS]
+
+
+@pytest.fixture
+def look(tiny_model, tiny_tokenizer, tmp_path):
+    """Findings of one check: {level: text}, on rows, after `change(model, tokenizer)`."""
+
+    def run(check, rows, change=None, **options):
+        model = tiny_model()
+        tokenizer = type(tiny_tokenizer)(
+            tokenizer_object=tiny_tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+        )
+        if change:
+            change(model, tokenizer)
+        model.save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        data = tmp_path / "rows.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = DoctorConfig(model=str(tmp_path / "model"), dataset=str(data), **options)
+        return {f.level: f.text for f in examine(config) if f.check == check}
+
+    return run
+
+
+def with_template(template):
+    return lambda model, tokenizer: setattr(tokenizer, "chat_template", template)
+
+
+FAULTS = {
+    "boundaries": ([{**r, "prompt": r["prompt"] + " "} for r in SOUND], "warning", "end in white space"),
+    "empty completions": ([*SOUND, {"prompt": "a", "chosen": "b", "rejected": "  "}], "error", "row 24 "),
+    "duplicates": ([*SOUND, SOUND[3]], "warning", "row 24 .* repeat"),
+    "chosen equals rejected": ([*SOUND, {"prompt": "a", "chosen": " b", "rejected": "b"}], "error", "row 24 "),
+    "length bias": ([{**r, "chosen": r["chosen"] + " and so on"} for r in SOUND], "warning", "longer one in 100%"),
+    "truncation": ([*SOUND, {"prompt": "a", "chosen": " good" * 80, "rejected": "b"}], "warning", "row 24 "),
+    "chat template": ([{**SOUND[0], "prompt": "<|im_start|>user hi"}], "warning", "row 0 .*chat markers"),
+}
+
+
+@pytest.mark.parametrize("check", FAULTS)
+def test_faulty_data_is_named_and_sound_data_is_not(look, check):
+    import re
+
+    rows, level, message = FAULTS[check]
+    found = look(check, rows, max_length=64)
+    assert re.search(message, found.pop(level)), found
+    assert not found
+    assert look(check, SOUND, max_length=64) == {"ok": ""}
+
+
+def test_lists_are_looked_at_too(look):
+    rows = [{"prompt": "a", "completions": [" good and long", " bad", " good and long"], "rewards": [2.0, 1.0, 2.0]}]
+    assert "more than once" in look("duplicates", rows)["warning"]
+    rows = [{"prompt": f"a{i}", "completions": [" bad", " good and long"], "rewards": [1.0, 2.0]} for i in range(12)]
+    assert "longer one in 100%" in look("length bias", rows)["warning"]
+    rows = [{**row, "rewards": [i % 2, 0.5]} for i, row in enumerate(rows)]
+    assert look("length bias", rows) == {"ok": ""}
+
+
+def test_end_of_sequence_and_padding(look):
+    assert "one token" in look("padding", SOUND)["note"]
+    assert look("padding", SOUND, lambda m, t: setattr(t, "pad_token", "<s>")) == {"ok": ""}
+    assert "no end-of-sequence" in look("padding", SOUND, lambda m, t: setattr(t, "eos_token", None))["error"]
+
+
+def test_chat_templates(look):
+    check = "chat template"
+    assert look(check, CHAT, with_template(TEMPLATE)) == {"ok": ""}
+    assert "no chat template" in look(check, CHAT)["error"]
+    unstable = "{{ messages | length }}" + TEMPLATE
+    assert "same way with and without" in look(check, CHAT, with_template(unstable))["error"]
+    endless = TEMPLATE.replace("</s>", "<end>")
+    assert "generation does not stop" in look(check, CHAT, with_template(endless))["error"]
+    forgetful = TEMPLATE.replace("for m in messages", "for m in messages if m['role'] != 'user'")
+    assert "leaves out a message" in look(check, CHAT, with_template(forgetful))["warning"]
+    twice = [{"messages": [{"role": "user", "content": "so"}, *row["messages"]]} for row in CHAT]
+    assert "one role follow each other" in look(check, twice, with_template(TEMPLATE))["warning"]
+    assert "do not go through" in look(check, SOUND, with_template(TEMPLATE))["note"]
+
+
+@pytest.mark.parametrize("setting", [{"temperature": 0.5}, {"top_k": 3}, {"repetition_penalty": 2.0}])
+def test_a_sampler_that_draws_from_another_distribution(look, setting):
+    def change(model, tokenizer):
+        model.generation_config = GenerationConfig(do_sample=True, **setting)
+
+    ((name, value),) = setting.items()
+    assert f"{name}={value}" in look("sampling against training", SOUND, change)["error"]
+
+
+def test_a_sampler_that_draws_from_the_policy(look):
+    def change(model, tokenizer):
+        model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+
+    assert look("sampling against training", SOUND, change) == {"ok": ""}
+
+
+def test_vocabulary_and_memory(look):
+    found = look("vocabulary", SOUND, lambda m, t: t.add_tokens(["<more>"]))
+    assert "tokens and the model embeds" in found["error"]
+    assert look("vocabulary", SOUND) == {"ok": ""}
+    assert "GiB" in look("memory", SOUND)["ok"]
+    found = look("memory", SOUND, per_device_train_batch_size=10**9)
+    assert "lower per_device_train_batch_size" in found["error"]
+
+
+class TestRewardModel:
+    CHECK = "reward model in batches"
+
+    @pytest.fixture
+    def reward(self, look, tiny_model, tiny_tokenizer, tmp_path):
+        def run(pad_in_model, pad_token):
+            set_seed(0)
+            config = tiny_model().config
+            config.num_labels, config.pad_token_id = 1, pad_in_model
+            model = GPT2ForSequenceClassification(config)
+            with torch.no_grad():
+                model.score.weight.normal_()
+            model.save_pretrained(tmp_path / "reward")
+            tokenizer = type(tiny_tokenizer)(
+                tokenizer_object=tiny_tokenizer.backend_tokenizer,
+                bos_token="<s>",
+                eos_token="</s>",
+                pad_token=pad_token,
+            )
+            tokenizer.save_pretrained(tmp_path / "reward")
+            return look(self.CHECK, SOUND, reward_model=str(tmp_path / "reward"))
+
+        return run
+
+    def test_padding_that_the_model_does_not_know(self, reward):
+        assert "depends on the batch" in reward(5, "<s>")["error"]
+        assert "cannot score a batch" in reward(None, "<s>")["error"]
+
+    def test_padding_that_is_the_end_of_sequence(self, reward):
+        assert "one token before the end" in reward(1, "</s>")["warning"]
+
+    def test_sound_reward_model(self, reward):
+        assert reward(0, "<s>") == {"ok": ""}
+
+
+def test_command_exits_with_1_for_errors(look, tmp_path, capsys):
+    look("duplicates", SOUND)
+    argv = ["doctor", "--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "rows.jsonl")]
+    sound = cli.main([*argv, "--max_length", "64"])
+    shown = capsys.readouterr().out
+    assert "empty completions" in shown
+    assert sound == int("error" in [line.split()[0] for line in shown.splitlines() if line.strip()])
+    look("empty completions", FAULTS["empty completions"][0])
+    assert cli.main(argv) == 1
+    assert cli.main(["doctor", "--model", "x"]) == 2
