@@ -179,7 +179,7 @@ class AlignmentTrainer(Trainer, ABC):
         count = self._count(inputs)
         loss, metrics = self.batch_loss(model, inputs)
         if FILLER in inputs:
-            metrics = {name: getattr(metric, "mean", metric) for name, metric in metrics.items()}
+            metrics = {k: metric.mean if isinstance(metric, Weighted) else metric for k, metric in metrics.items()}
         training = model.training
         self._means["train" if training else "eval"].add(metrics if training else {"loss": loss, **metrics}, count)
         if training:

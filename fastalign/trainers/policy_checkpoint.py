@@ -11,6 +11,7 @@ import json
 import os
 import random
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,19 @@ from .lora import is_adapted, merged
 
 _OPTIMIZER, _STATE = "optimizer.pt", "trainer_state.json"
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+@dataclass
+class RunState:
+    """What the run has done so far."""
+
+    global_step: int = 0
+    episodes: int = 0
+    num_tokens: int = 0
+    updates: int = 0
+    best_score: float | None = None
+    best_step: int | None = None
+    is_world_process_zero: bool = True
 
 
 def rng_state() -> dict[str, Any]:

@@ -15,7 +15,6 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ from .checkpoints import PARTIAL, rotate
 from .data.collate import Batch
 from .data.files import Rows
 from .lora import adapters_off, with_lora
-from .policy_checkpoint import load_training_state, save_policy, save_whole
+from .policy_checkpoint import RunState, load_training_state, save_policy, save_whole
 from .policy_config import PolicyConfig
 from .policy_rewards import RewardFunction, load_reward
 from .policy_update import (
@@ -62,19 +61,6 @@ from .rollout import (
 from .run import load_model, pad_id
 
 _SHOWN = ("objective/scores", "objective/kl", "objective/entropy", "eval/score", "eval/kl", "length", "lr")
-
-
-@dataclass
-class RunState:
-    """What the run has done so far."""
-
-    global_step: int = 0
-    episodes: int = 0
-    num_tokens: int = 0
-    updates: int = 0
-    best_score: float | None = None
-    best_step: int | None = None
-    is_world_process_zero: bool = True
 
 
 class PolicyTrainer(ABC):
@@ -313,7 +299,8 @@ class PolicyTrainer(ABC):
                 self._after_step(metrics, bar)
         if self.args.load_best_model_at_end and self.state.best_step is not None:
             self.inner.load(self.best_folder)
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()  # not end_training, which takes the process group down as well
         return metrics
 
     def step(self) -> dict[str, float]:
