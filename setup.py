@@ -81,7 +81,10 @@ CUDA_TARGETS = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100a": "comp
 CUDA_PTX = "compute_90"
 CUDA_SOURCES = ["kernels/gae_cuda.cu", "kernels/token_stats_cuda.cu"]
 CUDA_HEADERS = [
-    *(f"kernels/{name}.h" for name in ("approximations", "gae_args", "gae_cuda", "launch_cuda", "objectives", "simd_types")),
+    *(
+        f"kernels/{name}.h"
+        for name in ("approximations", "gae_args", "gae_cuda", "launch_cuda", "objectives", "simd_types")
+    ),
     *(f"kernels/{name}.h" for name in ("token_args", "token_stats", "token_stats_cuda")),
     *(f"kernels/token_{name}_cuda.cuh" for name in ("gradient", "memory", "rows", "vectors")),
     "csrc/arguments.h",
@@ -232,7 +235,7 @@ setup(
             depends=[*HEADERS, *CUDA_HEADERS, *CUDA_SOURCES, "csrc/bindings_cuda.cpp"],
             include_dirs=[pybind11.get_include()],
             language="c++",
-        )
+        ),
     ],
     cmdclass={"build_ext": Build},
 )

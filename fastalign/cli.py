@@ -29,6 +29,18 @@ def _dpo(argv: list[str]) -> int:
     return dpo.main(argv)
 
 
+def _ppo(argv: list[str]) -> int:
+    from .trainers import ppo
+
+    return ppo.main(argv)
+
+
+def _grpo(argv: list[str]) -> int:
+    from .trainers import grpo
+
+    return grpo.main(argv)
+
+
 def _reward(argv: list[str]) -> int:
     from .trainers import reward
 
@@ -79,6 +91,8 @@ COMMANDS: dict[str, Command] = {
     "demo": Command("align a small language model on human-rated movie reviews, start to end, in minutes", _demo),
     "sft": Command("supervised fine-tuning on prompts and completions", _sft),
     "dpo": Command("direct preference optimisation on pairs of completions", _dpo),
+    "ppo": Command("reinforcement learning from a reward: PPO, its KL-penalty form, TRPO", _ppo),
+    "grpo": Command("reinforcement learning without a value function: GRPO, RLOO, Dr. GRPO, DAPO, GSPO", _grpo),
     "pro": Command("preference ranking optimization on ranked lists of completions", _pro),
     "reward": Command("a reward model from pairs or ranked lists of completions", _reward),
     "eval": Command("compare models on held-out prompts: reward, win rate, length, perplexity", _evaluate),

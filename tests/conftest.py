@@ -44,6 +44,26 @@ def cuda_simulator():
     return module.Simulator(nvcc, "sm_90a")
 
 
+@pytest.fixture
+def make(tiny_model, tiny_tokenizer, tmp_path):
+    """A policy trainer on the tiny model, a few steps long: make(options), PPO unless told otherwise."""
+    from fastalign.trainers.ppo import PPOConfig, PPOTrainer
+
+    prompts = [{"prompt": text} for text in ("the movie", "a film", "the", "a great", "fun and", "long", "is", "a")]
+    options = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "disable_tqdm": True, "response_length": 6}
+    options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_mini_batches": 2}
+    options |= {"num_ppo_epochs": 2, "learning_rate": 1e-2, "total_episodes": 16}
+
+    def lengths(completions):
+        return [len(text) % 7 - 3.0 for text in completions]
+
+    def build(trainer=PPOTrainer, config=PPOConfig, *, reward=lengths, eval_rows=None, **extra):
+        args = config(**{**options, **extra})
+        return trainer(tiny_model(), args, prompts, eval_rows, tiny_tokenizer, reward=reward)
+
+    return build
+
+
 @pytest.fixture(autouse=True)
 def own_reference_cache(tmp_path, monkeypatch):
     """Log-probabilities of references that a test computes are neither found in nor left in the user's cache."""

@@ -27,6 +27,7 @@ from .config import TrainingConfig
 from .data.collate import Batch
 from .data.files import Rows
 from .data.sampler import UpdateSampler
+from .even import FILLER, EvenCollator, even
 from .lora import is_adapted, merged, with_lora
 from .run import load_model
 
@@ -103,7 +104,7 @@ class AlignmentTrainer(Trainer, ABC):
         super().__init__(
             model=with_lora(model, args, self.task),
             args=args,
-            data_collator=collator,
+            data_collator=EvenCollator(collator),
             train_dataset=None if train_dataset is None else self.prepare(train_dataset, args, processing_class),
             eval_dataset=None if eval_dataset is None else self.prepare(eval_dataset, args, processing_class),
             processing_class=processing_class,
@@ -146,7 +147,7 @@ class AlignmentTrainer(Trainer, ABC):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        count = torch.stack([self.items(batch) for batch in batches]).sum().to(device)
+        count = torch.stack([self._count(batch) for batch in batches]).sum().to(device)
         return batches, self.accelerator.gather(count.float()).sum()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -158,17 +159,32 @@ class AlignmentTrainer(Trainer, ABC):
         size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return UpdateSampler(list(rows["length"]), size, args.seed if args.data_seed is None else args.data_seed)
 
+    def _get_dataloader(
+        self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """On several processes the last batches are filled up, not with rows that would count twice."""
+        if self.args.world_size > 1 and sampler_fn is not None:
+            dataset, sampler_fn = even(dataset, sampler_fn, batch_size * self.args.world_size)
+        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, *args, **kwargs)
+
+    def _count(self, batch: Batch) -> Tensor:
+        """Items that count: none in a batch that only fills up."""
+        items = self.items(batch)
+        return items * 0 if FILLER in batch else items
+
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The batch's share of the update's mean loss; its plain mean where Trainer gives no count (evaluation)."""
-        count = self.items(inputs)
+        count = self._count(inputs)
         loss, metrics = self.batch_loss(model, inputs)
+        if FILLER in inputs:
+            metrics = {k: metric.mean if isinstance(metric, Weighted) else metric for k, metric in metrics.items()}
         training = model.training
         self._means["train" if training else "eval"].add(metrics if training else {"loss": loss, **metrics}, count)
         if training:
             real = inputs["attention_mask" if "attention_mask" in inputs else "num_tokens"]
-            tokens = self.accelerator.gather(real.sum())
+            tokens = self.accelerator.gather(real.sum() * (FILLER not in inputs))
             self.state.num_input_tokens_seen += int(tokens.sum())
         if num_items_in_batch is not None:
             # Gradients are averaged over processes, hence their number; an update without any item has no gradient.

@@ -1,0 +1,144 @@
+"""Policy and value function as one module: one forward for both, one thing for accelerate to wrap, one to save.
+
+The value of position t is that of the state before the token which `logits[:, t]` predicts, so values and token
+log-probabilities share their labels. The head is a linear layer in float32 that starts at zero, on a backbone of its
+own or on the policy's last hidden states.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM
+
+from .base import _accepted, model_logits
+from .lora import is_adapted
+
+VALUE_FOLDER, VALUE_HEAD = "value_model", "value_head.safetensors"
+_POLICY, _CRITIC, _HEAD = "policy.", "critic.", "value_head."
+
+
+class ActorCritic(nn.Module):
+    """A causal language model with, or without, a value function.
+
+    Args:
+        policy: the language model (or its peft wrapper).
+        critic: a backbone (transformers' AutoModel) for the values; None with `shared` or without values.
+        shared: take the values from the policy's own last hidden states.
+    """
+
+    def __init__(self, policy: Any, critic: Any = None, *, shared: bool = False) -> None:
+        super().__init__()
+        self.policy, self.critic, self.shared = policy, critic, shared
+        backbone = policy if shared else critic
+        self.value_head: nn.Linear | None = None
+        if backbone is not None:
+            self.value_head = nn.Linear(backbone.config.get_text_config().hidden_size, 1)
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+        self._no_split_modules = sorted({*_blocks(policy), *_blocks(critic)})  # where FSDP cuts
+
+    @property
+    def has_values(self) -> bool:
+        """Whether `forward` returns values."""
+        return self.value_head is not None
+
+    def forward(self, batch: Mapping[str, Tensor], *, values: bool = True) -> tuple[Tensor, Tensor | None]:
+        """(logits [B, T, V], values [B, T] in float32, or None without a value function or with values=False)."""
+        if not (values and self.has_values):
+            return model_logits(self.policy, batch), None
+        if self.shared:
+            out = self._run(self.policy, batch, output_hidden_states=True)
+            return out.logits, self._value(out.hidden_states[-1])
+        return model_logits(self.policy, batch), self._value(self._run(self.critic, batch).last_hidden_state)
+
+    def values(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """[B, T], of a value function with a backbone of its own."""
+        return self._value(self._run(self.critic, batch).last_hidden_state)
+
+    @staticmethod
+    def _run(model: Any, batch: Mapping[str, Tensor], **options: Any) -> Any:
+        return model(**{name: batch[name] for name in _accepted(model) if name in batch}, use_cache=False, **options)
+
+    def _value(self, hidden: Tensor) -> Tensor:
+        if self.value_head is None:
+            raise RuntimeError("this model has no value function")
+        return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
+
+    # ------------------------------------------------------------------------------------------------ on the disk
+    def save(self, folder: str, state: Mapping[str, Tensor] | None = None) -> None:
+        """Writes the policy as transformers does, a critic into `value_model/`, the head as `value_head.safetensors`.
+
+        state: the module's full state dict, where its own tensors are shards.
+        """
+        full = dict(self.state_dict() if state is None else state)
+        self.policy.save_pretrained(folder, state_dict=_part(full, _POLICY))
+        if self.critic is not None:
+            self.critic.save_pretrained(os.path.join(folder, VALUE_FOLDER), state_dict=_part(full, _CRITIC))
+        if self.has_values:
+            head = {name: tensor.detach().cpu().contiguous() for name, tensor in _part(full, _HEAD).items()}
+            save_file(head, os.path.join(folder, VALUE_HEAD))
+
+    def load(self, folder: str) -> None:
+        """Takes up what `save` wrote, in place. OSError if it is not there, RuntimeError if it does not fit."""
+        if is_adapted(self.policy):
+            from peft import load_peft_weights, set_peft_model_state_dict
+
+            set_peft_model_state_dict(self.policy, load_peft_weights(folder, device="cpu"))
+        else:
+            stored = AutoModelForCausalLM.from_pretrained(folder, dtype=self.policy.dtype)
+            self.policy.load_state_dict(stored.state_dict())
+        if self.critic is not None:
+            stored = AutoModel.from_pretrained(os.path.join(folder, VALUE_FOLDER), dtype=self.critic.dtype)
+            self.critic.load_state_dict(stored.state_dict())
+        self.load_head(folder)
+
+    def load_head(self, folder: str) -> None:
+        """Takes up the value head alone."""
+        if self.value_head is not None:
+            self.value_head.load_state_dict(load_file(os.path.join(folder, VALUE_HEAD)))
+
+
+def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def _blocks(model: Any) -> set[str]:
+    """Class names of a model's layers, those of which the model has any: accelerate looks each of them up."""
+    there = {type(module).__name__ for module in model.modules()} if model is not None else set()
+    return there & set(getattr(model, "_no_split_modules", None) or ())
+
+
+def with_values(policy: Any, source: str, dtype: torch.dtype) -> ActorCritic:
+    """The policy with a value function.
+
+    source: "separate" for a copy of the policy's backbone, "shared" for a head on the policy's own, or a folder (or hub
+        name) of a model whose backbone to start from, such as the reward model. A head that was saved there by `save`
+        is taken up with it.
+    """
+    if source == "shared":
+        return ActorCritic(policy, shared=True)
+    if source == "separate":
+        return ActorCritic(policy, copy.deepcopy(policy.base_model))
+    inner = os.path.join(source, VALUE_FOLDER)
+    own = os.path.isdir(inner)
+    model = ActorCritic(policy, AutoModel.from_pretrained(inner if own else source, dtype=dtype))
+    if own:
+        model.load_head(source)
+    return model
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every dropout rate to 0: sampled, old and new log-probabilities must be those of one and the same policy."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and "dropout" in name:
+                setattr(module, name, 0.0)

@@ -1,0 +1,29 @@
+"""The commands `ppo` and `grpo`: parse, train, save."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from . import arguments
+from .policy_config import PolicyConfig
+from .run import start_point
+
+
+def run_policy(command: str, config: type[PolicyConfig], trainer_class: Any, argv: list[str]) -> int:
+    """Parses, trains and saves: model, tokenizer, value function, `log.jsonl` and `metrics.json` in `output_dir`."""
+    try:
+        args: Any = arguments.parse(config, argv, command=command, needs=("model", "dataset", "output_dir"))
+    except arguments.Helped as text:
+        print(text)
+        return 0
+    checkpoint = start_point(args)
+    trainer = trainer_class(None, args, args.dataset, args.eval_dataset)
+    metrics = trainer.train(checkpoint)
+    trainer.save_model()
+    if trainer.accelerator.is_main_process:
+        with open(os.path.join(args.output_dir, "metrics.json"), "w", encoding="utf-8") as file:
+            json.dump(metrics, file, indent=1)
+        print(f"saved to {args.output_dir}")
+    return 0

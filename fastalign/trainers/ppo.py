@@ -1,0 +1,166 @@
+"""Proximal policy optimisation from a reward (Ouyang et al. 2022, sec. 3.5), its adaptive-KL form, and TRPO.
+
+    fastalign ppo --model runs/sft --dataset prompts.jsonl --reward_model runs/reward --output_dir runs/ppo
+
+or from Python, with any function as the reward:
+
+    trainer = PPOTrainer(model, PPOConfig(output_dir="runs/ppo"), "prompts.jsonl", reward=lambda completions: ...)
+    trainer.train()
+    trainer.save_model()
+
+Rows have a `prompt`. A step samples a response to each of a batch of prompts, gives it the reward's score at its last
+token and the KL penalty at every token, estimates advantages (GAE) with a value function that starts at zero, and makes
+`num_ppo_epochs` passes over the batch. What it leaves out: the value function is trained from scratch, never
+pretrained, and responses are sampled by transformers' `generate`, not by an inference server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import rl
+from ..losses._common import masked_mean
+from ..losses.policy import PPOLoss
+from .actor_critic import ActorCritic, with_values
+from .arguments import key
+from .config import check_choice, check_positive
+from .policy_config import PolicyConfig
+from .policy_run import run_policy
+from .policy_trainer import PolicyTrainer
+from .policy_trust_region import trust_region_updates
+from .policy_update import ValueOptions, one_launch
+from .rollout import Episode, response_mask, stacked, unstack
+
+
+@dataclass
+class PPOConfig(PolicyConfig):
+    """Reinforcement learning from a reward with a value function; rows have a `prompt`."""
+
+    objective: str = key(
+        "clip", "clip (PPO), penalty (PPO with an adaptive KL to the last policy) or trpo", group="Loss"
+    )
+    penalty_coef: float = key(1.0, "Start of the weight of objective=penalty, which adapts", group="Loss")
+    penalty_target: float = key(0.01, "KL per token between policies that it adapts to", group="Loss")
+    trpo_delta: float = key(0.01, "Bound on the KL per token of an update of objective=trpo", group="Loss")
+    trpo_damping: float = key(0.1, "Added to the Fisher matrix's diagonal there", group="Loss")
+    trpo_cg_iterations: int = key(10, "Conjugate-gradient iterations there", group="Loss")
+    kl_controller: str = key("fixed", "fixed, or adaptive: the weight of the KL follows target", group="Loss")
+    init_kl_coef: float | None = key(None, "Start of the adaptive weight; kl_coef by default", group="Loss")
+    target: float = key(6.0, "KL per response, in nats, that it holds", group="Loss")
+    horizon: float = key(10_000, "Responses over which it does so", group="Loss")
+    vf_coef: float = key(0.1, "Weight of the value loss", group="Value function")
+    cliprange_value: float | None = key(
+        0.2, "How far a value may go from the old one before it is cut; null for any", group="Value function"
+    )
+    value_model: str = key(
+        "separate",
+        "Backbone of the values: separate (a copy of the policy's), shared (the policy's own) or a folder",
+        group="Value function",
+    )
+    gamma: float = key(1.0, "Discount", group="Value function")
+    lam: float = key(0.95, "Lambda of GAE", group="Value function")
+    whiten_rewards: bool = key(False, "Scale token rewards to unit variance, mean kept", group="Value function")
+    whiten_advantages: bool = key(True, "Scale advantages to mean 0 and variance 1", group="Value function")
+
+    def __post_init__(self) -> None:
+        check_choice("objective", self.objective, ("clip", "penalty", "trpo"))
+        check_choice("kl_controller", self.kl_controller, ("fixed", "adaptive"))
+        for name in ("penalty_coef", "penalty_target", "trpo_delta", "trpo_cg_iterations", "target", "horizon"):
+            check_positive(name, getattr(self, name))
+        if self.kl_controller == "adaptive" and not (self.init_kl_coef or self.kl_coef):
+            raise ValueError("kl_controller=adaptive needs a kl_coef (or init_kl_coef) above 0; got 0")
+        if self.objective != "clip" and self.kl_in == "loss":
+            raise ValueError(f"kl_in must be reward with objective={self.objective}; got loss")
+        if self.objective == "trpo" and self.value_model == "shared":
+            raise ValueError("value_model must not be shared with objective=trpo: its fit would move the policy")
+        if self.objective == "trpo" and (self.ptx_dataset or self.lora_rank):
+            raise ValueError("objective=trpo goes with neither ptx_dataset nor lora_rank")
+        super().__post_init__()
+
+    @property
+    def needs_reference(self) -> bool:
+        return super().needs_reference or self.kl_controller == "adaptive"
+
+
+class PPOTrainer(PolicyTrainer):
+    """PPO with generalised advantage estimation.
+
+    Logs, in nats and per response: `objective/kl` (to the reference), `objective/entropy`, `objective/scores`,
+    `objective/non_score_reward`, `objective/rlhf_reward`, `objective/kl_coef`; means over tokens of all updates:
+    `policy/approxkl_avg`, `policy/clipfrac_avg`, `policy/entropy_avg`, `loss/policy_avg`, `loss/value_avg`,
+    `val/ratio`, `val/clipfrac_avg`; `val/explained_variance` of the values at sampling, `length`, `eos_rate`,
+    `grad_norm`, `lr`, `episode`, `num_tokens`, and `eps`, responses per second.
+    """
+
+    args: PPOConfig
+
+    def build(self, policy: Any) -> ActorCritic:
+        return with_values(policy, self.args.value_model, getattr(torch, self.args.dtype))
+
+    def kl_controller(self) -> rl.FixedKL:
+        args = self.args
+        if args.kl_controller == "adaptive":
+            return rl.AdaptiveKL(args.init_kl_coef or args.kl_coef, target=args.target, horizon=args.horizon)
+        return rl.FixedKL(args.kl_coef)
+
+    @property
+    def penalty(self) -> rl.SchulmanKL:
+        """The weight of the KL to the last policy, for objective=penalty."""
+        if not hasattr(self, "_penalty"):
+            self._penalty = rl.SchulmanKL(self.args.penalty_coef, target=self.args.penalty_target)
+        return self._penalty
+
+    def controllers(self) -> dict[str, rl.FixedKL]:
+        more = {"penalty_coef": self.penalty} if self.args.objective == "penalty" else {}
+        return {**super().controllers(), **more}
+
+    def loss(self) -> PPOLoss:
+        args = self.args
+        penalty, in_loss = args.objective == "penalty", args.kl_in == "loss" and args.kl_coef > 0
+        return PPOLoss(
+            kind=args.objective,
+            cliprange=args.cliprange,
+            cliprange_high=args.cliprange_high,
+            dual_clip=args.dual_clip,
+            kl_coef=self.penalty.value if penalty else self.kl.value if in_loss else 0.0,
+            kl_estimator="k3" if penalty else args.kl_estimator if in_loss else "k1",
+            entropy_coef=args.entropy_coef,
+            report_entropy=True,
+            temperature=args.temperature,
+            inplace_backward=True,
+            one_launch=one_launch(args.objective, self.accelerator.device, args.dtype),
+        )
+
+    def value_options(self) -> ValueOptions:
+        return ValueOptions(self.args.vf_coef, self.args.cliprange_value)
+
+    def advantages(self, episodes: Sequence[Episode], shaped: rl.ShapedRewards) -> dict[str, float]:
+        args, mask, rewards = self.args, response_mask(episodes), shaped.rewards
+        if args.whiten_rewards:
+            rewards = rl.masked_whiten(rewards, mask, shift_mean=False)
+        values = stacked(episodes, "values")
+        advantages, returns = rl.gae(rewards, values, mask, gamma=args.gamma, lam=args.lam)
+        spread = masked_mean((returns - masked_mean(returns, mask)).square(), mask)
+        missed = returns - values
+        unexplained = masked_mean((missed - masked_mean(missed, mask)).square(), mask)
+        unstack(returns, episodes, "returns")
+        unstack(rl.masked_whiten(advantages, mask) if args.whiten_advantages else advantages, episodes, "advantages")
+        explained = 1 - float(unexplained / spread) if spread > 0 else 0.0
+        return {"val/explained_variance": explained, "val/value_avg": float(masked_mean(values, mask))}
+
+    def update(self, episodes: Sequence[Episode]) -> dict[str, float]:
+        if self.args.objective == "trpo":
+            return trust_region_updates(self, episodes)
+        metrics = super().update(episodes)
+        if self.args.objective == "penalty":
+            self.penalty.update(metrics["policy/kl_avg"])
+        return metrics
+
+
+def main(argv: list[str]) -> int:
+    """The `fastalign ppo` command."""
+    return run_policy("ppo", PPOConfig, PPOTrainer, argv)

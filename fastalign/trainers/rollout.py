@@ -1,0 +1,286 @@
+"""Rollouts: prompts in; sampled responses out, with the log-probabilities, values and scores that an update needs.
+
+Two rules keep sampler and trainer in step. The sampler's options are those declared here and no others (a model's own
+generation settings, repetition penalties among them, are set aside), and every log-probability is computed by the
+trainer's forward pass under the sampling temperature, never taken from the sampler.
+
+A response depends on the seed, the step and its own number, not on the batch or the process that it was sampled in:
+each token is drawn by inverting the distribution at a uniform number that belongs to that response and position.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from .. import ops
+from ..rl.rewards import ShapedRewards
+from .actor_critic import ActorCritic
+from .data.chat import is_chat, render
+from .data.collate import IGNORE, Batch, pad
+from .data.encode import Encoder
+from .data.files import Rows, load_rows, text_of
+from .lora import is_adapted
+from .run import pad_id
+
+
+class Prompt(NamedTuple):
+    """What a response is sampled for: token ids, text, and the columns of its row that the reward asks for."""
+
+    ids: list[int]
+    text: str
+    columns: Mapping[str, Any]
+
+
+class Sampling(NamedTuple):
+    """How responses are drawn; `seed` with a step and a response's number decides each of them."""
+
+    response_length: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    batch_size: int = 64
+    seed: int = 0
+
+
+@dataclass
+class Episode:
+    """One response. Tensors are float32 on the CPU, one number per token of the response; None where not asked for."""
+
+    prompt: Prompt
+    ids: list[int]
+    """Token ids, with the end-of-sequence token if it ended."""
+    text: str
+    ended: bool
+    score: float = 0.0
+    logps: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """By the policy that sampled, at the sampling temperature."""
+    entropy: Tensor = field(default_factory=lambda: torch.zeros(0))
+    ref_logps: Tensor | None = None
+    kl: Tensor | None = None
+    """Exact KL to the reference of each token's distribution."""
+    values: Tensor | None = None
+    advantages: Tensor = field(default_factory=lambda: torch.zeros(0))
+    returns: Tensor | None = None
+
+
+# ------------------------------------------------------------------------------------------------------------ prompts
+def load_prompts(
+    source: Rows, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int, columns: Sequence[str] = ()
+) -> list[Prompt]:
+    """Rows with a `prompt` (text, or a list of chat messages) and the given further columns.
+
+    Raises ValueError naming the row if a prompt has no token at all.
+    """
+    rows: Dataset = load_rows(source, required=("prompt", *columns))
+    encode = Encoder(tokenizer, 2**30, max_prompt_length, append_eos=False)
+    prompts = []
+    for index, row in enumerate(rows):
+        given: Any = row
+        if is_chat(given["prompt"]):
+            text = render(tokenizer, given["prompt"], reply_follows=True)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"][-max_prompt_length:]
+        else:
+            text = text_of(given, "prompt", index, may_be_empty=True)
+            ids, _ = encode(text, [" "])
+        if not ids:
+            raise ValueError(f"column 'prompt' must have at least one token; row {index} (from 0) has none")
+        prompts.append(Prompt(list(ids), str(text), {name: given[name] for name in columns}))
+    return prompts
+
+
+def prompt_order(count: int, start: int, number: int, seed: int) -> list[int]:
+    """Indices of `number` prompts from position `start` of an endless series of shuffles of all of them."""
+    wanted = range(start, start + number)
+    shuffles = {
+        epoch: np.random.default_rng((seed, 1, epoch)).permutation(count)
+        for epoch in range(start // count, (start + number - 1) // count + 1)
+    }
+    return [int(shuffles[i // count][i % count]) for i in wanted]
+
+
+# ----------------------------------------------------------------------------------------------------------- sampling
+class _Draw(LogitsProcessor):
+    """Leaves one token possible: the one at which the cumulative probability passes the row's uniform number."""
+
+    def __init__(self, uniforms: Tensor, prompt_length: int) -> None:
+        self.uniforms, self.prompt_length = uniforms, prompt_length
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        # In float64: with float32 sums, a vocabulary's rare tokens would drown in rounding.
+        cumulative = scores.double().softmax(-1).cumsum(-1)
+        total = cumulative[:, -1:]
+        at = self.uniforms[:, input_ids.shape[1] - self.prompt_length, None] * total
+        below = torch.nextafter(total, torch.zeros_like(total))
+        token = torch.searchsorted(cumulative, torch.minimum(at, below), right=True)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
+@contextlib.contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Sets the model's own generation settings aside: transformers fills gaps in the given ones from them."""
+    inner = model.get_base_model() if is_adapted(model) else model
+    before = inner.generation_config
+    inner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        inner.generation_config = before
+
+
+@torch.no_grad()
+def generate(
+    policy: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    keys: Sequence[tuple[int, ...]],
+    sampling: Sampling,
+) -> list[Episode]:
+    """One response per prompt, in the prompts' order; `keys[i]` (whole numbers) says which response of all it is."""
+    fill, eos = pad_id(tokenizer), tokenizer.eos_token_id
+    warpers: list[Any] = [TemperatureLogitsWarper(float(sampling.temperature))] if sampling.temperature != 1 else []
+    warpers += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
+    warpers += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+    config = GenerationConfig(
+        max_new_tokens=sampling.response_length, do_sample=False, use_cache=True, pad_token_id=fill, eos_token_id=eos
+    )
+    episodes: dict[int, Episode] = {}
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+    with _plain_generation(policy):
+        for start in range(0, len(order), sampling.batch_size):
+            chosen = order[start : start + sampling.batch_size]
+            draws = [
+                np.random.default_rng((sampling.seed, 2, *keys[i])).random(sampling.response_length) for i in chosen
+            ]
+            batch = pad([(prompts[i].ids, []) for i in chosen], fill, "left")
+            width = batch["input_ids"].shape[1]
+            draw = _Draw(torch.from_numpy(np.stack(draws)).to(policy.device), width)
+            out = policy.generate(
+                input_ids=batch["input_ids"].to(policy.device),
+                attention_mask=batch["attention_mask"].to(policy.device),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([*warpers, draw]),
+            )
+            for i, tail in zip(chosen, out[:, width:].tolist(), strict=True):
+                episodes[i] = _episode(prompts[i], tail, eos, tokenizer)
+    return [episodes[i] for i in range(len(prompts))]
+
+
+def _episode(prompt: Prompt, tail: list[int], eos: int | None, tokenizer: PreTrainedTokenizerBase) -> Episode:
+    """The response up to and with its end; what follows is padding."""
+    ended = eos is not None and eos in tail
+    ids = tail[: tail.index(eos) + 1] if eos is not None and ended else tail
+    text = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return Episode(prompt, ids, text, ended)
+
+
+# ------------------------------------------------------------------------------------------------------------ scoring
+def collate(episodes: Sequence[Episode], fill: int) -> Batch:
+    """Prompt and response of each, padded on the right: see `data.collate.pad`. Labels are the response's tokens."""
+    return pad([(e.prompt.ids, e.ids) for e in episodes], fill)
+
+
+def spread(rows: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """[B, T] from one number per response token of each row, placed where the labels are; 0 elsewhere."""
+    out = torch.zeros(labels.shape, device=labels.device)
+    out[labels != IGNORE] = torch.cat(list(rows)).to(labels.device)
+    return out
+
+
+def _rows(x: Tensor, labels: Tensor) -> list[Tensor]:
+    """The inverse of `spread`, on the CPU."""
+    mask = labels != IGNORE
+    return list(x[mask].float().cpu().split(mask.sum(-1).tolist()))
+
+
+@torch.no_grad()
+def fill_in(
+    episodes: Sequence[Episode],
+    model: ActorCritic,
+    reference: Callable[[Batch], Tensor] | None,
+    *,
+    fill: int,
+    device: torch.device,
+    temperature: float = 1.0,
+    exact_kl: bool = False,
+    batch_size: int = 64,
+) -> None:
+    """Sets each episode's log-probabilities, entropies, values and, with a reference, its log-probabilities or KL.
+
+    reference: a padded batch to the reference's logits [B, T, V]. With exact_kl both distributions are compared whole.
+    """
+    order = sorted(range(len(episodes)), key=lambda i: len(episodes[i].prompt.ids) + len(episodes[i].ids))
+    for start in range(0, len(order), batch_size):
+        chosen = [episodes[i] for i in order[start : start + batch_size]]
+        batch = {name: value.to(device) for name, value in collate(chosen, fill).items()}
+        labels = batch["labels"]
+        logits, values = model(batch)
+        ref_logits = None if reference is None else reference(batch)
+        exact = exact_kl and ref_logits is not None
+        stats = ops.token_stats(
+            logits,
+            labels,
+            temperature=temperature,
+            entropy=True,
+            kl=exact,
+            ref_logits=ref_logits if exact else None,
+        )
+        found: dict[str, Tensor | None] = {"logps": stats.logps, "entropy": stats.entropy, "kl": stats.kl}
+        found["values"] = values
+        if ref_logits is not None:
+            found["ref_logps"] = ops.token_logps(ref_logits, labels, temperature=temperature)
+        for name, x in found.items():
+            if x is not None:
+                for episode, row in zip(chosen, _rows(x, labels), strict=True):
+                    setattr(episode, name, row)
+
+
+def stacked(episodes: Sequence[Episode], name: str) -> Tensor:
+    """[E, R]: one of the episodes' tensors, a column for each token of the longest response."""
+    return pad_sequence([getattr(e, name) for e in episodes], batch_first=True)
+
+
+def response_mask(episodes: Sequence[Episode]) -> Tensor:
+    """[E, R], True = a token of the response."""
+    lengths = torch.tensor([len(e.ids) for e in episodes])
+    return torch.arange(int(lengths.max())) < lengths[:, None]
+
+
+def unstack(x: Tensor, episodes: Sequence[Episode], name: str) -> None:
+    """The inverse of `stacked`: gives each episode its row."""
+    for episode, row in zip(episodes, x, strict=True):
+        setattr(episode, name, row[: len(episode.ids)].clone())
+
+
+def describe(episodes: Sequence[Episode], shaped: ShapedRewards) -> dict[str, float]:
+    """What users follow: sums over the tokens of a response, means over responses."""
+    non_score = shaped.non_score_rewards
+    ended = [e.ended for e in episodes]
+    return {
+        "objective/kl": float(shaped.kl.mean()),
+        "objective/entropy": float(np.mean([float(e.entropy.sum()) for e in episodes])),
+        "objective/non_score_reward": float(non_score.mean()),
+        "objective/rlhf_reward": float((shaped.scores + non_score).mean()),
+        "objective/scores": float(np.mean([e.score for e in episodes])),
+        "objective/scores_std": float(np.std([e.score for e in episodes])),
+        "length": float(np.mean([len(e.ids) for e in episodes])),
+        "eos_rate": float(np.mean(ended)),
+        "val/num_eos_tokens": float(np.sum(ended)),
+    }

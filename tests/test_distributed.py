@@ -1,0 +1,169 @@
+"""Two processes (gloo) against one: the same losses and weights, uneven last batches, checkpoints that interchange.
+
+The file is also the program that the processes run: `python test_distributed.py FOLDER [PART ...]`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="needs transformers (the extra `train`)")
+pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
+pytest.importorskip("accelerate", reason="needs accelerate (the extra `train`)")
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastalign.trainers.callbacks import LOG_NAME, read_log
+from fastalign.trainers.dpo import DPOConfig, DPOTrainer
+from fastalign.trainers.grpo import GRPOConfig, GRPOTrainer
+from fastalign.trainers.ppo import PPOConfig, PPOTrainer
+from fastalign.trainers.sft import SFTConfig, SFTTrainer
+
+WORDS = ["the", "movie", "is", "good", "bad", "great", "dull", "film", "fun", "awful", "long", "and"]
+
+
+def text(i: int, words: int) -> str:
+    return "".join(" " + WORDS[(i * 5 + j * j) % len(WORDS)] for j in range(words))
+
+
+# Five rows and batches of four: the second batch has one row, which leaves a second process without any.
+SFT_ROWS = [{"prompt": "the movie", "completion": text(i, 1 + i % 5)} for i in range(5)]
+PAIRS = [{"prompt": "a film", "chosen": text(i, 1 + i % 4), "rejected": text(i + 3, 2 + i % 3)} for i in range(5)]
+PROMPTS = [{"prompt": text(i, 1 + i % 3).strip()} for i in range(5)]
+
+
+def lengths(completions):
+    return [len(c) % 7 - 3.0 for c in completions]
+
+
+def supervised(out: Path, part: str, processes: int, **extra):
+    """The trainer of `sft` or `dpo`: four rows an update, whatever the number of processes."""
+    config, trainer, rows = {"sft": (SFTConfig, SFTTrainer, SFT_ROWS), "dpo": (DPOConfig, DPOTrainer, PAIRS)}[part]
+    options = {"output_dir": str(out / part), "use_cpu": True, "learning_rate": 0.05, "lr_scheduler_type": "constant"}
+    options |= {"per_device_train_batch_size": 4 // processes, "per_device_eval_batch_size": 2, "logging_steps": 1}
+    options |= {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "disable_tqdm": True, "optim": "sgd"}
+    args = config(**{**options, **extra})
+    base = out.parent / "base"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return trainer(model, args, rows, rows[:3], tokenizer)
+
+
+def policy(out: Path, part: str, processes: int, **extra):
+    """The trainer of `ppo` or `grpo`: eight responses a step in two updates."""
+    config, trainer, more = {
+        "ppo": (
+            PPOConfig,
+            PPOTrainer,
+            {"ptx_dataset": SFT_ROWS, "ptx_batch_size": 3, "kl_controller": "adaptive", "target": 0.1},
+        ),
+        "grpo": (GRPOConfig, GRPOTrainer, {"num_generations": 4}),
+    }[part]
+    options = {"output_dir": str(out / part), "use_cpu": True, "disable_tqdm": True, "learning_rate": 1e-2}
+    options |= {"per_device_train_batch_size": 4 // processes, "num_mini_batches": 2, "num_ppo_epochs": 2}
+    options |= {
+        "response_length": 6,
+        "total_episodes": 32,
+        "save_steps": 2,
+        "eval_steps": 2,
+        "model": str(out.parent / "base"),
+    }
+    args = config(**{**options, **more, **extra})
+    return trainer(None, args, PROMPTS, PROMPTS[:3], reward=lengths)
+
+
+def run_part(out: Path, part: str, processes: int, start: Path | None = None, **extra) -> None:
+    """Trains (from the checkpoint of another run, if one is given), evaluates, saves."""
+    build = supervised if part in ("sft", "dpo") else policy
+    trainer = build(out, part, processes, **extra)
+    checkpoint = None if start is None else str(start / part / "checkpoint-2")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    if int(os.environ.get("RANK", 0)) == 0:
+        (out / f"{part}.json").write_text(json.dumps(metrics))
+
+
+def main(folder: str, *parts: str) -> None:
+    """What each process runs: every part from its start, and again from the single process's checkpoint."""
+    processes = int(os.environ["WORLD_SIZE"])
+    for part in parts:
+        run_part(Path(folder) / "two", part, processes)
+        run_part(Path(folder) / "resumed", part, processes, start=Path(folder) / "one")
+
+
+def weights(folder: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return torch.cat([p.flatten() for p in model.parameters()])
+
+
+def log_of(folder: Path) -> list[dict]:
+    own = ("time", "eps", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+    own += ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
+    return [{k: v for k, v in line.items() if k not in own} for line in read_log(str(folder / LOG_NAME))]
+
+
+def start_two(script: str, *argv: str, env: dict[str, str] | None = None) -> None:
+    """Runs the script in two processes; fails with what they printed. A hang ends after five minutes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", script, *argv]
+    surroundings = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    done = subprocess.run(
+        command, cwd=tempfile.gettempdir(), env=surroundings, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+PARTS = ("sft", "dpo", "ppo", "grpo")
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_tokenizer, tmp_path_factory) -> Path:
+    """A folder with every part run by one process (`one`), by two (`two`), and by two from one's checkpoint."""
+    from fastalign.trainers.demo_models import small_model
+
+    folder = tmp_path_factory.mktemp("distributed")
+    small_model(len(tiny_tokenizer), hidden_size=16, layers=1, seed=0).save_pretrained(folder / "base")
+    tiny_tokenizer.save_pretrained(folder / "base")
+    for part in PARTS:
+        run_part(folder / "one", part, 1)
+    start_two(__file__, str(folder), *PARTS)
+    return folder
+
+
+def assert_same_numbers(one: list[dict], two: list[dict], rel: float) -> None:
+    assert len(one) == len(two)
+    for left, right in zip(one, two, strict=True):
+        assert left.keys() == right.keys()
+        for name, value in left.items():
+            assert right[name] == pytest.approx(value, rel=rel, abs=1e-4), (left["step"], name)
+
+
+@pytest.mark.parametrize("part", PARTS)
+class TestTwoProcesses:
+    def test_every_logged_number_and_the_weights_are_those_of_one(self, runs, part):
+        """Losses, gradient norms, metrics, token counts, evaluations on uneven batches, the final weights."""
+        assert_same_numbers(log_of(runs / "one" / part), log_of(runs / "two" / part), rel=2e-3)
+        torch.testing.assert_close(weights(runs / "two" / part), weights(runs / "one" / part), rtol=1e-3, atol=2e-4)
+        metrics = [json.loads((runs / name / f"{part}.json").read_text()) for name in ("one", "two")]
+        loss = "eval_loss" if part in ("sft", "dpo") else "eval/score"
+        assert metrics[1][loss] == pytest.approx(metrics[0][loss], rel=1e-3)
+
+    def test_two_go_on_from_the_checkpoint_of_one(self, runs, part):
+        torch.testing.assert_close(weights(runs / "resumed" / part), weights(runs / "one" / part), rtol=1e-3, atol=2e-4)
+
+    def test_one_goes_on_from_the_checkpoint_of_two(self, runs, part, tmp_path):
+        out = runs / f"back-{part}"
+        run_part(out, part, 1, start=runs / "two")
+        torch.testing.assert_close(weights(out / part), weights(runs / "one" / part), rtol=1e-3, atol=2e-4)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
