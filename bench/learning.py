@@ -42,7 +42,7 @@ from fastalign.trainers.pro import PROConfig, PROTrainer
 from fastalign.trainers.reward import RewardConfig, RewardTrainer, load_reward_model
 from fastalign.trainers.run import train
 
-HELD_OUT, LIST, PASSES, PAIRS = 1600, 8, 8, 4000
+HELD_OUT, LIST, PASSES, PAIRS = 1600, 8, 4, 4000
 
 
 def logistic_regression(reviews: Sequence[Review], held_out: Sequence[dict[str, Any]], seed: int) -> float:
