@@ -101,20 +101,24 @@ def test_no_spills_with_everything_asked_for(arch, dtype):
     """Entropy, exact KL, label smoothing, soft-cap: the largest kernels."""
     from fastalign.kernels import objectives_triton, token_stats_triton
 
-    for vocab in (16000, 32000):
-        x, w = torch.empty(2, vocab, dtype=dtype), torch.ones(2)
-        labels = torch.zeros(2, dtype=torch.int64)
-        options = (-100, 0.7, 30.0)
-        codes = (3, 0.2, 0.2, 3.0, 4, 0.1, False, 0.01, 0.1, 0.01)
-        launches = [
-            *token_stats_triton.forward(x, labels, x, *options, True, True)[0],
-            *token_stats_triton.backward(x, labels, x, torch.zeros(2, 4), w, w, (w,) * 5, *options, x),
-            *objectives_triton.objective(x, labels, x, (w,) * 4, codes, *options, True, x)[0],
-        ]
-        for launch in launches:
-            made = static().compiled(launch, arch)
-            assert made.spill_bytes == 0, launch.kernel
-            assert made.vector_bytes == 16, launch.kernel
+    def inputs(vocab):
+        return torch.empty(2, vocab, dtype=dtype), torch.zeros(2, dtype=torch.int64), torch.ones(2)
+
+    options = (-100, 0.7, 30.0)
+    codes = (3, 0.2, 0.2, 3.0, 4, 0.1, False, 0.01, 0.1, 0.01)
+    x, labels, w = inputs(16000)
+    launches = [
+        *token_stats_triton.forward(x, labels, x, *options, True, True)[0],
+        *token_stats_triton.backward(x, labels, x, torch.zeros(2, 4), w, w, (w,) * 5, *options, x),
+    ]
+    for vocab in (16000, 32000):  # in registers, and read twice
+        x, labels, w = inputs(vocab)
+        launches += objectives_triton.objective(x, labels, x, (w,) * 4, codes, *options, True, x)[0]
+    assert [launch.arguments.get("FITS") for launch in launches] == [None, None, True, False]
+    for launch in launches:
+        made = static().compiled(launch, arch)
+        assert made.spill_bytes == 0, launch.kernel
+        assert made.vector_bytes == 16, launch.kernel
 
 
 def test_nothing_compiles_for_a_new_shape():
