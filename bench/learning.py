@@ -3,6 +3,8 @@
     reward     a small transformer from scratch on ranked lists of 8 reviews, against logistic regression on TF-IDF
                features (words and word pairs), both judged on the same 4,000 held-out pairs
     labelers   the same model on single people's own rankings: those it learned from, and people it never saw
+    pro        PRO on ranked lists of the demo's fine-tuned model's own samples: the gold reward before and after, and
+               the KL between them, on held-out prompts
 
 Prints one JSON object, with the command's seconds; everything is seeded.
 """
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 from scipy.sparse import vstack
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -30,11 +33,16 @@ from fastalign.trainers.data.reviews import (
     review_pairs,
     split_reviews,
 )
+from fastalign.trainers.demo import Workplace
+from fastalign.trainers.demo_config import DemoConfig
 from fastalign.trainers.demo_models import small_model, train_tokenizer
+from fastalign.trainers.demo_stages import Demo
+from fastalign.trainers.eval.sampling import Sampling, sample
+from fastalign.trainers.pro import PROConfig, PROTrainer
 from fastalign.trainers.reward import RewardConfig, RewardTrainer, load_reward_model
 from fastalign.trainers.run import train
 
-HELD_OUT, LIST, PASSES, PAIRS = 1600, 8, 5, 4000
+HELD_OUT, LIST, PASSES, PAIRS = 1600, 8, 8, 4000
 
 
 def logistic_regression(reviews: Sequence[Review], held_out: Sequence[dict[str, Any]], seed: int) -> float:
@@ -52,16 +60,16 @@ def logistic_regression(reviews: Sequence[Review], held_out: Sequence[dict[str, 
 
 
 def reward_trainer(folder: Path, reviews: Sequence[Review], rows: Any, eval_rows: Any, **options: Any) -> RewardTrainer:
-    """A fresh two-layer transformer with 8,000 tokens of vocabulary, to be trained as a reward model."""
+    """A fresh one-layer transformer with 8,000 tokens of vocabulary, to be trained as a reward model."""
     tokenizer = train_tokenizer([r.text for r in reviews], 8000)
-    model = small_model(len(tokenizer), hidden_size=192, layers=2, seed=0, dropout=0.3)
+    model = small_model(len(tokenizer), hidden_size=128, layers=1, seed=0, dropout=0.3)
     # Nine thousand short texts are soon known by heart.
     model.config.embd_pdrop, model.config.attn_pdrop = 0.5, 0.3
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     args = RewardConfig(
         output_dir=str(folder / "reward"),
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,
         weight_decay=0.3,
@@ -111,7 +119,54 @@ def labelers(folder: Path) -> dict[str, Any]:
     return result
 
 
-JOBS: dict[str, Callable[[Path], dict[str, Any]]] = {"reward": reward, "labelers": labelers}
+def pro(folder: Path) -> dict[str, Any]:
+    """The demo's way to a fine-tuned model, PRO instead of DPO, and the demo's comparison."""
+    config = DemoConfig(output_dir=str(folder))
+    place = Workplace(config, Console())
+    demo = Demo(config, place.path)
+    place.stage("base", "Tokenizer and base model", demo.base)
+    place.stage("sft", "Supervised fine-tuning", demo.sft)
+    start = time.perf_counter()
+    model, tokenizer = demo.load("sft")
+    set_seed(0)
+    prompts = demo.prompts(demo.reviews[0], config.prompts)
+    drawn = sample(model, tokenizer, prompts, per_prompt=config.samples_per_prompt, how=Sampling(40, 384))
+    rows = []
+    for prompt, each in zip(prompts, drawn, strict=True):
+        texts = list(dict.fromkeys(s.text for s in each if s.finished and s.text.strip()))
+        if len(texts) > 1:
+            rewards = demo.gold([prompt + text for text in texts]).tolist()
+            rows.append({"prompt": prompt, "completions": texts, "rewards": rewards})
+    args = PROConfig(
+        output_dir=str(folder / "pro"),
+        sft_weight=0.05,
+        sft_average=True,
+        learning_rate=3e-4,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        num_train_epochs=1,
+        per_device_train_batch_size=8,
+        max_length=160,
+        save_strategy="no",
+        logging_steps=20,
+        overwrite_output_dir=True,
+    )
+    trainer = PROTrainer(model, args, rows, None, tokenizer)
+    trainer.train()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    compared = demo.compare()
+    kept = ("gold", "independent", "kl", "words", "finished")
+    result = {name: {k: compared[name][k] for k in kept} for name in ("before", "after")}
+    return {
+        **result,
+        "gold_change": compared["gold_change"],
+        "lists": len(rows),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+JOBS: dict[str, Callable[[Path], dict[str, Any]]] = {"reward": reward, "labelers": labelers, "pro": pro}
 
 
 def main() -> int:

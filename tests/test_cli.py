@@ -125,13 +125,21 @@ def test_backends_command_prints_what_there_is(capsys):
     assert cli.main(["backends", "--all"]) == 2
 
 
-@pytest.mark.parametrize("command", ["sft", "dpo", "demo"])
-def test_training_commands_explain_themselves(command, capsys):
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [
+        *((name, "output_dir") for name in ("sft", "dpo", "pro", "reward", "demo")),
+        ("eval", "models"),
+        ("sample", "prompt"),
+        ("doctor", "dataset"),
+    ],
+)
+def test_commands_explain_themselves(command, key, capsys):
     pytest.importorskip("transformers", reason="needs transformers (the extra `train`)")
     assert cli.main([command, "--help"]) == 0
-    assert "--output_dir" in capsys.readouterr().out
-    assert cli.main([command, "--ouput_dir", "x"]) == 2
-    assert "did you mean --output_dir" in capsys.readouterr().err
+    assert f"  --{key}\n" in capsys.readouterr().out
+    assert cli.main([command, f"--{key[:-1]}x", "x"]) == 2
+    assert f"did you mean --{key}" in capsys.readouterr().err
 
 
 def test_missing_required_key_is_an_error_of_usage(capsys):

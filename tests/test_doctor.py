@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -42,6 +44,7 @@ def look(tiny_model, tiny_tokenizer, tmp_path):
         )
         if change:
             change(model, tokenizer)
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)  # of the last look
         model.save_pretrained(tmp_path / "model")
         tokenizer.save_pretrained(tmp_path / "model")
         data = tmp_path / "rows.jsonl"
@@ -56,8 +59,9 @@ def with_template(template):
     return lambda model, tokenizer: setattr(tokenizer, "chat_template", template)
 
 
+SPACED = [{"prompt": r["prompt"] + " ", "chosen": r["chosen"][1:], "rejected": r["rejected"][1:]} for r in SOUND]
 FAULTS = {
-    "boundaries": ([{**r, "prompt": r["prompt"] + " "} for r in SOUND], "warning", "end in white space"),
+    "boundaries": (SPACED, "warning", "end in white space"),
     "empty completions": ([*SOUND, {"prompt": "a", "chosen": "b", "rejected": "  "}], "error", "row 24 "),
     "duplicates": ([*SOUND, SOUND[3]], "warning", "row 24 .* repeat"),
     "chosen equals rejected": ([*SOUND, {"prompt": "a", "chosen": " b", "rejected": "b"}], "error", "row 24 "),
@@ -69,8 +73,6 @@ FAULTS = {
 
 @pytest.mark.parametrize("check", FAULTS)
 def test_faulty_data_is_named_and_sound_data_is_not(look, check):
-    import re
-
     rows, level, message = FAULTS[check]
     found = look(check, rows, max_length=64)
     assert re.search(message, found.pop(level)), found

@@ -30,8 +30,9 @@ class JsonlCallback(TrainerCallback):
         path = os.path.join(args.output_dir, LOG_NAME)
         kept = [line for line in read_log(path) if state.global_step and line["step"] <= state.global_step]
         os.makedirs(args.output_dir, exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
+        with open(path + ".partial", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in kept)
+        os.replace(path + ".partial", path)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero:
