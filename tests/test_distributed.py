@@ -19,6 +19,8 @@ pytest.importorskip("transformers", reason="needs transformers (the extra `train
 pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
 pytest.importorskip("accelerate", reason="needs accelerate (the extra `train`)")
 
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastalign.trainers.callbacks import LOG_NAME, read_log
@@ -92,12 +94,26 @@ def run_part(out: Path, part: str, processes: int, start: Path | None = None, **
         (out / f"{part}.json").write_text(json.dumps(metrics))
 
 
-def main(folder: str, *parts: str) -> None:
+def main(folder: str, name: str, *parts: str) -> None:
     """What each process runs: every part from its start, and again from the single process's checkpoint."""
     processes = int(os.environ["WORLD_SIZE"])
+    if os.environ.get("ACCELERATE_USE_FSDP"):
+        _shard_on_the_cpu()
     for part in parts:
-        run_part(Path(folder) / "two", part, processes)
-        run_part(Path(folder) / "resumed", part, processes, start=Path(folder) / "one")
+        run_part(Path(folder) / name, part, processes)
+        run_part(Path(folder) / f"{name}-resumed", part, processes, start=Path(folder) / "one")
+
+
+def _shard_on_the_cpu() -> None:
+    """Accelerate takes FSDP for accelerators alone; torch shards on the CPU as well, and that is what is tested."""
+    before = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        before(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState.__init__ = init
 
 
 def weights(folder: Path) -> torch.Tensor:
@@ -134,8 +150,19 @@ def runs(tiny_tokenizer, tmp_path_factory) -> Path:
     tiny_tokenizer.save_pretrained(folder / "base")
     for part in PARTS:
         run_part(folder / "one", part, 1)
-    start_two(__file__, str(folder), *PARTS)
+    start_two(__file__, str(folder), "two", *PARTS)
     return folder
+
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+FSDP2 |= {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
+
+
+@pytest.fixture(scope="module")
+def sharded_runs(runs) -> Path:
+    """The same folder with the policy trainers run by two processes that hold half of the weights each."""
+    start_two(__file__, str(runs), "sharded", "ppo", "grpo", env=FSDP2)
+    return runs
 
 
 def assert_same_numbers(one: list[dict], two: list[dict], rel: float) -> None:
@@ -157,12 +184,29 @@ class TestTwoProcesses:
         assert metrics[1][loss] == pytest.approx(metrics[0][loss], rel=1e-3)
 
     def test_two_go_on_from_the_checkpoint_of_one(self, runs, part):
-        torch.testing.assert_close(weights(runs / "resumed" / part), weights(runs / "one" / part), rtol=1e-3, atol=2e-4)
+        torch.testing.assert_close(
+            weights(runs / "two-resumed" / part), weights(runs / "one" / part), rtol=1e-3, atol=2e-4
+        )
 
     def test_one_goes_on_from_the_checkpoint_of_two(self, runs, part, tmp_path):
         out = runs / f"back-{part}"
         run_part(out, part, 1, start=runs / "two")
         torch.testing.assert_close(weights(out / part), weights(runs / "one" / part), rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("part", ["ppo", "grpo"])
+class TestShardedWeights:
+    def test_every_logged_number_and_the_weights_are_those_of_one(self, sharded_runs, part):
+        runs = sharded_runs
+        assert_same_numbers(log_of(runs / "one" / part), log_of(runs / "sharded" / part), rel=2e-3)
+        torch.testing.assert_close(weights(runs / "sharded" / part), weights(runs / "one" / part), rtol=1e-3, atol=2e-4)
+
+    def test_checkpoints_interchange(self, sharded_runs, part):
+        runs = sharded_runs
+        again = weights(runs / "sharded-resumed" / part)
+        torch.testing.assert_close(again, weights(runs / "one" / part), rtol=1e-3, atol=2e-4)
+        run_part(runs / f"whole-{part}", part, 1, start=runs / "sharded")
+        torch.testing.assert_close(weights(runs / f"whole-{part}" / part), again, rtol=1e-3, atol=2e-4)
 
 
 if __name__ == "__main__":

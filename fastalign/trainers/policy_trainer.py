@@ -32,7 +32,7 @@ from .actor_critic import ActorCritic, disable_dropout
 from .base import model_logits
 from .callbacks import JsonlCallback
 from .checkpoints import PARTIAL, rotate
-from .data.collate import Batch
+from .data.collate import Batch, pad
 from .data.files import Rows
 from .lora import adapters_off, with_lora
 from .policy_checkpoint import RunState, load_training_state, save_policy, save_whole
@@ -186,6 +186,12 @@ class PolicyTrainer(ABC):
         updates = self.total_steps * args.num_ppo_epochs * args.num_mini_batches
         self.model, self.optimizer = self.accelerator.prepare(self.inner, optimizer)
         self.inner = self.accelerator.unwrap_model(self.model)
+        if isinstance(self.inner, FSDPModule):
+            # FSDP takes the first module to run for the root, and sampling does not run the outermost one.
+            token = {name: x.to(self.accelerator.device) for name, x in pad([([self.fill], [])], self.fill).items()}
+            with torch.no_grad():
+                self.model(token)
+            self.inner.reshard()  # the outermost module keeps its weights gathered after a forward
         self.scheduler = make_scheduler(args, self.optimizer.optimizer, updates)
         reference = self.reference_logits if args.needs_reference else None
         self.updater = Updater(
