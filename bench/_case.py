@@ -66,17 +66,17 @@ class Problem:
     so that they find the same values in the same caches.
     """
 
-    def __init__(self, case: Case, seed: int = 0):
+    def __init__(self, case: Case, seed: int = 0, device: str = "cpu"):
         batch = sequences(case.rows)
         length = case.rows // batch
         draw = torch.Generator().manual_seed(seed)
-        self.logits = torch.empty(batch, length, case.vocab, dtype=DTYPES[case.dtype])
+        self.logits = torch.empty(batch, length, case.vocab, dtype=DTYPES[case.dtype], device=device)
         for sequence in self.logits:  # one at a time, since the draw is in float32
             sequence.copy_(torch.randn(sequence.shape, generator=draw).mul_(2))
-        self.labels = torch.randint(case.vocab, (batch, length), generator=draw)
-        self.ref_logps = -length * math.log(case.vocab) + 5 * torch.randn(batch, generator=draw)
+        self.labels = torch.randint(case.vocab, (batch, length), generator=draw).to(device)
+        self.ref_logps = (-length * math.log(case.vocab) + 5 * torch.randn(batch, generator=draw)).to(device)
         # Gradients of the per-token results, exact in bfloat16: their rounding is nobody's error.
-        self.weights = torch.empty(batch, length).uniform_(-1, 1, generator=draw).bfloat16().float()
+        self.weights = torch.empty(batch, length).uniform_(-1, 1, generator=draw).bfloat16().float().to(device)
         self._work = self.logits.clone()
 
     def fresh(self) -> Tensor:

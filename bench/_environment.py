@@ -11,13 +11,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import _device
 import torch
 from _probe import SOURCE
 from _suite import Options
 
 from fastalign import _backends
 
-_PACKAGES = ("fastalign", "torch", "trl", "numpy", "pytest-benchmark")
+_PACKAGES = ("fastalign", "torch", "trl", "numpy", "pytest-benchmark", "triton", "liger-kernel", "quack-kernels")
 
 
 def environment(options: Options) -> dict[str, Any]:
@@ -29,12 +30,14 @@ def environment(options: Options) -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "isa": _backends.cpu_isa(),
-        "backend": _backends.choose(torch.empty(0)),
+        "backend": _backends.choose(torch.empty(0, device=options.device)),
+        "device": options.device,
+        "accelerator": _device.description(options.device),
         "threads": options.threads,
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {package: _version(package) for package in _PACKAGES},
-        "probe": SOURCE,
+        "probe": SOURCE if options.device == "cpu" else "torch",
         "options": asdict(options),
     }
 

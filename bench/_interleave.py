@@ -27,6 +27,7 @@ def interleave(
     calls: int = 1,
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
+    measure: Callable[[Run, int], float] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds a call of each contender in each round, after `warmup` rounds that are thrown away.
 
@@ -37,6 +38,8 @@ def interleave(
         calls: calls of one run between two readings of the clock; the sample is their mean.
         seed: of the random orders.
         clock: returns seconds.
+        measure: takes (run, calls) and returns seconds a call, in place of two readings of the clock (on a GPU, whose
+            work goes on after a call has returned).
     """
     for name, value, low in (("rounds", rounds, 1), ("warmup", warmup, 0), ("calls", calls, 1)):
         if value < low:
@@ -52,7 +55,9 @@ def interleave(
             gc.collect()
             shuffle(order)
             for name in order:
-                sample = _time(contenders[name](), calls, clock)
+                run = contenders[name]()
+                sample = _time(run, calls, clock) if measure is None else measure(run, calls)
+                del run
                 if turn >= 0:
                     seconds[name].append(sample)
     finally:

@@ -22,7 +22,7 @@ class Oracle:
         self.scale = float(self.output.abs().max())
         self.gradient: Tensor | None = None
         if gradient:
-            self.gradient = torch.empty(self._rows.shape, dtype=torch.float64)
+            self.gradient = torch.empty(self._rows.shape, dtype=torch.float64, device=self._rows.device)
             for at in problem.blocks():
                 x = self._rows[at].double().requires_grad_()
                 self.gradient[at] = torch.autograd.grad(eager_logps(x, labels[at]), x, weights[at])[0]

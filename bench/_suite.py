@@ -6,10 +6,11 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import _device
 import _probe
 import torch
 from _case import Case, Problem
@@ -36,6 +37,7 @@ class Options:
     threads: int = 2
     seed: int = 0
     memory: bool = True
+    device: str = field(default_factory=_device.automatic)
 
     def chosen(self, variants: dict[str, Variant]) -> dict[str, Variant]:
         return {name: v for name, v in variants.items() if not self.variants or name in self.variants}
@@ -54,7 +56,7 @@ class LogitsSuite:
     """What the objective gets in place of the reference's log-probabilities."""
 
     def problem(self, case: Case, options: Options) -> Problem:
-        made = Problem(case, options.seed)
+        made = Problem(case, options.seed, options.device)
         if self.inputs is not None:
             made.ref_logps = self.inputs(made)
         return made
@@ -68,7 +70,8 @@ class LogitsSuite:
         ]
 
     def variants_of(self, case: Case, options: Options) -> dict[str, Variant]:
-        return options.chosen({name: v for name, v in self.variants.items() if case.job in v.jobs})
+        fitting = {n: v for n, v in self.variants.items() if case.job in v.jobs and options.device in v.devices}
+        return options.chosen(fitting)
 
     def contenders(self, case: Case, problem: Problem, options: Options) -> dict[str, Callable[[], Timed]]:
         """Name → preparation, of every variant of the case whose package is installed."""
@@ -85,7 +88,14 @@ class LogitsSuite:
         del oracle
         spare = torch.empty_like(problem.logits).zero_()
         probes: dict[str, Prepare] = {"read": _prepare_read(problem), "copy": _prepare_copy(problem, spare)}
-        seconds = interleave({**contenders, **probes}, rounds=options.rounds, warmup=options.warmup, seed=options.seed)
+        _device.warm_up(options.device)
+        seconds = interleave(
+            {**contenders, **probes},
+            rounds=options.rounds,
+            warmup=options.warmup,
+            seed=options.seed,
+            measure=_device.seconds_of(options.device),
+        )
         checks = self.checks(problem) if self.checks else {}
         del problem, contenders, probes, spare
         peaks = peak_memory(case, options) if options.memory else {}

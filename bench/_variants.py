@@ -4,8 +4,8 @@ A variant is a function `(logits, labels, ref_logps) -> result`. Here are the wa
 log-probabilities [B, T]; a suite puts its objective on top of each. Results are in the dtype that the code of each
 variant returns: float32 from fastalign, that of the logits from the others.
 
-Liger's losses are not among them: they start from hidden states and the output layer's weight, and its cross-entropy
-on logits is a Triton kernel, which a CPU can only interpret.
+Liger's and quack's cross-entropies on logits run on a GPU alone; Liger's other losses start from hidden states and the
+output layer's weight.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Variant:
     ours: bool = False
     jobs: tuple[str, ...] = JOBS
     package: str | None = None
+    devices: tuple[str, ...] = ("cpu", "cuda", "xpu")
 
     @property
     def missing(self) -> str | None:
@@ -58,6 +59,24 @@ def trl_logps() -> Logps:
     from trl.trainer.utils import selective_log_softmax  # imported late: it takes seconds
 
     return selective_log_softmax
+
+
+def liger_logps() -> Logps:
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    def logps(logits: Tensor, labels: Tensor) -> Tensor:
+        # Its forward writes the gradient over the logits: the benchmark refills them for every run.
+        return -liger_cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)
+
+    return logps
+
+
+def quack_logps() -> Logps:
+    from quack.cross_entropy import cross_entropy
+
+    return lambda logits, labels: (
+        -cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)
+    )
 
 
 def compiled(function: Function) -> Function:
@@ -87,4 +106,8 @@ def logits_variants(ours: Objective, plain: Objective) -> dict[str, Variant]:
         "F.cross_entropy": Variant(lambda: on(cross_entropy_logps, plain)),
         COMPILED: Variant(lambda: compiled(on(eager_logps, plain))),
         "TRL selective_log_softmax": Variant(lambda: on(trl_logps(), plain), package="trl"),
+        "Liger cross_entropy": Variant(
+            lambda: on(liger_logps(), plain), package="liger_kernel", devices=("cuda", "xpu")
+        ),
+        "quack cross_entropy": Variant(lambda: on(quack_logps(), plain), package="quack", devices=("cuda",)),
     }

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
+import _device
 import torch
 from _case import Case
 from _interleave import interleave, replay, summary
@@ -28,9 +29,9 @@ def _loop(rewards: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """What trainers do: one step of tensor operations a token, from the last to the first."""
     live = mask.float()
     rewards, values = rewards * live, values * live
-    last, found = torch.zeros(rewards.shape[0]), []
+    last, found = torch.zeros_like(rewards[:, 0]), []
     for t in reversed(range(rewards.shape[1])):
-        following = values[:, t + 1] if t + 1 < rewards.shape[1] else torch.zeros(rewards.shape[0])
+        following = values[:, t + 1] if t + 1 < rewards.shape[1] else torch.zeros_like(last)
         last = rewards[:, t] + GAMMA * following - values[:, t] + GAMMA * LAM * last
         found.append(last)
     return torch.stack(found[::-1], dim=1) * live
@@ -58,6 +59,7 @@ class GaeSuite:
         mask = (
             torch.arange(case.vocab) < lengths
         )  # padded on the right, where the loop needs no more care than it takes
+        rewards, values, mask = (t.to(options.device) for t in (rewards, values, mask))
         runs = {name: partial(v.build(), rewards, values, mask) for name, v in self.variants_of(case, options).items()}
         results = {name: run() for name, run in runs.items()}
         seconds = interleave(
@@ -65,6 +67,7 @@ class GaeSuite:
             rounds=options.rounds,
             warmup=options.warmup,
             seed=options.seed,
+            measure=_device.seconds_of(options.device),
         )
         rows = {
             name: {"ours": self.variants[name].ours, "seconds": samples, **summary(samples)}

@@ -24,8 +24,8 @@ def _inputs(problem: Problem) -> Tensor:
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         logps = fa.token_logps(problem.logits, problem.labels)
-    old = logps + 0.1 * torch.randn(logps.shape, generator=draw)
-    return torch.stack([old, torch.randn(logps.shape, generator=draw)])
+    old = logps + 0.1 * torch.randn(logps.shape, generator=draw).to(logps.device)
+    return torch.stack([old, torch.randn(logps.shape, generator=draw).to(logps.device)])
 
 
 def _plain(logps: Tensor, inputs: Tensor) -> Tensor:

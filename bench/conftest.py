@@ -51,6 +51,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--warmup", type=int, default=_DEFAULT.warmup, help="rounds before them (default: %(default)s)")
     add("--threads", type=int, default=_DEFAULT.threads, help="of torch and of our kernels (default: %(default)s)")
     add("--seed", type=int, default=_DEFAULT.seed, help="of the inputs and the orders (default: %(default)s)")
+    add("--device", default=_DEFAULT.device, choices=("cpu", "cuda", "xpu"), help="(default: %(default)s)")
     add("--no-memory", action="store_true", help="leave the fresh process per case, and so peak memory, out")
     add("--json", metavar="OUT", help="write the results to this file")
 
@@ -67,6 +68,7 @@ def _options(config: pytest.Config) -> Options:
         threads=get("--threads"),
         seed=get("--seed"),
         memory=not get("--no-memory"),
+        device=get("--device"),
     )
 
 

@@ -45,8 +45,9 @@ SFT, REINFORCE, SURROGATE, CLIP, CISPO = (tl.constexpr(i) for i in range(5))
 _, K1, K2, K3, EXACT = (tl.constexpr(i) for i in range(5))
 MAX_LOG_RATIO = tl.constexpr(60.0)
 
-MAX_VECTORS = 8192
-"""Of 16 bytes: 1,024 threads hold 8 of the logits each, or 4 of them and 4 of the reference's."""
+MAX_ELEMENTS = 32768
+"""Of a row in registers; half as many where the reference's row is held too. 65,536 half-precision logits would fit
+into a multiprocessor's registers as such, but the compiler keeps what it has unpacked, and spills."""
 
 
 # -------------------------------------------------------------------------------------------------------------- slopes
@@ -249,15 +250,15 @@ def objective_kernel(
 
 # ------------------------------------------------------------------------------------------------------------ launches
 def whole_row_tile(vocab: int, dtype: torch.dtype, two: bool) -> tuple[dict[str, int], int] | None:
-    """(R, T and VEC, number of warps) such that one tile covers a row, and in registers; None for longer rows.
+    """(R, T, VEC and ONE, number of warps) such that one tile covers a row, and in registers; None for longer rows.
 
     `two`: the reference's row as well. One choice for each power of two.
     """
     vec = 16 // dtype.itemsize
     vectors = max(128, triton.next_power_of_2(vocab // vec))
-    if vectors > MAX_VECTORS // (2 if two else 1):
+    if vectors * vec > MAX_ELEMENTS // (2 if two else 1):
         return None
-    r = 4 if two or vectors <= 512 else 8
+    r = 4 if vectors <= 512 or (two and vec == 8) else 8
     return {"R": r, "T": vectors // r, "VEC": vec, "ONE": True}, vectors // r // 32
 
 

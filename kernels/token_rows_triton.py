@@ -5,7 +5,9 @@ owns a row and walks over it in tiles [R, T, VEC]: each of T threads takes R vec
 
 * Rows may start anywhere: the body of a row begins at its first 16-byte boundary, so that every load of the body is one
   aligned vector whatever V and the strides are; the up to VEC - 1 elements before the body and after the last whole
-  vector, the edges, form a tile [1, T, 1] of their own. No element outside the row is ever read or written.
+  vector, the edges, form a tile [1, T, 1] of their own. No element outside the row is ever read or written. Where rows
+  start on such boundaries (V a multiple of VEC, dense), a row's numbers are the same bits whatever its place in the
+  batch; elsewhere the order of its sums, and so the last bits, follow its address modulo 16.
 * Every thread has its own pivot, the maximum of what it has seen: tiles are reduced inside threads only, with one
   rescaling for R * VEC elements and no barrier. Threads are merged once, at the end of the row.
 * Nothing but R, T, VEC and what is computed is known at compile time: a new V or batch size compiles nothing.
@@ -49,7 +51,7 @@ def spread(x):
 @triton.jit
 def row_pointer(pointer, row, inner, outer_stride, inner_stride):
     """Start of a row; the leading dimensions of a tensor are two at most, of which the last has size `inner`."""
-    outer = 0
+    outer = row * 0
     if row >= inner:  # not where rows are evenly spaced, which spares the division
         outer = row // inner
     return pointer + (outer.to(tl.int64) * outer_stride + (row - outer * inner).to(tl.int64) * inner_stride)

@@ -232,7 +232,7 @@ def tile(vocab: int, dtype: torch.dtype) -> tuple[dict[str, int], int]:
     """(R, T, VEC and ONE, number of warps) of the kernels that walk over rows; one of five choices for each dtype."""
     vec = 16 // dtype.itemsize
     vectors = triton.cdiv(vocab, vec)
-    warps = 1 if vectors <= 128 else 4 if vectors <= 1024 else 8
+    warps = 1 if vectors <= 256 else 4 if vectors <= 2048 else 8
     return {"R": 4, "T": 32 * warps, "VEC": vec, "ONE": vectors <= 128 * warps}, warps
 
 

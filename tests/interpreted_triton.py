@@ -13,6 +13,7 @@ from triton.runtime import interpreter
 
 import fastalign as fa
 from fastalign import _backends
+from fastalign.losses import PPOLoss, SFTLoss
 from fastalign.reference import CASES, Sizes, cast
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of -inf - -inf and overflow to inf
@@ -97,7 +98,7 @@ SIZES = (
     Sizes(batch=1, length=2, vocab=3, list_length=2),
     Sizes(batch=2, length=2, vocab=1301, list_length=2),
 )
-# The reference of few losses alone touches logits; the others start from log-probs or scores and meet no kernel.
+# The other cases start from log-probs or scores, and meet no kernel.
 WITH_LOGITS = [case for case in CASES if "logits" in case.leaves]
 
 
@@ -108,8 +109,171 @@ def test_no_less_exact_than_eager(case, dtype):
     for seed, sizes in enumerate(SIZES):
         inputs = cast(case.inputs(sizes, torch.Generator().manual_seed(seed)), dtype)
         exact = losses(case.reference, inputs, case.leaves, torch.float64)
-        with fa.use_backend("eager"):
-            eager.append(relative(losses(case.reference, inputs, case.leaves), exact))
+        eager.append(relative(losses(case.reference, inputs, case.leaves), exact))
         ours.append(relative(losses(case.fused, inputs, case.leaves), exact))
     for what, error, plain in zip(("loss", *case.leaves), rms(ours), rms(eager), strict=True):
         assert error <= plain + MARGIN, f"{what}: relative error {error:.2e}, eager's {plain:.2e}"
+
+
+# --------------------------------------------------------------------------------------------------------- statistics
+OPTIONS = {
+    "plain": {},
+    "tempered": {"temperature": 0.7, "entropy": True},
+    "capped": {"softcap": 5.0, "temperature": 1.3, "entropy": True, "kl": True},
+    "smoothed": {"label_smoothing": 0.2, "kl": True},
+}
+
+
+def statistics(backend, logits, labels, ref, options, weights):
+    """Every statistic asked for and the gradient of their weighted sum, in float64."""
+    options = dict(options)
+    if options.get("kl"):
+        options["ref_logits"] = ref
+    x = logits.detach().clone().requires_grad_()
+    with fa.use_backend(backend):
+        stats = fa.token_stats(x, labels, **options)
+        total = sum((w.to(s.dtype) * s).sum() for w, s in zip(weights, stats, strict=True) if s is not None)
+        (grad,) = torch.autograd.grad(total, x)
+    return [s.detach().double() for s in stats if s is not None] + [grad.double()]
+
+
+PLACES = [(vocab, 0.0, name) for vocab in (1, 2, 7, 1301, 10007) for name in OPTIONS]
+PLACES += [(1301, offset, name) for offset in (1e4, -1e4) for name in OPTIONS if name != "capped"]
+
+
+@each_dtype
+@pytest.mark.parametrize(("vocab", "offset", "name"), PLACES)
+def test_statistics_and_gradient(dtype, vocab, offset, name):
+    """Odd sizes whose rows start anywhere, rows of one and of several tiles, logits far from 0."""
+    options = OPTIONS[name]
+    g = torch.Generator().manual_seed(vocab)
+    offset = offset / 10 if dtype == torch.float16 else offset
+    logits, ref = ((offset + 2 * torch.randn(2, vocab, generator=g)).to(dtype) for _ in range(2))
+    labels = torch.randint(vocab, (2,), generator=g)
+    weights = torch.randn(4, 2, generator=g)
+    ours = statistics("triton", logits, labels, ref, options, weights)
+    exact = statistics("eager", logits.double(), labels, ref.double(), options, weights)
+    eager = statistics("eager", logits, labels, ref, options, weights)
+    for a, b, c in zip(ours, exact, eager, strict=True):
+        scale = b.abs().max().clamp(min=1)
+        assert (a - b).abs().max() <= 1.5 * (c - b).abs().max() + 2e-6 * scale
+
+
+def test_masked_rows_are_not_read_and_extremes_stay_where_they_are():
+    x = torch.randn(4, 40)
+    x[0] = torch.nan
+    x[1, 3:9] = -torch.inf
+    labels = torch.tensor([-100, 12, 5, 39])
+    x.requires_grad_()
+    stats = fa.token_stats(x, labels, entropy=True)
+    (grad,) = torch.autograd.grad(stats.logps.sum() + stats.entropy.sum(), x)
+    with fa.use_backend("eager"):
+        want = fa.token_stats(x, labels, entropy=True)
+        (want_grad,) = torch.autograd.grad(want.logps.sum() + want.entropy.sum(), x)
+    for a, b in zip([*stats[:3], grad], [*want[:3], want_grad], strict=True):
+        torch.testing.assert_close(a, b)
+    assert not grad[0].any()
+
+
+@each_dtype
+def test_strides_and_in_place(dtype):
+    """Views whose leading dimensions do not merge, and a gradient written over the logits."""
+    wide = torch.randn(2, 3, 4, 41).to(dtype)
+    views = {"sliced": wide[:, :, 1:, :39], "shifted": wide[:, 1:, ::2, 2:], "expanded": wide[:1].expand(2, 3, 4, 41)}
+    for name, x in views.items():
+        labels = torch.randint(x.shape[-1], x.shape[:-1])
+        labels[0, 0, 0] = -100
+        dense = x.contiguous().requires_grad_()
+        (want,) = torch.autograd.grad(fa.token_logps(dense, labels).sum(), dense)
+        leaf = x.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(fa.token_logps(leaf, labels).sum(), leaf)
+        torch.testing.assert_close(grad, want, msg=name, rtol=2**-7, atol=1e-6)
+        if name != "expanded":
+            source = x.detach().requires_grad_() * 1
+            assert source.stride() == x.stride() or source.is_contiguous()
+            (over,) = torch.autograd.grad(fa.token_logps(source, labels, inplace_backward=True).sum(), source)
+            assert over.data_ptr() == source.data_ptr()
+            torch.testing.assert_close(over, want, msg=name, rtol=2**-7, atol=1e-6)
+
+
+def test_a_row_knows_nothing_of_its_neighbours():
+    x, labels = torch.randn(5, 1304), torch.randint(1304, (5,))  # V is a multiple of 4: all rows start alike
+    together = fa.token_stats(x, labels, entropy=True)
+    alone = fa.token_stats(x[3:4].clone(), labels[3:4], entropy=True)
+    for a, b in zip(together[:3], alone[:3], strict=True):
+        assert torch.equal(a[3:4], b)
+
+
+def test_bad_labels_are_named():
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 8\).*got 9 at flat position 1"):
+        fa.token_logps(torch.zeros(2, 8), torch.tensor([1, 9]))
+
+
+def test_nothing_to_do():
+    assert fa.token_logps(torch.zeros(0, 8), torch.zeros(0, dtype=torch.long)).shape == (0,)
+
+
+# --------------------------------------------------------------------------------------------------------- one launch
+MODULES = {
+    "sft": (SFTLoss, {}),
+    "sft, all": (SFTLoss, {"label_smoothing": 0.2, "z_loss": 0.01, "temperature": 1.3, "softcap": 3.0}),
+    "clip": (PPOLoss, {"dual_clip": 1.5}),
+    "reinforce": (PPOLoss, {"kind": "reinforce"}),
+    "trpo": (PPOLoss, {"kind": "trpo"}),
+    "cispo": (PPOLoss, {"kind": "cispo"}),
+    "penalty": (PPOLoss, {"kind": "penalty", "kl_coef": 0.3, "kl_estimator": "k3"}),
+    "k1": (PPOLoss, {"kl_coef": 0.2}),
+    "k2": (PPOLoss, {"kl_coef": 0.2, "kl_estimator": "k2"}),
+    "k3": (PPOLoss, {"kl_coef": 0.2, "kl_estimator": "k3"}),
+    "exact": (PPOLoss, {"kl_coef": 0.2, "kl_estimator": "exact", "entropy_coef": 0.05, "temperature": 0.8}),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab"),
+    [*((name, vocab) for name in MODULES for vocab in (40, 1301)), ("sft, all", 40001), ("exact", 20001)],
+)
+def test_one_launch_equals_two_steps(name, vocab):
+    """In registers and, in the last two cases, read twice; into a buffer of its own and over the logits."""
+    make, config = MODULES[name]
+    g = torch.Generator().manual_seed(vocab)
+    logits = 2 * torch.randn(1, 3, vocab, generator=g)
+    labels = torch.randint(vocab, (1, 3), generator=g)
+    labels[0, 0] = -100
+    args, extra = [labels], {}
+    if make is PPOLoss:
+        logps = fa.token_logps(logits, labels)
+        args += [logps + 0.5 * torch.randn(1, 3, generator=g), torch.randn(1, 3, generator=g)]
+        if config.get("kl_estimator") == "exact":
+            extra["ref_logits"] = logits + torch.randn(logits.shape, generator=g)
+        elif "kl_coef" in config:
+            extra["ref_logps"] = logps + 0.5 * torch.randn(1, 3, generator=g)
+
+    def step(**more):
+        leaf = logits.clone().requires_grad_()
+        output = make(**config, **more)(leaf * 1, *args, **extra)
+        return output, torch.autograd.grad(3 * output.loss, leaf)[0]
+
+    two, want = step()
+    for inplace in (False, True):
+        one, grad = step(one_launch=True, inplace_backward=inplace)
+        for field, a, b in zip(one._fields, one, two, strict=True):
+            if a is not None:
+                torch.testing.assert_close(a, b, msg=field, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grad, want, rtol=1e-4, atol=float(2e-6 * want.abs().max()))
+
+
+# --------------------------------------------------------------------------------------------------------- advantages
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("length", [1, 9, 600])
+def test_gae(dtype, length):
+    """Several blocks, hidden tokens anywhere with NaN behind them."""
+    g = torch.Generator().manual_seed(length)
+    rewards, values = torch.randn(2, 2, length, generator=g, dtype=dtype)
+    mask = torch.rand(2, length, generator=g) < 0.7
+    rewards[~mask] = torch.nan
+    got = fa.rl.gae(rewards, values, mask, gamma=0.97, lam=0.9)
+    with fa.use_backend("eager"):
+        want = fa.rl.gae(rewards, values, mask, gamma=0.97, lam=0.9)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=1e-5)

@@ -33,6 +33,7 @@ def _load(name: str) -> ModuleType:
 
 
 case_module, interleave_module, report, targets = map(_load, ("_case", "_interleave", "report", "targets"))
+device_module = _load("_device")
 
 
 def _python(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -106,6 +107,70 @@ def test_a_sample_of_several_calls_is_their_mean():
     seconds = interleave_module.interleave({"a": lambda: run}, rounds=1, calls=5, clock=lambda: now[0])
     assert seconds == {"a": [3.0]}
     assert now[0] == 2 * 5 * 3.0
+
+
+# ------------------------------------------------------------------------------------------------- an accelerator
+class _Accelerator:
+    """The part of torch.cuda that the benchmarks use, with a clock of its own and a tally of the allocator's bytes."""
+
+    def __init__(self):
+        self.now, self.bytes, self.peak, self.calls = 0.0, 100, 100, []
+
+    def Event(self, enable_timing):
+        device = self
+
+        class Event:
+            def record(self):
+                self.at = device.now
+
+            def elapsed_time(self, stop):
+                return stop.at - self.at
+
+        return Event()
+
+    def synchronize(self):
+        self.calls.append("synchronize")
+
+    def reset_peak_memory_stats(self):
+        self.peak = self.bytes
+
+    def memory_allocated(self):
+        return self.bytes
+
+    def max_memory_allocated(self):
+        return self.peak
+
+    def work(self, milliseconds, size):
+        self.now += milliseconds
+        self.peak = max(self.peak, self.bytes + size)
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    fake = _Accelerator()
+    monkeypatch.setattr(device_module.torch, "cuda", fake)
+    return fake
+
+
+def test_an_accelerator_is_timed_by_its_own_events(accelerator):
+    measure = device_module.seconds_of("cuda")
+    contenders = {"a": lambda: lambda: accelerator.work(3.0, 0), "b": lambda: lambda: accelerator.work(5.0, 0)}
+    seconds = interleave_module.interleave(contenders, rounds=4, calls=2, measure=measure)
+    assert seconds == {"a": [pytest.approx(0.003)] * 4, "b": [pytest.approx(0.005)] * 4}
+    assert len(accelerator.calls) == 2 * 2 * (4 + 1)  # before and after each of the rounds, the warm-up among them
+    assert device_module.seconds_of("cpu") is None
+
+
+def test_an_accelerators_peak_is_what_the_run_adds(accelerator):
+    assert device_module.peak_of(lambda: lambda: accelerator.work(1.0, 4096), "cuda") == 4096
+
+
+def test_the_accelerator_is_chosen_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(device_module.torch.cuda, "is_available", lambda: True)
+    assert device_module.automatic() == "cuda"
+    monkeypatch.setattr(device_module.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(device_module.torch.xpu, "is_available", lambda: False)
+    assert device_module.automatic() == "cpu"
 
 
 def test_the_ratio_is_taken_within_rounds():

@@ -1,0 +1,213 @@
+"""The Triton kernels without a GPU: interpreted, compiled ahead of time, and simulated where there is a simulator."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastalign as fa
+from fastalign import _backends
+
+pytest.importorskip("triton", reason="needs the package triton")
+ROOT = Path(__file__).resolve().parents[1]
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+KINDS = ("forward", "backward", "objective")
+VOCABS = (1000, 4000, 32000, 151937)
+"""In bfloat16 and float32 together every configuration: rows of one tile and of many, on 1, 4 and 8 warps, in registers
+and read twice."""
+
+
+@functools.cache
+def static(name="_gpu_triton"):
+    """A module of bench/, whose modules import each other by plain names."""
+    sys.path.insert(0, str(ROOT / "bench"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(ROOT / "bench"))
+
+
+# ------------------------------------------------------------------------------------------------------- interpreted
+def test_in_the_interpreter():
+    """Every test of `interpreted_triton.py`, in two processes that share its dtypes."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", str(Path(__file__).with_name("interpreted_triton.py")), "-q", "-x"]
+    command += ["--import-mode=importlib", "-p", "no:cacheprovider", f"--rootdir={tempfile.gettempdir()}"]
+    running = [
+        subprocess.Popen(
+            [*command, "-k", selection],
+            env=environment,
+            cwd=tempfile.gettempdir(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for selection in ("no_less_exact and not float16", "not no_less_exact or (no_less_exact and float16)")
+    ]
+    for process in running:
+        output, _ = process.communicate()
+        assert process.returncode == 0, output[-4000:]
+        assert " passed" in output
+        assert " skipped" not in output
+
+
+# -------------------------------------------------------------------------------------------------------- the choice
+def test_it_serves_gpus_alone():
+    assert "serves float32, bfloat16, float16 tensors on cuda or xpu" in _backends.triton.serves(
+        torch.empty(1), "tokens"
+    )
+    assert "got torch.float64 on meta" in _backends.triton.serves(
+        torch.empty(1, dtype=torch.float64, device="meta"), "gae"
+    )
+
+
+def test_it_has_a_reason_where_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
+    assert "no CUDA, ROCm or XPU device" in fa.backends()["triton"]
+    with pytest.raises(RuntimeError, match="backend 'triton' is not available"), fa.use_backend("triton"):
+        pass
+
+
+def test_importing_fastalign_does_not_import_triton():
+    code = "import sys, fastalign; fastalign.backends(); print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tempfile.gettempdir())
+    assert done.stdout.strip() == "False"
+
+
+# ---------------------------------------------------------------------------------------------------------- compiled
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_no_spills_and_16_byte_accesses(arch, dtype):
+    """The default configurations, ahead of time for every architecture."""
+    for row in static().rows(False, archs=[arch], dtypes=[dtype], vocabs=VOCABS):
+        assert row.spill_bytes == 0, row
+        assert row.vector_bytes == 16, row
+        assert row.registers <= 128, row
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_no_spills_with_everything_asked_for(arch, dtype):
+    """Entropy, exact KL, label smoothing, soft-cap: the largest kernels."""
+    from fastalign.kernels import objectives_triton, token_stats_triton
+
+    def inputs(vocab):
+        return torch.empty(2, vocab, dtype=dtype), torch.zeros(2, dtype=torch.int64), torch.ones(2)
+
+    options = (-100, 0.7, 30.0)
+    codes = (3, 0.2, 0.2, 3.0, 4, 0.1, False, 0.01, 0.1, 0.01)
+    x, labels, w = inputs(16000)
+    launches = [
+        *token_stats_triton.forward(x, labels, x, *options, True, True)[0],
+        *token_stats_triton.backward(x, labels, x, torch.zeros(2, 4), w, w, (w,) * 5, *options, x),
+    ]
+    for vocab in (16000, 32000):  # in registers, and read twice
+        x, labels, w = inputs(vocab)
+        launches += objectives_triton.objective(x, labels, x, (w,) * 4, codes, *options, True, x)[0]
+    assert [launch.arguments.get("FITS") for launch in launches] == [None, None, True, False]
+    for launch in launches:
+        made = static().compiled(launch, arch)
+        assert made.spill_bytes == 0, launch.kernel
+        assert made.vector_bytes == 16, launch.kernel
+
+
+def test_nothing_compiles_for_a_new_shape():
+    """Constants and types of a kernel are the same for any batch, strides and vocabularies of a configuration."""
+    module = static()
+    one = module.signature(module.plan("forward", torch.empty(2, 32000), torch.zeros(2, dtype=torch.int64))[0])
+    other = module.plan("forward", torch.empty(3, 5, 40000)[:, 1:, :39999], torch.zeros(3, 4, dtype=torch.int64))[0]
+    assert module.signature(other) == one
+    for parameter in other.kernel.params:
+        if not parameter.is_constexpr:
+            number = parameter.annotation_type
+            assert parameter.do_not_specialize_on_alignment or parameter.do_not_specialize or number.startswith("fp")
+
+
+# --------------------------------------------------------------------------------------------------------- simulated
+def exact(logits, labels):
+    """(log-probabilities of the labels, gradient of their sum) in float64."""
+    logp = torch.log_softmax(logits.double(), -1)
+    gradient = -logp.exp()
+    gradient.scatter_add_(-1, labels.unsqueeze(-1), torch.ones_like(logp[..., :1]))
+    return logp.gather(-1, labels.unsqueeze(-1)).squeeze(-1), gradient
+
+
+# bfloat16: a forward that reads once and is bound by memory 1.5 times over; 1.8 times where it writes as well.
+@pytest.mark.parametrize("vocab", [1000, 1001, 32000, 128256, 151937])
+def test_traffic_margin_and_numbers(vocab):
+    pytest.importorskip("ptxsim", reason="needs the PTX simulator ptxsim")
+    module, limits = static(), static("_gpu_row").limits
+    logits = torch.randn(module.ROWS, vocab, generator=torch.Generator().manual_seed(vocab)).mul_(2).bfloat16()
+    labels = torch.randint(vocab, (module.ROWS,))
+    logps, gradient = exact(logits[:9], labels[:9])
+    for kind in KINDS:
+        launch, results = module.plan(kind, logits, labels)
+        stats = module.simulated(launch, module.compiled(launch, "sm_90"))
+        bound, margin = limits(stats)
+        two = kind == "objective" and not launch.arguments["FITS"]
+        assert 1 <= stats.read_passes("x_ptr") / (2 if two else 1) <= 1.02
+        assert bound == "memory"
+        assert margin >= (1.5 if kind == "forward" else 1.8)
+        # Sectors of a request: 16 bytes a lane are 16 whole sectors, and two more where a row starts off a boundary.
+        buffer = stats.buffer("x_ptr")
+        assert buffer["read_sectors"] * 32 <= 1.1 * buffer["read_bytes"] + 64 * module.ROWS
+        if kind != "backward":
+            torch.testing.assert_close(results["logps"][:9].double(), logps, rtol=1e-5, atol=1e-5)
+        if kind != "forward":
+            assert 1 <= stats.write_passes("out_ptr") <= 1.02
+            sign = 1 if kind == "backward" else -1
+            error = (sign * results["out"][:9].double() - gradient).norm() / gradient.norm()
+            assert error <= 2**-8
+        else:
+            assert stats.write_passes("x_ptr") == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_every_statistic_in_the_compiled_code(dtype):
+    """What the interpreter cannot show: the compiler's contractions, NaN and -inf, odd rows, in place, a masked row."""
+    pytest.importorskip("ptxsim", reason="needs the PTX simulator ptxsim")
+    from fastalign.kernels import token_stats_eager, token_stats_triton
+
+    offset = 1e4 if dtype == torch.float32 else 1e3
+    x, z = ((offset + torch.randn(4, 1003)).to(dtype) for _ in range(2))
+    x[1, 5:300] = -torch.inf
+    x[2] = torch.nan
+    labels = torch.tensor([7, 900, -100, 1002])
+    options = (-100, 0.7, 0.0)
+    grads = tuple(torch.randn(4) for _ in range(4))
+    launches, results = token_stats_triton.forward(x, labels, z, *options, True, False)
+    want = token_stats_eager.forward(x.double(), labels, z.double(), *options, True, False)
+    plain = token_stats_eager.forward(x, labels, z, *options, True, False)
+    for launch in launches:
+        static().simulated(launch, static().compiled(launch, "sm_90"), check_uninit=True, check_races=True)
+    for got, exact_value, eager in zip(results[:4], want[:4], plain[:4], strict=True):
+        assert (got - exact_value).abs().max() <= 1.5 * (eager - exact_value).abs().max() + 2e-6
+    out, expected = x.clone(), torch.empty_like(x, dtype=torch.float64)
+    token_stats_eager.backward(x.double(), labels, z.double(), want[5], *want[2:4], (*grads, None), *options, expected)
+    for launch in token_stats_triton.backward(out, labels, z, results[5], *results[2:4], (*grads, None), *options, out):
+        static().simulated(launch, static().compiled(launch, "sm_90"))
+    unit = 2**-11 if dtype == torch.float16 else 1e-5
+    assert (out - expected).norm() <= unit * expected.norm()
+    assert not out[2].any()
+    assert math.isfinite(float(out.sum()))
+
+
+def test_advantages_in_the_compiled_code():
+    pytest.importorskip("ptxsim", reason="needs the PTX simulator ptxsim")
+    from fastalign.kernels import gae_eager, gae_triton
+
+    rewards, values, mask = torch.randn(3, 1300), torch.randn(3, 1300), torch.rand(3, 1300) < 0.8
+    (launch,), results = gae_triton.gae(rewards, values, mask, 0.99, 0.95)
+    static().simulated(launch, static().compiled(launch, "sm_90"))
+    for got, want in zip(results, gae_eager.gae(rewards, values, mask, 0.99, 0.95), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
