@@ -89,7 +89,6 @@ CUDA_HEADERS = [
     *(f"kernels/token_{name}_cuda.cuh" for name in ("gradient", "memory", "rows", "vectors")),
     "csrc/arguments.h",
 ]
-USAGE = "_cuda_usage.json"
 
 
 def nvcc_candidates():
@@ -173,24 +172,24 @@ class Build(build_ext):
             log += done.stderr
         includes, libraries = cuda_flags(nvcc)
         defines = [f'-DFA_CUDA_ARCHITECTURES="{" ".join(CUDA_TARGETS)} {CUDA_PTX}"']
-        include_dirs = [*ext.include_dirs, *includes]
+        # What the assembler said goes into the module: the tests look at it, and bench/gpu_static.py prints it.
+        (folder / "cuda_usage.h").write_text(f'#define FA_CUDA_USAGE R"json({json.dumps(usage(log))})json"\n')
+        include_dirs = [*ext.include_dirs, *includes, str(folder)]
         objects += self.compiler.compile(
             ["csrc/bindings_cuda.cpp"],
             output_dir=str(folder),
             include_dirs=include_dirs,
             extra_postargs=[*COMMON, *defines],
         )
-        target = Path(self.get_ext_fullpath(ext.name))
         # The static runtime looks for a driver when it is first used, not when it is loaded.
         self.compiler.link_shared_object(
             objects,
-            str(target),
+            self.get_ext_fullpath(ext.name),
             library_dirs=libraries,
             libraries=["cudart_static", "dl", "rt", "pthread"],
             target_lang="c++",
             build_temp=self.build_temp,
         )
-        target.with_name(USAGE).write_text(json.dumps(usage(log), indent=1))
 
     def build_cpu(self, ext):
         units = [("kernels/cpu_dispatch.cpp", "dispatch", ["-DFA_HAVE_X86"] if X86 else [])]

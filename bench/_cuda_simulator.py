@@ -70,8 +70,11 @@ def _link(folder: Path, nvcc: str) -> Path:
         return target
     import pybind11
 
-    includes = [f"-I{p}" for p in (pybind11.get_include(), sysconfig.get_paths()["include"], _cuda_include(nvcc))]
+    includes = [
+        f"-I{p}" for p in (pybind11.get_include(), sysconfig.get_paths()["include"], _cuda_include(nvcc), folder)
+    ]
     objects = [folder / f"{source}.o" for source in SOURCES]
+    (folder / "cuda_usage.h").write_text('#define FA_CUDA_USAGE "{}"\n')
     sources = [ROOT / "csrc" / "bindings_cuda.cpp", ROOT / "bench" / "_cuda_recorder.cpp"]
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", '-DFA_CUDA_ARCHITECTURES="simulated"']
     _run(os.environ.get("CXX", "g++"), *flags, *includes, *sources, *objects, "-o", target)

@@ -7,18 +7,15 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from _cuda_simulator import SHARED_BYTES, Launch, Simulator
 from _gpu_row import DTYPES, ROWS, VOCABS, Row, limits
 
-import fastalign
 from fastalign import Objective
 from fastalign._backends import cuda
 
-USAGE = Path(fastalign.__file__).with_name("_cuda_usage.json")
 LONGEST = 256000
 SIMULATED = ("sm_80", "sm_90a")
 """Architectures whose kernels are run: the two ways of the objective."""
@@ -28,7 +25,7 @@ KINDS = {"forward": "forward_kernel", "backward": "backward_kernel", "objective"
 
 def usage(arch: str, kernel: str, dtype: str) -> dict[str, int]:
     """Registers, spilled bytes and static shared memory of the plain variant of a kernel, from the build."""
-    table = json.loads(USAGE.read_text())[arch] if USAGE.exists() else {}
+    table = json.loads(cuda._cuda.usage)[arch] if cuda._cuda else {}
     pattern = rf"\d{kernel}{re.escape(_MANGLED[dtype])}Lb0ELNS_4ModeE0E"
     return next((entry for name, entry in table.items() if re.search(pattern, name)), {})
 

@@ -1,7 +1,7 @@
 """Evidence about the GPU kernels from a machine without a GPU: registers, spills, vector widths, and, where the PTX
 simulator `ptxsim` can be imported, counted memory traffic and which limit of an H100 binds.
 
-    python bench/gpu_static.py --backend triton [--json]
+    python bench/gpu_static.py --backend cuda|triton [--json]
 
 prints one row for each kernel, architecture, dtype and vocabulary; the fields are those of `_gpu_row.Row`. A lower
 bound is no prediction: latency and occupancy are not in it, nor is any time measured on a GPU.
@@ -15,7 +15,7 @@ import importlib.util
 
 from _gpu_row import as_json, as_table
 
-BACKENDS = {"triton": "_gpu_triton"}
+BACKENDS = {"cuda": "_gpu_cuda", "triton": "_gpu_triton"}
 """Backend → module whose `rows(simulate)` yields its rows."""
 
 

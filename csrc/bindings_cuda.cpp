@@ -5,6 +5,7 @@
 #include "../kernels/gae_cuda.h"
 #include "../kernels/token_stats_cuda.h"
 #include "arguments.h"
+#include "cuda_usage.h"
 
 namespace {
 
@@ -65,4 +66,5 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("gae_float32", &gae_rows<float>);
     m.def("gae_float64", &gae_rows<double>);
     m.attr("architectures") = FA_CUDA_ARCHITECTURES;
+    m.attr("usage") = FA_CUDA_USAGE;  // JSON: architecture, kernel, registers and the like, from the assembler
 }

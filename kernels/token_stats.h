@@ -94,17 +94,17 @@ struct Stats {
 // Statistics of a row from its merged sums; `label` is the prepared but untempered logit of the target.
 FA_HD Stats finish(const Sums& a, double label, double inv_t, double vocab) {
     Stats o;
-    const double lse = a.pivot * inv_t + kLn2 * log2(a.s);
-    o.m = static_cast<float>(lse);
-    o.r = static_cast<float>(lse - o.m);
+    // The pivot is kept apart from the logarithm until the end: beside logits of 1e38 the logarithm would be lost.
+    const double at = a.pivot * inv_t, log_s = kLn2 * log2(a.s);
+    o.m = static_cast<float>(at + log_s);
+    o.r = static_cast<float>((at - o.m) + log_s);
     o.lse = o.m;
-    o.logps = static_cast<float>(label * inv_t - lse);
-    const double log_s = kLn2 * log2(a.s);
+    o.logps = static_cast<float>((label - a.pivot) * inv_t - log_s);
     o.entropy = static_cast<float>(log_s - kLn2 * a.w / a.s);
     o.mean = static_cast<float>(a.total * inv_t / vocab);
-    const double ref_log_s = kLn2 * log2(a.t), ref_lse = a.ref_pivot * inv_t + ref_log_s;
-    o.ref_m = static_cast<float>(ref_lse);
-    o.ref_r = static_cast<float>(ref_lse - o.ref_m);
+    const double ref_at = a.ref_pivot * inv_t, ref_log_s = kLn2 * log2(a.t);
+    o.ref_m = static_cast<float>(ref_at + ref_log_s);
+    o.ref_r = static_cast<float>((ref_at - o.ref_m) + ref_log_s);
     o.kl = static_cast<float>(kLn2 * a.k / a.s - log_s + ref_log_s);
     return o;
 }

@@ -60,7 +60,7 @@ struct Slopes : BackwardArgs {
 
 // A row is shared by `splits` blocks, each of which writes `span` elements.
 template <class T, bool kCap, Mode kMode>
-__global__ void __launch_bounds__(kMaxThreads, 3)
+__global__ void __launch_bounds__(kMaxThreads, kCap&& kMode != kPlain ? 2 : 3)
     backward_kernel(const __grid_constant__ Slopes a, const __grid_constant__ Prepare k, int splits, int span) {
     __shared__ Slope shared;
     const int64_t items = a.rows * splits;

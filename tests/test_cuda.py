@@ -30,7 +30,7 @@ def usage():
     """Architecture → kernel → what the assembler said when the package was built."""
     if cuda._cuda is None:
         pytest.skip("the package was built without nvcc")
-    return json.loads(Path(cuda._cuda.__file__).with_name("_cuda_usage.json").read_text())
+    return json.loads(cuda._cuda.usage)
 
 
 def name_of(mangled):
