@@ -15,7 +15,7 @@ from torch import Tensor
 from ._interface import DTYPES, KINDS, KL_TERMS, Objective, Statistics
 
 try:
-    from .. import _cuda  # type: ignore[attr-defined]
+    from .. import _cuda
 except ImportError as error:  # built without nvcc, or with FASTALIGN_CUDA=0
     _cuda = None  # type: ignore[assignment]
     absent = importlib.util.find_spec("fastalign._cuda") is None
