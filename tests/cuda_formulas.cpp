@@ -16,8 +16,8 @@ void tanh_many(const float* x, float* y, int n) {
     for (int i = 0; i < n; ++i) y[i] = tanh_of(x[i]);
 }
 
-// Statistics (logps, lse, entropy, kl, mean, m, r, ref_m, ref_r) of a row that `threads` threads share, each relative to
-// the maximum of its own elements; and the coefficients from them under the gradients g.
+// Statistics (logps, lse, entropy, kl, mean, m, r, ref_m, ref_r) of a row that `threads` threads share, each relative
+// to the maximum of its own elements; and the coefficients from them under the gradients g.
 void row(const float* x, const float* z, int vocab, int label, int threads, double temperature, const float* g,
          float* statistics, float* coefficients_out) {
     const float scale = static_cast<float>(kLog2e / temperature);

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from ._interface import DTYPES, KINDS, KL_TERMS, Objective, Statistics
 
 try:
-    from .. import _cuda  # type: ignore[attr-defined]
+    from .. import _cuda
 except ImportError as error:  # built without nvcc, or with FASTALIGN_CUDA=0
     _cuda = None  # type: ignore[assignment]
     absent = importlib.util.find_spec("fastalign._cuda") is None
@@ -176,7 +177,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     rewards, values, mask = rewards.contiguous(), values.contiguous(), mask.contiguous()
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
     length = rewards.shape[-1]
-    call = _cuda.gae_float64 if rewards.dtype == torch.float64 else _cuda.gae_float32
+    call: Callable[..., None] = _cuda.gae_float64 if rewards.dtype == torch.float64 else _cuda.gae_float32
     call(
         *_addresses(rewards, values, mask, advantages, returns),
         rewards.numel() // length if length else 0,

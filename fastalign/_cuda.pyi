@@ -1,0 +1,44 @@
+architectures: str
+usage: str
+
+def token_stats_forward(tokens: tuple, outputs: tuple, device: int, stream: int) -> None: ...
+def token_stats_backward(
+    tokens: tuple, per_row: tuple, out: int, out_strides: tuple, device: int, stream: int
+) -> None: ...
+def token_objective(
+    tokens: tuple,
+    options: tuple,
+    inputs: tuple,
+    outputs: tuple,
+    out: int,
+    out_strides: tuple,
+    device: int,
+    stream: int,
+) -> None: ...
+def scale(dtype: int, data: int, count: int, factor: int, device: int, stream: int) -> None: ...
+def gae_float32(
+    rewards: int,
+    values: int,
+    mask: int,
+    advantages: int,
+    returns: int,
+    rows: int,
+    length: int,
+    gamma: float,
+    gamma_lam: float,
+    device: int,
+    stream: int,
+) -> None: ...
+def gae_float64(
+    rewards: int,
+    values: int,
+    mask: int,
+    advantages: int,
+    returns: int,
+    rows: int,
+    length: int,
+    gamma: float,
+    gamma_lam: float,
+    device: int,
+    stream: int,
+) -> None: ...
