@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastalign import losses
+from fastalign.losses._policy_kinds import KINDS
 
 B, T, V, H = 4, 6, 17, 5
 
@@ -225,3 +226,49 @@ def test_matches_liger(peer, ours):
     torch.testing.assert_close(output.loss, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(output.kl, metrics[0], rtol=1e-5, atol=1e-6)
+
+
+# ----------------------------------------------------------------------- worked examples, by hand from the publications
+# One sequence of two tokens: pi = 1/2 and 1/5, pi_old = 1/4 and 2/5, so rho = 2 and 1/2; A = 1 and -2.
+# Value of the loss, and its derivatives by log pi of both tokens.
+WORKED = {
+    # Williams 1992: -(ln 1/2 - 2 ln 1/5) / 2; -A / 2
+    "reinforce": ({}, -1.2628643221541278, [-0.5, 1.0]),
+    # Schulman et al. 2015, eq. 14: -(2 - 1) / 2; -A rho / 2
+    "trpo": ({}, -0.5, [-1.0, 0.5]),
+    # Schulman et al. 2017, eq. 8, with k3 of KL(pi_old, pi): rho - 1 - ln rho = 0.3068528, 0.1931472, mean 1/4;
+    # -1/2 + 1/2 * 1/4; its derivative is rho - 1, so (-A rho + (rho - 1) / 2) / 2
+    "penalty": ({"kl_coef": 0.5, "kl_estimator": "k3"}, -0.375, [-0.75, 0.375]),
+    # eq. 7 with epsilon 0.2: max(-2, -1.2) and max(1, 1.6), both cut: -0.6 + 0.8
+    "clip": ({"cliprange": 0.2}, 0.2, [0.0, 0.0]),
+    # Zheng et al. 2025, eq. 5: s = sqrt(2 * 1/2) = 1; -s (1 - 2) / 2, and ds / dlog pi = s / 2
+    "gspo": ({"cliprange": 0.2}, 0.5, [0.25, 0.25]),
+    # eq. 13: the same value, each token with its own advantage in the gradient
+    "gspo_token": ({"cliprange": 0.2}, 0.5, [-0.5, 1.0]),
+    # MiniMax 2025, eq. 4 with an upper bound of 1.5: -(1.5 * 1 * ln 1/2 + 0.5 * -2 * ln 1/5) / 2
+    "cispo": ({"cliprange": 1.0, "cliprange_high": 0.5}, -0.2848585707970912, [-0.75, 0.5]),
+}
+
+
+@pytest.mark.parametrize("kind", WORKED)
+def test_worked_example(kind):
+    options, value, slopes = WORKED[kind]
+    logps = torch.tensor([[1 / 2, 1 / 5]], dtype=torch.float64).log().requires_grad_()
+    old = torch.tensor([[1 / 4, 2 / 5]], dtype=torch.float64).log()
+    advantages = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
+    loss = losses.policy_loss(logps, old, advantages, torch.ones(1, 2, dtype=torch.bool), kind=kind, **options).loss
+    assert loss.item() == pytest.approx(value, abs=1e-12)
+    assert torch.autograd.grad(loss, logps)[0].flatten().tolist() == pytest.approx(slopes, abs=1e-12)
+
+
+def test_every_kind_has_a_worked_example():
+    assert set(WORKED) == set(KINDS)
+
+
+def test_ptx_by_hand():
+    """Ouyang et al. 2022, eq. 2: the policy's loss plus gamma times the pretraining text's negative log-likelihood."""
+    logps = torch.tensor([[-1.0, -3.0, -7.0]], requires_grad=True)
+    mask = torch.tensor([[True, True, False]])
+    loss = losses.ptx_loss(torch.tensor(0.5), logps, mask, ptx_coef=0.25)
+    assert loss.item() == 0.5 + 0.25 * 2.0
+    assert torch.autograd.grad(loss, logps)[0].tolist() == [[-0.125, -0.125, 0.0]]
