@@ -34,8 +34,9 @@ SHARED_BYTES = {"sm_80": 166912, "sm_90a": 232448, "sm_100a": 232448, "sm_120": 
 def _cache(*parts: str) -> Path:
     digest = hashlib.sha256("\n".join((*parts, sys.version)).encode())
     for folder in ("kernels", "csrc", "bench"):
-        for path in sorted((ROOT / folder).glob("*.[chp]*")) + sorted((ROOT / folder).glob("*.cu*")):
-            digest.update(path.read_bytes() if path.suffix != ".py" else b"")
+        for path in sorted((ROOT / folder).iterdir()):
+            if path.suffix in (".cpp", ".h", ".cu", ".cuh"):
+                digest.update(path.read_bytes())
     cache = Path(tempfile.gettempdir()) / f"fastalign-cuda-{os.getuid()}-{digest.hexdigest()[:16]}"
     cache.mkdir(exist_ok=True)
     return cache

@@ -228,7 +228,6 @@ def _project(problem: Problem, rows: int) -> tuple[RowStats, Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------- public API
-@torch.compiler.disable
 def head_token_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -316,6 +315,10 @@ def head_token_stats(
         return t.new_zeros(live.shape).index_copy(0, index, t).view(labels.shape)
 
     return TokenStats(spread(logps), spread(lse), spread(ent), spread(div))  # type: ignore[arg-type]
+
+
+# As `torch.compiler.disable` marks it, which would load the compiler, and Triton with it, at import.
+head_token_stats._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _plan_of(

@@ -286,3 +286,16 @@ def test_a_head_is_made_of_tensors():
         as_head("logits", [1, 2])
     with pytest.raises(TypeError, match=r"logits's weight must be a torch\.Tensor; got int"):
         losses.SFTLoss()((torch.zeros(2, 3), 5), torch.zeros(2, dtype=torch.int64))
+
+
+def test_a_compiled_function_steps_out_for_it():
+    (hidden, weight, _), _, labels, _ = problem(torch.float32)
+
+    def loss(h, w):
+        return -fa.head_token_stats(2 * h, w, labels).logps.mean()
+
+    compiled = torch.compile(loss)
+    torch.testing.assert_close(compiled(hidden, weight), loss(hidden, weight))
+    got = torch.autograd.grad(compiled(hidden, weight), [hidden, weight])
+    want = torch.autograd.grad(loss(hidden, weight), [hidden, weight])
+    assert all(relative(a, b) < 1e-5 for a, b in zip(got, want, strict=True))
