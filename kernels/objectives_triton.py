@@ -9,21 +9,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .token_rows_triton import (
-    add_tile,
+from .token_layout_triton import (
     body_offsets,
     body_pointer,
-    coefficients,
     edge_offsets,
+    nothing,
+    row_head,
+    row_pointer,
+    slots,
+)
+from .token_rows_triton import (
+    add_tile,
+    coefficients,
     finish,
     gradient,
     merge_threads,
     no_sums,
-    nothing,
     prepare,
-    row_head,
-    row_pointer,
-    slots,
     sum_row,
     write_gradient,
     write_label_gradient,

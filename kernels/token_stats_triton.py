@@ -13,13 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .token_layout_triton import (
+    nothing,
+    row_pointer,
+)
 from .token_rows_triton import (
     LOG2E,
     coefficients,
     finish,
-    nothing,
     prepare,
-    row_pointer,
     sum_row,
     write_gradient,
     write_label_gradient,
