@@ -114,7 +114,10 @@ def gathered(t: Any) -> Any:
         return t
     from torch.distributed.tensor import Partial
 
-    return t.full_tensor(grad_placements=[Partial("avg")] * t.device_mesh.ndim)
+    whole = t.full_tensor(grad_placements=[Partial()] * t.device_mesh.ndim)
+    if whole.requires_grad:  # not Partial("avg"), which gloo cannot reduce
+        whole.register_hook(lambda gradient, processes=t.device_mesh.size(): gradient / processes)
+    return whole
 
 
 def _detached(t: Tensor | None) -> Tensor | None:
