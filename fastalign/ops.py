@@ -206,32 +206,57 @@ torch.library.register_fake("fastalign::token_stats_backward_", lambda logits, *
 
 
 # ----------------------------------------------------------------------------------------------------------- autograd
-# A plain autograd.Function on the Autograd key: `torch.library.register_autograd` does the same for 40 us a call more.
+# Plain autograd.Functions, one on the Autograd key and one for calls that nobody watches:
+# `torch.library.register_autograd` does the same for 40 us a call more.
+def _save(ctx, logits, labels, ref_logits, options, outputs) -> None:
+    ignore_index, temperature, softcap, want_entropy, _, ctx.inplace = options
+    _, _, entropy, kl, _, saved = outputs
+    entropy, kl = entropy if want_entropy else None, kl if ref_logits is not None else None
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, labels, ref_logits, saved, entropy, kl)
+    ctx.options = (ignore_index, temperature, softcap)
+
+
+def _gradient(ctx, g_logps, g_lse, g_entropy, g_kl, g_mean):
+    logits, labels, ref_logits, saved, entropy, kl = ctx.saved_tensors
+    grads = (g_logps, g_lse, None if entropy is None else g_entropy, None if kl is None else g_kl, g_mean)
+    args = (labels, ref_logits, saved, entropy, kl, *grads, *ctx.options)
+    if not ctx.inplace:
+        return torch.ops.fastalign.token_stats_backward(logits, *args)
+    grad = logits.detach()
+    torch.ops.fastalign.token_stats_backward_(grad, *args)
+    return grad
+
+
 class _TokenStats(torch.autograd.Function):
+    """The operator's."""
+
     @staticmethod
     def forward(ctx, logits, labels, ref_logits, *options):
-        plain = _plain(logits, labels)
-        outputs = (_checked_forward if plain else _redispatch)(logits, labels, ref_logits, *options)
-        ignore_index, temperature, softcap, want_entropy, _, ctx.inplace = options
-        _, _, entropy, kl, _, saved = outputs
-        ctx.mark_non_differentiable(saved)
-        ctx.set_materialize_grads(False)
-        entropy, kl = entropy if want_entropy else None, kl if ref_logits is not None else None
-        ctx.save_for_backward(logits, labels, ref_logits, saved, entropy, kl)
-        ctx.options = (ignore_index, temperature, softcap)
+        outputs = _redispatch(logits, labels, ref_logits, *options)
+        ctx.mark_non_differentiable(outputs[-1])
+        _save(ctx, logits, labels, ref_logits, options, outputs)
         return outputs
 
     @staticmethod
-    def backward(ctx, g_logps, g_lse, g_entropy, g_kl, g_mean, _):
-        logits, labels, ref_logits, saved, entropy, kl = ctx.saved_tensors
-        grads = (g_logps, g_lse, None if entropy is None else g_entropy, None if kl is None else g_kl, g_mean)
-        args = (labels, ref_logits, saved, entropy, kl, *grads, *ctx.options)
-        if ctx.inplace:
-            grad = logits.detach()
-            torch.ops.fastalign.token_stats_backward_(grad, *args)
-        else:
-            grad = torch.ops.fastalign.token_stats_backward(logits, *args)
-        return grad, *[None] * 8
+    def backward(ctx, *grads):
+        return _gradient(ctx, *grads[:-1]), *[None] * 8
+
+
+class _PlainStats(torch.autograd.Function):
+    """The same without what autograd charges for: options one by one, results that nobody asked for."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, ref_logits, options):
+        outputs = _checked_forward(logits, labels, ref_logits, *options)
+        _save(ctx, logits, labels, ref_logits, options, outputs)
+        if outputs[2] is outputs[3] is outputs[4] is None:
+            return outputs[:2]
+        return outputs[:5]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _gradient(ctx, *grads, *[None] * (5 - len(grads))), None, None, None
 
 
 class _Once(torch.autograd.Function):
@@ -260,17 +285,18 @@ def _redispatch(*args):
         return torch.ops.fastalign.token_stats(*args)
 
 
-def _call_plain(logits, *args):
+def _call_plain(logits, labels, ref_logits, *options):
     """The operator's work for a call that nobody watches; None in place of what was not asked for."""
-    wants_grad = logits.requires_grad and torch.is_grad_enabled()
-    return _TokenStats.apply(logits, *args) if wants_grad else _checked_forward(logits, *args)
+    if not (logits.requires_grad and torch.is_grad_enabled()):
+        return _checked_forward(logits, labels, ref_logits, *options)
+    outputs = _PlainStats.apply(logits, labels, ref_logits, options)
+    return outputs if len(outputs) > 2 else (*outputs, None, None, None)
 
 
 def _stats_autograd(logits, labels, *args):
     if not (torch.is_grad_enabled() and logits.requires_grad):
         return _redispatch(logits, labels, *args)
-    outputs = _TokenStats.apply(logits, labels, *args)
-    return tuple(logits.new_empty(0, dtype=outputs[0].dtype) if t is None else t for t in outputs)
+    return _TokenStats.apply(logits, labels, *args)
 
 
 _lib.impl("token_stats", _stats_autograd, "Autograd")
@@ -321,7 +347,7 @@ def token_stats(
     compiling = torch.compiler.is_compiling()
     smooth = label_smoothing != 0.0
     call = torch.ops.fastalign.token_stats if compiling or not _plain(logits, labels) else _call_plain
-    logps, lse, ent, div, mean, _ = call(
+    logps, lse, ent, div, mean, *_ = call(
         logits, labels, ref_logits, ignore_index, temperature, cap, entropy, smooth, inplace_backward and not compiling
     )
     if smooth:
