@@ -73,7 +73,9 @@ class Piece:
 
 
 class _Totals:
-    """Sums of the gradients over parts: the weight's in float32, rounded to its own dtype once."""
+    """Sums of the gradients over parts: the weight's in float32, where there are several, and rounded once."""
+
+    several = True
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         self._needs = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
@@ -94,14 +96,18 @@ class _Totals:
 
     def _add_weight(self, dlogits: Tensor, hidden: Tensor) -> None:
         wide = torch.promote_types(dlogits.dtype, torch.float32)
-        if self.weight is None:
-            self.weight = dlogits.new_zeros((dlogits.shape[1], hidden.shape[1]), dtype=wide)
-        if dlogits.dtype == wide:
+        first = self.weight is None
+        if first and (dlogits.dtype == wide or not self.several):
+            self.weight = torch.mm(dlogits.t(), hidden)
+        elif self.weight is not None and dlogits.dtype == wide:
             self.weight.addmm_(dlogits.t(), hidden)
-            return
-        for start in range(0, dlogits.shape[1], _COLUMNS):
-            part = dlogits[:, start : start + _COLUMNS]
-            self.weight[start : start + _COLUMNS] += torch.mm(part.t(), hidden)
+        else:
+            if self.weight is None:
+                self.weight = dlogits.new_empty((dlogits.shape[1], hidden.shape[1]), dtype=wide)
+            for start in range(0, dlogits.shape[1], _COLUMNS):
+                product = torch.mm(dlogits[:, start : start + _COLUMNS].t(), hidden)
+                to = self.weight[start : start + _COLUMNS]
+                to.copy_(product) if first else to.add_(product)
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of hidden, weight and bias; None for those that are not trained."""
@@ -164,7 +170,9 @@ def by_parts(
     tokens = (labels != ignore_index).flatten(1).sum(-1)[groups].sum(-1)
     limit = part_rows(head, int(tokens.sum()), plain[1].requires_grad) or 1
     outputs, shares = [], []
-    for part in _split(tokens.tolist(), limit):
+    splits = list(_split(tokens.tolist(), limit))
+    totals.several = len(splits) > 1
+    for part in splits:
         which = torch.arange(part.start, part.stop, device=labels.device)
         rows = (groups[which].t() if by_place else groups[which]).reshape(-1)
         piece = Piece(detached, rows, totals)
