@@ -173,9 +173,9 @@ def head_plan(
     if plan == "keep" and training:
         return HeadPlan("keep", max(tokens, 1), vocab, whole, gemms)
     if plan == "objective" and training:
-        # Beside a part's logits: the weight's gradient is summed in float32.
+        # Beside a part's logits: of several parts the weight's gradient is summed in float32.
         rows = max(1, min(tokens, (_TILE_BYTES if chunk_bytes is None else chunk_bytes) // (vocab * per_logit)))
-        sums = 4 * vocab * hidden_size if train_weight and size == 2 else 0
+        sums = 4 * vocab * hidden_size if train_weight and size == 2 and rows < tokens else 0
         return HeadPlan("objective", rows, vocab, rows * vocab * per_logit + sums, gemms)
     if plan == "project" and training:
         rows = max(1, min(tokens, tile // (vocab * per_logit)))

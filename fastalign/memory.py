@@ -70,7 +70,11 @@ def estimates(
             continue
         budget = 64 << 20 if chunk_bytes is None else chunk_bytes
         plan = head_plan(tokens, vocab, hidden, dtype, train_weight=not frozen, kl=kl, chunk_bytes=budget, plan=name)
-        found.append(Estimate(name, _scratch(plan, tokens, hidden, size) + gradients, gradients, plan.gemms))
+        peak = _scratch(plan, tokens, hidden, size) + gradients
+        sums = plan.scratch_bytes - plan.rows * plan.columns * size if name == "objective" and not kl else 0
+        if sums:  # the gradients are made from them when the last part's logits are gone
+            peak -= min(gradients, plan.rows * plan.columns * size)
+        found.append(Estimate(name, peak, gradients, plan.gemms))
     return found
 
 
