@@ -68,3 +68,39 @@ def make(tiny_model, tiny_tokenizer, tmp_path):
 def own_reference_cache(tmp_path, monkeypatch):
     """Log-probabilities of references that a test computes are neither found in nor left in the user's cache."""
     monkeypatch.setenv("FASTALIGN_REFERENCE_CACHE", str(tmp_path / "reference"))
+
+
+@pytest.fixture(scope="session")
+def causal_model():
+    """A function that makes one of transformers' causal language models, tiny: (family, tied head?) -> model."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers (the extra `train`)")
+    import torch
+
+    common = {"vocab_size": 67, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 0}
+    common |= {"bos_token_id": 1, "eos_token_id": 2}
+    dense = {**common, "intermediate_size": 24, "num_key_value_heads": 1, "max_position_embeddings": 32}
+    mixers = {"mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_chunk_size": 4}
+    families = {
+        "GPT2": {"vocab_size": 67, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32},
+        "Gemma2": {**dense, "head_dim": 8, "final_logit_softcapping": 0.3},
+        "GPTNeoX": {**common, "intermediate_size": 24, "max_position_embeddings": 32},
+        "Granite": {**dense, "logits_scaling": 0.25},
+        "Cohere": {**dense, "logit_scale": 4.0},
+        "FalconH1": {**dense, **mixers, "lm_head_multiplier": 3.0},
+        "GPTJ": {"vocab_size": 67, "n_embd": 16, "n_layer": 1, "n_head": 2, "rotary_dim": 4, "n_positions": 32},
+        "Mixtral": {**dense, "num_local_experts": 2, "output_router_logits": True, "router_aux_loss_coef": 0.5},
+    }
+    dropouts = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+
+    def make(family, tied=False):
+        options = families.get(family, dense) | (dropouts if family.startswith("GPT") else {})
+        config = getattr(transformers, f"{family}Config")(**options, tie_word_embeddings=tied)
+        torch.manual_seed(0)
+        name = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
+        model = getattr(transformers, name)(config)
+        with torch.no_grad():  # initial weights are so small that every token is alike
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        return model
+
+    return make
