@@ -271,7 +271,7 @@ def policy(name: str, job: Job) -> dict[str, Any]:
         rollout_batch_size=128,
         learning_rate=2e-4,
         lr_scheduler_type="constant",
-        save_steps=2,
+        save_steps=1,
         save_total_limit=1,
         use_cpu=True,
         seed=job.seed,

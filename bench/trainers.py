@@ -194,10 +194,12 @@ def report(results: list[tuple[str, dict[str, Any]]], given: argparse.Namespace)
         lines.append(f"largest difference of a loss: {max(gaps):.2e}")
     for name, found in results:
         later = found["steps"][1:] or found["steps"]
-        median = {part: statistics.median(step[part] for step in later) for part in later[0]}
+        middle = statistics.median_low(step["step"] for step in later)
+        median = next(step for step in later if step["step"] == middle)
         speed = 2 * given.pairs * given.tokens / median["step"]
         lines.append(
-            f"\n{name}: {speed:.1f} tokens/s, {median['step']:.2f} s a step (median of {len(later)}), "
+            f"\n{name}: {speed:.1f} tokens/s, {median['step']:.2f} s a step (median of {len(later)}: "
+            f"{min(step['step'] for step in later):.2f} to {max(step['step'] for step in later):.2f}), "
             f"peak {found['peak_bytes'] / 2**20:.0f} MiB above the start"
         )
         for part, seconds in median.items():
