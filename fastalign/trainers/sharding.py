@@ -75,6 +75,7 @@ def load_weights(model: nn.Module, folder: str) -> None:
     Raises ValueError if the folder's weights name none of the model's, or none are there.
     """
     adapters = os.path.join(folder, _ADAPTERS)
+    state: dict[str, Any]
     if os.path.exists(adapters):
         state = {_with_adapter(name): value for name, value in load_file(adapters).items()}
     else:
