@@ -23,6 +23,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fastalign import cli
 from fastalign.trainers.callbacks import LOG_NAME, read_log
 from fastalign.trainers.dpo import DPOConfig, DPOTrainer
 from fastalign.trainers.grpo import GRPOConfig, GRPOTrainer
@@ -109,9 +110,11 @@ def _shard_on_the_cpu() -> None:
     before = AcceleratorState.__init__
 
     def init(self, *args, fsdp_plugin=None, **kwargs):
+        # The state is one for all instances, and each new one would set it back to processes without shards.
+        plugin = fsdp_plugin or self._shared_state.get("fsdp_plugin")
         before(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+        if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
 
     AcceleratorState.__init__ = init
 
@@ -127,14 +130,19 @@ def log_of(folder: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in own} for line in read_log(str(folder / LOG_NAME))]
 
 
-def start_two(script: str, *argv: str, env: dict[str, str] | None = None) -> None:
-    """Runs the script in two processes; fails with what they printed. A hang ends after five minutes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", script, *argv]
+def start(modules: list[str], env: dict[str, str] | None = None) -> None:
+    """Runs `python -m` with these arguments; fails with what it printed. A hang ends after five minutes."""
     surroundings = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    command = [sys.executable, "-m", *modules]
     done = subprocess.run(
         command, cwd=tempfile.gettempdir(), env=surroundings, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+def start_two(*argv: str, env: dict[str, str] | None = None) -> None:
+    """Runs this file in two processes."""
+    start(["torch.distributed.run", "--nproc_per_node=2", "--standalone", __file__, *argv], env)
 
 
 PARTS = ("sft", "dpo", "ppo", "grpo")
@@ -150,7 +158,7 @@ def runs(tiny_tokenizer, tmp_path_factory) -> Path:
     tiny_tokenizer.save_pretrained(folder / "base")
     for part in PARTS:
         run_part(folder / "one", part, 1)
-    start_two(__file__, str(folder), "two", *PARTS)
+    start_two(str(folder), "two", *PARTS)
     return folder
 
 
@@ -160,8 +168,8 @@ FSDP2 |= {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOA
 
 @pytest.fixture(scope="module")
 def sharded_runs(runs) -> Path:
-    """The same folder with the policy trainers run by two processes that hold half of the weights each."""
-    start_two(__file__, str(runs), "sharded", "ppo", "grpo", env=FSDP2)
+    """The same folder with every part run by two processes that hold half of the weights each."""
+    start_two(str(runs), "sharded", *PARTS, env=FSDP2)
     return runs
 
 
@@ -194,7 +202,7 @@ class TestTwoProcesses:
         torch.testing.assert_close(weights(out / part), weights(runs / "one" / part), rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("part", ["ppo", "grpo"])
+@pytest.mark.parametrize("part", PARTS)
 class TestShardedWeights:
     def test_every_logged_number_and_the_weights_are_those_of_one(self, sharded_runs, part):
         runs = sharded_runs
@@ -207,6 +215,28 @@ class TestShardedWeights:
         torch.testing.assert_close(again, weights(runs / "one" / part), rtol=1e-3, atol=2e-4)
         run_part(runs / f"whole-{part}", part, 1, start=runs / "sharded")
         torch.testing.assert_close(weights(runs / f"whole-{part}" / part), again, rtol=1e-3, atol=2e-4)
+
+
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m"],
+    # The flag is accelerate's word for several processes on one machine; they stay on the CPU.
+    "accelerate": ["accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes=2", "-m"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_command_under_a_launcher_gives_the_model_of_one_process(launcher, runs, tmp_path):
+    """`torchrun ... -m fastalign sft` and `accelerate launch ... -m fastalign sft`, five rows in batches of four."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in SFT_ROWS))
+    options = {"model": runs / "base", "dataset": data, "use_cpu": "true", "max_steps": 4, "learning_rate": 0.05}
+    options |= {"optim": "sgd", "save_strategy": "no", "logging_steps": 1, "report_to": "none"}
+    argv = ["sft", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
+    assert cli.main([*argv, "--output_dir", str(tmp_path / "one"), "--per_device_train_batch_size", "4"]) == 0
+    argv += ["--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "2"]
+    start([*LAUNCHERS[launcher], "fastalign", *argv])
+    assert_same_numbers(log_of(tmp_path / "one"), log_of(tmp_path / "two"), rel=2e-3)
+    torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=1e-3, atol=2e-4)
 
 
 if __name__ == "__main__":

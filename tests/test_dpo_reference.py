@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, TrainerControl, TrainerState
 from fastalign.trainers import ref_cache, run
 from fastalign.trainers.callbacks import LOG_NAME, read_log
 from fastalign.trainers.dpo import DPOConfig, DPOTrainer
+from fastalign.trainers.lora import with_lora
 from fastalign.trainers.watch import LINES, PreferenceWatch
 
 PAIRS = [
@@ -109,6 +110,14 @@ class TestLoRA:
             torch.testing.assert_close(plain(ids).logits, trained, rtol=1e-4, atol=1e-5)
             with trainer.model.disable_adapter():
                 assert not torch.allclose(trainer.model(ids).logits, trained, atol=1e-4)
+
+    def test_merging_into_shards_is_refused_before_the_run(self, make, tiny_model, monkeypatch):
+        args = make(lora_rank=4).args
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        with pytest.raises(ValueError, match="lora_merge must be false with FSDP"):
+            with_lora(tiny_model(), args, "CAUSAL_LM")
+        args.lora_merge = False
+        assert with_lora(tiny_model(), args, "CAUSAL_LM").peft_config["default"].r == 4
 
     def test_adapters_alone_and_resume(self, make, tmp_path):
         kept = {"lora_rank": 4, "lora_merge": False, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}

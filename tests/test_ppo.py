@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
-from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import torch
@@ -275,12 +272,3 @@ def test_commands_explain_themselves(command, capsys):
     assert all(f"--{name}\n" in shown for name in ("output_dir", "reward_fn", "kl_coef", "num_ppo_epochs"))
     assert cli.main([command, "--kl_cof", "1"]) == 2
     assert "did you mean --kl_coef" in capsys.readouterr().err
-
-
-def test_every_key_is_read_somewhere():
-    folder = Path(run.__file__).parent
-    source = "\n".join(path.read_text(encoding="utf-8") for path in folder.rglob("*.py"))
-    source = source.replace("needs_reference", "")
-    for config in (PPOConfig, GRPOConfig):
-        for name in {f.name for f in fields(config)}:
-            assert re.search(rf"(args|self)\.{name}\b", source), name

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import math
 import os
 import shutil
-from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,18 +13,13 @@ import torch
 pytest.importorskip("transformers", reason="needs transformers (the extra `train`)")
 pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from fastalign.trainers import run
 from fastalign.trainers.callbacks import LOG_NAME, read_log
 from fastalign.trainers.config import TrainingConfig
 from fastalign.trainers.demo_config import DemoConfig
-from fastalign.trainers.doctor import DoctorConfig
 from fastalign.trainers.dpo import DPOConfig, DPOTrainer
-from fastalign.trainers.evaluate import EvalConfig
-from fastalign.trainers.pro import PROConfig
-from fastalign.trainers.reward import RewardConfig
-from fastalign.trainers.sample import SampleConfig
 from fastalign.trainers.sft import SFTConfig, SFTTrainer
 
 WORDS = ["the", "movie", "is", "good", "bad", "great", "dull", "film", "fun", "awful", "long", "and"]
@@ -321,31 +313,3 @@ def test_command_saves_a_model_that_loads(tiny_model, tiny_tokenizer, tmp_path):
 def test_bad_configuration_is_refused(config, options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         config(output_dir=str(tmp_path), **options)
-
-
-def attributes_read(source: str) -> set[str]:
-    """Names that a file reads as attributes or spells out for getattr, outside of the checks in `__post_init__`."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef):
-            node.body = [n for n in node.body if getattr(n, "name", "") != "__post_init__"]
-    nodes = list(ast.walk(tree))
-    read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
-    tuples = [n.elts for n in nodes if isinstance(n, ast.Tuple)]
-    return read | {e.value for elements in tuples for e in elements if isinstance(e, ast.Constant)}
-
-
-CONFIGS = (SFTConfig, DPOConfig, RewardConfig, PROConfig, DemoConfig, SampleConfig, EvalConfig, DoctorConfig)
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-def test_every_key_of_ours_is_read_somewhere(config):
-    folder = Path(run.__file__).parent
-    read = set().union(*(attributes_read(path.read_text(encoding="utf-8")) for path in folder.rglob("*.py")))
-    unread = {f.name for f in fields(config)} - {f.name for f in fields(TrainingArguments)} - read
-    assert not unread
-
-
-def test_a_key_that_is_only_checked_counts_as_unread():
-    source = "class C:\n    a: int = 1\n    b: int = 2\n    def __post_init__(self): self.a\n    def f(self): self.b\n"
-    assert attributes_read(source) == {"b"}

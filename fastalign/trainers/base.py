@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -23,13 +23,14 @@ from ..ops import sum_tokens
 from .callbacks import ConsoleCallback, JsonlCallback
 from .checkpoints import PARTIAL, publish, rotate, write_folder
 from .config import TrainingConfig
-from .data.collate import Batch
+from .data.collate import Batch, padding_last
 from .data.files import Rows
 from .data.sampler import UpdateSampler
 from .even import FILLER, EvenCollator, even
 from .lora import is_adapted, merged, with_lora
 from .model_logits import ModelLogits, can_answer, logits_of
 from .run import load_model
+from .sharding import WholeCheckpoints
 
 
 class Weighted(NamedTuple):
@@ -69,7 +70,7 @@ class Means:
         return {name: total / count if count else 0.0 for name, (total, count) in zip(names, totals, strict=True)}
 
 
-class AlignmentTrainer(Trainer, ABC):
+class AlignmentTrainer(WholeCheckpoints, ABC):
     """Base of the trainers. Subclasses give `prepare`, `items` and `batch_loss`.
 
     Args:
@@ -171,6 +172,12 @@ class AlignmentTrainer(Trainer, ABC):
         if self.args.world_size > 1 and sampler_fn is not None:
             dataset, sampler_fn = even(dataset, sampler_fn, batch_size * self.args.world_size)
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, *args, **kwargs)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """On the device, and padded on the right: so the padding's side does not reach the results' last bits."""
+        inputs = super()._prepare_inputs(inputs)
+        args: Any = self.args
+        return padding_last(inputs) if args.padding_side == "left" and "attention_mask" in inputs else inputs
 
     def _count(self, batch: Batch) -> Tensor:
         """Items that count: none in a batch that only fills up."""

@@ -20,6 +20,7 @@ PARTIAL = ".partial"
 """Folder inside the output folder for what is being written or removed; nothing in it is ever read."""
 
 _STATE = "trainer_state.json"
+_CONFIGS = {"config.json", "adapter_config.json"}
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -32,22 +33,26 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_folder(folder: str, write: Callable[[str], None], *, is_writer: bool = True) -> None:
-    """Lets `write` fill a hidden folder, then moves its files into `folder`, `config.json` last.
+    """Lets `write` fill a hidden folder, then moves what is in it into `folder`, the configuration last.
 
-    Without that file no model can be loaded, so a first model is there whole or not at all. In several processes all
-    of them call this, since all of them may have a part in `write`; one is the writer.
+    Without that file no model can be loaded, so a model is there whole or not at all. In several processes all of them
+    call this, since all of them may have a part in `write`; one is the writer.
     """
     partial = os.path.join(folder, PARTIAL, "model")
-    shutil.rmtree(partial, ignore_errors=True)
+    if is_writer:
+        shutil.rmtree(partial, ignore_errors=True)
     write(partial)
     if is_writer:
-        for name in sorted(os.listdir(partial), key=lambda name: (name == "config.json", name)):
-            os.replace(os.path.join(partial, name), os.path.join(folder, name))
+        written = sorted(os.listdir(partial), key=lambda name: (name in _CONFIGS, name))
+        for name in _CONFIGS.intersection(os.listdir(folder)):
+            os.remove(os.path.join(folder, name))
+        for name in written:
+            publish(os.path.join(partial, name), os.path.join(folder, name))
         shutil.rmtree(os.path.join(folder, PARTIAL), ignore_errors=True)
 
 
 def remove(folder: str) -> None:
-    """Removes a checkpoint; if that is cut short, nothing that looks like one is left."""
+    """Removes a folder; if that is cut short, nothing that looks like a checkpoint or a model is left."""
     grave = os.path.join(os.path.dirname(folder), PARTIAL, "removed-" + os.path.basename(folder))
     os.makedirs(os.path.dirname(grave), exist_ok=True)
     shutil.rmtree(grave, ignore_errors=True)
@@ -56,7 +61,7 @@ def remove(folder: str) -> None:
 
 
 def publish(partial: str, target: str) -> None:
-    """Puts a written checkpoint in its place, instead of one that may be there."""
+    """Puts a written file or folder in its place, instead of one that may be there."""
     if os.path.isdir(target):
         remove(target)
     os.replace(partial, target)

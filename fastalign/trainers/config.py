@@ -61,7 +61,9 @@ class TrainingConfig(TrainingArguments):
         None, "Tokens of the prompt; its beginning is cut, before any completion is", group="Model and data"
     )
     append_eos: bool = key(True, "End every completion with the end-of-sequence token", group="Model and data")
-    padding_side: str = key("right", "Side of the padding: right or left", group="Model and data")
+    padding_side: str = key(
+        "right", "Side of a batch's padding: right or left, with one result", group="Model and data"
+    )
     fused_head: bool = key(True, FUSED_HEAD, group="Loss")
     chunk_bytes: int | None = key(None, CHUNK_BYTES, group="Loss")
     lora_rank: int = key(0, "Rank of LoRA adapters; 0 trains all weights", group="LoRA")

@@ -210,7 +210,7 @@ class DPOTrainer(AlignmentTrainer):
         columns: ref_cache.Columns = ([], [])
         loader = DataLoader(rows, batch_size=size, collate_fn=self.data_collator)  # type: ignore[arg-type]
         for batch in tqdm(loader, desc="reference log-probs", disable=self.args.disable_tqdm):
-            batch = {name: value.to(self.args.device) for name, value in batch.items()}
+            batch = self._prepare_inputs(batch)
             with self.accelerator.autocast(), adapters_off(reference):
                 logps = self.sequence_logps(reference, batch)
             for column, half in zip(columns, logps.chunk(2), strict=True):

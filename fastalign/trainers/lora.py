@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import os
 from typing import Any
 
 from transformers import set_seed
 
 from .config import TrainingConfig
+
+_YES = ("true", "True", "1")
 
 
 def is_adapted(model: Any) -> bool:
@@ -30,12 +33,15 @@ def with_lora(model: Any, args: TrainingConfig, task: str) -> Any:
         task: peft's name of the task: CAUSAL_LM, or SEQ_CLS, whose score head is trained whole.
 
     Raises:
-        ValueError: adapters are asked for and peft is not installed, or no such module.
+        ValueError: adapters are asked for and peft is not installed, or there is no such module, or they would have to
+            be merged at the end into weights that are sharded (FSDP).
     """
     if not args.lora_rank or is_adapted(model):
         return model
     if importlib.util.find_spec("peft") is None:
         raise ValueError("lora_rank needs the package peft: pip install peft")
+    if args.lora_merge and (getattr(args, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP", "") in _YES):
+        raise ValueError("lora_merge must be false with FSDP, whose shards cannot be merged into; got true")
     from peft import LoraConfig, get_peft_model
 
     set_seed(args.seed)

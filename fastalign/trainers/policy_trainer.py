@@ -30,7 +30,7 @@ from .. import rl
 from ..losses.policy import PPOLoss
 from .actor_critic import ActorCritic, disable_dropout, policy_logits
 from .callbacks import JsonlCallback
-from .checkpoints import PARTIAL, rotate
+from .checkpoints import PARTIAL, rotate, write_folder
 from .data.collate import Batch, pad
 from .data.files import Rows
 from .lora import adapters_off, with_lora
@@ -376,9 +376,11 @@ class PolicyTrainer(ABC):
         return os.path.join(str(self.args.output_dir), "best")
 
     def save_model(self, folder: str | None = None) -> None:
-        """Policy (loads with AutoModelForCausalLM), tokenizer and value function into output_dir or another folder."""
+        """Policy (for AutoModelForCausalLM), tokenizer and values into output_dir or `folder`, all or nothing."""
         self._ready()
-        save_policy(self, folder or str(self.args.output_dir), merge=self.args.lora_merge)
+        save = lambda partial: save_policy(self, partial, merge=self.args.lora_merge)  # noqa: E731
+        write_folder(folder or str(self.args.output_dir), save, is_writer=self.accelerator.is_main_process)
+        self.accelerator.wait_for_everyone()
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and controllers, as JSON holds them."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
+_BY_TOKEN = ("input_ids", "attention_mask", "position_ids", "labels")
 Batch = dict[str, Tensor]
 
 
@@ -52,6 +53,18 @@ def pad(
             targets = targets.where(torch.tensor(mask[first - len(prompt) :]), IGNORE)
         labels[row, start + first - 1 : start + len(ids) - 1] = targets
     return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, "labels": labels}
+
+
+def padding_last(batch: Batch) -> Batch:
+    """The padded batch with every row's real tokens moved to its beginning, wherever they were.
+
+    Attention kernels (PyTorch's blocked one on CPUs, for one) add up keys in blocks counted from the row's beginning:
+    the same tokens elsewhere in the row give other last bits.
+    """
+    mask = batch["attention_mask"]
+    first = mask.argmax(-1, keepdim=True)
+    places = (torch.arange(mask.shape[1], device=mask.device) + first) % mask.shape[1]
+    return {name: x.gather(1, places) if name in _BY_TOKEN else x for name, x in batch.items()}
 
 
 @dataclass(frozen=True)
