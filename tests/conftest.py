@@ -90,7 +90,8 @@ def made_up_corpus(made_up_rows, tmp_path, monkeypatch) -> Path:
     rows = made_up_rows
     rated = "\r\n".join(f"{i}\t{rating}\t{text}" for i, (rating, text) in enumerate(rows, 1))
     raters = "\r\n".join(f"{i}\t{rating}\t0.5\t[1, 2, {i % 4}]" for i, (rating, _) in enumerate(rows, 1))
-    inner = _archive({"hutto/" + reviews._RATED: rated.encode(), "hutto/" + reviews._RATERS: raters.encode()})
+    parts = {reviews._RATED: rated.encode(), reviews._RATERS: b"\xef\xbb\xbf" + raters.encode()}
+    inner = _archive({"hutto/" + n.format(d): x for n, x in parts.items() for d in reviews.DOMAINS.values()})
     outer = {"v/" + reviews._INNER: inner, "v/vaderSentiment/vaderSentiment.py": _SCORER.encode()}
     outer |= {f"v/vaderSentiment/{name}": b"" for name in reviews._SCORER[1:]}
     data = _archive(outer)

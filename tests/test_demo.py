@@ -146,6 +146,13 @@ class TestReviews:
         assert {r.text for r in train} | {r.text for r in held_out} == {r.text for r in rows}
         assert not {r.text for r in train} & {r.text for r in held_out}
         assert reviews.split_reviews(rows, 50, seed=4)[1] != held_out
+        assert rows[31].labelers() == [("1-0", 1), ("1-1", 2), ("1-2", 0)]
+        tweet = reviews.load_reviews("tweets")[2]
+        assert (tweet.text, tweet.ratings) == (rows[2].text, rows[2].ratings)
+        with pytest.raises(ValueError, match="domain must be movies"):
+            tweet.labelers()
+        with pytest.raises(ValueError, match="domain must be one of movies, amazon"):
+            reviews.load_reviews("books")
 
     def test_real_corpus_and_gold_reward(self):
         try:

@@ -64,16 +64,22 @@ class TestRunner:
     def runner(self, tmp_path, processes=1, deadline=None):
         return Runner(tmp_path, 3, processes, deadline, Console(quiet=True))
 
-    @pytest.mark.parametrize("processes", [1, 2])
-    def test_each_cell_once_whatever_the_number_of_processes(self, tmp_path, processes, work, capfd):
+    def test_each_cell_is_run_once(self, tmp_path, capfd):
         names = [f"cells/c-{i}" for i in range(3)]
-        assert self.runner(tmp_path, processes).run(names[:2], work) == 0
-        assert self.runner(tmp_path, processes).run(names, work) == 0
-        assert sorted((tmp_path / "calls.txt").read_text().split()) == names
+        assert self.runner(tmp_path).run(names[:2], count) == 0
+        assert self.runner(tmp_path).run(names, count) == 0
+        assert (tmp_path / "calls.txt").read_text().split() == names
         assert read(tmp_path, names[0])["of"] == 3
         assert read(tmp_path, names[0])["seconds"] >= 0
         assert "said by the cell" in (tmp_path / names[0] / "output.txt").read_text()
         assert "said by the cell" not in capfd.readouterr().out
+
+    def test_two_processes_do_the_same(self, tmp_path, work):
+        names = ["cells/a", "cells/broken", "cells/b"]
+        with pytest.raises(RuntimeError, match=r"cell cells/broken failed: as it should"):
+            self.runner(tmp_path, 2).run(names, work)
+        assert "cells/a" in (tmp_path / "calls.txt").read_text().split()
+        assert read(tmp_path, "cells/a")["of"] == 3
 
     def test_none_is_started_after_the_deadline(self, tmp_path):
         assert self.runner(tmp_path, deadline=time.monotonic() - 1).run(["a", "b"], count) == 2
@@ -177,13 +183,13 @@ def test_frontier_end_to_end(made_up_corpus, monkeypatch):
     out = made_up_corpus / "study"
     options = {"output_dir": str(out), "seeds": 1, "processes": 1, **SMALL}
     assert frontier.run_frontier(frontier.FrontierConfig(**options, max_seconds=1e-6)) is None
-    assert not (out / "results.json").exists()
+    assert not (out / "frontier.json").exists()
     assert frontier.run_frontier(frontier.FrontierConfig(**options, methods=["dpo"])) is not None
     done = {path: path.stat().st_mtime_ns for path in out.glob("*/*/result.json")}
     assert len(done) == 3  # the ground, best-of-n, dpo
     found = frontier.run_frontier(frontier.FrontierConfig(**options))
     assert all(path.stat().st_mtime_ns == before for path, before in done.items())
-    assert not list(out.glob("cells/*/work"))
+    assert not list(out.glob("frontier/*/work"))
 
     cells = {c["method"]: c["points"] for c in found["cells"].values()}
     assert set(cells) == {*METHODS, "best-of-n"}
@@ -202,26 +208,26 @@ def test_frontier_end_to_end(made_up_corpus, monkeypatch):
     assert gold == sorted(gold)
     assert cells["dpo"][-1]["gold"]["mean"] > start["gold"]["mean"]
 
-    with open(out / "points.csv", newline="", encoding="utf-8") as file:
+    with open(out / "frontier.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * len(METHODS) + 3
     row = next(r for r in rows if r["method"] == "dpo")
     assert float(row["gold"]) == cells["dpo"][0]["gold"]["mean"]
     parsed = _Page()
-    parsed.feed((out / "report.html").read_text(encoding="utf-8"))
+    parsed.feed((out / "frontier.html").read_text(encoding="utf-8"))
     assert parsed.links == []  # it stands alone
     assert base64.b64decode(parsed.images[0].partition(",")[2]) == (out / "frontier.png").read_bytes()
     assert all(method.label in parsed.cells for method in METHODS.values())
     assert re.search(r"fastalign study frontier --quick true --seeds 1 .*--vocab_size 320", " ".join(parsed.cells))
-    assert json.loads((out / "results.json").read_text())["summary"]["budgets"] == found["summary"]["budgets"]
+    assert json.loads((out / "frontier.json").read_text())["summary"]["budgets"] == found["summary"]["budgets"]
 
 
 def test_a_folder_of_other_settings_is_refused(tmp_path):
     def run(**options):
         config = StudyConfig(output_dir=str(tmp_path / "s"), seeds=1, processes=1, max_seconds=1e-6, **options)
-        return run_study("frontier", config, list, count, Console(quiet=True))
+        return run_study("frontier", config, [], count, Console(quiet=True))
 
     assert run() is None
-    with pytest.raises(ValueError, match=r"frontier study with other settings \(prompts differ\)"):
+    with pytest.raises(ValueError, match=r"holds a study with other settings \(prompts differ\)"):
         run(prompts=9)
     assert run(prompts=9, overwrite=True) is None

@@ -18,8 +18,8 @@ _ANY = ("seeds", "processes", "max_seconds", "output_dir", "overwrite", "quick",
 class StudyConfig:
     """Keys of every study. Keys whose default is 0 are set by --quick (the default) or --full."""
 
-    output_dir: str = key("", "Folder of the cells and the report; runs/ and the study's name by default")
-    overwrite: bool = key(False, "Start anew even if output_dir holds a study made with other settings")
+    output_dir: str = key("runs/study", "Folder of the cells and the reports; studies of like settings may share it")
+    overwrite: bool = key(False, "Remove what studies left in output_dir, and start anew")
     quick: bool = key(False, "Sizes for minutes on two cores, with a small model from scratch")
     full: bool = key(False, "Sizes for a GPU and hours, with a real 135M-parameter model and the papers' sweeps")
     seeds: int = key(3, "Repetitions, each with its own split, model, samples and draws")

@@ -5,8 +5,9 @@
 
 For each seed: a split of the corpus, a gold reward fitted to human ratings, a fine-tuned model, samples of it, pairs
 and ranked lists of those by the gold reward, and a reward model learned from the pairs. Then each method at each value
-of its coefficient, looked at several times while it trains. The output folder holds `frontier.png`, `report.html`
-(stands alone), `points.csv` and `results.json`. A run that was cut off goes on where it stood, cell by cell.
+of its coefficient, looked at several times while it trains. The output folder holds `frontier.png`, `frontier.html`
+(stands alone), `frontier.csv` (every point) and `frontier.json`. A run that was cut off goes on where it stood, cell
+by cell.
 
 What it leaves out: the methods are not tuned one by one; learning rates are shared by those that learn from pairs or
 lists, and by those that sample.
@@ -72,22 +73,22 @@ def cells(config: FrontierConfig) -> list[str]:
     """Names of all cells; seed by seed, so that a run that is cut off has whole seeds."""
     names = []
     for seed in range(config.seeds):
-        names.append(f"cells/{BEST_OF}-{seed}")
-        names += [f"cells/{m}-{value:g}-{seed}" for m in config.chosen for value in config.sweep(m)]
+        names.append(f"frontier/{BEST_OF}-{seed}")
+        names += [f"frontier/{m}-{value:g}-{seed}" for m in config.chosen for value in config.sweep(m)]
     return names
 
 
 def run_cell(root: Path, config: FrontierConfig, name: str) -> dict[str, Any]:
     """Trains one method at one coefficient and one seed; its points."""
     ground = Ground(root, config, seed_of(name))
-    if name.startswith(f"cells/{BEST_OF}"):
+    if name.startswith(f"frontier/{BEST_OF}"):
         return {"method": BEST_OF, "coefficient": 0.0, "seed": ground.seed, "points": best_of_points(ground)}
-    method, value, _ = name.removeprefix("cells/").rsplit("-", 2)
+    method, value, _ = name.removeprefix("frontier/").rsplit("-", 2)
     watch = Watch(ground)
     work = root / name / "work"
     shutil.rmtree(work, ignore_errors=True)
     METHODS[method].train(Job(ground, float(value), work, watch))
-    shutil.rmtree(work)
+    shutil.rmtree(work, ignore_errors=True)
     return {"method": method, "coefficient": float(value), "seed": ground.seed, "points": watch.points}
 
 
@@ -176,19 +177,19 @@ def show(results: dict[str, Any], console: Console) -> None:
 
 
 def run_frontier(config: FrontierConfig) -> dict[str, Any] | None:
-    """Runs the study, or as much as there is time for; what `results.json` holds, or None if cells are left."""
+    """Runs the study, or as much as there is time for; what `frontier.json` holds, or None if cells are left."""
     console = Console(width=None if Console().is_terminal else 120)
-    results = run_study("frontier", config, lambda: cells(config), run_cell, console)
+    results = run_study("frontier", config, cells(config), run_cell, console)
     if results is None:
         return None
     folder = Path(config.output_dir)
     results["summary"] = summarise(results)
-    write_json(folder / "results.json", results)
-    write_points(results, folder / "points.csv")
+    write_json(folder / "frontier.json", results)
+    write_points(results, folder / "frontier.csv")
     plots.frontier(results, curves(results, plots.GRID), folder / "frontier.png")
     report.write_frontier(results, folder)
     show(results, console)
-    console.print(f"frontier.png, report.html, points.csv and results.json are in [bold]{folder}[/]")
+    console.print(f"frontier.png, .html, .csv and .json are in [bold]{folder}[/]")
     return results
 
 

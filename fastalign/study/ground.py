@@ -34,7 +34,7 @@ class Ground:
     """
 
     def __init__(self, root: Path, config: StudyConfig, seed: int) -> None:
-        self.config, self.seed, self.path = config, seed, root / "grounds" / f"seed-{seed}"
+        self.config, self.seed, self.path = config, seed, root / "grounds" / f"seed-{seed}" / "ground"
         self.demo = Demo(config.demo(seed), self.path)
         self._models: dict[str, Any] = {}
 

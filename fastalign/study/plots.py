@@ -61,3 +61,58 @@ def _yardstick(axes: Any, results: dict[str, Any]) -> None:
         ys = np.mean([[p[name] for p in points] for points in own], axis=0)
         for axis in axes:
             axis.plot(xs, ys, style, color="black", lw=1.3, label=label)
+
+
+def hacking(results: dict[str, Any], path: Path) -> None:
+    """Gold and learned reward against KL along PPO and DPO; changes of length and win rate over DPO-R's alpha."""
+    figure, axes = plt.subplots(1, 4, figsize=(18, 4.6), constrained_layout=True)
+    cells = results["cells"].values()
+    own = [c["points"] for c in cells if c.get("method") not in METHODS and "alpha" not in c]
+    for axis, name, yardstick in ((axes[0], "gold", "gold_by_proxy"), (axes[1], "proxy", "proxy")):
+        for method in ("ppo-learned", "dpo"):
+            points = [p for c in cells if c.get("method") == method for p in c["points"]]
+            xs, ys = ([p[key]["mean"] for p in points] for key in ("kl", name))
+            axis.scatter(xs, ys, s=24, marker=_STYLES[method], color=_COLORS[method], label=METHODS[method].label)
+        ys = np.mean([[p[yardstick] for p in points] for points in own], axis=0)
+        axis.plot([p["kl"] for p in own[0]], ys, "k:", label="best-of-n by the learned reward")
+        axis.set_xscale("symlog", linthresh=1.0)
+        axis.set(title=f"{'gold' if name == 'gold' else 'learned'} reward", xlabel="KL, nats a text")
+    axes[0].legend(fontsize=8)
+    alphas = [float(a) for a in results["summary"]]
+    places = range(len(alphas))
+    shares = {"win_rate": "wins by gold", "win_rate_matched": "among equally long", "finished": "texts that end"}
+    ticks: dict[str, Any] = {"xticks": list(places), "xticklabels": [f"{a:g}" for a in alphas]}
+    changes = {"words_change": "words"}
+    for axis, names, title in ((axes[2], changes, "change of length, words"), (axes[3], shares, "shares")):
+        for shift, (name, label) in enumerate(names.items()):
+            rows = [row[name] for row in results["summary"].values()]
+            means = [r["mean"] for r in rows]
+            spans = [[r["mean"] - r["low"] for r in rows], [r["high"] - r["mean"] for r in rows]]
+            xs = [x + 0.08 * shift for x in places]
+            axis.errorbar(xs, means, np.nan_to_num(spans), fmt="o-", capsize=4, label=label)
+        axis.set(title=title, xlabel="alpha of DPO-R (0: DPO)", **ticks)
+    axes[2].axhline(0, color="grey", lw=0.8)
+    axes[3].legend(fontsize=8)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def transfer(results: dict[str, Any], figures: dict[str, str], path: Path) -> None:
+    """Change of either gold reward by domain, for each method."""
+    figure, axes = plt.subplots(1, len(figures), figsize=(6 * len(figures), 4.6), sharey=True, constrained_layout=True)
+    for axis, (name, title) in zip(axes, figures.items(), strict=True):
+        for shift, (method, domains) in enumerate(results["summary"].items()):
+            rows = [row[f"{name}_change"] for row in domains.values()]
+            spans = [[r["mean"] - r["low"] for r in rows], [r["high"] - r["mean"] for r in rows]]
+            xs = [i + 0.15 * shift for i in range(len(rows))]
+            label, style = METHODS[method].label, {"color": _COLORS[method], "marker": _STYLES[method]}
+            axis.errorbar(xs, [r["mean"] for r in rows], np.nan_to_num(spans), ls="", capsize=4, label=label, **style)
+            axis.set(xticks=range(len(rows)), xticklabels=list(domains))
+        axis.set(title=f"change of the {title}")
+        axis.axhline(0, color="grey", lw=0.8)
+        axis.grid(alpha=0.3, axis="y")
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

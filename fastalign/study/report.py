@@ -102,7 +102,7 @@ def runs(results: dict[str, Any]) -> str:
 
 
 def write_frontier(results: dict[str, Any], folder: Path) -> None:
-    """Writes `report.html` beside `frontier.png`."""
+    """Writes `frontier.html` beside `frontier.png`."""
     summary = results["summary"]
     heads = ("", *(f"KL ≤ {b:g}" for b in summary["budgets"]))
     best = [[METHODS[m].label, *map(interval, row)] for m, row in summary["envelope"].items()]
@@ -128,4 +128,4 @@ def write_frontier(results: dict[str, Any], folder: Path) -> None:
         "rule-based scorer that took no part. Tax: rise of the negative log-likelihood of held-out reviews.</p>",
         origin(results),
     ]
-    (folder / "report.html").write_text(page("Gold reward against KL", parts), encoding="utf-8")
+    (folder / "frontier.html").write_text(page("Gold reward against KL", parts), encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from .cells import Runner, Work, read
 from .config import StudyConfig
 from .ground import Ground
 from .machine import machine
+
+OWN = ("grounds", "frontier", "hacking", "transfer")
+"""Folders of cells that studies leave in their folder."""
 
 PACKAGES = ("fastalign", "torch", "transformers", "numpy", "scikit-learn")
 
@@ -31,29 +34,28 @@ def seed_of(name: str) -> int:
 
 
 def run_study(
-    command: str, config: StudyConfig, cells: Callable[[], Sequence[str]], work: Work, console: Console
+    command: str, config: StudyConfig, cells: Sequence[str], work: Work, console: Console
 ) -> dict[str, Any] | None:
     """Runs what is not done yet; the results by cell, or None if the time was up before all were there.
 
     Args:
-        command: the study's name; its folder is runs/<command> unless the configuration has one.
+        command: the study's name.
         cells: names of the cells after the grounds, each ending in its seed.
         work: runs one of them.
     """
-    config.output_dir = os.path.expanduser(config.output_dir or f"runs/{command}")
-    root = Path(config.output_dir)
-    settings = {"study": command, **config.settings()}
-    claim(root, "study.json", settings, f"{command} study", overwrite=config.overwrite, own=("grounds", "cells"))
+    config.output_dir = os.path.expanduser(config.output_dir)
+    root, settings = Path(config.output_dir), config.settings()
+    claim(root, "study.json", settings, "study", overwrite=config.overwrite, own=OWN)
     deadline = time.monotonic() + config.max_seconds if config.max_seconds else None
     runner = Runner(root, config, config.processes, deadline, console)
     grounds = [f"grounds/seed-{seed}" for seed in range(config.seeds)]
-    for title, names, run in (("grounds", grounds, prepare_ground), ("cells", list(cells()), work)):
+    for title, names, run in (("grounds", grounds, prepare_ground), ("cells", list(cells), work)):
         console.print(f"[bold]{title}[/]: {len(names)}", highlight=False)
         left = runner.run(names, run)
         if left:
             console.print(f"time is up with {left} {title} to go; the same command goes on from here")
             return None
-    found = {name: read(root, name) for name in cells()}
+    found = {name: read(root, name) for name in cells}
     return {
         "study": command,
         "command": f"fastalign study {command} {written(config)}".strip(),
