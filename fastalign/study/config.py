@@ -48,7 +48,7 @@ class StudyConfig:
     policy_batch_size: int = key(0, "Responses in such a step", group="Training loop")
     policy_epochs: int = key(2, "PPO's passes over them", group="Training loop")
     policy_learning_rate: float = key(0, "Learning rate there", group="Training loop")
-    missing_eos_penalty: float = key(1.0, "Subtracted there from the reward of a text without an end", group="Loss")
+    missing_eos_penalty: float = key(0.0, "Subtracted there from the reward of a text without an end", group="Loss")
     length_alpha: float = key(0.05, "DPO-R's penalty, in nats a token", group="Loss")
 
     def __post_init__(self) -> None:
@@ -87,12 +87,12 @@ _QUICK: dict[str, Any] = {
     "sft_rows": 9003,
     "sft_epochs": 1.0,
     "sft_learning_rate": 3e-3,
-    "prompts": 300,
-    "max_new_tokens": 28,
+    "prompts": 600,
+    "max_new_tokens": 32,
     "eval_prompts": 100,
     "evaluations": 3,
     "best_of": 16,
-    "preference_updates": 24,
+    "preference_updates": 30,
     "preference_batch_size": 32,
     "preference_learning_rate": 5e-4,
     "policy_steps": 12,

@@ -83,7 +83,7 @@ class Ground:
             lr_scheduler_type="cosine",
             warmup_steps=0.1,
             weight_decay=0.1,
-            num_train_epochs=3,
+            num_train_epochs=5,
             per_device_train_batch_size=config.preference_batch_size,
             per_device_eval_batch_size=64,
             max_length=160,

@@ -105,7 +105,7 @@ def _policy_arguments(job: Job, generations: int = 1) -> dict[str, Any]:
         "response_length": config.max_new_tokens,
         "learning_rate": config.policy_learning_rate,
         "lr_scheduler_type": "constant",
-        "missing_eos_penalty": config.missing_eos_penalty,
+        "missing_eos_penalty": config.missing_eos_penalty or None,
         "disable_tqdm": True,
         "seed": job.ground.seed,
     }

@@ -54,7 +54,7 @@ def origin(results: dict[str, Any]) -> str:
     return (
         f"<p>Command: <code>{escape(results['command'])}</code>; {results['seeds']} seeds; {escape(m['date'])}; "
         f"commit {escape(commit)}; {escape(where)}; {escape(versions)}; all cells together took "
-        f"{results['seconds']:.0f} s.</p>"
+        f"{results['seconds']:.0f} s, {results['cpu_seconds']:.0f} s of them the processor's.</p>"
     )
 
 

@@ -64,7 +64,7 @@ def run_study(
         "seeds": config.seeds,
         "grounds": {name: read(root, name) for name in grounds},
         "cells": found,
-        "seconds": sum(read(root, name)["seconds"] for name in [*grounds, *found]),
+        **{kind: sum(read(root, name)[kind] for name in [*grounds, *found]) for kind in ("seconds", "cpu_seconds")},
     }
 
 
