@@ -49,7 +49,7 @@ class StudyConfig:
     policy_epochs: int = key(2, "PPO's passes over them", group="Training loop")
     policy_learning_rate: float = key(0, "Learning rate there", group="Training loop")
     missing_eos_penalty: float = key(0.0, "Subtracted there from the reward of a text without an end", group="Loss")
-    length_alpha: float = key(0.05, "DPO-R's penalty, in nats a token", group="Loss")
+    length_alpha: float = key(0.01, "DPO-R's penalty, in nats a token", group="Loss")
 
     def __post_init__(self) -> None:
         if self.quick and self.full:
@@ -90,13 +90,13 @@ _QUICK: dict[str, Any] = {
     "prompts": 600,
     "max_new_tokens": 32,
     "eval_prompts": 100,
-    "evaluations": 3,
+    "evaluations": 4,
     "best_of": 16,
-    "preference_updates": 30,
+    "preference_updates": 48,
     "preference_batch_size": 32,
-    "preference_learning_rate": 5e-4,
-    "policy_steps": 12,
-    "policy_batch_size": 64,
+    "preference_learning_rate": 3e-4,
+    "policy_steps": 16,
+    "policy_batch_size": 96,
     "policy_learning_rate": 4e-4,
 }
 _FULL: dict[str, Any] = {

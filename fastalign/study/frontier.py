@@ -28,7 +28,6 @@ from rich.table import Table
 
 from ..trainers import arguments
 from ..trainers.arguments import key
-from ..trainers.checkpoints import write_json
 from ..trainers.config import check_choice
 from ..trainers.eval.best_of_n import best_of_n, best_of_n_kl
 from ..trainers.eval.policy import measure
@@ -37,7 +36,7 @@ from .config import StudyConfig
 from .envelope import BUDGETS, Point, difference, envelope, over_seeds
 from .ground import Ground
 from .methods import METHODS, Job
-from .study import run_study, seed_of
+from .study import run_study, save, seed_of
 from .watch import Watch
 
 BEST_OF = "best-of-n"
@@ -184,7 +183,7 @@ def run_frontier(config: FrontierConfig) -> dict[str, Any] | None:
         return None
     folder = Path(config.output_dir)
     results["summary"] = summarise(results)
-    write_json(folder / "frontier.json", results)
+    save(folder / "frontier.json", results)
     write_points(results, folder / "frontier.csv")
     plots.frontier(results, curves(results, plots.GRID), folder / "frontier.png")
     report.write_frontier(results, folder)

@@ -23,7 +23,6 @@ from scipy import stats
 
 from ..trainers import arguments
 from ..trainers.arguments import key
-from ..trainers.checkpoints import write_json
 from ..trainers.config import check_positive
 from ..trainers.data.sampled import best_against_worst
 from ..trainers.eval.estimates import estimate
@@ -34,7 +33,7 @@ from . import frontier, plots, report
 from .frontier import FrontierConfig
 from .ground import Ground
 from .methods import Job, train_pairs
-from .study import run_study
+from .study import run_study, save
 from .watch import Watch
 
 PATHS = ["dpo", "ppo-learned"]
@@ -184,7 +183,7 @@ def run_hacking(config: HackingConfig) -> dict[str, Any] | None:
         return None
     folder = Path(config.output_dir)
     results["summary"] = summarise(results, config.alphas)
-    write_json(folder / "hacking.json", results)
+    save(folder / "hacking.json", results)
     plots.hacking(results, folder / "hacking.png")
     write_report(results, folder)
     for alpha, row in results["summary"].items():

@@ -21,14 +21,13 @@ from rich.table import Table
 
 from ..trainers import arguments
 from ..trainers.arguments import key
-from ..trainers.checkpoints import write_json
 from ..trainers.config import check_positive
 from ..trainers.data.reviews import DOMAINS, Review, load_reviews
 from ..trainers.eval.agreement import Rating, held_out_labelers, krippendorff_alpha, pairwise_agreement
 from ..trainers.eval.gold import fit_gold
 from . import report
 from .machine import machine
-from .study import PACKAGES
+from .study import PACKAGES, save
 
 
 @dataclass
@@ -111,7 +110,7 @@ def main(argv: list[str]) -> int:
         return 0
     results = run_labelers(config)
     path = Path(os.path.expanduser(config.output_dir)) / "labelers.json"
-    write_json(path, results)
+    save(path, results)
     show(results, Console(width=None if Console().is_terminal else 120))
     print(f"figures in {path}")
     return 0

@@ -10,6 +10,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FixedLocator
 
 from .envelope import over_seeds
 from .methods import METHODS
@@ -45,12 +46,19 @@ def frontier(results: dict[str, Any], curves: dict[str, list[np.ndarray]], path:
     title = "best within a KL budget, mean over seeds"
     right.set(title=title + (" and 95 % interval" if results["seeds"] > 1 else ""), xlabel="KL budget, nats a text")
     for axis in (left, right):
-        axis.set_xscale("symlog", linthresh=1.0)
+        _root_scale(axis)
         axis.set_xlim(0, 1.15 * largest)
         axis.grid(alpha=0.3)
     right.legend(fontsize=9, loc="lower right")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _root_scale(axis: Any) -> None:
+    """Distances along the axis grow with the root of the KL, as in Gao et al. 2023: near 0 rewards do likewise."""
+    axis.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+    axis.xaxis.set_major_locator(FixedLocator([0, 0.5, 1, 2, 4, 8, 16, 32, 64]))
+    axis.xaxis.set_major_formatter("{x:g}")
 
 
 def _yardstick(axes: Any, results: dict[str, Any]) -> None:
@@ -75,7 +83,7 @@ def hacking(results: dict[str, Any], path: Path) -> None:
             axis.scatter(xs, ys, s=24, marker=_STYLES[method], color=_COLORS[method], label=METHODS[method].label)
         ys = np.mean([[p[yardstick] for p in points] for points in own], axis=0)
         axis.plot([p["kl"] for p in own[0]], ys, "k:", label="best-of-n by the learned reward")
-        axis.set_xscale("symlog", linthresh=1.0)
+        _root_scale(axis)
         axis.set(title=f"{'gold' if name == 'gold' else 'learned'} reward", xlabel="KL, nats a text")
     axes[0].legend(fontsize=8)
     alphas = [float(a) for a in results["summary"]]

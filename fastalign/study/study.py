@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ..trainers.checkpoints import write_json
 from ..trainers.demo import claim
 from .cells import Runner, Work, read
 from .config import StudyConfig
@@ -66,6 +68,19 @@ def run_study(
         "cells": found,
         **{kind: sum(read(root, name)[kind] for name in [*grounds, *found]) for kind in ("seconds", "cpu_seconds")},
     }
+
+
+def save(path: Path, results: Any) -> None:
+    """Writes results as JSON that every reader takes: what is not a number becomes null."""
+    write_json(path, _plain(results))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def written(config: StudyConfig) -> str:

@@ -21,7 +21,6 @@ import numpy as np
 from rich.console import Console
 
 from ..trainers import arguments
-from ..trainers.checkpoints import write_json
 from ..trainers.data.reviews import DOMAINS, load_reviews, split_reviews
 from ..trainers.eval.estimates import estimate
 from ..trainers.eval.gold import Scorer, fit_gold
@@ -30,7 +29,7 @@ from . import plots, report
 from .config import StudyConfig
 from .ground import Ground
 from .methods import METHODS, Job
-from .study import run_study, seed_of
+from .study import run_study, save, seed_of
 from .watch import Watch
 
 POLICIES = ("dpo", "ppo-gold")
@@ -152,7 +151,7 @@ def run_transfer(config: TransferConfig) -> dict[str, Any] | None:
         return None
     folder = Path(config.output_dir)
     results["summary"] = summarise(results)
-    write_json(folder / "transfer.json", results)
+    save(folder / "transfer.json", results)
     plots.transfer(results, FIGURES, folder / "transfer.png")
     write_report(results, folder)
     for method, domains in results["summary"].items():
