@@ -124,6 +124,18 @@ class TestTable:
             with pytest.raises(ValueError, match=r"row 1 \(from 0\).*" + message.removeprefix("row 1")):
                 read_labels(str(tmp_path / "labels.jsonl"))
 
+    def test_command(self, tmp_path, capsys):
+        for package in ("krippendorff", "transformers", "sklearn", "rich"):
+            pytest.importorskip(package, reason=f"needs {package} (the extra `eval`)")
+        from fastalign import cli
+
+        rows = [LabelRow("x", "a", 6), LabelRow("x", "b", 7), LabelRow("y", "a", 2), LabelRow("y", "b", 2)]
+        write_labels(str(tmp_path / "labels.jsonl"), rows)
+        assert cli.main(["study", "labelers", "--labels", str(tmp_path / "labels.jsonl")]) == 0
+        shown = capsys.readouterr().out
+        assert "overall_quality" in shown
+        assert "4.250" in shown
+
     def test_summary(self):
         pytest.importorskip("krippendorff", reason="needs krippendorff (the extra `eval`)")
         notes = {"x": [(7, True), (6, True)], "y": [(2, False), (1, False)], "z": [(4, True), (4, False)]}

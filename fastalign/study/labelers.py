@@ -1,10 +1,12 @@
 """`fastalign study labelers`: how far people agree, and whether what was learned from some holds for others.
 
     fastalign study labelers
+    fastalign study labelers --labels labels.jsonl
 
 On the corpus's own ratings, one by one: Krippendorff's alpha in every domain; and where it is known who gave which
 rating (movie reviews), how often two people agree on which of two texts is better, and the accuracy of a scorer on the
 preferences of people it learned from and of people it never saw (InstructGPT's 72.4 % against 69.6 %).
+With --labels instead: rates and agreement for each column of a file of InstructGPT's table (see `eval.labelers`).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..trainers import arguments
 from ..trainers.arguments import key
@@ -25,6 +27,7 @@ from ..trainers.config import check_positive
 from ..trainers.data.reviews import DOMAINS, Review, load_reviews
 from ..trainers.eval.agreement import Rating, held_out_labelers, krippendorff_alpha, pairwise_agreement
 from ..trainers.eval.gold import fit_gold
+from ..trainers.eval.labelers import read_labels, summarise
 from . import report
 from .machine import machine
 from .study import PACKAGES, save
@@ -34,6 +37,7 @@ from .study import PACKAGES, save
 class LabelersConfig:
     """Agreement between the people who rated the corpus, and generalisation to people who were not learned from."""
 
+    labels: str | None = key(None, "A .jsonl file of labels to look at, instead of the corpus")
     output_dir: str = key("runs/study", "Folder for labelers.json")
     folds: int = key(5, "Parts of the labelers, each held out once")
     held_out_items: float = key(0.2, "Share of the texts that nothing is learned from")
@@ -101,6 +105,15 @@ def show(results: dict[str, Any], console: Console) -> None:
         console.print(f"{text}: {report.interval(results[name], 3)}", markup=False, highlight=False)
 
 
+def show_table(columns: dict[str, dict[str, float]], console: Console) -> None:
+    """Prints what `eval.labelers.summarise` found."""
+    table = Table("column", *(Column(name, justify="right") for name in ("mean", "alpha", "kappa", "items", "ratings")))
+    for name, c in columns.items():
+        figures = [f"{c[n]:.3f}" for n in ("mean", "alpha", "kappa")]
+        table.add_row(name, *figures, *(f"{c[n]:.0f}" for n in ("items", "ratings")))
+    console.print(table)
+
+
 def main(argv: list[str]) -> int:
     """The `fastalign study labelers` command."""
     try:
@@ -108,9 +121,13 @@ def main(argv: list[str]) -> int:
     except arguments.Helped as text:
         print(text)
         return 0
+    console = Console(width=None if Console().is_terminal else 120)
+    if config.labels is not None:
+        show_table(summarise(read_labels(config.labels)), console)
+        return 0
     results = run_labelers(config)
     path = Path(os.path.expanduser(config.output_dir)) / "labelers.json"
     save(path, results)
-    show(results, Console(width=None if Console().is_terminal else 120))
+    show(results, console)
     print(f"figures in {path}")
     return 0

@@ -24,7 +24,7 @@ _COLORS = {name: f"C{i}" for i, name in enumerate(METHODS)}
 
 def frontier(results: dict[str, Any], curves: dict[str, list[np.ndarray]], path: Path) -> None:
     """Left: every point of every run. Right: each method's envelope over seeds. Best-of-n is the yardstick in both."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 6), sharey=True, sharex=True, constrained_layout=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(15.5, 6), sharey=True, sharex=True, constrained_layout=True)
     cells = [c for c in results["cells"].values() if c["method"] in METHODS]
     for method in curves:
         points = [p for c in cells if c["method"] == method for p in c["points"]]
@@ -49,7 +49,7 @@ def frontier(results: dict[str, Any], curves: dict[str, list[np.ndarray]], path:
         _root_scale(axis)
         axis.set_xlim(0, 1.15 * largest)
         axis.grid(alpha=0.3)
-    right.legend(fontsize=9, loc="lower right")
+    right.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
