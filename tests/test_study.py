@@ -76,7 +76,7 @@ class TestRunner:
 
     def test_two_processes_do_the_same(self, tmp_path, work):
         names = ["cells/a", "cells/broken", "cells/b"]
-        with pytest.raises(RuntimeError, match=r"cell cells/broken failed: as it should"):
+        with pytest.raises(ValueError, match=r"cell cells/broken failed: as it should"):
             self.runner(tmp_path, 2).run(names, work)
         assert "cells/a" in (tmp_path / "calls.txt").read_text().split()
         assert read(tmp_path, "cells/a")["of"] == 3
@@ -86,11 +86,11 @@ class TestRunner:
         assert not (tmp_path / "calls.txt").exists()
 
     def test_a_failure_leaves_the_finished_and_runs_again(self, tmp_path):
-        with pytest.raises(RuntimeError, match=r"cell broken failed: as it should") as caught:
+        with pytest.raises(ValueError, match=r"cell broken failed: as it should") as caught:
             self.runner(tmp_path).run(["a", "broken", "b"], count)
         assert isinstance(caught.value.__cause__, ValueError)
         assert (tmp_path / "calls.txt").read_text().split() == ["a"]
-        with pytest.raises(RuntimeError, match="broken"):
+        with pytest.raises(ValueError, match="broken"):
             self.runner(tmp_path).run(["a", "broken"], count)
         assert (tmp_path / "calls.txt").read_text().split() == ["a"]
 

@@ -47,7 +47,8 @@ class Runner(NamedTuple):
         """Runs the cells that are not done; returns how many are left. What a cell raises is raised, after the others.
 
         Raises:
-            RuntimeError: a cell failed; its cause is the cell's own error.
+            ValueError: what a cell was given is wrong, or a file cannot be had; its cause is the cell's own error.
+            RuntimeError: a cell failed in any other way; the same.
         """
         todo = [name for name in names if not done(self.root, name)]
         if not todo:
@@ -55,7 +56,9 @@ class Runner(NamedTuple):
         start = _in_line if self.processes == 1 else _in_processes
         finished, failed = start(self, todo, work)
         if failed is not None:
-            raise RuntimeError(f"cell {failed[0]} failed: {failed[1]}") from failed[1]
+            name, cause = failed
+            kind = ValueError if isinstance(cause, (ValueError, TypeError, OSError)) else RuntimeError
+            raise kind(f"cell {name} failed: {cause}") from cause
         return len(todo) - finished
 
     def late(self) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
@@ -22,6 +23,11 @@ from ..trainers.eval.scorers import score_texts
 from ..trainers.reward import RewardConfig, RewardTrainer, load_reward_model
 from ..trainers.run import train
 from .config import StudyConfig
+
+
+def placed(model: Any) -> Any:
+    """The model on the accelerator, if there is one."""
+    return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model
 
 
 class Ground:
@@ -58,6 +64,7 @@ class Ground:
         """Continuations of training prompts, scored: ranked lists (`lists.jsonl`) and pairs (`pairs.jsonl`)."""
         config = self.config
         model, tokenizer = self.demo.load("sft")
+        model = placed(model)
         set_seed(self.seed)
         prompts = self.demo.prompts(self.demo.reviews[0], config.prompts)
         how = self.demo.how
@@ -111,7 +118,7 @@ class Ground:
     @functools.cached_property
     def reference(self) -> Any:
         """The fine-tuned model, for KLs. Not to be trained: `demo.load("sft")` gives one of one's own."""
-        return self.demo.load("sft")[0].eval().requires_grad_(False)
+        return placed(self.demo.load("sft")[0].eval().requires_grad_(False))
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -121,7 +128,7 @@ class Ground:
     @functools.cached_property
     def scorers(self) -> dict[str, Scorer]:
         """Whole texts to scores: the gold reward, the learned one (read after an end), the independent scorer."""
-        model = AutoModelForSequenceClassification.from_pretrained(self.path / "proxy").eval()
+        model = placed(AutoModelForSequenceClassification.from_pretrained(self.path / "proxy").eval())
         tokenizer = AutoTokenizer.from_pretrained(self.path / "proxy")
         learned: Scorer = lambda texts: score_texts(model, tokenizer, [""] * len(texts), texts, 128)  # noqa: E731
         return {"gold": self.demo.gold, "proxy": learned, "independent": load_independent()}

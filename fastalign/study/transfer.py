@@ -56,17 +56,16 @@ class Elsewhere(Watch):
         ground = self.ground
         prompts, own = self._domain(domain)
         scorers = {"gold": ground.demo.gold, "own": own}
-        reference = ground.reference.to(policy.device)
-        before, after = (self._measure(model, reference, prompts, scorers) for model in (reference, policy))
+        before, after = (self._measure(model, prompts, scorers) for model in (ground.reference, policy))
         changes = {f"{n}_change": estimate(after.scores[n] - before.scores[n])._asdict() for n in FIGURES}
         kept = ("gold", "own", "kl", "words", "finished")
         return {**changes, "before": {n: before.figures[n] for n in kept}, **{n: after.figures[n] for n in kept}}
 
-    def _measure(self, model: Any, reference: Any, prompts: list[str], scorers: dict[str, Scorer]) -> Measured:
+    def _measure(self, model: Any, prompts: list[str], scorers: dict[str, Scorer]) -> Measured:
         config = self.ground.config
         return measure(
             model,
-            reference,
+            self.ground.reference,
             self.ground.tokenizer,
             prompts,
             scorers,

@@ -29,10 +29,9 @@ class Watch:
     def look(self, step: int, policy: Any) -> None:
         """Adds the point of this step."""
         ground, config = self.ground, self.ground.config
-        reference = ground.reference.to(policy.device)
         found = measure(
             policy,
-            reference,
+            ground.reference,
             ground.tokenizer,
             ground.eval_prompts,
             ground.scorers,
