@@ -43,11 +43,12 @@ from fastalign.trainers.data.reviews import (
     review_pairs,
     split_reviews,
 )
+from fastalign.trainers.data.sampled import ranked_samples
 from fastalign.trainers.demo import Workplace
 from fastalign.trainers.demo_config import DemoConfig
 from fastalign.trainers.demo_models import small_model, train_tokenizer
 from fastalign.trainers.demo_stages import Demo
-from fastalign.trainers.eval.sampling import Sampling, sample
+from fastalign.trainers.eval.sampling import sample
 from fastalign.trainers.grpo import GRPOConfig, GRPOTrainer
 from fastalign.trainers.ppo import PPOConfig, PPOTrainer
 from fastalign.trainers.pro import PROConfig, PROTrainer
@@ -224,13 +225,8 @@ def pro(job: Job) -> dict[str, Any]:
     model, tokenizer = demo.load("sft")
     set_seed(job.seed)
     prompts = demo.prompts(demo.reviews[0], config.prompts)
-    drawn = sample(model, tokenizer, prompts, per_prompt=config.samples_per_prompt, how=Sampling(40, 384))
-    rows = []
-    for prompt, each in zip(prompts, drawn, strict=True):
-        texts = list(dict.fromkeys(s.text for s in each if s.finished and s.text.strip()))
-        if len(texts) > 1:
-            rewards = demo.gold([prompt + text for text in texts]).tolist()
-            rows.append({"prompt": prompt, "completions": texts, "rewards": rewards})
+    drawn = sample(model, tokenizer, prompts, per_prompt=config.samples_per_prompt, how=demo.how)
+    rows = ranked_samples(prompts, drawn, demo.gold)
     args = PROConfig(
         output_dir=str(job.folder / "run"),
         sft_weight=0.05,

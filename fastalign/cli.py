@@ -77,6 +77,12 @@ def _demo(argv: list[str]) -> int:
     return demo.main(argv)
 
 
+def _study(argv: list[str]) -> int:
+    from .study import command
+
+    return command.main(argv)
+
+
 def _show_backends(argv: list[str]) -> int:
     if argv:
         raise ValueError(f"fastalign backends takes no arguments; got {' '.join(argv)}")
@@ -97,6 +103,7 @@ COMMANDS: dict[str, Command] = {
     "reward": Command("a reward model from pairs or ranked lists of completions", _reward),
     "eval": Command("compare models on held-out prompts: reward, win rate, length, perplexity", _evaluate),
     "sample": Command("draw continuations of prompts", _sample),
+    "study": Command("reproduce what the literature says of alignment, on human ratings: reward against KL", _study),
     "doctor": Command("look at data and models before a run, and say what would go wrong", _doctor),
     "backends": Command("list the kernels that can run here, and why the others cannot", _show_backends),
 }

@@ -1,11 +1,15 @@
-"""Fixtures shared by several test files: a tokenizer and a language model small enough to train in a second, and a GPU
-that is simulated."""
+"""Fixtures shared by several test files: a tokenizer and a language model small enough to train in a second, a made-up
+corpus, and a GPU that is simulated."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import io
+import random
 import shutil
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -42,6 +46,64 @@ def cuda_simulator():
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.Simulator(nvcc, "sm_90a")
+
+
+_SCORER = """
+class SentimentIntensityAnalyzer:
+    def polarity_scores(self, text):
+        return {"compound": (text.count("good") - text.count("bad")) / (1 + len(text.split()))}
+"""
+
+
+@pytest.fixture(scope="session")
+def made_up_rows() -> list[tuple[float, str]]:
+    """400 reviews with their mean ratings, whose words say whether they are good."""
+    draw = random.Random(0)
+    tones = {2.0: ["good", "great", "fun"], -2.0: ["bad", "dull", "awful"]}
+    rows = []
+    for i in range(400):
+        rating = draw.choice(list(tones))
+        words = [draw.choice(["the film", "a movie", "this story", "the plot"]), "by", f"N{i % 37}", "is"]
+        for _ in range(draw.randint(2, 6)):
+            words += [draw.choice(tones[rating]), draw.choice(["and", "with", ","])]
+        rows.append((rating + draw.random(), " ".join(words[:-1])))
+    return rows
+
+
+def _archive(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def made_up_corpus(made_up_rows, tmp_path, monkeypatch) -> Path:
+    """A cache with a source distribution of the real one's form, and a pip that may not be called."""
+    for package in ("transformers", "sklearn", "rich"):
+        pytest.importorskip(package, reason=f"needs {package} (the extra `train`)")
+    from fastalign.trainers.data import fetch, reviews
+
+    rows = made_up_rows
+    rated = "\r\n".join(f"{i}\t{rating}\t{text}" for i, (rating, text) in enumerate(rows, 1))
+    raters = "\r\n".join(f"{i}\t{rating}\t0.5\t[1, 2, {i % 4}]" for i, (rating, _) in enumerate(rows, 1))
+    parts = {reviews._RATED: rated.encode(), reviews._RATERS: b"\xef\xbb\xbf" + raters.encode()}
+    inner = _archive({"hutto/" + n.format(d): x for n, x in parts.items() for d in reviews.DOMAINS.values()})
+    outer = {"v/" + reviews._INNER: inner, "v/vaderSentiment/vaderSentiment.py": _SCORER.encode()}
+    outer |= {f"v/vaderSentiment/{name}": b"" for name in reviews._SCORER[1:]}
+    data = _archive(outer)
+    package = fetch.VADER
+    monkeypatch.setattr(
+        reviews, "VADER", fetch.Pinned(package.name, "0", "corpus.tar.gz", hashlib.sha256(data).hexdigest())
+    )
+    monkeypatch.setenv("FASTALIGN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(fetch, "run_pip", lambda *_: pytest.fail("pip was called"))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "corpus.tar.gz").write_bytes(data)
+    return tmp_path
 
 
 @pytest.fixture

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
-import random
 import subprocess
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -26,56 +23,6 @@ from fastalign.trainers.data import fetch, reviews
 from fastalign.trainers.demo_config import DemoConfig
 from fastalign.trainers.eval import gold, sampling
 from fastalign.trainers.eval.estimates import distinct, estimate
-
-SCORER = """
-class SentimentIntensityAnalyzer:
-    def polarity_scores(self, text):
-        return {"compound": (text.count("good") - text.count("bad")) / (1 + len(text.split()))}
-"""
-
-
-def made_up_reviews(count: int) -> list[tuple[float, str]]:
-    draw = random.Random(0)
-    tones = {2.0: ["good", "great", "fun"], -2.0: ["bad", "dull", "awful"]}
-    rows = []
-    for i in range(count):
-        rating = draw.choice(list(tones))
-        words = [draw.choice(["the film", "a movie", "this story", "the plot"]), "by", f"N{i % 37}", "is"]
-        for _ in range(draw.randint(2, 6)):
-            words += [draw.choice(tones[rating]), draw.choice(["and", "with", ","])]
-        rows.append((rating + draw.random(), " ".join(words[:-1])))
-    return rows
-
-
-def archive(files: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()
-
-
-@pytest.fixture
-def made_up_corpus(tmp_path, monkeypatch) -> Path:
-    """A cache with a source distribution of the real one's form, and a pip that may not be called."""
-    rows = made_up_reviews(400)
-    rated = "\r\n".join(f"{i}\t{rating}\t{text}" for i, (rating, text) in enumerate(rows, 1))
-    raters = "\r\n".join(f"{i}\t{rating}\t0.5\t[1, 2, {i % 4}]" for i, (rating, _) in enumerate(rows, 1))
-    inner = archive({"hutto/" + reviews._RATED: rated.encode(), "hutto/" + reviews._RATERS: raters.encode()})
-    outer = {"v/" + reviews._INNER: inner, "v/vaderSentiment/vaderSentiment.py": SCORER.encode()}
-    outer |= {f"v/vaderSentiment/{name}": b"" for name in reviews._SCORER[1:]}
-    data = archive(outer)
-    package = fetch.VADER
-    monkeypatch.setattr(
-        reviews, "VADER", fetch.Pinned(package.name, "0", "corpus.tar.gz", hashlib.sha256(data).hexdigest())
-    )
-    monkeypatch.setenv("FASTALIGN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(fetch, "run_pip", lambda *_: pytest.fail("pip was called"))
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "corpus.tar.gz").write_bytes(data)
-    return tmp_path
 
 
 def small(output_dir: Path, **options) -> DemoConfig:
@@ -190,15 +137,22 @@ class TestFetch:
 
 
 class TestReviews:
-    def test_reading_and_splitting(self, made_up_corpus):
+    def test_reading_and_splitting(self, made_up_corpus, made_up_rows):
         rows = reviews.load_reviews()
-        assert rows[0].text == made_up_reviews(1)[0][1]
+        assert rows[0].text == made_up_rows[0][1]
         assert rows[2].ratings == (1, 2, 3)
         train, held_out = reviews.split_reviews(rows, 50, seed=3)
         assert len(held_out) == 50
         assert {r.text for r in train} | {r.text for r in held_out} == {r.text for r in rows}
         assert not {r.text for r in train} & {r.text for r in held_out}
         assert reviews.split_reviews(rows, 50, seed=4)[1] != held_out
+        assert rows[31].labelers() == [("1-0", 1), ("1-1", 2), ("1-2", 0)]
+        tweet = reviews.load_reviews("tweets")[2]
+        assert (tweet.text, tweet.ratings) == (rows[2].text, rows[2].ratings)
+        with pytest.raises(ValueError, match="domain must be movies"):
+            tweet.labelers()
+        with pytest.raises(ValueError, match="domain must be one of movies, amazon"):
+            reviews.load_reviews("books")
 
     def test_real_corpus_and_gold_reward(self):
         try:

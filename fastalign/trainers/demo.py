@@ -17,7 +17,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,34 @@ from .checkpoints import write_json
 from .demo_config import DemoConfig
 
 _MARK = "demo.json"
+
+
+def claim(path: Path, mark: str, settings: dict[str, Any], what: str, *, overwrite: bool, own: Sequence[str]) -> None:
+    """Marks a folder as that of a run with these settings, so that a later run with the same ones goes on there.
+
+    Args:
+        mark: name of the file that holds the settings.
+        what: what the folder is then said to hold.
+        overwrite: remove an earlier run with other settings.
+        own: names that such a run leaves in its folder; nothing else is ever removed.
+
+    Raises:
+        ValueError: the folder holds something else, or a run with other settings.
+    """
+    if path.exists() and any(path.iterdir()):
+        if not (path / mark).exists():
+            raise ValueError(f"output_dir must be empty or hold an earlier {what}; {str(path)!r} is neither")
+        before = json.loads((path / mark).read_text(encoding="utf-8"))
+        if before != settings and not overwrite:
+            changed = sorted(k for k in settings if before.get(k) != settings[k])
+            raise ValueError(
+                f"output_dir {str(path)!r} holds a {what} with other settings ({', '.join(changed)} differ): "
+                "choose another folder, or --overwrite true"
+            )
+        if overwrite:
+            demo_stages.clear(path, own)
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(path / mark, settings)
 
 
 class Workplace:
@@ -45,21 +73,7 @@ class Workplace:
     def _claim(self) -> None:
         """Marks the folder as this demo's. ValueError if it holds something else, or a demo with other settings."""
         settings = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in ("output_dir", "overwrite")}
-        mark = self.path / _MARK
-        if self.path.exists() and any(self.path.iterdir()):
-            if not mark.exists():
-                raise ValueError(f"output_dir must be empty or hold an earlier demo; {str(self.path)!r} is neither")
-            before = json.loads(mark.read_text(encoding="utf-8"))
-            if before != settings and not self.config.overwrite:
-                changed = sorted(k for k in settings if before.get(k) != settings[k])
-                raise ValueError(
-                    f"output_dir {str(self.path)!r} holds a demo with other settings ({', '.join(changed)} differ): "
-                    "choose another folder, or --overwrite true"
-                )
-            if self.config.overwrite:
-                demo_stages.clear(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_json(mark, settings)
+        claim(self.path, _MARK, settings, "demo", overwrite=self.config.overwrite, own=demo_stages.OWN)
 
     def stage(self, name: str, title: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The stage's result: as it was left by an earlier run, or by running it now."""

@@ -18,21 +18,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from . import demo_models, step_memory
 from .callbacks import LOG_NAME, read_log
 from .data.reviews import Review, load_reviews, opening, split_reviews
+from .data.sampled import best_against_worst, ranked_samples
 from .demo_config import DemoConfig
 from .dpo import DPOConfig, DPOTrainer
-from .eval.estimates import distinct, estimate
+from .eval.estimates import estimate
 from .eval.gold import agreement, fit_gold, load_independent
-from .eval.sampling import Sample, Sampling, compare_policies, sample
-from .run import pad_id, start_point, train
+from .eval.policy import measure
+from .eval.sampling import Sample, Sampling, sample
+from .run import start_point, train
 from .sft import SFTConfig, SFTTrainer
 
-_OWN = ("stages", "base", "sft", "dpo", "pairs.jsonl", "eval_pairs.jsonl", "results.json", "curves.png")
+OWN = ("stages", "base", "sft", "dpo", "pairs.jsonl", "eval_pairs.jsonl", "results.json", "curves.png")
 _BATCH = 384  # continuations sampled at once: large enough to keep two cores in matrix products
 
 
-def clear(path: Path) -> None:
-    """Removes what an earlier demo left in the folder, and nothing else."""
-    for name in _OWN:
+def clear(path: Path, own: Sequence[str] = OWN) -> None:
+    """Removes what an earlier demo (or another run that leaves things of these names) left there, and nothing else."""
+    for name in own:
         target = path / name
         if target.is_dir():
             shutil.rmtree(target)
@@ -67,6 +69,11 @@ class Demo:
         if self._gold is None:
             self._gold = fit_gold(self.reviews[0])
         return self._gold
+
+    @property
+    def how(self) -> Sampling:
+        """How continuations are drawn."""
+        return Sampling(self.config.max_new_tokens, _BATCH)
 
     def prompts(self, reviews: Sequence[Review], count: int) -> list[str]:
         """Openings of the first reviews that go on for at least as long again; each opening once."""
@@ -134,7 +141,7 @@ class Demo:
             set_seed(config.seed + len(part))
             prompts = self.prompts(reviews, count)
             drawn = self._sample(model, tokenizer, prompts, config.samples_per_prompt, f"continuations ({part})")
-            rows = self._pair(prompts, drawn)
+            rows = best_against_worst(ranked_samples(prompts, drawn, self.gold), config.min_gap)
             if not rows:
                 raise ValueError(f"min_gap={config.min_gap} leaves no pairs; lower it, or raise --prompts")
             with open(self.path / f"{part}.jsonl", "w", encoding="utf-8") as file:
@@ -142,24 +149,6 @@ class Demo:
             lengths = [[len(row[side].split()) for row in rows] for side in ("chosen", "rejected")]
             result[part] = {"pairs": len(rows), "mean_words": [float(np.mean(n)) for n in lengths]}
         return result
-
-    def _pair(self, prompts: list[str], drawn: list[list[Sample]]) -> list[dict[str, str]]:
-        """Best against worst and second best against second worst of each prompt's finished, different texts.
-
-        Continuations that did not end are left out: trained on with an end put to them, they would teach to stop
-        in the middle of a sentence. Ties and near-ties (`min_gap`) are skipped.
-        """
-        rows = []
-        for prompt, samples in zip(prompts, drawn, strict=True):
-            texts = list(dict.fromkeys(s.text for s in samples if s.finished and s.text.strip()))
-            if len(texts) < 2:
-                continue
-            scores = self.gold([prompt + text for text in texts])
-            order = np.argsort(-scores, kind="stable")
-            for best, worst in zip(order[: min(2, len(texts) // 2)], order[::-1], strict=False):
-                if scores[best] - scores[worst] >= self.config.min_gap:
-                    rows.append({"prompt": prompt, "chosen": texts[best], "rejected": texts[worst]})
-        return rows
 
     def dpo(self) -> dict[str, Any]:
         """DPO on the pairs; the aligned model goes to the output folder itself."""
@@ -192,23 +181,18 @@ class Demo:
         result: dict[str, Any] = {}
         texts, gold = {}, {}
         for name, (model, tokenizer) in models.items():
-            set_seed(config.seed + 1)
-            drawn = self._sample(model, tokenizer, prompts, config.eval_samples, f"continuations ({name})")
-            flat = [s for samples in drawn for s in samples]
-            texts[name] = [p + s.text for p, samples in zip(prompts, drawn, strict=True) for s in samples]
-            gold[name] = self.gold(texts[name]).reshape(len(prompts), -1)
-            versus = compare_policies(model, models["before"][0], flat, pad_id(tokenizer))
-            shape = (len(prompts), config.eval_samples)
-            result[name] = {
-                "gold": estimate(gold[name])._asdict(),
-                "independent": estimate(independent(texts[name]).reshape(shape))._asdict(),
-                "kl": estimate(versus.kl.reshape(shape).numpy())._asdict(),
-                "kl_k1": estimate(versus.logp_ratio.reshape(shape).numpy())._asdict(),
-                "entropy": float(versus.entropy.sum() / sum(len(s.ids) for s in flat)),
-                "words": estimate(np.array([len(s.text.split()) for s in flat]).reshape(shape))._asdict(),
-                "finished": float(np.mean([s.finished for s in flat])),
-                "distinct_2": distinct([s.text for s in flat], 2),
-            }
+            found = measure(
+                model,
+                models["before"][0],
+                tokenizer,
+                prompts,
+                {"gold": self.gold, "independent": independent},
+                per_prompt=config.eval_samples,
+                how=self.how,
+                seed=config.seed + 1,
+                desc=f"continuations ({name})",
+            )
+            result[name], texts[name], gold[name] = found.figures, found.texts, found.scores["gold"]
         result["gold_change"] = estimate(gold["after"] - gold["before"])._asdict()
         result["samples"] = self._examples(prompts, texts)
         result["gold_scores"] = {name: scores.flatten().tolist() for name, scores in gold.items()}
@@ -257,14 +241,7 @@ class Demo:
         }
 
     def _sample(self, model: Any, tokenizer: Any, prompts: list[str], per_prompt: int, desc: str) -> list[list[Sample]]:
-        return sample(
-            model,
-            tokenizer,
-            prompts,
-            per_prompt=per_prompt,
-            how=Sampling(self.config.max_new_tokens, _BATCH),
-            desc=desc,
-        )
+        return sample(model, tokenizer, prompts, per_prompt=per_prompt, how=self.how, desc=desc)
 
     def _examples(self, prompts: list[str], texts: dict[str, list[str]]) -> list[dict[str, Any]]:
         """The first sample of the first prompts, not chosen for their looks, with their gold rewards."""

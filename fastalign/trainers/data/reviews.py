@@ -1,7 +1,8 @@
 """Movie-review snippets with human ratings (Hutto and Gilbert 2014): 10,605 rows, each rated by about 15 people.
 
-They come with the source distribution of vaderSentiment, in an archive inside the archive; nothing of it is copied
-into this package.
+Other domains of the same corpus, rated the same way: sentences of Amazon reviews, tweets, and sentences of news
+editorials. All come with the source distribution of vaderSentiment, in an archive inside the archive; nothing of it is
+copied into this package.
 """
 
 from __future__ import annotations
@@ -14,13 +15,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..config import check_choice
 from .fetch import VADER, fetch
 
 _INNER = "additional_resources/hutto_ICWSM_2014.tar.gz"
-_RATED = "movieReviewSnippets_GroundTruth.txt"
-_RATERS = "movieReviewSnippets_anonDataRatings.txt"
+_RATED, _RATERS = "{}_GroundTruth.txt", "{}_anonDataRatings.txt"
 _SCORER = ("vaderSentiment.py", "vader_lexicon.txt", "emoji_utf8_lexicon.txt")
 
+
+DOMAINS = {
+    "movies": "movieReviewSnippets",
+    "amazon": "amazonReviewSnippets",
+    "tweets": "tweets",
+    "news": "nytEditorialSnippets",
+}
+"""Domain → how the corpus names its files."""
 
 _BATCH = 30
 
@@ -28,27 +37,32 @@ _BATCH = 30
 class Review(NamedTuple):
     """One snippet: its mean rating from -4 to +4, its text with white space made uniform, and every rater's rating.
 
-    The corpus names no raters, but it was rated in batches of 30 snippets, each by people of its own, whose ratings
-    stand in one order: place j of every snippet of a batch is one person. (The places' mean deviations from the
-    snippets' means vary nine times as much as they do with each snippet's ratings shuffled.)
+    The corpus names no raters, but its movie reviews were rated in batches of 30 snippets, each by people of its own,
+    whose ratings stand in one order: place j of every snippet of a batch is one person. (The places' mean deviations
+    from the snippets' means vary nine times as much as they do with each snippet's ratings shuffled.) Of the other
+    domains no such order is known; their `batch` is None.
     """
 
     rating: float
     text: str
     ratings: tuple[int, ...]
-    batch: int = 0
+    batch: int | None = 0
 
     def labelers(self) -> list[tuple[str, int]]:
-        """(rater, rating) of everyone who rated it."""
+        """(rater, rating) of everyone who rated it. ValueError where it is not known who they are."""
+        if self.batch is None:
+            raise ValueError("domain must be movies: of the other domains it is not known who gave which rating")
         return [(f"{self.batch}-{place}", rating) for place, rating in enumerate(self.ratings)]
 
 
-def load_reviews() -> list[Review]:
-    """All unique snippets, in the corpus's order. FetchError if the corpus is not here and cannot be fetched."""
+def load_reviews(domain: str = "movies") -> list[Review]:
+    """All unique texts of a domain, in the corpus's order. FetchError if the corpus cannot be found or fetched."""
+    check_choice("domain", domain, tuple(DOMAINS))
+    names = [name.format(DOMAINS[domain]) for name in (_RATED, _RATERS)]
     with _open(fetch(VADER)) as outer:
         archive = io.BytesIO(_member(outer, _INNER))
     with tarfile.open(fileobj=archive, mode="r:gz") as inner:
-        rated, raters = (_member(inner, name).decode("utf-8") for name in (_RATED, _RATERS))
+        rated, raters = (_member(inner, name).decode("utf-8-sig") for name in names)
     every = {}
     for line in raters.splitlines():
         number, _, _, ratings = line.split("\t")
@@ -57,7 +71,8 @@ def load_reviews() -> list[Review]:
     for line in rated.splitlines():
         number, rating, text = line.split("\t")
         text = " ".join(text.replace("''", '"').split())
-        reviews.setdefault(text, Review(float(rating), text, every.get(number, ()), (int(number) - 1) // _BATCH))
+        batch = (int(number) - 1) // _BATCH if domain == "movies" else None
+        reviews.setdefault(text, Review(float(rating), text, every.get(number, ()), batch))
     return list(reviews.values())
 
 

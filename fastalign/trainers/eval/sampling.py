@@ -11,9 +11,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ...losses import kl_estimate
 from ..config import check_positive
 from ..data.chat import Messages
-from ..data.collate import pad
+from ..data.collate import IGNORE, pad
 from ..data.encode import Encoder
 from ..model_logits import logits_of
 from ..run import pad_id
@@ -37,6 +38,10 @@ class PolicyComparison(NamedTuple):
     """Sum over t of the exact KL(pi(.|y_<t) || pi_ref(.|y_<t)): the same mean (chain rule) with less noise."""
     entropy: Tensor
     """Sum over t of the policy's entropy."""
+    k3: Tensor
+    """Sum over t of exp(-d) - 1 + d with d = log pi - log pi_ref: never negative, and the same mean once more."""
+    tokens: Tensor
+    """Number of tokens, the end among them."""
 
 
 @dataclass(frozen=True)
@@ -131,21 +136,38 @@ def _cut(start: list[int], tail: list[int], ends: Sequence[int], tokenizer: PreT
 
 @torch.no_grad()
 def compare_policies(
-    policy: Any, reference: Any, samples: Sequence[Sample], fill: int, *, batch_size: int = 64
+    policy: Any,
+    reference: Any,
+    samples: Sequence[Sample],
+    fill: int,
+    *,
+    batch_size: int = 64,
+    temperature: float = 1.0,
 ) -> PolicyComparison:
-    """Policy against reference on what the policy sampled, on the very token ids that it sampled."""
+    """Policy against reference on what the policy sampled, on the very token ids that it sampled.
+
+    temperature divides both models' logits: that of the draws, so that the KL is that of what was drawn from.
+    """
+    check_positive("temperature", temperature)
+    modes = {model: model.training for model in (policy, reference)}
+    for model in modes:
+        model.eval()
     parts = []
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt_ids) + len(samples[i].ids))
     for start in tqdm(range(0, len(order), batch_size), desc="comparing policies"):
         chosen = [samples[i] for i in order[start : start + batch_size]]
         batch = pad([(s.prompt_ids, s.ids) for s in chosen], fill)
         batch = {name: value.to(policy.device) for name, value in batch.items()}
-        logits, ref_logits = logits_of(policy, batch), logits_of(reference, batch)
-        stats = logits.stats(batch["labels"], ref_logits=ref_logits, kl=True, entropy=True)
-        ref_logps = ref_logits.stats(batch["labels"]).logps
+        logits, ref_logits, labels = logits_of(policy, batch), logits_of(reference, batch), batch["labels"]
+        stats = logits.stats(labels, ref_logits=ref_logits, kl=True, entropy=True, temperature=temperature)
+        ref_logps = ref_logits.stats(labels, temperature=temperature).logps
         if stats.kl is None or stats.entropy is None:
             raise RuntimeError("token_stats did not return the entropy and the KL that it was asked for")
-        parts.append(torch.stack([(stats.logps - ref_logps).sum(-1), stats.kl.sum(-1), stats.entropy.sum(-1)]))
+        k1, k3 = (kl_estimate(stats.logps, ref_logps, kind=kind) for kind in ("k1", "k3"))
+        tokens = (labels != IGNORE).to(k1.dtype)
+        parts.append(torch.stack([x.sum(-1) for x in (k1, stats.kl, stats.entropy, k3, tokens)]))
+    for model, training in modes.items():
+        model.train(training)
     back = torch.empty(len(order), dtype=torch.int64)
     back[torch.tensor(order)] = torch.arange(len(order))
     return PolicyComparison(*torch.cat(parts, 1).cpu()[:, back])

@@ -1,0 +1,144 @@
+"""What all methods of one seed start from: corpus, gold reward, fine-tuned model, its samples, a learned reward."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+
+from ..trainers.data.sampled import best_against_worst, ranked_samples
+from ..trainers.demo import Workplace
+from ..trainers.demo_stages import Demo
+from ..trainers.eval.gold import Scorer, load_independent
+from ..trainers.eval.perplexity import TextLikelihood, completions_of, likelihood
+from ..trainers.eval.sampling import sample
+from ..trainers.eval.scorers import score_texts
+from ..trainers.reward import RewardConfig, RewardTrainer, load_reward_model
+from ..trainers.run import train
+from .config import StudyConfig
+
+
+def placed(model: Any) -> Any:
+    """The model on the accelerator, if there is one."""
+    return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model
+
+
+class Ground:
+    """Things of one seed, made by `prepare` and loaded when first asked for.
+
+    Args:
+        root: the study's folder.
+        config: its configuration.
+        seed: of the split, the base model, the samples and everything after.
+    """
+
+    def __init__(self, root: Path, config: StudyConfig, seed: int) -> None:
+        self.config, self.seed, self.path = config, seed, root / "grounds" / f"seed-{seed}" / "ground"
+        self.demo = Demo(config.demo(seed), self.path)
+        self._models: dict[str, Any] = {}
+
+    # ------------------------------------------------------------------------------------------------------ making
+    def prepare(self) -> dict[str, Any]:
+        """Runs the stages that are not done: each is kept, so a run that was cut off goes on. Returns their results."""
+        self.demo.config.output_dir = str(self.path)
+        place = Workplace(self.demo.config, Console(quiet=True))
+        stages: dict[str, Callable[[], dict[str, Any]]] = {
+            "corpus": self.demo.corpus,
+            "base": self.demo.base,
+            "sft": self.demo.sft,
+            "samples": self._samples,
+            "proxy": self._proxy,
+        }
+        found = {name: place.stage(name, name, run) for name, run in stages.items()}
+        found["sft"] = {name: value for name, value in found["sft"].items() if name != "log"}
+        return found
+
+    def _samples(self) -> dict[str, Any]:
+        """Continuations of training prompts, scored: ranked lists (`lists.jsonl`) and pairs (`pairs.jsonl`)."""
+        config = self.config
+        model, tokenizer = self.demo.load("sft")
+        model = placed(model)
+        set_seed(self.seed)
+        prompts = self.demo.prompts(self.demo.reviews[0], config.prompts)
+        how = self.demo.how
+        drawn = sample(model, tokenizer, prompts, per_prompt=config.samples_per_prompt, how=how)
+        lists = ranked_samples(prompts, drawn, self.demo.gold)
+        pairs = best_against_worst(lists, config.min_gap)
+        if not pairs:
+            raise ValueError(f"min_gap={config.min_gap} leaves no pairs; lower it, or raise --prompts")
+        for name, rows in {"lists": lists, "pairs": pairs, "prompts": [{"prompt": p} for p in prompts]}.items():
+            with open(self.file(name), "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        words = {side: float(np.mean([len(row[side].split()) for row in pairs])) for side in ("chosen", "rejected")}
+        return {"prompts": len(prompts), "lists": len(lists), "pairs": len(pairs), "words": words}
+
+    def _proxy(self) -> dict[str, Any]:
+        """A reward model (Bradley-Terry) on the same pairs that DPO learns from; accuracy on a tenth held out."""
+        config = self.config
+        rows = [json.loads(line) for line in self.file("pairs").read_text(encoding="utf-8").splitlines()]
+        cut = max(1, len(rows) // 10)
+        args = RewardConfig(
+            output_dir=str(self.path / "proxy"),
+            learning_rate=config.preference_learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.1,
+            weight_decay=0.1,
+            num_train_epochs=5,
+            per_device_train_batch_size=config.preference_batch_size,
+            per_device_eval_batch_size=64,
+            max_length=160,
+            save_strategy="no",
+            logging_steps=1000,
+            overwrite_output_dir=True,
+            disable_tqdm=True,
+            seed=self.seed,
+        )
+        set_seed(self.seed)
+        model, tokenizer = load_reward_model(str(self.path / "sft"), args)
+        metrics = train(RewardTrainer(model, args, rows[cut:], rows[:cut], tokenizer))
+        return {"accuracy": metrics["eval_accuracy"], "pairs": cut}
+
+    # ----------------------------------------------------------------------------------------------------- loading
+    def file(self, name: str) -> Path:
+        """`prompts`, `lists` or `pairs`."""
+        return self.path / f"{name}.jsonl"
+
+    @property
+    def eval_prompts(self) -> list[str]:
+        """Openings of held-out reviews."""
+        return self.demo.prompts(self.demo.reviews[1], self.config.eval_prompts)
+
+    @functools.cached_property
+    def reference(self) -> Any:
+        """The fine-tuned model, for KLs. Not to be trained: `demo.load("sft")` gives one of one's own."""
+        return placed(self.demo.load("sft")[0].eval().requires_grad_(False))
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """Of all models of this seed."""
+        return AutoTokenizer.from_pretrained(self.path / "sft")
+
+    @functools.cached_property
+    def scorers(self) -> dict[str, Scorer]:
+        """Whole texts to scores: the gold reward, the learned one (read after an end), the independent scorer."""
+        model = placed(AutoModelForSequenceClassification.from_pretrained(self.path / "proxy").eval())
+        tokenizer = AutoTokenizer.from_pretrained(self.path / "proxy")
+        learned: Scorer = lambda texts: score_texts(model, tokenizer, [""] * len(texts), texts, 128)  # noqa: E731
+        return {"gold": self.demo.gold, "proxy": learned, "independent": load_independent()}
+
+    @functools.cached_property
+    def held_out_likelihood(self) -> TextLikelihood:
+        """Of held-out reviews under the fine-tuned model."""
+        return self.likelihood_of(self.reference)
+
+    def likelihood_of(self, model: Any) -> TextLikelihood:
+        """Likelihood of twice as many held-out reviews as there are prompts."""
+        texts = [r.text for r in self.demo.reviews[1][: 2 * self.config.eval_prompts]]
+        return likelihood(model, self.tokenizer, completions_of(texts), max_length=160)

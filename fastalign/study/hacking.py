@@ -1,0 +1,204 @@
+"""`fastalign study hacking`: what goes wrong when a policy follows a reward that is not the one that was meant.
+
+    fastalign study hacking --quick
+
+Over-optimisation (Gao et al. 2023): the learned reward and the gold reward along PPO on the learned one and along DPO,
+with best-of-n by the learned reward as the yardstick. Length (Park et al. 2024): preferences of labelers who like long
+answers, DPO on them, and DPO-R over its alpha. In the folder of a frontier study of like settings its cells are used
+again, not trained anew. Writes `hacking.png`, `hacking.html` (stands alone) and `hacking.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from scipy import stats
+
+from ..trainers import arguments
+from ..trainers.arguments import key
+from ..trainers.config import check_positive
+from ..trainers.data.sampled import best_against_worst
+from ..trainers.eval.estimates import estimate
+from ..trainers.eval.judges import compare_scores
+from ..trainers.eval.policy import Measured, measure
+from ..trainers.eval.winrate import length_matched, tally
+from . import frontier, plots, report
+from .frontier import FrontierConfig
+from .ground import Ground
+from .methods import Job, train_pairs
+from .study import run_study, save
+from .watch import Watch
+
+PATHS = ["dpo", "ppo-learned"]
+"""Methods of the frontier along which the two rewards are followed."""
+
+_CHANGES = ("words_change", "gold_change", "win_rate", "win_rate_matched")
+_SHARES = ("finished", "finished_before", "gold_length", "learned_length")
+
+
+@dataclass
+class HackingConfig(FrontierConfig):
+    """Learned reward against gold reward, and outputs that grow, under preferences for length."""
+
+    length_bonus: float = key(0.3, "What the biased labelers add to the gold reward for each word", group="Loss")
+    beta: float = key(0.1, "DPO's beta on their preferences", group="Loss")
+
+    def __post_init__(self) -> None:
+        self.methods = list(PATHS)
+        check_positive("length_bonus", self.length_bonus)
+        check_positive("beta", self.beta)
+        super().__post_init__()
+
+    @property
+    def alphas(self) -> tuple[float, ...]:
+        """DPO-R's alpha in nats a token; 0 is DPO."""
+        return (0.0, 0.02, 0.05, 0.1, 0.2, 0.5) if self.full else (0.0, 0.05, 0.2)
+
+    def settings(self) -> dict[str, Any]:
+        """Those of the frontier: the cells of this study have its own two in their names."""
+        return {k: v for k, v in super().settings().items() if k not in ("length_bonus", "beta")}
+
+
+# -------------------------------------------------------------------------------------------------------------- cells
+def cells(config: HackingConfig) -> list[str]:
+    """The frontier's cells along `PATHS`, and one for each alpha and seed."""
+    own = f"hacking/length-{config.length_bonus:g}-{config.beta:g}"
+    mine = [f"{own}-{alpha:g}-{seed}" for seed in range(config.seeds) for alpha in config.alphas]
+    return frontier.cells(config) + mine
+
+
+def run_cell(root: Path, config: HackingConfig, name: str) -> dict[str, Any]:
+    """A cell of the frontier, or DPO-R at one alpha on the preferences of labelers who like length."""
+    if name.startswith("frontier/"):
+        return frontier.run_cell(root, config, name)
+    bonus, beta, alpha, seed = (float(x) for x in name.removeprefix("hacking/length-").split("-"))
+    ground = Ground(root, config, int(seed))
+    watch, work = Watch(ground), root / name / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    rows = length_biased(ground, bonus)
+    train_pairs(Job(ground, alpha, work, watch), rows, beta=beta, length_alpha=alpha)
+    shutil.rmtree(work, ignore_errors=True)
+    before = measure(
+        ground.reference,
+        ground.reference,
+        ground.tokenizer,
+        ground.eval_prompts,
+        ground.scorers,
+        per_prompt=config.eval_samples,
+        how=ground.demo.how,
+        seed=ground.seed + 1,
+    )
+    if watch.last is None:
+        raise RuntimeError("the run ended without a look at its policy")
+    found = compare(before, watch.last)
+    longer = np.mean([len(r["chosen"].split()) > len(r["rejected"].split()) for r in rows])
+    return {"alpha": alpha, "seed": int(seed), "points": watch.points, "longer_chosen": float(longer), **found}
+
+
+def length_biased(ground: Ground, bonus: float) -> list[dict[str, str]]:
+    """Pairs from the ground's lists as labelers would make them who add `bonus` to the gold reward for each word."""
+    rows = [json.loads(line) for line in ground.file("lists").read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        row["rewards"] = [r + bonus * len(t.split()) for r, t in zip(row["rewards"], row["completions"], strict=True)]
+    return best_against_worst(rows, ground.config.min_gap)
+
+
+def compare(before: Measured, after: Measured) -> dict[str, Any]:
+    """What training changed on the same prompts, and who wins by the gold reward: of all pairs, of equally long ones.
+
+    `gold_length` and `learned_length` are Spearman's correlation of either reward with the number of words, over the
+    texts sampled afterwards.
+    """
+    words = [np.array([[len(s.text.split()) for s in each] for each in m.samples]) for m in (before, after)]
+    gold = [m.scores["gold"] for m in (before, after)]
+    outcomes = compare_scores(gold[1], gold[0])
+    return {
+        "words_change": estimate(words[1] - words[0])._asdict(),
+        "gold_change": estimate(gold[1] - gold[0])._asdict(),
+        "win_rate": tally(outcomes).rate._asdict(),
+        "win_rate_matched": length_matched(outcomes, words[1], words[0], tolerance=0.2)._asdict(),
+        "finished": after.figures["finished"],
+        "finished_before": before.figures["finished"],
+        "gold_length": _correlation(gold[1], words[1]),
+        "learned_length": _correlation(after.scores["proxy"], words[1]),
+    }
+
+
+def _correlation(scores: np.ndarray, words: np.ndarray) -> float:
+    """Spearman's; 0 where one side does not vary."""
+    if len(set(scores.flat)) < 2 or len(set(words.flat)) < 2:
+        return 0.0
+    return float(stats.spearmanr(scores.ravel(), words.ravel()).statistic)
+
+
+# ------------------------------------------------------------------------------------------------------------ results
+def summarise(results: dict[str, Any], alphas: Sequence[float]) -> dict[str, dict[str, Any]]:
+    """Alpha → each figure's mean over seeds with its interval; with one seed alone, that seed's over prompts."""
+    out = {}
+    for alpha in alphas:
+        own = [c for c in results["cells"].values() if c.get("alpha") == alpha]
+        row: dict[str, Any] = {}
+        for name in _CHANGES:
+            row[name] = own[0][name] if len(own) == 1 else estimate(np.array([c[name]["mean"] for c in own]))._asdict()
+        for name in (*_SHARES, "longer_chosen"):
+            row[name] = estimate(np.array([c[name] for c in own]))._asdict()
+        out[f"{alpha:g}"] = row
+    return out
+
+
+def write_report(results: dict[str, Any], folder: Path) -> None:
+    """`hacking.html` beside `hacking.png`."""
+    heads = ["alpha", "words, change", "gold, change", "wins by gold", "wins among equally long", "texts that end"]
+    heads += ["gold with length", "learned with length", "longer side chosen in the data"]
+    names = (*_CHANGES, "finished", "gold_length", "learned_length", "longer_chosen")
+    rows = [[alpha, *(report.interval(row[n]) for n in names)] for alpha, row in results["summary"].items()]
+    parts = [
+        "<p>Left: the gold reward, and the reward learned from pairs that the gold reward labelled, against the KL to "
+        "the fine-tuned model, along PPO on the learned reward and along DPO on the same pairs; best-of-n by the "
+        "learned reward is the yardstick. Where the learned reward rises and the gold reward falls, the policy "
+        "follows the learned reward's mistakes. Right: DPO on preferences of labelers who like long answers (each "
+        "word adds to what they think of a text), and DPO-R over its alpha.</p>",
+        report.image(folder / "hacking.png", "over-optimisation and length"),
+        report.table("DPO-R on preferences for length; alpha 0 is DPO. Mean over seeds [95 %]", heads, rows),
+        "<p>Correlations are Spearman's with the number of words, over the texts sampled at the end. Equally long: "
+        "numbers of words no further apart than a fifth.</p>",
+        report.grounds(results),
+        report.origin(results),
+    ]
+    (folder / "hacking.html").write_text(report.page("Reward hacking", parts), encoding="utf-8")
+
+
+def run_hacking(config: HackingConfig) -> dict[str, Any] | None:
+    """Runs the study, or as much as there is time for; what `hacking.json` holds, or None if cells are left."""
+    console = Console(width=None if Console().is_terminal else 120)
+    results = run_study("hacking", config, cells(config), run_cell, console)
+    if results is None:
+        return None
+    folder = Path(config.output_dir)
+    results["summary"] = summarise(results, config.alphas)
+    save(folder / "hacking.json", results)
+    plots.hacking(results, folder / "hacking.png")
+    write_report(results, folder)
+    for alpha, row in results["summary"].items():
+        text = "  ".join(f"{name} {report.interval(row[name])}" for name in (*_CHANGES, "finished"))
+        console.print(f"alpha {alpha}: {text}", markup=False, highlight=False)
+    console.print(f"hacking.png, .html and .json are in [bold]{folder}[/]")
+    return results
+
+
+def main(argv: list[str]) -> int:
+    """The `fastalign study hacking` command."""
+    try:
+        config = arguments.parse(HackingConfig, argv, command="study hacking")
+    except arguments.Helped as text:
+        print(text)
+        return 0
+    run_hacking(config)
+    return 0
