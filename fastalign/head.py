@@ -18,12 +18,14 @@ of the size of hidden in backward. Other gradients (entropy, KL, lse) fall back 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ._extras import Extras, check_extras
 from ._head_checks import check_head, check_labels, check_options, check_reference
 from ._head_tiles import HeadGradient, Problem, Projection, RowStats, forward, joined
 from .ops import TokenStats
@@ -180,6 +182,8 @@ class _HeadStats(torch.autograd.Function):
         else:
             stats = forward(problem, plan.rows, plan.columns, problem.buffers(plan.rows, plan.columns))
         ctx.stats = stats
+        if problem.extras is not None:
+            problem.found = problem.extras.results(problem.labels, stats.saved)
         return stats.logps, stats.lse, stats.entropy, stats.kl, stats.mean
 
     @staticmethod
@@ -244,6 +248,7 @@ def head_token_stats(
     label_smoothing: float = 0.0,
     entropy: bool = False,
     kl: bool = False,
+    extras: Collection[str] = (),
     chunk_bytes: int | None = None,
     plan: str | None = None,
 ) -> TokenStats:
@@ -258,14 +263,14 @@ def head_token_stats(
         labels: [...], int64 or int32; nothing is shifted inside.
         bias: [V].
         ref_hidden, ref_weight, ref_bias: the reference's, [..., H'], [V, H'] and [V], constants; with and only with kl.
-        ignore_index, temperature, softcap, label_smoothing, entropy, kl: as in `token_stats`.
+        ignore_index, temperature, softcap, label_smoothing, entropy, kl, extras: as in `token_stats`.
         logit_scale: the model's own factor on its logits (Granite divides by `logits_scaling`, Cohere multiplies by
             `logit_scale`), before soft-capping; for the reference too.
         chunk_bytes: budget for logits in bytes; None: an eighth of the device's free memory.
         plan: "keep", "recompute" or "project" in place of the automatic choice; see `head_plan`.
 
     Returns:
-        TokenStats(logps, lse, entropy, kl): [...] each, float32 (float64 for float64), differentiable once.
+        TokenStats(logps, lse, entropy, kl, ...): [...] each, float32 (float64 for float64), differentiable once.
 
     Raises:
         TypeError: a dtype that is not supported, or not a tensor.
@@ -274,6 +279,7 @@ def head_token_stats(
     """
     hidden, weight, bias = _autocast(hidden, _gathered(weight), _gathered(bias))
     check_head("", hidden, weight, bias)
+    check_extras(extras)
     cap = check_options(hidden, weight, labels, temperature, softcap, logit_scale, label_smoothing)
     reference = None
     if kl != (ref_hidden is not None and ref_weight is not None):
@@ -303,6 +309,7 @@ def head_token_stats(
         cap / logit_scale,
         entropy,
         label_smoothing != 0.0,
+        Extras(extras, tokens.shape[0], weight.shape[0], tokens.device) if extras else None,
     )
     chosen = _plan_of(problem, tokens, weight, bias, chunk_bytes, plan)
     logps, lse, ent, div, mean = _HeadStats.apply(problem, chosen, tokens, weight, bias)
@@ -314,7 +321,8 @@ def head_token_stats(
             return None if t is None else t.view(labels.shape)
         return t.new_zeros(live.shape).index_copy(0, index, t).view(labels.shape)
 
-    return TokenStats(spread(logps), spread(lse), spread(ent), spread(div))  # type: ignore[arg-type]
+    beside = {name: spread(t) for name, t in problem.found.items()}
+    return TokenStats(spread(logps), spread(lse), spread(ent), spread(div), **beside)  # type: ignore[arg-type]
 
 
 # As `torch.compiler.disable` marks it, which would load the compiler, and Triton with it, at import.

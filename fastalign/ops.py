@@ -7,12 +7,14 @@ nothing above it touches logits.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _backends
+from ._extras import of_logits
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INDICES = (torch.int64, torch.int32)
@@ -32,6 +34,12 @@ class TokenStats(NamedTuple):
     """-sum_j p_j log p_j, in nats."""
     kl: Tensor | None
     """KL(p || q) = sum_j p_j (log p_j - log q_j) against the reference logits, over the whole vocabulary, in nats."""
+    log_sum_sq_probs: Tensor | None = None
+    """log sum_j p_j^2; a constant, as are the next two."""
+    mean_logits: Tensor | None = None
+    """Mean of x over the vocabulary."""
+    is_top1: Tensor | None = None
+    """Boolean: the label is the most likely token (of equally likely ones the first); False where ignored."""
 
 
 # --------------------------------------------------------------------------------------------------------- validation
@@ -289,6 +297,7 @@ def token_stats(
     label_smoothing: float = 0.0,
     entropy: bool = False,
     kl: bool = False,
+    extras: Collection[str] = (),
     inplace_backward: bool = False,
 ) -> TokenStats:
     """Log-probability of each label and, on request, entropy and exact KL, in one read of the logits.
@@ -305,28 +314,34 @@ def token_stats(
             sec. 7), so that `-logps` is the smoothed cross-entropy.
         entropy: return the entropy of the distribution.
         kl: return KL(p || q) over the whole vocabulary.
+        extras: which of "log_sum_sq_probs", "mean_logits", "is_top1" to return; constants. Each costs a read more.
         inplace_backward: the backward writes the gradient over `logits`, saving one buffer of their size. Their version
             counter rises, so that a later use of the old values by autograd raises. Ignored under `torch.compile`.
 
     Returns:
-        TokenStats(logps, lse, entropy, kl): float32 [...] each (float64 for float64), differentiable in `logits` once.
+        TokenStats(logps, lse, entropy, kl, ...): float32 [...] each (float64 for float64), differentiable in `logits`
+        once.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes or devices that do not match, an empty vocabulary, a label outside [0, V) (checked on CPU),
-            a temperature or soft-cap that is not finite and positive, a reference that requires a gradient.
+            a temperature or soft-cap that is not finite and positive, a reference that requires a gradient, an unknown
+            extra.
     """
     _check_types(logits, labels, ref_logits, kl, label_smoothing)
     cap = _as_softcap(softcap)
     compiling = torch.compiler.is_compiling()
     smooth = label_smoothing != 0.0
     call = torch.ops.fastalign.token_stats if compiling or not _plain(logits, labels) else _call_plain
-    logps, lse, ent, div, mean, _ = call(
+    logps, lse, ent, div, mean, saved = call(
         logits, labels, ref_logits, ignore_index, temperature, cap, entropy, smooth, inplace_backward and not compiling
     )
     if smooth:
         logps = (1 - label_smoothing) * logps + label_smoothing * (mean - lse)
-    return TokenStats(logps, lse, ent if entropy else None, div if kl else None)
+    stats = TokenStats(logps, lse, ent if entropy else None, div if kl else None)
+    return (
+        stats._replace(**of_logits(extras, logits, labels, saved, ignore_index, temperature, cap)) if extras else stats
+    )
 
 
 def _check_types(logits, labels, ref_logits, kl: bool, label_smoothing: float) -> None:
