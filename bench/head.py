@@ -1,11 +1,12 @@
-"""DPO from hidden states, policy and reference, forward and backward: the fused head, its peers and the bare GEMMs.
+"""A loss from hidden states, forward and backward: the fused head, its peers and the bare GEMMs.
 
-    python bench/head.py [--tokens 512] [--vocab 128256] [--hidden 1024] [--dtype bfloat16] [--rounds 5] [--json OUT]
+    python bench/head.py [--objective dpo|sft|pro|ppo_kl] [--tokens 512] [--vocab 128256] [--hidden 1024]
+                         [--dtype bfloat16] [--pairs 2] [--rounds 5] [--json OUT]
 
-All variants run interleaved, each once a round. `four GEMMs` are the policy's and the reference's logits and the two
-gradients, formed and thrown away; `three` leave the weight's gradient out, as a frozen head does. Peak memory beyond
-the inputs is measured in a fresh process for each variant. Errors are those of the weight's gradient (of the hidden
-states' where the head is frozen) in the Euclidean norm, relative to float64.
+All variants run interleaved, each once a round. `bare GEMMs` are the policy's logits, the reference's where there is
+one (dpo, ppo_kl), and the two gradients, formed and thrown away; `frozen` leaves the weight's gradient out. Peak memory
+beyond the inputs is measured in a fresh process for each variant. Errors are those of the gradients in the Euclidean
+norm, relative to float64.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from _case import DTYPES
 from _environment import environment
+from _head_objectives import BETA, OBJECTIVES, Gradients, Inputs, Shape
 from _interleave import interleave, ratio, summary
 from _memory import _map_large_blocks, peak_of
 from _suite import Options
@@ -31,69 +32,27 @@ from torch.nn import functional as F
 
 import fastalign as fa
 
-BETA = 0.1
 TILE = 64 << 20
-IGNORED = -100
 
 
-@dataclass(frozen=True)
-class Shape:
-    tokens: int = 512
-    vocab: int = 128256
-    hidden: int = 1024
-    dtype: str = "bfloat16"
-    pairs: int = 2
-
-
-class Inputs:
-    """Hidden states [2B, T, H] of both models, chosen first; heads [V, H]; labels, and the same with half a prompt."""
-
-    def __init__(self, shape: Shape, seed: int = 0):
-        draw = torch.Generator().manual_seed(seed)
-        dtype = DTYPES[shape.dtype]
-        rows, length = 2 * shape.pairs, shape.tokens // (2 * shape.pairs)
-
-        def normal(*size: int) -> Tensor:
-            return torch.randn(size, generator=draw).to(dtype)
-
-        self.hidden, self.ref_hidden = (normal(rows, length, shape.hidden) for _ in range(2))
-        self.weight = normal(shape.vocab, shape.hidden).mul_(shape.hidden**-0.5)
-        self.ref_weight = normal(shape.vocab, shape.hidden).mul_(shape.hidden**-0.5)
-        self.labels = torch.randint(shape.vocab, (rows, length), generator=draw)
-        self.half = self.labels.clone()
-        self.half[:, : length // 2] = IGNORED
-
-    def leaves(self, frozen: bool) -> list[Tensor]:
-        return [self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_(not frozen)]
-
-
-Gradients = tuple[Tensor, ...]
-
-
-def _dpo(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    chosen, rejected = logps.sum(-1).chunk(2)
-    ref_chosen, ref_rejected = ref_logps.sum(-1).chunk(2)
-    return -F.logsigmoid(BETA * ((chosen - ref_chosen) - (rejected - ref_rejected))).mean()
+def gemms(x: Inputs, frozen: bool) -> None:
+    hidden, ref_hidden = x.hidden.flatten(0, 1), x.ref_hidden.flatten(0, 1)
+    logits = hidden @ x.weight.t()
+    if OBJECTIVES[x.shape.objective].reference:
+        torch.mm(ref_hidden, x.ref_weight.t())
+    torch.mm(logits, x.weight)
+    if not frozen:
+        torch.mm(logits.t(), hidden)
 
 
 def _gradients(loss: Tensor, leaves: list[Tensor]) -> Gradients:
     return torch.autograd.grad(loss, [t for t in leaves if t.requires_grad])
 
 
-def gemms(x: Inputs, frozen: bool) -> None:
-    hidden, ref_hidden = x.hidden.flatten(0, 1), x.ref_hidden.flatten(0, 1)
-    logits = hidden @ x.weight.t()
-    torch.mm(ref_hidden, x.ref_weight.t())
-    torch.mm(logits, x.weight)
-    if not frozen:
-        torch.mm(logits.t(), hidden)
-
-
 def fused(x: Inputs, frozen: bool, labels: Tensor, **choice: Any) -> Gradients:
     leaves = x.leaves(frozen)
-    loss = fa.losses.DPOLoss(beta=BETA)(
-        fa.Head(*leaves, **choice), labels, ref_logits=fa.Head(x.ref_hidden, x.ref_weight, **choice)
-    ).loss
+    reference = fa.Head(x.ref_hidden, x.ref_weight, **choice)
+    loss = OBJECTIVES[x.shape.objective].fused(x, fa.Head(*leaves, **choice), labels, reference)
     return _gradients(loss, leaves)
 
 
@@ -102,51 +61,49 @@ def _linear_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return torch.log_softmax(logits, -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
-def eager(x: Inputs, frozen: bool, logps: Callable[..., Tensor] = _linear_logps) -> Gradients:
-    leaves = x.leaves(frozen)
-    with torch.no_grad():
-        reference = logps(x.ref_hidden, x.ref_weight, x.labels)
-    return _gradients(_dpo(logps(*leaves, x.labels), reference), leaves)
+def eager(x: Inputs, function: Callable[..., Tensor] | None = None) -> Gradients:
+    leaves = x.leaves(False)
+    objective = OBJECTIVES[x.shape.objective]
+    return _gradients(objective.over(function or _linear_logps, x, *leaves), leaves)
 
 
 def trl(x: Inputs) -> Gradients:
     from trl.kernels import ChunkedLogProbFunction
 
-    def logps(hidden: Tensor, weight: Tensor) -> Tensor:
-        flat = (hidden.flatten(0, 1), weight, None, x.labels.flatten(), 1.0, 32768, None, 1.0, ())
-        return ChunkedLogProbFunction.apply(*flat)[0].view(x.labels.shape)
+    def logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        flat = (hidden.flatten(0, 1), weight, None, labels.flatten(), 1.0, 32768, None, 1.0, ())
+        return ChunkedLogProbFunction.apply(*flat)[0].view(labels.shape)
 
-    leaves = x.leaves(False)
-    with torch.no_grad():
-        reference = logps(x.ref_hidden, x.ref_weight)
-    return _gradients(_dpo(logps(*leaves), reference), leaves)
-
-
-def liger(x: Inputs, module: Any) -> Gradients:
-    leaves = x.leaves(False)
-    loss = module(leaves[1], leaves[0], x.labels, None, x.ref_hidden, x.ref_weight)[0]
-    return _gradients(loss, leaves)
+    return eager(x, logps)
 
 
 def _liger() -> Callable[[Inputs], Gradients]:
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     module = LigerFusedLinearDPOLoss(beta=BETA, compute_nll_loss=False, compiled=True)
-    return lambda x: liger(x, module)
+
+    def run(x: Inputs) -> Gradients:
+        leaves = x.leaves(False)
+        return _gradients(module(leaves[1], leaves[0], x.labels, None, x.ref_hidden, x.ref_weight)[0], leaves)
+
+    return run
 
 
 def _compiled() -> Callable[[Inputs], Gradients]:
     function = torch.compile(_linear_logps, dynamic=False)
-    return lambda x: eager(x, False, function)
+    return lambda x: eager(x, function)
 
 
-OURS = "fastalign"
+OURS, BARE, BARE_FROZEN = "fastalign", "bare GEMMs", "bare GEMMs, frozen head"
 VARIANTS: dict[str, Callable[[], Callable[[Inputs], Any]]] = {
-    "four GEMMs": lambda: lambda x: gemms(x, False),
-    "three GEMMs": lambda: lambda x: gemms(x, True),
+    BARE: lambda: lambda x: gemms(x, False),
+    BARE_FROZEN: lambda: lambda x: gemms(x, True),
     OURS: lambda: lambda x: fused(x, False, x.labels),
     "fastalign, half prompt": lambda: lambda x: fused(x, False, x.half),
     "fastalign, recompute in 64 MiB": lambda: lambda x: fused(x, False, x.labels, chunk_bytes=TILE, plan="recompute"),
+    "fastalign, by parts of 256 MiB": lambda: (
+        lambda x: fused(x, False, x.labels, chunk_bytes=4 * TILE, plan="objective")
+    ),
     "fastalign, frozen head": lambda: lambda x: fused(x, True, x.labels),
     "fastalign, frozen head in 64 MiB": lambda: lambda x: fused(x, True, x.labels, chunk_bytes=TILE),
     "eager": lambda: lambda x: eager(x, False),
@@ -155,10 +112,14 @@ VARIANTS: dict[str, Callable[[], Callable[[Inputs], Any]]] = {
     "Liger FusedLinearDPOLoss": _liger,
 }
 _PACKAGES = {"TRL ChunkedLogProbFunction": "trl", "Liger FusedLinearDPOLoss": "liger_kernel"}
+_LOGPS_ALONE = ("TRL ChunkedLogProbFunction", "torch.compile")  # they give no exact KL
+_ONLY_DPO = ("Liger FusedLinearDPOLoss",)
 
 
-def available(wanted: tuple[str, ...]) -> list[str]:
+def available(wanted: tuple[str, ...], objective: str) -> list[str]:
+    without = (() if OBJECTIVES[objective].logps_alone else _LOGPS_ALONE) + (() if objective == "dpo" else _ONLY_DPO)
     present = [n for n in VARIANTS if n not in _PACKAGES or importlib.util.find_spec(_PACKAGES[n]) is not None]
+    present = [n for n in present if n not in without]
     unknown = set(wanted) - set(VARIANTS)
     if unknown:
         raise ValueError(f"variants must be among {'; '.join(VARIANTS)}; got {', '.join(sorted(unknown))}")
@@ -172,10 +133,12 @@ def exact_gradients(x: Inputs) -> Gradients:
     logits = hidden @ weight.t()
     lse = logits.logsumexp(-1)
     logps = (logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - lse).view(shape).requires_grad_()
-    reference = x.ref_hidden.double().flatten(0, 1) @ x.ref_weight.double().t()
-    ref_logps = reference.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1).view(shape)
-    del reference
-    scale = torch.autograd.grad(_dpo(logps, ref_logps), logps)[0].flatten()
+    ref_logps = None
+    if OBJECTIVES[x.shape.objective].reference:
+        reference = x.ref_hidden.double().flatten(0, 1) @ x.ref_weight.double().t()
+        ref_logps = reference.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1).view(shape)
+        del reference
+    scale = torch.autograd.grad(OBJECTIVES[x.shape.objective].of_logps(x, logps, ref_logps), logps)[0].flatten()
     logits.sub_(lse.unsqueeze(-1)).exp_().mul_(-scale.unsqueeze(-1))
     logits.scatter_add_(-1, labels.unsqueeze(-1), scale.unsqueeze(-1))
     return (logits @ weight).view_as(x.hidden), logits.t() @ hidden
@@ -220,7 +183,7 @@ def measure(shape: Shape, names: list[str], rounds: int, seed: int, with_errors:
     contenders = {name: (lambda f=function: lambda: f(x)) for name, function in functions.items()}
     seconds = interleave(contenders, rounds=rounds, warmup=1, seed=seed)
     rows = {n: summary(samples) | {"seconds": samples, "error": wrong.get(n)} for n, samples in seconds.items()}
-    for bare in ("four GEMMs", "three GEMMs"):
+    for bare in (BARE, BARE_FROZEN):
         for name, row in rows.items():
             if bare in seconds:
                 row[f"over {bare}"] = ratio(seconds[name], seconds[bare])["median"]
@@ -228,11 +191,11 @@ def measure(shape: Shape, names: list[str], rounds: int, seed: int, with_errors:
 
 
 def table(record: dict[str, Any], peak: dict[str, int]) -> str:
-    head = "| variant | median (p10 to p90) | over four GEMMs | over three | peak | error of dhidden, dweight |"
+    head = "| variant | median (p10 to p90) | over bare GEMMs | frozen | peak | error of dhidden, dweight |"
     lines = [head, "|---|---|---|---|---|---|"]
     for name, row in record["variants"].items():
         times = f"{row['median'] * 1e3:,.0f} ms ({row['p10'] * 1e3:,.0f} to {row['p90'] * 1e3:,.0f})"
-        over = [f"{row[key]:.2f}x" if key in row else "-" for key in ("over four GEMMs", "over three GEMMs")]
+        over = [f"{row[key]:.2f}x" if key in row else "-" for key in (f"over {BARE}", f"over {BARE_FROZEN}")]
         memory = f"{peak[name] / 2**20:,.0f} MiB" if name in peak else "-"
         error = ", ".join(f"{e:.1e}" for e in row["error"].values()) if row["error"] else "-"
         lines.append(f"| {name} | {times} | {over[0]} | {over[1]} | {memory} | {error} |")
@@ -241,6 +204,7 @@ def table(record: dict[str, Any], peak: dict[str, int]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--objective", choices=OBJECTIVES, default="dpo")
     for name, kind in (("tokens", int), ("vocab", int), ("hidden", int), ("dtype", str), ("pairs", int)):
         parser.add_argument(f"--{name}", type=kind, default=getattr(Shape, name))
     parser.add_argument("--variants", default="", help="names, separated by ;")
@@ -257,11 +221,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.peak:
         _peak(Shape(**json.loads(args.shape)), args.peak)
         return 0
-    shape = Shape(args.tokens, args.vocab, args.hidden, args.dtype, args.pairs)
-    names = available(tuple(n.strip() for n in args.variants.split(";") if n.strip()))
-    record = measure(shape, names, args.rounds, args.seed, not args.no_errors)
+    shape = Shape(args.tokens, args.vocab, args.hidden, args.dtype, args.pairs, args.objective)
+    names = available(tuple(n.strip() for n in args.variants.split(";") if n.strip()), shape.objective)
+    with_errors = not args.no_errors and OBJECTIVES[shape.objective].logps_alone
+    record = measure(shape, names, args.rounds, args.seed, with_errors)
     peak = {} if args.no_memory or not Path("/proc/self/clear_refs").exists() else peaks(shape, names, args.threads)
-    print(f"{shape.tokens} tokens, V = {shape.vocab:,}, H = {shape.hidden}, {shape.dtype}, {args.rounds} rounds\n")
+    sizes = f"{shape.tokens} tokens, V = {shape.vocab:,}, H = {shape.hidden}, {shape.dtype}"
+    print(f"{shape.objective}, {sizes}, {args.rounds} rounds\n")
     print(table(record, peak))
     if args.json:
         result = record | {"peak_bytes": peak, "environment": environment(Options(threads=args.threads))}

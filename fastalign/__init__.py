@@ -6,12 +6,14 @@ from .head import Head, HeadPlan, head_plan, head_token_stats
 from .losses.cross_entropy import cross_entropy
 from .objective import Objective, attach_gradient, token_objective
 from .ops import TokenStats, sequence_logps, token_logps, token_stats
+from .packed import Packed, packed_sequences
 
 __version__ = "0.1.0"
 __all__ = [
     "Head",
     "HeadPlan",
     "Objective",
+    "Packed",
     "TokenStats",
     "attach_gradient",
     "backends",
@@ -19,6 +21,7 @@ __all__ = [
     "head_plan",
     "head_token_stats",
     "losses",
+    "packed_sequences",
     "rl",
     "sequence_logps",
     "token_logps",

@@ -46,17 +46,41 @@ def check_reference(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weig
         raise TypeError(f"ref_hidden must have the dtype of hidden, {hidden.dtype}; got {ref_hidden.dtype}")
 
 
+def check_rows(hidden: Tensor, rows: Any) -> torch.Size:
+    """The shape of an index of hidden states; on the CPU its live entries are looked at too."""
+    if not isinstance(rows, Tensor) or rows.dtype != torch.int64:
+        raise TypeError(f"rows must be an int64 tensor; got {getattr(rows, 'dtype', type(rows).__name__)}")
+    if rows.device != hidden.device:
+        raise ValueError(f"rows must be on the device of hidden, {hidden.device}; got {rows.device}")
+    return rows.shape
+
+
+def check_places(places: Tensor, count: int) -> None:
+    """Raises for an index outside [0, count), on the CPU."""
+    if places.device.type == "cpu" and places.numel() and not 0 <= int(places.min()) <= int(places.max()) < count:
+        raise ValueError(
+            f"rows must be in [0, {count}), the number of hidden states, where labels count; "
+            f"got {int(places.min())} to {int(places.max())}"
+        )
+
+
 def check_options(
-    hidden: Tensor, weight: Tensor, labels: Any, temperature: float, softcap: float | None, scale: float, smooth: float
+    hidden: Tensor,
+    shape: torch.Size,
+    labels: Any,
+    temperature: float,
+    softcap: float | None,
+    scale: float,
+    smooth: float,
 ) -> float:
     """The soft-cap as a number, 0 for none."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor; got {type(labels).__name__}")
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"labels must be int64 or int32; got {labels.dtype}")
-    if labels.shape != hidden.shape[:-1] or labels.device != hidden.device:
+    if labels.shape != shape or labels.device != hidden.device:
         raise ValueError(
-            f"labels must be {list(hidden.shape[:-1])}, that of hidden without H, on {hidden.device}; "
+            f"labels must be {list(shape)}, that of hidden without H or of rows, on {hidden.device}; "
             f"got {list(labels.shape)} on {labels.device}"
         )
     for name, value in (("temperature", temperature), ("logit_scale", scale)):

@@ -10,28 +10,34 @@ plan           kept                                        GEMMs        frozen
 `keep`         the logits of live tokens, [M, V]           3            2
 `recompute`    nothing but a tile                          4            3
 `project`      (p - onehot) @ weight, [M, H]               --           2
+`objective`    nothing: the gradients are there already    3            2
 =============  ==========================================  ===========  ==========
 
 `project` serves a frozen head and losses of the log-probs alone: their coefficients are row scales, applied to a tensor
-of the size of hidden in backward. Other gradients (entropy, KL, lse) fall back on recomputing there.
+of the size of hidden in backward. Other gradients (entropy, KL, lse) fall back on recomputing there. `objective` is for
+the loss modules (`losses/_parts.py`), which know what becomes of the statistics: they form loss and gradients of some
+pairs, lists or sequences after the other, so that one part's logits are all there are.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._extras import Extras, check_extras
-from ._head_checks import check_head, check_labels, check_options, check_reference
-from ._head_tiles import HeadGradient, Problem, Projection, RowStats, forward, joined
+from ._head_problem import live_problem, plain_head
+from ._head_tiles import HeadGradient, Problem, RowStats, forward, joined
 from .ops import TokenStats
 
-PLANS = ("keep", "recompute", "project")
+PLANS = ("keep", "recompute", "project", "objective")
 _TILE_BYTES = 64 << 20  # of a tile where the caller sets no budget: GEMMs of this size run at full speed
+_WORTH = 256  # tokens of a part below which adding to the weight's gradient costs more than a GEMM done again
 _NARROWEST = 1024  # columns below which a GEMM over a part of the vocabulary loses speed
 
 
@@ -39,7 +45,7 @@ class HeadPlan(NamedTuple):
     """How a call of `head_token_stats` will run."""
 
     name: str
-    """"keep", "recompute" or "project"."""
+    """One of `PLANS`."""
     rows: int
     """Rows (live tokens) of a tile of logits."""
     columns: int
@@ -48,6 +54,18 @@ class HeadPlan(NamedTuple):
     """Memory beyond inputs and outputs: what is kept between forward and backward, and one tile."""
     gemms: int
     """Products of [tokens, H] with [H, V], forward and backward, of the policy."""
+
+
+@runtime_checkable
+class LogitsSource(Protocol):
+    """Anything that stands in place of logits in a loss module: it has their shape and gives their statistics."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """[..., V]."""
+
+    def stats(self, labels: Tensor, *, ref_logits: Any = None, **options: Any) -> TokenStats:
+        """As `token_stats` of the logits."""
 
 
 class Head(NamedTuple):
@@ -59,14 +77,13 @@ class Head(NamedTuple):
     logit_scale: float = 1.0
     chunk_bytes: int | None = None
     plan: str | None = None
+    rows: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
         """That of the logits."""
-        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
-
-    def dim(self) -> int:
-        return self.hidden.dim()
+        leading = self.hidden.shape[:-1] if self.rows is None else self.rows.shape
+        return torch.Size((*leading, self.weight.shape[0]))
 
     def stats(self, labels: Tensor, *, ref_logits: Any = None, **options: Any) -> TokenStats:
         """`head_token_stats` of this head, `ref_logits` being the reference's; options as there."""
@@ -83,10 +100,16 @@ class Head(NamedTuple):
             labels,
             bias=self.bias,
             logit_scale=self.logit_scale,
+            rows=self.rows,
             chunk_bytes=self.chunk_bytes,
-            plan=self.plan,
+            plan=None if self.plan == "objective" and not self._trained else self.plan,
             **options,
         )
+
+    @property
+    def _trained(self) -> bool:
+        tensors = (self.hidden, self.weight, self.bias)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def as_head(name: str, value: Any) -> Head:
@@ -99,18 +122,15 @@ def as_head(name: str, value: Any) -> Head:
     return Head(*value)
 
 
-def _available_bytes(device: torch.device) -> int:
-    """Memory that nobody uses now; 4 GiB where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+@functools.cache
+def _memory_bytes(device: torch.device) -> int:
+    """The device's memory, whoever uses it now: a plan that followed what is free would differ between two runs."""
+    if device.type in ("cuda", "xpu"):
+        return getattr(torch, device.type).get_device_properties(device).total_memory
     try:
-        with open("/proc/meminfo") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable"):
-                    return int(line.split()[1]) << 10
-    except OSError:
-        pass
-    return 4 << 30
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # no such call on this system
+        return 16 << 30
 
 
 def head_plan(
@@ -133,7 +153,7 @@ def head_plan(
         tokens, vocab, hidden_size: M, V and H.
         dtype: of the hidden states, and so of the logits.
         train_hidden, train_weight: which gradients will be asked for; neither: nothing is kept.
-        chunk_bytes: budget for logits, in bytes; None: an eighth of the device's free memory.
+        chunk_bytes: budget for logits, in bytes; None: an eighth of the device's memory.
         plan: forces one; ValueError for a name that is not in `PLANS`, or "project" with a trained head.
     """
     if plan is not None and plan not in PLANS:
@@ -145,7 +165,7 @@ def head_plan(
     size = torch.empty(0, dtype=dtype).element_size()
     per_logit = size * (2 if kl else 1)
     whole = tokens * vocab * per_logit
-    budget = _available_bytes(torch.device(device)) // 8 if chunk_bytes is None else chunk_bytes
+    budget = _memory_bytes(torch.device(device)) // 8 if chunk_bytes is None else chunk_bytes
     tile = min(budget, _TILE_BYTES) if chunk_bytes is None else budget
     training = train_hidden or train_weight
     gemms = train_hidden + train_weight + 1
@@ -154,6 +174,11 @@ def head_plan(
         plan = "keep" if whole <= budget else "project" if frozen else "recompute"
     if plan == "keep" and training:
         return HeadPlan("keep", max(tokens, 1), vocab, whole, gemms)
+    if plan == "objective" and training:
+        # Beside a part's logits: the weight's gradient is summed in float32.
+        rows = max(1, min(tokens, (_TILE_BYTES if chunk_bytes is None else chunk_bytes) // (vocab * per_logit)))
+        sums = 4 * vocab * hidden_size if train_weight and size == 2 else 0
+        return HeadPlan("objective", rows, vocab, rows * vocab * per_logit + sums, gemms)
     if plan == "project" and training:
         rows = max(1, min(tokens, tile // (vocab * per_logit)))
         return HeadPlan("project", rows, vocab, rows * vocab * per_logit + tokens * hidden_size * size, 2)
@@ -161,6 +186,26 @@ def head_plan(
     rows = max(1, min(tokens, tile // (columns * per_logit)))
     wide = 4 * tokens * hidden_size if train_hidden and columns < vocab and size == 2 else 0
     return HeadPlan("recompute", rows, columns, rows * columns * per_logit + wide, gemms + (1 if training else 0))
+
+
+def part_rows(head: Head, tokens: int, trained: bool) -> int:
+    """Tokens of a part where a loss module forms loss and gradients part by part; 0 where another plan serves.
+
+    Args:
+        tokens: live ones of the batch.
+        trained: weight or bias are.
+    """
+    vocab, size = head.weight.shape
+    hidden = head.hidden
+    per_token = vocab * hidden.element_size()
+    if head.plan == "objective":
+        return max(1, (_TILE_BYTES if head.chunk_bytes is None else head.chunk_bytes) // per_token)
+    plan = head_plan(
+        tokens, vocab, size, hidden.dtype, device=hidden.device, train_weight=trained, chunk_bytes=head.chunk_bytes
+    )
+    budget = _memory_bytes(hidden.device) // 8 if head.chunk_bytes is None else head.chunk_bytes
+    rows = budget // per_token
+    return rows if trained and plan.name == "recompute" and rows >= _WORTH else 0
 
 
 # ------------------------------------------------------------------------------------------------------------ autograd
@@ -249,6 +294,7 @@ def head_token_stats(
     entropy: bool = False,
     kl: bool = False,
     extras: Collection[str] = (),
+    rows: Tensor | None = None,
     chunk_bytes: int | None = None,
     plan: str | None = None,
 ) -> TokenStats:
@@ -266,7 +312,10 @@ def head_token_stats(
         ignore_index, temperature, softcap, label_smoothing, entropy, kl, extras: as in `token_stats`.
         logit_scale: the model's own factor on its logits (Granite divides by `logits_scaling`, Cohere multiplies by
             `logit_scale`), before soft-capping; for the reference too.
-        chunk_bytes: budget for logits in bytes; None: an eighth of the device's free memory.
+        rows: [...] of labels' shape, int64: which of the hidden states (counted over all dimensions but the last)
+            predicts each label. Labels then need not have the shape of hidden: sequences packed end to end
+            (`packed_rows`), or completions of one prompt whose hidden states are there once. None: its own.
+        chunk_bytes: budget for logits in bytes; None: an eighth of the device's memory.
         plan: "keep", "recompute" or "project" in place of the automatic choice; see `head_plan`.
 
     Returns:
@@ -277,52 +326,32 @@ def head_token_stats(
         ValueError: shapes or devices that do not match, a label outside [0, V) (checked on CPU), an empty weight (a
             ZeRO-3 shard that was not gathered), numbers out of range, a plan that cannot serve.
     """
-    hidden, weight, bias = _autocast(hidden, _gathered(weight), _gathered(bias))
-    check_head("", hidden, weight, bias)
-    check_extras(extras)
-    cap = check_options(hidden, weight, labels, temperature, softcap, logit_scale, label_smoothing)
-    reference = None
+    hidden, weight, bias = plain_head(hidden, weight, bias)
     if kl != (ref_hidden is not None and ref_weight is not None):
         raise ValueError("kl=True goes with ref_hidden and ref_weight, and they with it; got one without the other")
-    if ref_hidden is not None and ref_weight is not None:
-        with torch.no_grad():
-            ref_hidden, ref_weight, ref_bias = _autocast(ref_hidden, _gathered(ref_weight), _gathered(ref_bias))
-        check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
-    live = (labels != ignore_index).reshape(-1)
-    check_labels(labels, live, ignore_index, weight.shape[0])
-    index = None if bool(live.all()) else live.nonzero().squeeze(-1)
-
-    def rows(t: Tensor) -> Tensor:
-        flat = t.reshape(-1, t.shape[-1])
-        return flat if index is None else flat.index_select(0, index)
-
-    tokens = rows(hidden)
-    if ref_hidden is not None and ref_weight is not None:
-        reference = Projection(rows(ref_hidden.detach()), ref_weight.detach(), _detached(ref_bias))
-    flat = labels.reshape(-1) if index is None else labels.reshape(-1).index_select(0, index)
-    # s * cap' * tanh(u / cap') / T with cap' = cap / s: the scale is a temperature.
-    problem = Problem(
-        Projection(tokens.detach(), weight.detach(), _detached(bias)),
+    if plan == "objective":
+        raise ValueError("plan 'objective' is for loss modules, which know the objective: loss(Head(..., plan), ...)")
+    reference = None if ref_hidden is None or ref_weight is None else (ref_hidden, ref_weight, ref_bias)
+    live = live_problem(
+        hidden,
+        weight,
+        bias,
+        labels,
         reference,
-        flat,
-        temperature / logit_scale,
-        cap / logit_scale,
-        entropy,
-        label_smoothing != 0.0,
-        Extras(extras, tokens.shape[0], weight.shape[0], tokens.device) if extras else None,
+        rows,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        label_smoothing=label_smoothing,
+        entropy=entropy,
     )
-    chosen = _plan_of(problem, tokens, weight, bias, chunk_bytes, plan)
-    logps, lse, ent, div, mean = _HeadStats.apply(problem, chosen, tokens, weight, bias)
-    if label_smoothing:
-        logps = (1 - label_smoothing) * logps + label_smoothing * (mean - lse)
-
-    def spread(t: Tensor | None) -> Tensor | None:
-        if t is None or index is None:
-            return None if t is None else t.view(labels.shape)
-        return t.new_zeros(live.shape).index_copy(0, index, t).view(labels.shape)
-
-    beside = {name: spread(t) for name, t in problem.found.items()}
-    return TokenStats(spread(logps), spread(lse), spread(ent), spread(div), **beside)  # type: ignore[arg-type]
+    if extras:
+        check_extras(extras)
+        live.problem.extras = Extras(extras, live.tokens.shape[0], weight.shape[0], weight.device)
+    chosen = _plan_of(live.problem, live.tokens, weight, bias, chunk_bytes, plan)
+    stats = live.spread(*_HeadStats.apply(live.problem, chosen, live.tokens, weight, bias))
+    return stats._replace(**{name: live.place(t) for name, t in live.problem.found.items()}) if extras else stats
 
 
 # As `torch.compiler.disable` marks it, which would load the compiler, and Triton with it, at import.
@@ -346,22 +375,3 @@ def _plan_of(
         chunk_bytes=chunk_bytes,
         plan=plan,
     )
-
-
-def _detached(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.detach()
-
-
-def _gathered(t: Any) -> Any:
-    """The whole of a sharded parameter: FSDP2's DTensor knows how, and reduces its gradient to the shards again."""
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
-
-
-def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What autocast would make of a linear layer's arguments."""
-    if not isinstance(hidden, Tensor) or not torch.is_autocast_enabled(hidden.device.type):
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(hidden.device.type)
-    if hidden.dtype == torch.float64:
-        return hidden, weight, bias
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -75,7 +75,7 @@ def estimates(
 
 
 def _scratch(plan: HeadPlan, tokens: int, hidden: int, size: int) -> int:
-    if plan.name == "project":
+    if plan.name in ("project", "objective"):
         return plan.scratch_bytes
     # Where the vocabulary comes in parts, a product [tokens, H] is added to the gradient of hidden for each of them.
     return plan.scratch_bytes + (tokens * hidden * size if plan.name == "recompute" and size == 2 else 0)

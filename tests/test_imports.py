@@ -14,8 +14,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Room → what it must not import from this package, and outside packages that it must do without.
 COMPILED = ("_C", "_cuda")
 RANK = dict.fromkeys((*COMPILED, "kernels"), 0) | {"_backends": 1, "_extras": 1.5, "ops": 2, "objective": 3}
-RANK |= {"_head_checks": 3, "_head_tiles": 2, "head": 4, "losses": 5, "rl": 5, "reference": 6}
-TOP = 7  # trainers, integrations, cli and whatever else stands on everything
+RANK |= {"packed": 2, "_head_tiles": 2, "_head_checks": 3, "_head_problem": 4, "head": 5}
+RANK |= {"losses": 6, "rl": 6, "reference": 7}
+TOP = 8  # trainers, integrations, cli and whatever else stands on everything
 LIGHT = {"torch", "numpy"}  # all that the layer below the trainers may need besides the standard library
 
 

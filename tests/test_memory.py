@@ -25,6 +25,9 @@ w = torch.randn(vocab, hidden).to(dtype).requires_grad_(name != "project")
 labels = torch.randint(0, vocab, (tokens,))
 
 def run():
+    if name == "objective":
+        head = fa.Head(x.view(-1, 32, hidden), w, plan=name, chunk_bytes=budget)
+        return torch.autograd.grad(fa.losses.SFTLoss()(head, labels.view(-1, 32)).loss, [x, w])
     if name == "eager":
         logps = torch.log_softmax(x @ w.t(), -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     else:
@@ -46,7 +49,7 @@ print(status("VmHWM") - before)
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["eager", "keep", "recompute", "project"])
+@pytest.mark.parametrize("name", ["eager", "keep", "recompute", "project", "objective"])
 def test_prediction_within_a_tenth(name, dtype):
     budget = 16 << 20
     found = memory.estimates(TOKENS, VOCAB, HIDDEN, getattr(torch, dtype), frozen=name == "project", chunk_bytes=budget)
@@ -67,6 +70,6 @@ def test_the_table(capsys):
     assert memory.main([*sizes, "--live", "0.5"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "512 tokens, 256 of them live, V = 1,000, H = 64, float32"
-    assert [line.split()[0] for line in lines[3:]] == ["eager", "keep", "recompute"]
+    assert [line.split()[0] for line in lines[3:]] == ["eager", "keep", "recompute", "objective"]
     with pytest.raises(SystemExit):
         memory.main(["--batch", "1", "--length", "1"])

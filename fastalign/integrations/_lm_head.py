@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..head import Head, _gathered
+from .._head_problem import gathered
+from ..head import Head
 
 
 class LMHead(NamedTuple):
@@ -165,7 +166,7 @@ def head_parameters(module: Any) -> tuple[Tensor, Tensor | None]:
         raise ValueError(f"the head must be a torch.nn.Linear; got {type(module).__name__}")
     if not module.weight.is_floating_point():
         raise ValueError(f"the head's weight must be floating-point; got {module.weight.dtype}")
-    return _gathered(module.weight), _gathered(module.bias)
+    return gathered(module.weight), gathered(module.bias)
 
 
 def _with_lora(layer: Any) -> tuple[Tensor, Tensor | None]:
@@ -189,8 +190,8 @@ def _with_lora(layer: Any) -> tuple[Tensor, Tensor | None]:
                 f"linear layer; got {layer.lora_dropout[name].p}"
             )
         scale, down, up = layer.scaling[name], layer.lora_A[name], layer.lora_B[name]
-        weight = weight + scale * (_gathered(up.weight) @ _gathered(down.weight))
+        weight = weight + scale * (gathered(up.weight) @ gathered(down.weight))
         if up.bias is not None:
-            extra = scale * _gathered(up.bias)
+            extra = scale * gathered(up.bias)
             bias = extra if bias is None else bias + extra
     return weight, bias

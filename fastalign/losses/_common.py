@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..head import Head, as_head
+from ..head import LogitsSource, as_head
 from ..ops import sum_tokens
 
 __all__ = [
@@ -30,13 +30,15 @@ T = TypeVar("T")
 Output = TypeVar("Output", bound=tuple[Tensor, ...])
 
 
-Logits = Tensor | tuple[Any, ...]
+Logits = Tensor | tuple[Any, ...] | LogitsSource
 """What a loss module takes: logits, or a `Head` or tuple (hidden, weight[, bias]) from which they would come."""
 
 
-def check_logits(name: str, logits: Any) -> Tensor | Head:
-    """The argument as a tensor or a `Head`, both of which have the logits' shape; TypeError for anything else."""
-    return as_head(name, logits) if isinstance(logits, tuple) else check_float(name, logits)
+def check_logits(name: str, logits: Any) -> Tensor | LogitsSource:
+    """The argument as a tensor or what stands for one, with the logits' shape; TypeError for anything else."""
+    if isinstance(logits, tuple):  # a Head is one; asked first, since a compiler cannot look into the protocol
+        return as_head(name, logits)
+    return logits if not isinstance(logits, Tensor) and isinstance(logits, LogitsSource) else check_float(name, logits)
 
 
 def stats_of(logits: Logits, labels: Tensor, *, inplace_backward: bool = False, **options: Any) -> ops.TokenStats:
@@ -44,9 +46,10 @@ def stats_of(logits: Logits, labels: Tensor, *, inplace_backward: bool = False, 
 
     A head's own logits are nobody else's: their gradient is always written in place.
     """
-    if isinstance(logits, tuple):
-        return as_head("logits", logits).stats(labels, **options)
-    return ops.token_stats(logits, labels, inplace_backward=inplace_backward, **options)
+    source = check_logits("logits", logits) if not isinstance(logits, Tensor) else logits
+    if not isinstance(source, Tensor):
+        return source.stats(labels, **options)
+    return ops.token_stats(source, labels, inplace_backward=inplace_backward, **options)
 
 
 def narrow(output: Output, dtype: torch.dtype) -> Output:

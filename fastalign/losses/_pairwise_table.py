@@ -265,13 +265,15 @@ def _sft(p: Pairs) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ the table
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table: the function, the options it honours, whether it needs lengths, and its implicit rewards."""
+    """A row of the table: the function, the options it honours, whether it needs lengths, its implicit rewards, and
+    whether a pair's loss depends on other pairs."""
 
     losses: Callable[[Pairs], Tensor]
     honours: frozenset[str]
     lengths: bool = False
     nll: bool = False
     rewards_per_token: bool = False
+    couples: bool = False
 
 
 def _row(losses: Callable[[Pairs], Tensor], honours: str, **flags: bool) -> Variant:
@@ -296,8 +298,8 @@ PAIRWISE: dict[str, Variant] = {
     "bco_pair": _row(_bco_pair, "reference"),
     "apo_zero": _row(_apo_zero, "reference"),
     "apo_down": _row(_apo_down, "reference"),
-    "aot": _row(_aot, f"reference {_SMOOTH}"),
-    "aot_unpaired": _row(_aot_unpaired, f"reference {_SMOOTH}"),
+    "aot": _row(_aot, f"reference {_SMOOTH}", couples=True),
+    "aot_unpaired": _row(_aot_unpaired, f"reference {_SMOOTH}", couples=True),
     "simpo": _row(_simpo, _SMOOTH, lengths=True, rewards_per_token=True),
     "cpo": _row(_cpo, _SMOOTH, nll=True),
     "orpo": _row(_orpo, "", lengths=True, nll=True, rewards_per_token=True),
@@ -366,6 +368,12 @@ class PairwiseOptions:
         """Whether these losses need the number of tokens of each completion."""
         nll = self.nll_normalization != "sum" and any(variant.nll for variant, _ in self.variants)
         return self.average or self.length_alpha != 0.0 or nll or any(variant.lengths for variant, _ in self.variants)
+
+    @property
+    def by_pairs(self) -> bool:
+        """Whether the loss is a mean of what each pair has by itself."""
+        per_token = self.nll_normalization == "token"  # over all pairs' tokens
+        return not any(variant.couples or (variant.nll and per_token) for variant, _ in self.variants)
 
 
 def _weights(loss_type: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:

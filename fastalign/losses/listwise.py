@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..head import Head
 from ._common import (
     Logits,
     check_float,
@@ -35,6 +36,7 @@ from ._common import (
     stats_of,
     sum_tokens,
 )
+from ._parts import Piece, by_parts, flat_head, known_objective
 
 
 class ListOutput(NamedTuple):
@@ -316,6 +318,29 @@ class PROLoss(nn.Module):
         if mask is not None:
             check_mask("mask", mask, shape)
             labels = labels.masked_fill(~mask.reshape(labels.shape[:-1]).unsqueeze(-1), self.ignore_index)
+        head = known_objective(logits, labels, self.ignore_index)
+        if head is not None:
+            return self._by_parts(head, labels, rewards, shape)
+        return self._of(logits, labels, rewards, shape)
+
+    def _by_parts(self, head: Head, labels: Tensor, rewards: Tensor | None, shape: tuple[int, int]) -> PROOutput:
+        """Some lists after the other: see `_parts`."""
+        labels, numbers = labels.flatten(0, -2), torch.arange(labels[..., 0].numel(), device=labels.device).view(shape)
+        real = (labels != self.ignore_index).any(-1).view(shape)
+        above = comparisons(real, None if rewards is None else -rewards)
+        lists, pairs = comparable(above).double(), above.flatten(1).sum(-1).double()
+
+        def run(piece: Piece, which: Tensor, rows: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+            size = (len(which), shape[1])
+            out = self._of(piece, labels[rows], None if rewards is None else rewards[which], size)
+            per_list, per_pair = ((x[which].sum() / x.sum().clamp(min=1)).to(out.loss.dtype) for x in (lists, pairs))
+            shares = (per_list, per_list, per_list, per_pair, per_list, per_pair, torch.ones_like(per_list))
+            return tuple(x * share for x, share in zip(out, shares, strict=True)), out.loss * per_list
+
+        loss, parts = by_parts(flat_head(head), labels, self.ignore_index, numbers, run)
+        return PROOutput(loss, *(torch.stack(x).sum(0).detach() for x in list(zip(*parts, strict=True))[1:]))
+
+    def _of(self, logits: Logits, labels: Tensor, rewards: Tensor | None, shape: tuple[int, int]) -> PROOutput:
         stats = stats_of(logits, labels, ignore_index=self.ignore_index, **self.options)
         sums = sum_tokens(stats.logps.flatten(0, -2)).reshape(shape)
         counts = (labels != self.ignore_index).sum(-1).reshape(shape)
@@ -332,18 +357,17 @@ class PROLoss(nn.Module):
 
 def _list_shape(logits: Any, labels: Any, rewards: Any, mask: Any, list_size: int | None) -> tuple[int, int]:
     """(B, K) of the lists, from the shapes of the arguments."""
-    logits = check_logits("logits", logits)
+    given = check_logits("logits", logits).shape
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor; got {type(labels).__name__}")
-    if logits.dim() not in (3, 4):
-        raise ValueError(f"logits must be [B, K, T, V] or [B*K, T, V]; got shape {list(logits.shape)}")
-    if labels.shape != logits.shape[:-1]:
+    if len(given) not in (3, 4):
+        raise ValueError(f"logits must be [B, K, T, V] or [B*K, T, V]; got shape {list(given)}")
+    if labels.shape != given[:-1]:
         raise ValueError(
-            f"labels must have the shape of logits without the vocabulary, {list(logits.shape[:-1])}; "
-            f"got {list(labels.shape)}"
+            f"labels must have the shape of logits without the vocabulary, {list(given[:-1])}; got {list(labels.shape)}"
         )
-    if logits.dim() == 4:
-        sizes = {int(logits.shape[1])}
+    if len(given) == 4:
+        sizes = {int(given[1])}
     else:
         sizes = {int(t.shape[1]) for t in (rewards, mask) if isinstance(t, Tensor) and t.dim() == 2}
     sizes |= set() if list_size is None else {list_size}
@@ -353,7 +377,7 @@ def _list_shape(logits: Any, labels: Any, rewards: Any, mask: Any, list_size: in
             f"got {sorted(sizes) or None}"
         )
     (size,) = sizes
-    rows = logits.shape[:-2].numel()
+    rows = given[:-2].numel()
     if size < 1 or rows % size:
         raise ValueError(f"list_size must divide the {rows} responses of logits; got {size}")
     return rows // size, size

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..head import Head
 from ..objective import attach_gradient, token_objective
 from ._common import Logits, check_float, check_mask, check_range, lookup, masked_mean, stats_of
 from ._kl import KL_ESTIMATORS, importance_weights, kl_estimate, token_kl
 from ._normalization import NORMALIZATIONS, Count, as_real, normalize
 from ._one_launch import policy_inputs, policy_objective, token_weights
+from ._parts import Piece, by_parts, known_objective, take
 from ._policy_kinds import KINDS, Terms
 
 
@@ -284,6 +286,10 @@ class PPOLoss(nn.Module):
             "ignore_index": self.ignore_index,
             **self.options,
         }
+        head = known_objective(logits, labels, self.ignore_index)
+        if head is not None:
+            given = {"ref_logps": ref_logps, "sampler_logps": sampler_logps}
+            return self._by_parts(head, ref_logits, labels, old_logps, advantages, given, num_items)
         gradient = None
         if self.one_launch and isinstance(logits, Tensor) and torch.is_grad_enabled() and logits.requires_grad:
             weight = token_weights(mask, self.config["normalization"], num_items, self.config["max_length"])
@@ -311,3 +317,33 @@ class PPOLoss(nn.Module):
         if gradient is None or not isinstance(logits, Tensor):
             return output
         return output._replace(loss=attach_gradient(output.loss, logits, gradient))
+
+    def _by_parts(
+        self,
+        head: Head,
+        reference: Logits | None,
+        labels: Tensor,
+        old_logps: Tensor,
+        advantages: Tensor,
+        given: dict[str, Tensor | None],
+        num_items: Count | None,
+    ) -> PolicyLossOutput:
+        """Some responses after the other: see `_parts`."""
+        mask = labels != self.ignore_index
+        per_sequence = self.config["normalization"] in ("grpo", "dr_grpo")
+        total = num_items
+        if total is None and self.config["normalization"] != "dapo":
+            total = mask.any(-1).sum() if per_sequence else mask.sum()
+
+        def run(piece: Piece, which: Tensor, rows: Tensor) -> tuple[list[Tensor | None], Tensor]:
+            more: dict[str, Any] = {name: None if x is None else x[rows] for name, x in given.items()}
+            more["ref_logits"] = None if reference is None else take(reference, rows)
+            out = self(piece, labels[rows], old_logps[rows], advantages[rows], num_items=total, **more)
+            share = (mask[rows].sum().double() / mask.sum().clamp(min=1)).to(out.loss.dtype)
+            means = (None if x is None else x.detach() * share for x in out[2:])
+            return [out.policy_loss, *means], out.loss
+
+        numbers = torch.arange(len(labels), device=labels.device).unsqueeze(-1)
+        loss, parts = by_parts(head, labels, self.ignore_index, numbers, run)
+        sums = (None if x[0] is None else torch.stack(x).sum() for x in zip(*parts, strict=True))  # type: ignore[arg-type]
+        return PolicyLossOutput(loss, *sums)  # type: ignore[arg-type]

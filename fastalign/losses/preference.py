@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..head import Head
 from ._common import Logits, check_float, check_logits, narrow, stats_of, sum_tokens
 from ._pairwise_table import F_DIVERGENCES, NLL_NORMALIZATIONS, PAIRWISE, Pairs, PairwiseOptions, Side
+from ._parts import Piece, by_parts, known_objective
 
 __all__ = ["F_DIVERGENCES", "NLL_NORMALIZATIONS", "PAIRWISE", "DPOLoss", "PreferenceOutput", "dpo_loss"]
 
@@ -264,12 +266,37 @@ class DPOLoss(nn.Module):
             with torch.no_grad():
                 ref_logps = stats_of(ref_logits, labels, **self.stats_options).logps
                 references = _halves(sum_tokens(ref_logps, torch.float64))
+        head = known_objective(logits, labels, self.stats_options["ignore_index"])
+        if head is not None and self.options.by_pairs:
+            return self._by_parts(head, labels, references)
+        if head is not None and head.plan == "objective":
+            raise ValueError(
+                f"plan 'objective' needs a loss of each pair by itself; loss_type {self.options.loss_type!r} with "
+                f"nll_normalization={self.options.nll_normalization!r} looks at the whole batch"
+            )
+        return self._of(logits, labels, references)
+
+    def _of(self, logits: Logits, labels: Tensor, references: _Two) -> PreferenceOutput:
+        """The loss of rows whose references are sums."""
         stats = stats_of(logits, labels, inplace_backward=self.inplace_backward, **self.stats_options)
         lengths = _halves(labels.ne(self.stats_options["ignore_index"]).sum(-1))
         # Rounded as given references were, so that a policy that is its reference still has rewards of exactly 0.
         dtype = torch.float64 if references[0] is None else references[0].dtype
         sums = _halves(sum_tokens(stats.logps, dtype if dtype == torch.float64 else torch.float32))
         return narrow(_pairwise_loss(self.options, sums, references, lengths), stats.logps.dtype)
+
+    def _by_parts(self, head: Head, labels: Tensor, references: _Two) -> PreferenceOutput:
+        """Some pairs after the other: see `_parts`."""
+        count = labels.shape[0] // 2
+
+        def run(piece: Piece, pairs: Tensor, rows: Tensor) -> tuple[PreferenceOutput, Tensor]:
+            chosen, rejected = (None if x is None else x[pairs] for x in references)
+            out = self._of(piece, labels[rows], (chosen, rejected))
+            return out, out.loss * (len(pairs) / count)
+
+        pairs = torch.arange(2 * count, device=labels.device).view(2, count).t()
+        loss, parts = by_parts(head, labels, self.stats_options["ignore_index"], pairs, run, by_place=True)
+        return PreferenceOutput(loss, *(torch.cat(x) for x in list(zip(*parts, strict=True))[1:]))
 
     def extra_repr(self) -> str:
         return repr(self.options)

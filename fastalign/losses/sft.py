@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..head import Head
 from ..objective import Objective, attach_gradient, token_objective
 from ._common import Logits, check_float, check_mask, check_range, lookup, masked_mean, stats_of
 from ._normalization import Count, as_real, normalize
 from ._one_launch import token_weights
+from ._parts import Piece, by_parts, flat_head, known_objective
 
 __all__ = ["NORMALIZATIONS", "SFTLoss", "SFTOutput", "sft_loss"]
 
@@ -134,6 +136,9 @@ class SFTLoss(nn.Module):
             "softcap": self.softcap,
         }
         mask = labels != self.ignore_index
+        head = known_objective(logits, labels, self.ignore_index)
+        if head is not None and labels.dim() > 1:
+            return self._by_parts(head, labels, mask, num_items)
         gradient = None
         if self.one_launch and isinstance(logits, Tensor) and torch.is_grad_enabled() and logits.requires_grad:
             weight = token_weights(mask, NORMALIZATIONS[self.normalization], num_items)
@@ -156,6 +161,21 @@ class SFTLoss(nn.Module):
         if gradient is None or not isinstance(logits, Tensor):
             return output
         return output._replace(loss=attach_gradient(output.loss, logits, gradient))
+
+    def _by_parts(self, head: Head, labels: Tensor, mask: Tensor, num_items: Count | None) -> SFTOutput:
+        """Some sequences after the other: see `_parts`."""
+        labels, mask, tokens = labels.flatten(0, -2), mask.flatten(0, -2), mask.sum()
+        total = num_items if num_items is not None else tokens if self.normalization == "token" else mask.any(-1).sum()
+
+        def run(piece: Piece, which: Tensor, rows: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+            out = self(piece, labels[rows], num_items=total)
+            share = (out.num_tokens.double() / tokens.clamp(min=1)).to(out.loss.dtype)
+            return (out.nll * share, out.z_loss * share), out.loss
+
+        numbers = torch.arange(len(labels), device=labels.device).unsqueeze(-1)
+        loss, parts = by_parts(flat_head(head), labels, self.ignore_index, numbers, run)
+        nll, z_loss = (torch.stack(x).sum() for x in zip(*parts, strict=True))
+        return SFTOutput(loss, nll, z_loss, tokens)
 
     def extra_repr(self) -> str:
         return f"normalization={self.normalization!r}, label_smoothing={self.label_smoothing}, z_loss={self.z_loss}"
