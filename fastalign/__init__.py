@@ -3,6 +3,7 @@
 from . import losses, rl
 from ._backends import backends, use_backend
 from .head import Head, HeadPlan, head_plan, head_token_stats
+from .losses.cross_entropy import cross_entropy
 from .objective import Objective, attach_gradient, token_objective
 from .ops import TokenStats, sequence_logps, token_logps, token_stats
 from .packed import Packed, packed_sequences
@@ -16,6 +17,7 @@ __all__ = [
     "TokenStats",
     "attach_gradient",
     "backends",
+    "cross_entropy",
     "head_plan",
     "head_token_stats",
     "losses",

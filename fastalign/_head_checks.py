@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import _as_softcap
+from ._op_checks import as_softcap
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -88,7 +88,7 @@ def check_options(
             raise ValueError(f"{name} must be a finite number above 0; got {value}")
     if not 0.0 <= smooth <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1]; got {smooth}")
-    cap = _as_softcap(softcap)
+    cap = as_softcap(softcap)
     if not math.isfinite(cap):
         raise ValueError(f"softcap must be None or a finite number above 0; got {softcap}")
     return cap

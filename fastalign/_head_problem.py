@@ -32,9 +32,10 @@ class Live(NamedTuple):
         """TokenStats of the labels' shape from those of live tokens; 0 at the others."""
         if self.label_smoothing and mean is not None:
             logps = (1 - self.label_smoothing) * logps + self.label_smoothing * (mean - lse)
-        return TokenStats(*map(self._place, (logps, lse, entropy, kl)))  # type: ignore[arg-type]
+        return TokenStats(*map(self.place, (logps, lse, entropy, kl)))  # type: ignore[arg-type]
 
-    def _place(self, t: Tensor | None) -> Tensor | None:
+    def place(self, t: Tensor | None) -> Tensor | None:
+        """Of the labels' shape, from one number for each live token."""
         if t is None or self.places is None:
             return None if t is None else t.view(self.shape)
         return t.new_zeros(self.shape.numel()).index_copy(0, self.places, t).view(self.shape)

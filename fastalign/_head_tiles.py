@@ -7,12 +7,13 @@ gradient on a part needs nothing but the merged ones. So a tile may have any sha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from . import _backends
+from ._extras import Extras
 
 _NO_LABEL = -100  # rows of a tile are all live; this value occurs nowhere among their labels
 
@@ -65,6 +66,8 @@ class Problem:
     softcap: float
     entropy: bool
     mean: bool
+    extras: Extras | None = None  # sees every tile once
+    found: dict[str, Tensor] = field(default_factory=dict)  # what it made of them
 
     @property
     def vocab(self) -> int:
@@ -102,6 +105,8 @@ class Problem:
         local, _ = self.local(rows, columns)
         forward = _backends.pick(logits).forward
         options = (self.temperature, self.softcap, self.entropy, self.mean)
+        if self.extras is not None:
+            self.extras.add(rows, columns, logits, self.temperature, self.softcap)
         return RowStats(*forward(logits, local, reference, _NO_LABEL, *options))
 
     def gradient(

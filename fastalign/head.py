@@ -23,12 +23,14 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Collection
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ._extras import Extras, check_extras
 from ._head_problem import live_problem, plain_head
 from ._head_tiles import HeadGradient, Problem, RowStats, forward, joined
 from .ops import TokenStats
@@ -225,6 +227,8 @@ class _HeadStats(torch.autograd.Function):
         else:
             stats = forward(problem, plan.rows, plan.columns, problem.buffers(plan.rows, plan.columns))
         ctx.stats = stats
+        if problem.extras is not None:
+            problem.found = problem.extras.results(problem.labels, stats.saved)
         return stats.logps, stats.lse, stats.entropy, stats.kl, stats.mean
 
     @staticmethod
@@ -289,6 +293,7 @@ def head_token_stats(
     label_smoothing: float = 0.0,
     entropy: bool = False,
     kl: bool = False,
+    extras: Collection[str] = (),
     rows: Tensor | None = None,
     chunk_bytes: int | None = None,
     plan: str | None = None,
@@ -304,7 +309,7 @@ def head_token_stats(
         labels: [...], int64 or int32; nothing is shifted inside.
         bias: [V].
         ref_hidden, ref_weight, ref_bias: the reference's, [..., H'], [V, H'] and [V], constants; with and only with kl.
-        ignore_index, temperature, softcap, label_smoothing, entropy, kl: as in `token_stats`.
+        ignore_index, temperature, softcap, label_smoothing, entropy, kl, extras: as in `token_stats`.
         logit_scale: the model's own factor on its logits (Granite divides by `logits_scaling`, Cohere multiplies by
             `logit_scale`), before soft-capping; for the reference too.
         rows: [...] of labels' shape, int64: which of the hidden states (counted over all dimensions but the last)
@@ -314,7 +319,7 @@ def head_token_stats(
         plan: "keep", "recompute" or "project" in place of the automatic choice; see `head_plan`.
 
     Returns:
-        TokenStats(logps, lse, entropy, kl): [...] each, float32 (float64 for float64), differentiable once.
+        TokenStats(logps, lse, entropy, kl, ...): [...] each, float32 (float64 for float64), differentiable once.
 
     Raises:
         TypeError: a dtype that is not supported, or not a tensor.
@@ -341,8 +346,12 @@ def head_token_stats(
         label_smoothing=label_smoothing,
         entropy=entropy,
     )
+    if extras:
+        check_extras(extras)
+        live.problem.extras = Extras(extras, live.tokens.shape[0], weight.shape[0], weight.device)
     chosen = _plan_of(live.problem, live.tokens, weight, bias, chunk_bytes, plan)
-    return live.spread(*_HeadStats.apply(live.problem, chosen, live.tokens, weight, bias))
+    stats = live.spread(*_HeadStats.apply(live.problem, chosen, live.tokens, weight, bias))
+    return stats._replace(**{name: live.place(t) for name, t in live.problem.found.items()}) if extras else stats
 
 
 # As `torch.compiler.disable` marks it, which would load the compiler, and Triton with it, at import.

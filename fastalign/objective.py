@@ -15,7 +15,8 @@ from torch import Tensor
 
 from . import _backends
 from ._backends import Objective
-from .ops import TokenStats, _as_softcap, _check, _check_types, _unit_stride
+from ._op_checks import as_softcap, check, check_types, unit_stride
+from .ops import TokenStats
 
 __all__ = ["Objective", "attach_gradient", "attach_gradients", "token_objective"]
 
@@ -62,18 +63,18 @@ def token_objective(
         RuntimeError: no compiled kernel serves these logits.
     """
     kl = objective.kl == "exact"
-    _check_types(logits, labels, ref_logits, kl, objective.label_smoothing)
-    cap = _as_softcap(softcap)
-    _check(logits.detach(), labels, ref_logits, temperature, cap, inplace)
+    check_types(logits, labels, ref_logits, kl, objective.label_smoothing)
+    cap = as_softcap(softcap)
+    check(logits.detach(), labels, ref_logits, temperature, cap, inplace)
     _check_inputs(labels, objective, weight, old_logps, advantages, ref_logps)
     if inplace and logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(f"inplace needs a dense vocabulary; got logits with strides {tuple(logits.stride())}")
-    source = _unit_stride(logits.detach())
+    source = unit_stride(logits.detach())
     out = source if inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     logps, lse, ent, div, mean = _backends.pick(source).objective(
         source,
         labels,
-        None if ref_logits is None else _unit_stride(ref_logits),
+        None if ref_logits is None else unit_stride(ref_logits),
         (weight, old_logps, advantages, ref_logps),
         objective,
         ignore_index,

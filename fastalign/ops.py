@@ -6,16 +6,15 @@ nothing above it touches logits.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _backends
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_INDICES = (torch.int64, torch.int32)
+from ._extras import of_logits
+from ._op_checks import as_softcap, check, check_types, shape_of, unit_stride
 
 
 class TokenStats(NamedTuple):
@@ -32,55 +31,12 @@ class TokenStats(NamedTuple):
     """-sum_j p_j log p_j, in nats."""
     kl: Tensor | None
     """KL(p || q) = sum_j p_j (log p_j - log q_j) against the reference logits, over the whole vocabulary, in nats."""
-
-
-# --------------------------------------------------------------------------------------------------------- validation
-def _shape(t: Tensor) -> str:
-    return str(list(t.shape))
-
-
-def _check(
-    logits: Tensor, labels: Tensor, ref_logits: Tensor | None, temperature: float, softcap: float, inplace: bool
-) -> None:
-    """Everything that can be known without reading memory. Raises ValueError or TypeError."""
-    if logits.dtype not in _FLOATS:
-        raise TypeError(f"logits must be float32, bfloat16, float16 or float64; got {logits.dtype}")
-    if labels.dtype not in _INDICES:
-        raise TypeError(f"labels must be int64 or int32; got {labels.dtype}")
-    if logits.dim() < 1 or logits.shape[-1] == 0:
-        raise ValueError(f"logits must have a non-empty vocabulary as their last dimension; got shape {_shape(logits)}")
-    if logits.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"labels must have the shape of logits without the vocabulary, {list(logits.shape[:-1])}; "
-            f"got {_shape(labels)}"
-        )
-    if labels.device != logits.device:
-        raise ValueError(f"labels must be on the device of logits, {logits.device}; got {labels.device}")
-    if ref_logits is not None:
-        if ref_logits.dtype != logits.dtype:
-            raise TypeError(f"ref_logits must have the dtype of logits, {logits.dtype}; got {ref_logits.dtype}")
-        if ref_logits.shape != logits.shape:
-            raise ValueError(f"ref_logits must have the shape of logits, {_shape(logits)}; got {_shape(ref_logits)}")
-        if ref_logits.device != logits.device:
-            raise ValueError(f"ref_logits must be on the device of logits, {logits.device}; got {ref_logits.device}")
-        if ref_logits.requires_grad:
-            raise ValueError(
-                "ref_logits must not require a gradient (the reference is a constant); pass ref_logits.detach()"
-            )
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature must be a finite number above 0; got {temperature}")
-    if not (math.isfinite(softcap) and softcap >= 0):
-        raise ValueError(f"softcap must be None or a finite number above 0; got {softcap}")
-    if inplace and any(n > 1 and s == 0 for n, s in zip(logits.shape, logits.stride(), strict=True)):
-        raise ValueError(
-            "inplace_backward needs logits whose elements do not share memory; got an expanded tensor with strides "
-            f"{tuple(logits.stride())}"
-        )
-
-
-def _unit_stride(t: Tensor) -> Tensor:
-    """The tensor itself where the vocabulary is dense in memory, else one copy of it."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+    log_sum_sq_probs: Tensor | None = None
+    """log sum_j p_j^2; a constant, as are the next two."""
+    mean_logits: Tensor | None = None
+    """Mean of x over the vocabulary."""
+    is_top1: Tensor | None = None
+    """Boolean: the label is the most likely token (of equally likely ones the first); False where ignored."""
 
 
 # ---------------------------------------------------------------------------------------------------------- operators
@@ -106,9 +62,9 @@ _lib.define(
 
 
 def _checked_forward(logits, labels, ref_logits, ignore_index, temperature, softcap, entropy, mean, inplace_backward):
-    _check(logits, labels, ref_logits, temperature, softcap, inplace_backward)
-    ref_logits = None if ref_logits is None else _unit_stride(ref_logits)
-    logits = _unit_stride(logits)
+    check(logits, labels, ref_logits, temperature, softcap, inplace_backward)
+    ref_logits = None if ref_logits is None else unit_stride(ref_logits)
+    logits = unit_stride(logits)
     forward = _backends.pick(logits).forward
     return forward(logits, labels, ref_logits, ignore_index, temperature, softcap, entropy, mean)
 
@@ -120,7 +76,7 @@ def _forward(logits, *args):
 
 
 def _forward_fake(logits, labels, ref_logits, ignore_index, temperature, softcap, entropy, mean, inplace_backward):
-    _check(logits, labels, ref_logits, temperature, softcap, inplace_backward)
+    check(logits, labels, ref_logits, temperature, softcap, inplace_backward)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     rows = logits.shape[:-1]
 
@@ -143,7 +99,7 @@ _PER_ROW = ("entropy", "kl", "g_logps", "g_lse", "g_entropy", "g_kl", "g_mean")
 def _check_backward(logits, labels, ref_logits, saved, *rest) -> None:
     """The forward's checks, and that every per-row tensor is what the kernel takes it for."""
     *per_row, _, temperature, softcap = rest
-    _check(logits, labels, ref_logits, temperature, softcap, False)
+    check(logits, labels, ref_logits, temperature, softcap, False)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     for name, t, shape in (
         ("saved", saved, (*labels.shape, 4)),
@@ -151,7 +107,7 @@ def _check_backward(logits, labels, ref_logits, saved, *rest) -> None:
     ):
         if t is not None and (t.shape != shape or t.dtype != dtype or t.device != logits.device):
             raise ValueError(
-                f"{name} must be {dtype} {list(shape)} on {logits.device}; got {t.dtype} {_shape(t)} on {t.device}"
+                f"{name} must be {dtype} {list(shape)} on {logits.device}; got {t.dtype} {shape_of(t)} on {t.device}"
             )
     entropy, kl, _, _, g_entropy, g_kl, _ = per_row
     if (g_entropy is not None and entropy is None) or (g_kl is not None and (kl is None or ref_logits is None)):
@@ -161,8 +117,8 @@ def _check_backward(logits, labels, ref_logits, saved, *rest) -> None:
 def _backward_into(out, logits, labels, ref_logits, saved, entropy, kl, *rest):
     _check_backward(logits, labels, ref_logits, saved, entropy, kl, *rest)
     *grads, ignore_index, temperature, softcap = rest
-    ref_logits = None if ref_logits is None else _unit_stride(ref_logits)
-    logits = _unit_stride(logits)
+    ref_logits = None if ref_logits is None else unit_stride(ref_logits)
+    logits = unit_stride(logits)
     _backends.pick(logits).backward(
         logits,
         labels,
@@ -315,6 +271,7 @@ def token_stats(
     label_smoothing: float = 0.0,
     entropy: bool = False,
     kl: bool = False,
+    extras: Collection[str] = (),
     inplace_backward: bool = False,
 ) -> TokenStats:
     """Log-probability of each label and, on request, entropy and exact KL, in one read of the logits.
@@ -331,48 +288,38 @@ def token_stats(
             sec. 7), so that `-logps` is the smoothed cross-entropy.
         entropy: return the entropy of the distribution.
         kl: return KL(p || q) over the whole vocabulary.
+        extras: which of "log_sum_sq_probs", "mean_logits", "is_top1" to return; constants. Each costs a read more.
         inplace_backward: the backward writes the gradient over `logits`, saving one buffer of their size. Their version
             counter rises, so that a later use of the old values by autograd raises. Ignored under `torch.compile`.
 
     Returns:
-        TokenStats(logps, lse, entropy, kl): float32 [...] each (float64 for float64), differentiable in `logits` once.
+        TokenStats(logps, lse, entropy, kl, ...): float32 [...] each (float64 for float64), differentiable in `logits`
+        once.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes or devices that do not match, an empty vocabulary, a label outside [0, V) (checked on CPU),
-            a temperature or soft-cap that is not finite and positive, a reference that requires a gradient.
+            a temperature or soft-cap that is not finite and positive, a reference that requires a gradient, an unknown
+            extra.
     """
-    _check_types(logits, labels, ref_logits, kl, label_smoothing)
-    cap = _as_softcap(softcap)
+    check_types(logits, labels, ref_logits, kl, label_smoothing)
+    cap = as_softcap(softcap)
     compiling = torch.compiler.is_compiling()
     smooth = label_smoothing != 0.0
-    call = torch.ops.fastalign.token_stats if compiling or not _plain(logits, labels) else _call_plain
-    logps, lse, ent, div, mean, *_ = call(
+    # The operator returns what its backward would need, from which extras are computed.
+    watched = compiling or bool(extras) or not _plain(logits, labels)
+    call = torch.ops.fastalign.token_stats if watched else _call_plain
+    logps, lse, ent, div, mean, *saved = call(
         logits, labels, ref_logits, ignore_index, temperature, cap, entropy, smooth, inplace_backward and not compiling
     )
     if smooth:
         logps = (1 - label_smoothing) * logps + label_smoothing * (mean - lse)
-    return TokenStats(logps, lse, ent if entropy else None, div if kl else None)
-
-
-def _check_types(logits, labels, ref_logits, kl: bool, label_smoothing: float) -> None:
-    for name, value in (("logits", logits), ("labels", labels), ("ref_logits", ref_logits)):
-        if not isinstance(value, Tensor) and not (name == "ref_logits" and value is None):
-            raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
-    if kl and ref_logits is None:
-        raise ValueError("kl=True needs ref_logits, the reference policy's logits; got None")
-    if ref_logits is not None and not kl:
-        raise ValueError("ref_logits is used by kl=True alone; got ref_logits with kl=False")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1]; got {label_smoothing}")
-
-
-def _as_softcap(softcap: float | None) -> float:
-    if softcap is None:
-        return 0.0
-    if not softcap > 0:
-        raise ValueError(f"softcap must be None or a finite number above 0; got {softcap}")
-    return softcap
+    stats = TokenStats(logps, lse, ent if entropy else None, div if kl else None)
+    return (
+        stats._replace(**of_logits(extras, logits, labels, saved[0], ignore_index, temperature, cap))
+        if extras
+        else stats
+    )
 
 
 def token_logps(logits: Tensor, labels: Tensor, **options) -> Tensor:
@@ -408,7 +355,7 @@ def sequence_logps(
         raise TypeError(f"dtype must be None, torch.float32 or torch.float64; got {dtype}")
     logps = token_logps(logits, labels, **options)
     if logps.dim() < 1:
-        raise ValueError(f"logits must be [B, ..., V] with at least one batch dimension; got shape {_shape(logits)}")
+        raise ValueError(f"logits must be [B, ..., V] with at least one batch dimension; got shape {shape_of(logits)}")
     total = sum_tokens(logps, dtype)
     if not average:
         return total

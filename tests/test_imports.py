@@ -13,7 +13,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Room → what it must not import from this package, and outside packages that it must do without.
 COMPILED = ("_C", "_cuda")
-RANK = dict.fromkeys((*COMPILED, "kernels"), 0) | {"_backends": 1, "ops": 2, "objective": 3}
+RANK = dict.fromkeys((*COMPILED, "kernels"), 0) | {
+    "_backends": 1,
+    "_extras": 1.5,
+    "_op_checks": 1.5,
+    "ops": 2,
+    "objective": 3,
+}
 RANK |= {"packed": 2, "_head_tiles": 2, "_head_checks": 3, "_head_problem": 4, "head": 5}
 RANK |= {"losses": 6, "rl": 6, "reference": 7}
 TOP = 8  # trainers, integrations, cli and whatever else stands on everything

@@ -96,7 +96,7 @@ def _number(config: Any, key: str) -> float:
 
 
 # ----------------------------------------------------------------------------------------------- what modules there are
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: Any) -> Any:
     """The transformers model within DDP, FSDP, DeepSpeed, a compiled module or peft."""
     from accelerate.utils import extract_model_from_parallel
 
@@ -105,7 +105,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def head_module(model: nn.Module) -> nn.Module:
+def head_module(model: Any) -> nn.Module:
     """The layer of an unwrapped model that makes the logits, with whatever peft put around it.
 
     Raises:
@@ -150,10 +150,10 @@ def read_lm_head(model: nn.Module) -> LMHead:
     module = head_module(inner)
     scale, softcap = logit_transform(inner.config)
     weight, bias = head_parameters(module)
-    return LMHead(inner.base_model, weight, bias, scale, softcap)  # type: ignore[arg-type]
+    return LMHead(inner.base_model, weight, bias, scale, softcap)
 
 
-def head_parameters(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+def head_parameters(module: Any) -> tuple[Tensor, Tensor | None]:
     """(weight, bias) by which the output of a head is hidden @ weight.T + bias, peft's active adapters included."""
     if hasattr(module, "modules_to_save"):
         names = module.active_adapters

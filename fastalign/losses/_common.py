@@ -36,9 +36,9 @@ Logits = Tensor | tuple[Any, ...] | LogitsSource
 
 def check_logits(name: str, logits: Any) -> Tensor | LogitsSource:
     """The argument as a tensor or what stands for one, with the logits' shape; TypeError for anything else."""
-    if isinstance(logits, LogitsSource):
-        return logits
-    return as_head(name, logits) if isinstance(logits, tuple) else check_float(name, logits)
+    if isinstance(logits, tuple):  # a Head is one; asked first, since a compiler cannot look into the protocol
+        return as_head(name, logits)
+    return logits if not isinstance(logits, Tensor) and isinstance(logits, LogitsSource) else check_float(name, logits)
 
 
 def stats_of(logits: Logits, labels: Tensor, *, inplace_backward: bool = False, **options: Any) -> ops.TokenStats:

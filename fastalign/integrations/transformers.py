@@ -1,0 +1,210 @@
+"""transformers: the training loss of its causal language models without their logits.
+
+    from fastalign.integrations.transformers import apply_fused_loss
+    fused = apply_fused_loss(model)  # then train as before: Trainer, accelerate, an own loop
+    fused.remove()
+
+The model's own forward runs as it is written: its head keeps its input instead of projecting it, and its loss function
+computes the loss from that, tile by tile (`fastalign.head_token_stats`). What a model adds to its loss, as the load
+balancing of a mixture of experts, stays its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..head import Head
+from ..losses import sft_loss
+from ..losses._common import Logits, check_logits, stats_of
+from ..losses._normalization import Count
+from ._lm_head import head_module, head_parameters, logit_transform, unwrapped
+
+__all__ = ["FusedLoss", "apply_fused_loss", "fused_lm_loss"]
+
+
+def fused_lm_loss(
+    logits: Logits,
+    labels: Tensor,
+    vocab_size: int | None = None,
+    num_items_in_batch: Count | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    **others: Any,
+) -> Tensor:
+    """The loss of transformers' causal language models, with its signature: `model.loss_function = fused_lm_loss`.
+
+    Equals `transformers.loss.loss_utils.ForCausalLMLoss`, but for a batch without a label, whose loss is 0 here and NaN
+    there.
+
+    Args:
+        logits: [..., T, V], or a `fastalign.Head` or tuple (hidden, weight[, bias]) in their place.
+        labels: [..., T]; position t is scored against label t + 1, and the last one not at all.
+        vocab_size: V, checked.
+        num_items_in_batch: divides the summed loss; None: the number of labels that are scored.
+        ignore_index: a label that is not scored.
+        shift_labels: [..., T], used instead of labels and not shifted.
+        softcap: soft-capping that was not yet applied to the logits.
+        others: ignored, as there.
+
+    Returns:
+        A scalar, float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: as `token_stats` or `head_token_stats`; a vocab_size that is not that of the logits.
+    """
+    shape = check_logits("logits", logits).shape
+    if vocab_size is not None and shape[-1] != vocab_size:
+        raise ValueError(f"vocab_size must be that of the logits, {shape[-1]}; got {vocab_size}")
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    device = logits[0].device if isinstance(logits, tuple) else getattr(logits, "device", labels.device)
+    shift_labels = shift_labels.to(device)
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(device)
+    stats = stats_of(logits, shift_labels, ignore_index=ignore_index, softcap=softcap)
+    return sft_loss(stats.logps, shift_labels != ignore_index, num_items=num_items_in_batch).loss
+
+
+class FusedLoss:
+    """What `apply_fused_loss` put into a model: its forward, until `remove()` or the end of a `with` block."""
+
+    def __init__(self, model: Any, *, return_logits: bool | None, chunk_bytes: int | None, plan: str | None) -> None:
+        self.model = model
+        self.head = head_module(model)
+        self.scale, self.softcap = logit_transform(model.config)
+        self.return_logits = return_logits
+        self.options = {"chunk_bytes": chunk_bytes, "plan": plan}
+        self.hidden: Tensor | None = None  # while a forward is between its head and its loss
+        self.sample = torch.empty(0)  # the logits of one position, until they are verified
+        self.verified = False
+        with torch.no_grad():
+            head_parameters(self.head)
+        # As an instance's attributes these are copied with the model: a copy's forward belongs to the copy.
+        self._forward = model.forward
+        self._own_forward = model.__dict__.get("forward")
+        self.__signature__ = inspect.signature(model.forward)
+        model.forward = self
+        model.loss_function = self._loss
+
+    def remove(self) -> None:
+        """Gives the model its own forward and loss function back; nothing happens the second time."""
+        if self.model.__dict__.get("forward") is not self:
+            return
+        del self.model.forward, self.model._loss_function
+        if self._own_forward is not None:
+            self.model.forward = self._own_forward
+
+    def __enter__(self) -> FusedLoss:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def __call__(self, *args: Any, return_logits: bool | None = None, **kwargs: Any) -> Any:
+        """The model's forward."""
+        labels = self.__signature__.bind_partial(*args, **kwargs).arguments.get("labels", kwargs.get("labels"))
+        wanted = self.return_logits if return_logits is None else return_logits
+        if labels is None or (not torch.is_grad_enabled() if wanted is None else wanted):
+            return self._forward(*args, **kwargs)
+        before = self.head.__dict__.get("forward")
+        self.head.forward = self._keep  # type: ignore[method-assign, assignment]
+        try:
+            output = self._forward(*args, **kwargs)
+            if self.hidden is not None:
+                raise ValueError(f"{type(self.model).__name__} computes its loss without its loss_function")
+        finally:
+            self.hidden = None
+            del self.head.forward
+            if before is not None:
+                self.head.forward = before
+        return _without_logits(output)
+
+    def _keep(self, hidden: Tensor) -> Tensor:
+        """In place of the head: keeps its input. Returns logits of the last position, or NaN once those are known."""
+        self.hidden = hidden
+        ones = (1,) * (hidden.dim() - 1)
+        with torch.no_grad():
+            weight, bias = head_parameters(self.head)
+            if self.verified:
+                return hidden.new_full((*ones, weight.shape[0]), torch.nan)
+            last = hidden.reshape(-1, hidden.shape[-1])[-1:].to(weight.device)
+            bias = None if bias is None else bias.to(hidden.dtype)
+            self.sample = F.linear(last, weight.to(hidden.dtype), bias).view(*ones, -1)
+            return self.sample.clone()
+
+    def _verify(self, logits: Tensor) -> None:
+        """That the model did to its logits what its configuration says, at one position, once."""
+        with torch.no_grad():
+            x = self.scale * self.sample.to(torch.promote_types(self.sample.dtype, torch.float32))
+            x = x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
+            # Rounding of the model's own steps: a few units in the last place of the largest logit.
+            near = 16 * torch.finfo(self.sample.dtype).eps
+            same = logits.shape == x.shape and bool((logits - x).abs().max() <= near * x.abs().max())
+        if not same:
+            raise ValueError(
+                f"the head of {type(self.model).__name__} is not known: its logits are not {self.scale} times those of "
+                f"its linear layer with soft-cap {self.softcap}"
+            )
+        logits.fill_(torch.nan)  # a model that uses its logits after this would show it
+        self.verified = True
+
+    def _loss(self, logits: Tensor, labels: Tensor, vocab_size: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """The model's loss function: of what its head kept; of logits where they were asked for."""
+        if self.hidden is None:
+            return fused_lm_loss(logits, labels, vocab_size, *args, **kwargs)
+        weight, bias = head_parameters(self.head)
+        if not self.verified:
+            self._verify(logits)
+        hidden, self.hidden = self.hidden.to(weight.device), None
+        head = Head(hidden, weight, bias, self.scale, **self.options)  # type: ignore[arg-type]
+        return fused_lm_loss(head, labels, vocab_size, *args, softcap=self.softcap, **kwargs)
+
+
+def _without_logits(output: Any) -> Any:
+    if isinstance(output, tuple):
+        return (output[0], *output[2:])
+    return type(output)(**{key: value for key, value in output.items() if key != "logits"})
+
+
+def apply_fused_loss(
+    model: nn.Module, *, return_logits: bool | None = None, chunk_bytes: int | None = None, plan: str | None = None
+) -> FusedLoss:
+    """Makes a causal language model of transformers compute its loss from hidden states, without its logits.
+
+    Called with labels and with gradients on, the model returns its usual output without `logits`: same loss, same
+    gradients, `num_items_in_batch`, `shift_labels` and further terms of its own included. Called without labels, under
+    `torch.no_grad()` (evaluation), or with the keyword `return_logits=True`, it returns logits as before.
+
+    Args:
+        model: bare, or within DDP, FSDP2, `torch.compile` or peft (LoRA on the head: the merged weight is formed at
+            each call, [V, H] more memory).
+        return_logits: True or False for calls that do not say; None: as above.
+        chunk_bytes, plan: of the fused head, as in `head_token_stats`.
+
+    Returns:
+        A handle: `.remove()` undoes it, and so does the end of a `with` block.
+
+    Raises:
+        ValueError: a head that is not known (see `_lm_head.read_lm_head`), a loss that is not that of causal language
+            models, a model that has it already; at the first call, logits that the model changes in another way than
+            its configuration says.
+    """
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    inner = unwrapped(model)
+    head_module(inner)
+    name = type(inner).__name__
+    if isinstance(inner.__dict__.get("forward"), FusedLoss):
+        raise ValueError(f"{name} has a fused loss already: remove() that one first")
+    if inner.loss_function is not ForCausalLMLoss:
+        raise ValueError(f"the loss of {name} must be ForCausalLMLoss; got {inner.loss_function}")
+    if (getattr(inner.config, "z_loss_coefficient", None) or 0) > 0:
+        raise ValueError(f"{name} adds a loss of its logits: z_loss_coefficient={inner.config.z_loss_coefficient}")
+    return FusedLoss(inner, return_logits=return_logits, chunk_bytes=chunk_bytes, plan=plan)
