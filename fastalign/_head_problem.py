@@ -116,8 +116,9 @@ def gathered(t: Any) -> Any:
     from torch.distributed.tensor import Partial
 
     whole = t.full_tensor(grad_placements=[Partial()] * t.device_mesh.ndim)
+    processes = t.device_mesh.size()
     if whole.requires_grad:  # not Partial("avg"), which gloo cannot reduce
-        whole.register_hook(lambda gradient, processes=t.device_mesh.size(): gradient / processes)
+        whole.register_hook(lambda gradient: gradient / processes)
     return whole
 
 

@@ -34,6 +34,15 @@ class TokenStats(NamedTuple):
     """-sum_j p_j log p_j, in nats."""
     kl: Tensor | None
     """KL(p || q) = sum_j p_j (log p_j - log q_j) against the reference logits, over the whole vocabulary, in nats."""
+
+
+class TokenStatsAndExtras(NamedTuple):
+    """In place of `TokenStats`, and beginning as it does, where `extras` were asked for."""
+
+    logps: Tensor
+    lse: Tensor
+    entropy: Tensor | None
+    kl: Tensor | None
     log_sum_sq_probs: Tensor | None = None
     """log sum_j p_j^2; a constant, as are the next two."""
     mean_logits: Tensor | None = None
@@ -214,32 +223,57 @@ torch.library.register_fake("fastalign::token_stats_backward_", lambda logits, *
 
 
 # ----------------------------------------------------------------------------------------------------------- autograd
-# A plain autograd.Function on the Autograd key: `torch.library.register_autograd` does the same for 40 us a call more.
+# Plain autograd.Functions, one on the Autograd key and one for calls that nobody watches:
+# `torch.library.register_autograd` does the same for 40 us a call more.
+def _save(ctx, logits, labels, ref_logits, options, outputs) -> None:
+    ignore_index, temperature, softcap, want_entropy, _, ctx.inplace = options
+    _, _, entropy, kl, _, saved = outputs
+    entropy, kl = entropy if want_entropy else None, kl if ref_logits is not None else None
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, labels, ref_logits, saved, entropy, kl)
+    ctx.options = (ignore_index, temperature, softcap)
+
+
+def _gradient(ctx, g_logps, g_lse, g_entropy, g_kl, g_mean):
+    logits, labels, ref_logits, saved, entropy, kl = ctx.saved_tensors
+    grads = (g_logps, g_lse, None if entropy is None else g_entropy, None if kl is None else g_kl, g_mean)
+    args = (labels, ref_logits, saved, entropy, kl, *grads, *ctx.options)
+    if not ctx.inplace:
+        return torch.ops.fastalign.token_stats_backward(logits, *args)
+    grad = logits.detach()
+    torch.ops.fastalign.token_stats_backward_(grad, *args)
+    return grad
+
+
 class _TokenStats(torch.autograd.Function):
+    """The operator's."""
+
     @staticmethod
     def forward(ctx, logits, labels, ref_logits, *options):
-        plain = _plain(logits, labels)
-        outputs = (_checked_forward if plain else _redispatch)(logits, labels, ref_logits, *options)
-        ignore_index, temperature, softcap, want_entropy, _, ctx.inplace = options
-        _, _, entropy, kl, _, saved = outputs
-        ctx.mark_non_differentiable(saved)
-        ctx.set_materialize_grads(False)
-        entropy, kl = entropy if want_entropy else None, kl if ref_logits is not None else None
-        ctx.save_for_backward(logits, labels, ref_logits, saved, entropy, kl)
-        ctx.options = (ignore_index, temperature, softcap)
+        outputs = _redispatch(logits, labels, ref_logits, *options)
+        ctx.mark_non_differentiable(outputs[-1])
+        _save(ctx, logits, labels, ref_logits, options, outputs)
         return outputs
 
     @staticmethod
-    def backward(ctx, g_logps, g_lse, g_entropy, g_kl, g_mean, _):
-        logits, labels, ref_logits, saved, entropy, kl = ctx.saved_tensors
-        grads = (g_logps, g_lse, None if entropy is None else g_entropy, None if kl is None else g_kl, g_mean)
-        args = (labels, ref_logits, saved, entropy, kl, *grads, *ctx.options)
-        if ctx.inplace:
-            grad = logits.detach()
-            torch.ops.fastalign.token_stats_backward_(grad, *args)
-        else:
-            grad = torch.ops.fastalign.token_stats_backward(logits, *args)
-        return grad, *[None] * 8
+    def backward(ctx, *grads):
+        return _gradient(ctx, *grads[:-1]), *[None] * 8
+
+
+class _PlainStats(torch.autograd.Function):
+    """The same without what autograd charges for: options one by one, results that nobody asked for."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, ref_logits, options):
+        outputs = _checked_forward(logits, labels, ref_logits, *options)
+        _save(ctx, logits, labels, ref_logits, options, outputs)
+        if outputs[2] is outputs[3] is outputs[4] is None:
+            return outputs[:2]
+        return outputs[:5]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _gradient(ctx, *grads, *[None] * (5 - len(grads))), None, None, None
 
 
 class _Once(torch.autograd.Function):
@@ -268,17 +302,18 @@ def _redispatch(*args):
         return torch.ops.fastalign.token_stats(*args)
 
 
-def _call_plain(logits, *args):
+def _call_plain(logits, labels, ref_logits, *options):
     """The operator's work for a call that nobody watches; None in place of what was not asked for."""
-    wants_grad = logits.requires_grad and torch.is_grad_enabled()
-    return _TokenStats.apply(logits, *args) if wants_grad else _checked_forward(logits, *args)
+    if not (logits.requires_grad and torch.is_grad_enabled()):
+        return _checked_forward(logits, labels, ref_logits, *options)
+    outputs = _PlainStats.apply(logits, labels, ref_logits, options)
+    return outputs if len(outputs) > 2 else (*outputs, None, None, None)
 
 
 def _stats_autograd(logits, labels, *args):
     if not (torch.is_grad_enabled() and logits.requires_grad):
         return _redispatch(logits, labels, *args)
-    outputs = _TokenStats.apply(logits, labels, *args)
-    return tuple(logits.new_empty(0, dtype=outputs[0].dtype) if t is None else t for t in outputs)
+    return _TokenStats.apply(logits, labels, *args)
 
 
 _lib.impl("token_stats", _stats_autograd, "Autograd")
@@ -314,13 +349,13 @@ def token_stats(
             sec. 7), so that `-logps` is the smoothed cross-entropy.
         entropy: return the entropy of the distribution.
         kl: return KL(p || q) over the whole vocabulary.
-        extras: which of "log_sum_sq_probs", "mean_logits", "is_top1" to return; constants. Each costs a read more.
+        extras: which of "log_sum_sq_probs", "mean_logits", "is_top1" to return; constants, each for a read more.
         inplace_backward: the backward writes the gradient over `logits`, saving one buffer of their size. Their version
             counter rises, so that a later use of the old values by autograd raises. Ignored under `torch.compile`.
 
     Returns:
-        TokenStats(logps, lse, entropy, kl, ...): float32 [...] each (float64 for float64), differentiable in `logits`
-        once.
+        TokenStats(logps, lse, entropy, kl): float32 [...] each (float64 for float64), differentiable in `logits` once.
+        With extras `TokenStatsAndExtras`, which has them too.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -333,15 +368,16 @@ def token_stats(
     compiling = torch.compiler.is_compiling()
     smooth = label_smoothing != 0.0
     call = torch.ops.fastalign.token_stats if compiling or not _plain(logits, labels) else _call_plain
-    logps, lse, ent, div, mean, saved = call(
+    logps, lse, ent, div, mean, *_ = call(
         logits, labels, ref_logits, ignore_index, temperature, cap, entropy, smooth, inplace_backward and not compiling
     )
     if smooth:
         logps = (1 - label_smoothing) * logps + label_smoothing * (mean - lse)
     stats = TokenStats(logps, lse, ent if entropy else None, div if kl else None)
-    return (
-        stats._replace(**of_logits(extras, logits, labels, saved, ignore_index, temperature, cap)) if extras else stats
-    )
+    if not extras:
+        return stats
+    found = of_logits(extras, logits, labels, ignore_index, temperature, cap)
+    return TokenStatsAndExtras(*stats, **found)  # type: ignore[return-value]
 
 
 def _check_types(logits, labels, ref_logits, kl: bool, label_smoothing: float) -> None:

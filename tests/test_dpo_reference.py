@@ -144,6 +144,7 @@ def test_mixed_precision_trains_in_bfloat16(make):
     lines = read_log(os.path.join(trainer.args.output_dir, LOG_NAME))
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-2)
     assert lines[2]["loss"] < lines[0]["loss"]
+    assert trainer.logits(trainer.model_wrapped, trainer.data_collator(list(trainer.train_dataset))).fused
 
 
 GOOD = {"rewards/chosen": 0.1, "rewards/margins": 0.3, "rewards/longer_preferred": 0.5, "lengths/longer_chosen": 0.5}

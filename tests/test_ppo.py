@@ -192,13 +192,14 @@ class TestSaving:
         batch = {"input_ids": torch.tensor([[0, 5, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
         batch["position_ids"] = torch.arange(3)[None]
         trainer.inner.eval()
-        logits, values = trainer.inner(batch)
-        torch.testing.assert_close(model(**batch).logits, logits)
+        answer = trainer.inner(batch)
+        values = answer.values
+        torch.testing.assert_close(model(**batch).logits, answer.logits)
         assert (values != 0).all()
         again = with_values(model, "shared" if source == "shared" else out, torch.float32)
         if source == "shared":
             again.load_head(out)
-        torch.testing.assert_close(again.eval()(batch)[1], values)
+        torch.testing.assert_close(again.eval()(batch).values, values)
 
     def test_best_weights_are_kept(self, make):
         """The evaluation's score falls from the second one on: what is saved is the first one's model."""

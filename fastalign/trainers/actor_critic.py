@@ -8,6 +8,7 @@ own or on the policy's last hidden states.
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -17,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
-from .base import _accepted, model_logits
+from .data.collate import Batch
 from .lora import is_adapted
+from .model_logits import Answer, ModelLogits, Request, run_model
 
 VALUE_FOLDER, VALUE_HEAD = "value_model", "value_head.safetensors"
 _POLICY, _CRITIC, _HEAD = "policy.", "critic.", "value_head."
@@ -49,22 +51,28 @@ class ActorCritic(nn.Module):
         """Whether `forward` returns values."""
         return self.value_head is not None
 
-    def forward(self, batch: Mapping[str, Tensor], *, values: bool = True) -> tuple[Tensor, Tensor | None]:
-        """(logits [B, T, V], values [B, T] in float32, or None without a value function or with values=False)."""
-        if not (values and self.has_values):
-            return model_logits(self.policy, batch), None
-        if self.shared:
-            out = self._run(self.policy, batch, output_hidden_states=True)
-            return out.logits, self._value(out.hidden_states[-1])
-        return model_logits(self.policy, batch), self._value(self._run(self.critic, batch).last_hidden_state)
+    def forward(self, batch: Mapping[str, Tensor], *, values: bool = True, request: Request | None = None) -> Answer:
+        """Logits, or what is requested in their place, and values.
+
+        Args:
+            batch: a padded batch.
+            values: ask for values, if there is a value function.
+            request: of a policy that `can_answer`; None: `logits` is set.
+        """
+        values = values and self.has_values
+        shared = values and self.shared
+        if request is not None:
+            answer = run_model(self.policy, batch, request=request._replace(hidden=request.hidden or shared))
+        else:
+            out = run_model(self.policy, batch, output_hidden_states=shared)
+            answer = Answer(logits=out.logits, hidden=out.hidden_states[-1] if shared else None)
+        if not values:
+            return answer
+        return answer._replace(values=self._value(answer.hidden) if shared else self.values(batch))
 
     def values(self, batch: Mapping[str, Tensor]) -> Tensor:
         """[B, T], of a value function with a backbone of its own."""
-        return self._value(self._run(self.critic, batch).last_hidden_state)
-
-    @staticmethod
-    def _run(model: Any, batch: Mapping[str, Tensor], **options: Any) -> Any:
-        return model(**{name: batch[name] for name in _accepted(model) if name in batch}, use_cache=False, **options)
+        return self._value(run_model(self.critic, batch).last_hidden_state)
 
     def _value(self, hidden: Tensor) -> Tensor:
         if self.value_head is None:
@@ -103,6 +111,24 @@ class ActorCritic(nn.Module):
         """Takes up the value head alone."""
         if self.value_head is not None:
             self.value_head.load_state_dict(load_file(os.path.join(folder, VALUE_HEAD)))
+
+
+def policy_logits(model: Any, batch: Batch, values: bool, args: Any) -> ModelLogits:
+    """What stands for the logits of an `ActorCritic`'s policy in a loss; after it, `answer` holds the values.
+
+    Args:
+        model: the `ActorCritic`, wrapped or not.
+        values: ask for values too.
+        args: `fused_head` and `chunk_bytes`.
+    """
+    policy = getattr(model, "module", model).policy
+    call = functools.partial(_ask, model, batch, values)
+    shape = batch["input_ids"].shape
+    return ModelLogits(call, policy, shape, fused=args.fused_head, chunk_bytes=args.chunk_bytes)
+
+
+def _ask(model: Any, batch: Batch, values: bool, request: Request | None) -> Answer:
+    return model(batch, values=values, request=request)
 
 
 def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

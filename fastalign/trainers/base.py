@@ -7,8 +7,6 @@ items of all its micro-batches and processes, whatever their sizes, and so are t
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import os
 import shutil
 from abc import ABC, abstractmethod
@@ -21,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from ..ops import sum_tokens
 from .callbacks import ConsoleCallback, JsonlCallback
 from .checkpoints import PARTIAL, publish, rotate, write_folder
 from .config import TrainingConfig
@@ -29,9 +28,8 @@ from .data.files import Rows
 from .data.sampler import UpdateSampler
 from .even import FILLER, EvenCollator, even
 from .lora import is_adapted, merged, with_lora
+from .model_logits import ModelLogits, can_answer, logits_of
 from .run import load_model
-
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 class Weighted(NamedTuple):
@@ -84,6 +82,7 @@ class AlignmentTrainer(Trainer, ABC):
         optimizers: as in transformers.
     """
 
+    args: TrainingConfig
     task = "CAUSAL_LM"
     """Peft's name of what the model is for."""
 
@@ -111,6 +110,8 @@ class AlignmentTrainer(Trainer, ABC):
             callbacks=[JsonlCallback(), *(callbacks or [])],
             optimizers=optimizers,
         )
+        if args.fused_head:
+            can_answer(self.model)  # before it is wrapped
         for plain in (ProgressCallback, PrinterCallback):
             self.remove_callback(plain)
         self.add_callback(ConsoleCallback())
@@ -132,9 +133,13 @@ class AlignmentTrainer(Trainer, ABC):
     def batch_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         """The batch's mean loss, and metrics that are means over the same items (or say over how many others)."""
 
-    def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Logits of a padded batch, [B, T, V]."""
-        return model_logits(model, batch)
+    def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> ModelLogits:
+        """What stands for the logits [B, T, V] of a padded batch in a loss."""
+        return logits_of(model, batch, fused=self.args.fused_head, chunk_bytes=self.args.chunk_bytes)
+
+    def sequence_logps(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Sums of the log-probabilities of each row's labels, [B]."""
+        return sum_tokens(self.logits(model, batch).stats(batch["labels"]).logps)
 
     @classmethod
     def load(cls, path: str, args: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -262,19 +267,3 @@ class AlignmentTrainer(Trainer, ABC):
 
     def _sum(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="sum")
-
-
-def model_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Logits [B, T, V] of a model that takes `input_ids`, `attention_mask` and, if it knows them, `position_ids`."""
-    return model(**{name: batch[name] for name in _accepted(model) if name in batch}, use_cache=False).logits
-
-
-def _accepted(model: nn.Module) -> tuple[str, ...]:
-    """Inputs that the model's forward names (ALiBi models take no positions), seen through wrappers."""
-    inner: Any = model
-    while hasattr(inner, "module"):
-        inner = inner.module
-    with contextlib.suppress(AttributeError):
-        inner = inner.get_base_model()
-    names = inspect.signature(inner.forward).parameters
-    return tuple(name for name in MODEL_INPUTS if name in names)

@@ -35,6 +35,9 @@ COMMON = (
 )
 """Keys of transformers.TrainingArguments that the help of a command explains in full."""
 
+FUSED_HEAD = "Losses from hidden states, logits never held whole; false, or a head of unknown form: whole logits"
+CHUNK_BYTES = "Memory for logits in bytes; beyond it they are computed twice. By default an eighth of the machine's"
+
 _REPLACED = {
     "label_smoothing_factor": (0.0, "label_smoothing"),
     "use_liger_kernel": (False, "nothing: fastalign's own kernels always serve the loss"),
@@ -59,6 +62,8 @@ class TrainingConfig(TrainingArguments):
     )
     append_eos: bool = key(True, "End every completion with the end-of-sequence token", group="Model and data")
     padding_side: str = key("right", "Side of the padding: right or left", group="Model and data")
+    fused_head: bool = key(True, FUSED_HEAD, group="Loss")
+    chunk_bytes: int | None = key(None, CHUNK_BYTES, group="Loss")
     lora_rank: int = key(0, "Rank of LoRA adapters; 0 trains all weights", group="LoRA")
     lora_alpha: int = key(16, "Scale of the adapters: they are multiplied by lora_alpha / lora_rank", group="LoRA")
     lora_dropout: float = key(0.0, "Dropout in front of the adapters", group="LoRA")
@@ -86,8 +91,9 @@ class TrainingConfig(TrainingArguments):
         check_choice("padding_side", self.padding_side, ("right", "left"))
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         check_positive("max_length", self.max_length)
-        if self.max_prompt_length is not None:
-            check_positive("max_prompt_length", self.max_prompt_length)
+        for name in ("max_prompt_length", "chunk_bytes"):
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name))
         if self.lora_rank < 0 or not 0 <= self.lora_dropout < 1:
             raise ValueError(
                 f"lora_rank must be at least 0 and lora_dropout in [0, 1); got {self.lora_rank} and {self.lora_dropout}"

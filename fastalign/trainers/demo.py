@@ -90,6 +90,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     place.stage("pairs", "Sampling continuations, and pairing them by the gold reward", demo.pairs)
     place.stage("dpo", "Direct preference optimisation", demo.dpo)
     place.stage("compare", "Before and after, on held-out prompts", demo.compare)
+    place.stage("memory", "Memory of a DPO pass, logits formed whole and not", demo.memory)
     results = {"config": dataclasses.asdict(config), **place.results}
     write_json(place.path / "results.json", results)
     demo_report.curves(results, place.path)

@@ -77,6 +77,13 @@ def show(results: dict[str, Any], console: Console) -> None:
     for example in results["compare"]["samples"]:
         texts.add_row(*(f"{example[n]} [dim]({example[n + '_gold']:+.1f})[/]" for n in ("before", "after")))
     console.print(texts)
+    memory = results["memory"]
+    if memory["peak"] is not None:
+        whole, fused = (memory["peak"][name] / 1e6 for name in ("logits", "fused"))
+        console.print(
+            f"peak memory of one DPO pass ({memory['pairs']} pairs) beyond weights and gradients: {fused:,.0f} MB with "
+            f"the fused head, {whole:,.0f} MB with the logits formed whole"
+        )
     times = {name: stage["seconds"] for name, stage in results.items() if "seconds" in stage}
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in times.items())
     console.print(f"time: {spent}; together {sum(times.values()):.0f} s")

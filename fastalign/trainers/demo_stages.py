@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from . import demo_models
+from . import demo_models, step_memory
 from .callbacks import LOG_NAME, read_log
 from .data.reviews import Review, load_reviews, opening, split_reviews
 from .demo_config import DemoConfig
@@ -214,6 +214,11 @@ class Demo:
         result["gold_scores"] = {name: scores.flatten().tolist() for name, scores in gold.items()}
         result["peak_memory_mb"] = peak_memory_mb()
         return result
+
+    def memory(self) -> dict[str, Any]:
+        """Peak memory of a DPO pass with and without the logits formed whole."""
+        size = (self.config.dpo_batch_size + 1) // 2
+        return {"pairs": size, "peak": step_memory.measure(self.path, self.path / "pairs.jsonl", size)}
 
     # ---------------------------------------------------------------------------------------------------- helpers
     def _training(self, name: str, batch_size: int, epochs: float) -> dict[str, Any]:

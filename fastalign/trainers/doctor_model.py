@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import ops
-from .base import model_logits
 from .data.chat import is_chat
 from .data.collate import pad
 from .data.tokenize import LIST_FORMS, PAIR_FORMS
 from .doctor_data import Finding, Patient
 from .eval.sampling import end_ids, prompt_ids
 from .eval.scorers import score_texts
+from .model_logits import logits_of
 from .run import pad_id
 
 _DRAWN, _NEW_TOKENS = 8, 16
@@ -62,7 +61,7 @@ def sampler(p: Patient) -> list[Finding]:
     lengths = [next((t + 1 for t, i in enumerate(tail) if i in ends), len(tail)) for tail in tails.tolist()]
     pairs = [(ids, tail[:n]) for ids, tail, n in zip(rows, tails.tolist(), lengths, strict=True)]
     trained = _on(p.model.device, pad(pairs, pad_id(p.tokenizer)))
-    logps = ops.token_logps(model_logits(p.model, trained), trained["labels"])
+    logps = logits_of(p.model, trained).stats(trained["labels"]).logps
     worst = max(
         float((logps[i, len(ids) - 1 : len(ids) - 1 + len(tail)] - sampled[i, : len(tail)]).abs().max())
         for i, (ids, tail) in enumerate(pairs)

@@ -26,7 +26,6 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import ops
 from ..losses.preference import DPOLoss
 from . import ref_cache
 from .arguments import key
@@ -213,8 +212,7 @@ class DPOTrainer(AlignmentTrainer):
         for batch in tqdm(loader, desc="reference log-probs", disable=self.args.disable_tqdm):
             batch = {name: value.to(self.args.device) for name, value in batch.items()}
             with self.accelerator.autocast(), adapters_off(reference):
-                logits = self.logits(reference, batch)
-            logps = ops.sequence_logps(logits, batch["labels"])
+                logps = self.sequence_logps(reference, batch)
             for column, half in zip(columns, logps.chunk(2), strict=True):
                 column += half.tolist()
         reference.train(training)
@@ -231,7 +229,7 @@ class DPOTrainer(AlignmentTrainer):
             if reference is None:
                 stack.enter_context(adapters_off(model))
                 reference = model
-            chosen, rejected = ops.sequence_logps(self.logits(reference, batch), batch["labels"]).chunk(2)
+            chosen, rejected = self.sequence_logps(reference, batch).chunk(2)
         return chosen, rejected
 
 

@@ -25,10 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
 
-from .. import ops
 from . import arguments
 from .arguments import key
-from .base import model_logits
 from .checkpoints import write_json
 from .config import check_choice, check_positive
 from .data.collate import IGNORE, SFTCollator
@@ -38,6 +36,7 @@ from .data.tokenize import tokenize_sft
 from .eval.estimates import distinct, estimate
 from .eval.sampling import Sampling, sample
 from .eval.scorers import Judge, load_judge
+from .model_logits import logits_of
 from .run import pad_id
 from .sample import load, read_prompts
 
@@ -133,7 +132,7 @@ def perplexity(model: Any, tokenizer: Any, config: EvalConfig) -> float | None:
     for start in range(0, len(order), config.batch_size):
         batch = collate([tokenised[i] for i in order[start : start + config.batch_size]])
         batch = {name: value.to(model.device) for name, value in batch.items()}
-        total -= float(ops.token_logps(model_logits(model, batch), batch["labels"]).sum())
+        total -= float(logits_of(model, batch).stats(batch["labels"]).logps.sum())
         count += int((batch["labels"] != IGNORE).sum())
     return math.exp(total / count)
 

@@ -26,7 +26,6 @@ from .config import check_choice
 from .policy_config import PolicyConfig
 from .policy_run import run_policy
 from .policy_trainer import PolicyTrainer
-from .policy_update import one_launch
 from .rollout import Episode
 
 
@@ -114,8 +113,6 @@ class GRPOTrainer(PolicyTrainer):
             max_length=1 if summed else args.response_length,
             report_entropy=True,
             temperature=args.temperature,
-            inplace_backward=True,
-            one_launch=one_launch(variant.kind, self.accelerator.device, args.dtype),
         )
 
     def advantages(self, episodes: Sequence[Episode], shaped: rl.ShapedRewards) -> dict[str, float]:

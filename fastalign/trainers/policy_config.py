@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .arguments import key
-from .config import check_choice, check_positive
+from .config import CHUNK_BYTES, FUSED_HEAD, check_choice, check_positive
 
 _POSITIVE = (
     "max_prompt_length",
@@ -25,7 +25,15 @@ _POSITIVE = (
     "logging_steps",
 )
 _NOT_NEGATIVE = ("top_k", "warmup_steps", "weight_decay", "max_grad_norm", "kl_coef", "entropy_coef", "lora_rank")
-_EVERY = ("total_episodes", "eval_steps", "save_steps", "save_total_limit", "ptx_batch_size", "lora_alpha")
+_EVERY = (
+    "total_episodes",
+    "eval_steps",
+    "save_steps",
+    "save_total_limit",
+    "ptx_batch_size",
+    "lora_alpha",
+    "chunk_bytes",
+)
 
 
 @dataclass
@@ -70,6 +78,8 @@ class PolicyConfig:
     cliprange_high: float | None = key(None, "The same upwards, where it differs", group="Loss")
     dual_clip: float | None = key(None, "Bound of the loss where the advantage is negative, usually 3", group="Loss")
     entropy_coef: float = key(0.0, "Weight of the entropy bonus", group="Loss")
+    fused_head: bool = key(True, FUSED_HEAD, group="Loss")
+    chunk_bytes: int | None = key(None, CHUNK_BYTES, group="Loss")
     ref_model: str | None = key(
         None, "Folder of the reference model, if not the model as it was at the start", group="Reference"
     )

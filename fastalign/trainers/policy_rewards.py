@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ..losses.reward import last_token_scores
-from .base import _accepted
 from .data.collate import pad
 from .data.encode import Encoder
+from .model_logits import run_model
 from .rollout import Episode
 from .run import pad_id
 
@@ -98,7 +98,7 @@ class ModelReward:
         if not hasattr(self.model, "score"):
             return self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.squeeze(-1)
         backbone = self.model.base_model
-        hidden = backbone(**{name: batch[name] for name in _accepted(backbone)}, use_cache=False).last_hidden_state
+        hidden = run_model(backbone, batch).last_hidden_state
         return last_token_scores(self.model.score(hidden).squeeze(-1), batch["attention_mask"].bool())
 
 

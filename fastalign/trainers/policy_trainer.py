@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import os
 import shutil
 import time
@@ -21,20 +22,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
-from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from .. import rl
 from ..losses.policy import PPOLoss
-from .actor_critic import ActorCritic, disable_dropout
-from .base import model_logits
+from .actor_critic import ActorCritic, disable_dropout, policy_logits
 from .callbacks import JsonlCallback
 from .checkpoints import PARTIAL, rotate
 from .data.collate import Batch, pad
 from .data.files import Rows
 from .lora import adapters_off, with_lora
+from .model_logits import Answer, ModelLogits, Request, ask, can_answer
 from .policy_checkpoint import RunState, load_training_state, save_policy, save_whole
 from .policy_config import PolicyConfig
 from .policy_rewards import RewardFunction, load_reward
@@ -109,6 +109,8 @@ class PolicyTrainer(ABC):
         self.inner = self.build(policy)
         disable_dropout(self.inner)
         self.inner.policy = with_lora(policy, args, "CAUSAL_LM")  # type: ignore[arg-type]
+        if args.fused_head:
+            can_answer(self.inner.policy)  # before it is wrapped
         if args.gradient_checkpointing:
             self.inner.policy.gradient_checkpointing_enable()
         self._ptx: PretrainingStream | None = None
@@ -201,14 +203,16 @@ class PolicyTrainer(ABC):
             load_training_state(self, checkpoint)
         return self.updater
 
-    @torch.no_grad()
-    def reference_logits(self, batch: Batch) -> Tensor:
-        """Logits [B, T, V] of the reference."""
-        if self._reference is not None:
-            with self.accelerator.autocast():
-                return model_logits(self._reference, batch)
-        with self.accelerator.autocast(), adapters_off(self.inner.policy):
-            return model_logits(self.inner.policy, batch)
+    def reference_logits(self, batch: Batch) -> ModelLogits:
+        """What stands for the reference's logits [B, T, V] in a loss."""
+        model = self.inner.policy if self._reference is None else self._reference
+
+        def call(request: Request | None) -> Answer:
+            with torch.no_grad(), self.accelerator.autocast(), adapters_off(model):
+                return ask(model, batch, request)
+
+        args = self.args
+        return ModelLogits(call, model, batch["input_ids"].shape, fused=args.fused_head, chunk_bytes=args.chunk_bytes)
 
     @contextlib.contextmanager
     def _whole_weights(self) -> Iterator[ActorCritic]:
@@ -243,7 +247,7 @@ class PolicyTrainer(ABC):
                 episodes = generate(model.policy, self.processing_class, prompts, keys, self.sampling())
                 fill_in(
                     episodes,
-                    model,
+                    functools.partial(policy_logits, model, values=model.has_values, args=self.args),
                     self.reference_logits if self.args.needs_reference else None,
                     fill=self.fill,
                     device=self.accelerator.device,

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import rl
 from ..losses.policy import PolicyLossOutput, PPOLoss
+from .actor_critic import policy_logits
 from .data.collate import IGNORE, Batch
 from .rollout import Episode
 
@@ -60,7 +61,7 @@ def trust_region_updates(trainer: Any, episodes: Sequence[Episode]) -> dict[str,
 
 
 def _surrogate(trainer: Any, measure: PPOLoss, batch: Batch) -> PolicyLossOutput:
-    logits, _ = trainer.inner(batch, values=False)
+    logits = policy_logits(trainer.inner, batch, values=False, args=trainer.args)
     return measure(logits, batch["labels"], batch["rollout_logps"], batch["rollout_advantages"])
 
 
@@ -72,8 +73,8 @@ def _kl_to_now(trainer: Any, batch: Batch) -> Any:
     """KL(policy as it is now, policy), a function without arguments."""
     mask, temperature = batch["labels"] != IGNORE, trainer.args.temperature
     with torch.no_grad():
-        old = trainer.inner(batch, values=False)[0] / temperature
-    return lambda: rl.exact_kl(trainer.inner(batch, values=False)[0] / temperature, old, mask)
+        old = trainer.inner(batch, values=False).logits / temperature
+    return lambda: rl.exact_kl(trainer.inner(batch, values=False).logits / temperature, old, mask)
 
 
 def _fit_values(trainer: Any, updater: Any, chosen: Sequence[Episode], options: Any) -> None:

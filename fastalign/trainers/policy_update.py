@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
-from .. import _backends, ops
 from ..losses.policy import PolicyLossOutput, PPOLoss
 from ..losses.value import ptx_loss, value_loss
+from .actor_critic import policy_logits
 from .base import Means
 from .data.collate import IGNORE, Batch, SFTCollator
 from .data.encode import Encoder
 from .data.tokenize import tokenize_sft
+from .model_logits import ModelLogits
 from .rollout import Episode, collate, spread
 from .run import pad_id
 
@@ -72,7 +73,7 @@ class Updater:
         args: a PolicyConfig.
         accelerator, model, optimizer: accelerate's; the model is an `ActorCritic`, wrapped or not.
         scheduler: stepped once per update.
-        reference: a padded batch to the reference's logits; used where the loss holds an exact KL.
+        reference: a padded batch to what stands for the reference's logits; used where the loss holds an exact KL.
         fill: id to pad with.
         ptx: pretraining text to mix in, or None.
     """
@@ -84,7 +85,7 @@ class Updater:
         model: Any,
         optimizer: Any,
         scheduler: Any,
-        reference: Callable[[Batch], Tensor] | None,
+        reference: Callable[[Batch], ModelLogits] | None,
         fill: int,
         ptx: PretrainingStream | None,
     ) -> None:
@@ -141,7 +142,7 @@ class Updater:
         """The micro-batch's share of the mini-batch's loss; notes its metrics."""
         mask = batch["labels"] != IGNORE
         count = mask.sum()
-        logits, predicted = self.model(batch, values=values is not None)
+        logits = self.logits(batch, values is not None)
         exact = loss.config["kl_estimator"] == "exact"
         out = loss(
             logits,
@@ -154,11 +155,15 @@ class Updater:
         )
         metrics = self._metrics(out, count, tokens)
         total = out.loss
-        if values is not None and predicted is not None:
-            share, more = self.value_share(predicted, batch, values, tokens)
+        if values is not None and logits.answer.values is not None:
+            share, more = self.value_share(logits.answer.values, batch, values, tokens)
             total, metrics = total + share, {**metrics, **more}
         self.means.add(metrics, count)
         return total
+
+    def logits(self, batch: Batch, values: bool = False) -> ModelLogits:
+        """What stands for the policy's logits in a loss; after it, `answer` holds the values of that forward pass."""
+        return policy_logits(self.model, batch, values, self.args)
 
     def value_share(
         self, predicted: Tensor, batch: Batch, values: ValueOptions, tokens: int
@@ -190,8 +195,7 @@ class Updater:
             batch = {name: x.to(self.accelerator.device) for name, x in batch.items()}
             mask = batch["labels"] != IGNORE
             with self._syncs(False):
-                logits, _ = self.model(batch, values=False)
-                logps = ops.token_logps(logits, batch["labels"], inplace_backward=True)
+                logps = self.logits(batch).stats(batch["labels"]).logps
                 loss = ptx_loss(logps.new_zeros(()), logps, mask, ptx_coef=self.args.ptx_coef)
                 self.backward(loss * (mask.sum() / tokens))
             self.ptx_means.add({"loss/ptx_avg": loss}, mask.sum())
@@ -242,9 +246,3 @@ def pretraining_stream(args: Any, tokenizer: PreTrainedTokenizerBase, processes:
     rows = tokenize_sft(args.ptx_dataset, Encoder(tokenizer, args.max_prompt_length + args.response_length))
     responses = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     return PretrainingStream(rows, args.ptx_batch_size or responses, pad_id(tokenizer), args.seed)
-
-
-def one_launch(kind: str, device: torch.device, dtype: str) -> bool:
-    """Whether the loss may be computed in one visit to the logits: a compiled kernel, and tokens that stand alone."""
-    likeness = torch.empty(0, dtype=getattr(torch, dtype), device=device)
-    return not kind.startswith("gspo") and _backends.choose(likeness) == "cpu"

@@ -32,7 +32,7 @@ from .policy_config import PolicyConfig
 from .policy_run import run_policy
 from .policy_trainer import PolicyTrainer
 from .policy_trust_region import trust_region_updates
-from .policy_update import ValueOptions, one_launch
+from .policy_update import ValueOptions
 from .rollout import Episode, response_mask, stacked, unstack
 
 
@@ -131,8 +131,6 @@ class PPOTrainer(PolicyTrainer):
             entropy_coef=args.entropy_coef,
             report_entropy=True,
             temperature=args.temperature,
-            inplace_backward=True,
-            one_launch=one_launch(args.objective, self.accelerator.device, args.dtype),
         )
 
     def value_options(self) -> ValueOptions:

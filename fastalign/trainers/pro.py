@@ -21,7 +21,6 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import ops
 from ..losses.listwise import PROLoss, comparable, comparisons, pro_loss
 from .arguments import key
 from .base import AlignmentTrainer, Metrics, Weighted
@@ -93,7 +92,7 @@ class PROTrainer(AlignmentTrainer):
 
     def batch_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         labels, args = batch["labels"], self.args
-        sums = ops.sequence_logps(self.logits(model, batch), labels, inplace_backward=True)
+        sums = self.sequence_logps(model, batch)
         totals, mask = in_lists(sums, batch["places"])
         lengths, _ = in_lists((labels != IGNORE).sum(-1).to(sums.dtype), batch["places"])
         means = totals / lengths.clamp(min=1)

@@ -34,11 +34,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from ..losses.listwise import comparable, comparisons, list_metrics, plackett_luce_loss
 from ..losses.reward import best_of_k_loss, kwise_reward_loss, reward_loss
 from .arguments import key
-from .base import AlignmentTrainer, Metrics, Weighted, model_logits
+from .base import AlignmentTrainer, Metrics, Weighted
 from .config import TrainingConfig, check_choice
 from .data.collate import Batch, ListCollator, in_lists
 from .data.files import Rows, read_rows
 from .data.tokenize import tokenize_lists
+from .model_logits import model_logits
 from .run import encoder, model_options, run
 
 PAD_TOKEN = "<|padding|>"

@@ -30,14 +30,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from .. import ops
 from ..rl.rewards import ShapedRewards
-from .actor_critic import ActorCritic
 from .data.chat import is_chat, render
 from .data.collate import IGNORE, Batch, pad
 from .data.encode import Encoder
 from .data.files import Rows, load_rows, text_of
 from .lora import is_adapted
+from .model_logits import ModelLogits
 from .run import pad_id
 
 
@@ -213,8 +212,8 @@ def _rows(x: Tensor, labels: Tensor) -> list[Tensor]:
 @torch.no_grad()
 def fill_in(
     episodes: Sequence[Episode],
-    model: ActorCritic,
-    reference: Callable[[Batch], Tensor] | None,
+    policy: Callable[[Batch], ModelLogits],
+    reference: Callable[[Batch], ModelLogits] | None,
     *,
     fill: int,
     device: torch.device,
@@ -224,28 +223,24 @@ def fill_in(
 ) -> None:
     """Sets each episode's log-probabilities, entropies, values and, with a reference, its log-probabilities or KL.
 
-    reference: a padded batch to the reference's logits [B, T, V]. With exact_kl both distributions are compared whole.
+    policy, reference: a padded batch to what stands for logits [B, T, V]; after its statistics the policy's `answer`
+        holds the values. With exact_kl both distributions are compared whole.
     """
     order = sorted(range(len(episodes)), key=lambda i: len(episodes[i].prompt.ids) + len(episodes[i].ids))
     for start in range(0, len(order), batch_size):
         chosen = [episodes[i] for i in order[start : start + batch_size]]
         batch = {name: value.to(device) for name, value in collate(chosen, fill).items()}
         labels = batch["labels"]
-        logits, values = model(batch)
+        logits = policy(batch)
         ref_logits = None if reference is None else reference(batch)
-        exact = exact_kl and ref_logits is not None
-        stats = ops.token_stats(
-            logits,
-            labels,
-            temperature=temperature,
-            entropy=True,
-            kl=exact,
-            ref_logits=ref_logits if exact else None,
-        )
+        options: dict[str, Any] = {"temperature": temperature, "entropy": True}
+        if ref_logits is not None and exact_kl:
+            options |= {"kl": True, "ref_logits": ref_logits}
+        stats = logits.stats(labels, **options)
         found: dict[str, Tensor | None] = {"logps": stats.logps, "entropy": stats.entropy, "kl": stats.kl}
-        found["values"] = values
-        if ref_logits is not None:
-            found["ref_logps"] = ops.token_logps(ref_logits, labels, temperature=temperature)
+        found["values"] = logits.answer.values
+        if ref_logits is not None and not exact_kl:
+            found["ref_logps"] = ref_logits.stats(labels, temperature=temperature).logps
         for name, x in found.items():
             if x is not None:
                 for episode, row in zip(chosen, _rows(x, labels), strict=True):

@@ -11,12 +11,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ... import ops
-from ..base import model_logits
 from ..config import check_positive
 from ..data.chat import Messages
 from ..data.collate import pad
 from ..data.encode import Encoder
+from ..model_logits import logits_of
 from ..run import pad_id
 
 
@@ -141,9 +140,9 @@ def compare_policies(
         chosen = [samples[i] for i in order[start : start + batch_size]]
         batch = pad([(s.prompt_ids, s.ids) for s in chosen], fill)
         batch = {name: value.to(policy.device) for name, value in batch.items()}
-        logits, ref_logits = model_logits(policy, batch), model_logits(reference, batch)
-        stats = ops.token_stats(logits, batch["labels"], ref_logits=ref_logits, kl=True, entropy=True)
-        ref_logps = ops.token_logps(ref_logits, batch["labels"])
+        logits, ref_logits = logits_of(policy, batch), logits_of(reference, batch)
+        stats = logits.stats(batch["labels"], ref_logits=ref_logits, kl=True, entropy=True)
+        ref_logps = ref_logits.stats(batch["labels"]).logps
         if stats.kl is None or stats.entropy is None:
             raise RuntimeError("token_stats did not return the entropy and the KL that it was asked for")
         parts.append(torch.stack([(stats.logps - ref_logps).sum(-1), stats.kl.sum(-1), stats.entropy.sum(-1)]))

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from ..base import model_logits
 from ..data.chat import Messages
 from ..data.collate import pad
 from ..data.encode import Encoder
 from ..data.reviews import load_reviews, split_reviews
+from ..model_logits import model_logits
 from ..run import pad_id
 from .gold import fit_gold
 

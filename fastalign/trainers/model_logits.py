@@ -1,0 +1,193 @@
+"""A language model's logits for a batch: the tensor, or what stands in its place in a loss so that it is never formed.
+
+The statistics are computed inside the model's own forward call, so whatever wraps the model (DDP, FSDP, autocast, LoRA)
+sees one ordinary forward pass: weights are gathered around it and gradients synchronised after it. For that a causal
+language model's class takes one more keyword, `request`; without it, it is what it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..head import Head, head_token_stats
+from ..integrations._lm_head import LMHead, read_lm_head, unwrapped
+from ..ops import TokenStats, token_stats
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+class Request(NamedTuple):
+    """What a forward pass is asked for in place of logits."""
+
+    labels: Tensor | None = None
+    """[B, T]: statistics of these; None: the head."""
+    options: Mapping[str, Any] = {}
+    """Of `head_token_stats`."""
+    hidden: bool = False
+    """The hidden states too."""
+
+
+class Answer(NamedTuple):
+    """What came of a `Request`."""
+
+    stats: TokenStats | None = None
+    logits: Tensor | None = None
+    """[B, T, V], where nothing was requested in their place."""
+    head: Head | None = None
+    """The head, with the hidden states that it would take, where no labels were given."""
+    hidden: Tensor | None = None
+    """[B, T, H], the last hidden states."""
+    values: Tensor | None = None
+    """[B, T], of a model with a value function."""
+
+
+# ----------------------------------------------------------------------------------------------------- plain logits
+def model_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Logits [B, T, V] of a model that takes `input_ids`, `attention_mask` and, if it knows them, `position_ids`."""
+    return run_model(model, batch).logits
+
+
+def run_model(model: Any, batch: Mapping[str, Tensor], **options: Any) -> Any:
+    """The model's output for a padded batch."""
+    kind: Any = type(unwrapped(model))
+    names = _inputs(kind)
+    return model(**{name: batch[name] for name in names if name in batch}, use_cache=False, **options)
+
+
+@functools.cache
+def _inputs(cls: Any) -> tuple[str, ...]:
+    """Inputs that the class's forward names (ALiBi models take no positions)."""
+    names = inspect.signature(cls.forward).parameters  # type: ignore[attr-defined]
+    return tuple(name for name in MODEL_INPUTS if name in names)
+
+
+# ------------------------------------------------------------------------------------------------- never formed logits
+def can_answer(model: Any) -> bool:
+    """Makes the model take requests, if its head can be read; False, and no change, for one whose head cannot.
+
+    To be asked before accelerate wraps the model: a forward that was put around the class's own for mixed precision
+    would hide the new one, and the answer is False as well.
+    """
+    inner: Any = unwrapped(model)
+    kind: Any = type(inner)
+    if issubclass(kind, _Answering):
+        return True
+    if "forward" in vars(inner):
+        return False
+    try:
+        read_lm_head(inner)
+    except ValueError:
+        return False
+    inner.__class__ = _answering(kind)
+    return True
+
+
+class _Answering:
+    """Marks classes whose forward takes a request."""
+
+
+@functools.cache
+def _answering(cls: Any) -> type:
+    """The class with `request` as a keyword of its forward; of the same name, which a saved configuration holds."""
+
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, request: Request | None = None, **inputs: Any) -> Any:
+        if request is None:
+            return cls.forward(self, *args, **inputs)
+        head = read_lm_head(self)
+        hidden = head.body(*args, **inputs).last_hidden_state
+        kept = hidden if request.hidden else None
+        if request.labels is None:
+            return Answer(head=head.on(hidden), hidden=kept)
+        return Answer(_stats(head, hidden, request.labels, request.options), hidden=kept)
+
+    own = {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (_Answering, cls), own)
+
+
+def _stats(head: LMHead, hidden: Tensor, labels: Tensor, options: Mapping[str, Any]) -> TokenStats:
+    own, asked = head.softcap, options.get("softcap")
+    if own is not None and asked is not None and own != asked:
+        raise ValueError(f"softcap must be None for a model that caps its logits itself, at {own}; got {asked}")
+    given = {**options, "softcap": own if asked is None else asked}
+    return head_token_stats(hidden, head.weight, labels, bias=head.bias, logit_scale=head.logit_scale, **given)
+
+
+class ModelLogits:
+    """Stands in place of logits [B, T, V] in a loss, which asks it for their statistics.
+
+    Args:
+        call: a request, or None for logits, to its answer: one forward pass.
+        model: the language model that it runs, wrapped or not.
+        shape: [B, T] of the batch.
+        fused: never form the logits, if the model's head can be read; else they are formed whole.
+        chunk_bytes: as in `head_token_stats`.
+    """
+
+    def __init__(
+        self,
+        call: Callable[[Request | None], Answer],
+        model: Any,
+        shape: torch.Size,
+        *,
+        fused: bool = True,
+        chunk_bytes: int | None = None,
+    ) -> None:
+        inner: Any = unwrapped(model)
+        self._call, self._model, self._rows = call, inner, shape
+        self.fused, self._chunk_bytes = fused and can_answer(model), chunk_bytes
+        self.answer = Answer()
+        """The last forward pass's."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the logits."""
+        return torch.Size((*self._rows, self._model.get_output_embeddings().weight.shape[0]))
+
+    def stats(
+        self, labels: Tensor, *, ref_logits: ModelLogits | None = None, inplace_backward: bool = False, **options: Any
+    ) -> TokenStats:
+        """Token statistics, from one forward pass of the model, and one of the reference if one is given.
+
+        The gradient of logits that are formed nevertheless is written over them: nobody else has them.
+        """
+        if not self.fused or (ref_logits is not None and not ref_logits.fused):
+            reference = None if ref_logits is None else ref_logits.logits()
+            self.answer = self._call(None)
+            logits: Any = self.answer.logits
+            return token_stats(logits, labels, ref_logits=reference, inplace_backward=True, **options)
+        if ref_logits is not None:
+            head = ref_logits.head()
+            options |= {"ref_hidden": head.hidden, "ref_weight": head.weight, "ref_bias": head.bias}
+        self.answer = self._call(Request(labels, {**options, "chunk_bytes": self._chunk_bytes}))
+        if self.answer.stats is None:
+            raise RuntimeError("the model gave no statistics")
+        return self.answer.stats
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        """The tensor itself, a constant, from one forward pass."""
+        return self._call(None).logits  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def head(self) -> Head:
+        """The head and the hidden states of one forward pass: constants, for a reference."""
+        return self._call(Request()).head  # type: ignore[return-value]
+
+
+def ask(model: nn.Module, batch: Mapping[str, Tensor], request: Request | None) -> Answer:
+    """One forward pass of a language model."""
+    if request is None:
+        return Answer(logits=model_logits(model, batch))
+    return run_model(model, batch, request=request)
+
+
+def logits_of(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> ModelLogits:
+    """What a loss takes for the model's logits of a padded batch; options as in `ModelLogits`."""
+    return ModelLogits(functools.partial(ask, model, batch), model, batch["input_ids"].shape, **options)

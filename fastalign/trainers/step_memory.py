@@ -1,0 +1,79 @@
+"""Peak memory of one DPO forward and backward pass, with the logits formed whole and without, each in a fresh process.
+
+    python -m fastalign.trainers.step_memory MODEL_FOLDER PAIRS.jsonl PAIRS_IN_A_BATCH true|false
+
+prints a number of bytes: how far resident memory rises during the pass on the longest pairs, weights and gradients
+being there before. Needs Linux, whose kernel keeps a high-water mark that can be reset; elsewhere it prints nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+_CLEAR = Path("/proc/self/clear_refs")
+_M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+
+
+def measure(model: Path, pairs: Path, batch_size: int) -> dict[str, int] | None:
+    """{"logits": bytes, "fused": bytes}; None where it cannot be measured."""
+    found = {}
+    for name, fused in (("logits", "false"), ("fused", "true")):
+        arguments = [str(model.resolve()), str(pairs.resolve()), str(batch_size), fused]
+        command = [sys.executable, "-m", __spec__.name, *arguments]
+        # Elsewhere than in the working folder, whose packages Python would take for installed ones.
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tempfile.gettempdir())
+        if not done.stdout.strip():
+            return None
+        found[name] = int(done.stdout.split()[-1])
+    return found
+
+
+def _status(field: str) -> int:
+    """A field of /proc/self/status, in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def _trainer(model: str, pairs: str, batch_size: int, fused: bool, folder: str) -> Any:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .dpo import DPOConfig, DPOTrainer
+
+    config = DPOConfig(
+        output_dir=folder, per_device_train_batch_size=batch_size, fused_head=fused, precompute_ref_log_probs=False,
+        reference_free=True, report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    return DPOTrainer(policy, config, pairs, None, AutoTokenizer.from_pretrained(model))
+
+
+def main(model: str, pairs: str, batch_size: str, fused: str) -> None:
+    if not _CLEAR.exists():
+        return
+    # glibc would serve later passes from memory that earlier ones left behind, unseen; mapped blocks are given back.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 128 << 10)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _trainer(model, pairs, int(batch_size), fused == "true", folder)
+        rows = trainer.train_dataset
+        longest = sorted(range(len(rows)), key=lambda i: -rows[i]["length"])[: int(batch_size)]
+        batch = trainer.data_collator([rows[i] for i in longest])
+        before = 0
+        for last in (False, False, True):  # the first two leave the gradients, thread stacks and tables behind
+            gc.collect()
+            if last:
+                _CLEAR.write_text("5")
+                before = _status("VmRSS")
+            trainer.compute_loss(trainer.model, dict(batch)).backward()
+        print(max(0, _status("VmHWM") - before))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,166 @@
+"""What stands for a model's logits in the trainers: the same losses and gradients, and a model left as it was."""
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="needs transformers (the extra `train`)")
+pytest.importorskip("accelerate", reason="needs accelerate (the extra `train`)")
+
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig
+
+from fastalign import losses
+from fastalign.trainers.actor_critic import ActorCritic, policy_logits
+from fastalign.trainers.data.collate import pad
+from fastalign.trainers.model_logits import can_answer, logits_of, model_logits
+
+_SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 61,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**_SIZES, num_key_value_heads=1),
+    "tied": LlamaConfig(**_SIZES, num_key_value_heads=2, tie_word_embeddings=True),
+    "gpt2": GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=61, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0),
+    "granite": GraniteConfig(**_SIZES, num_key_value_heads=1, logits_scaling=4.0),
+    "gemma2": Gemma2Config(**_SIZES, num_key_value_heads=1, head_dim=8, final_logit_softcapping=3.0),
+}
+
+
+def tiny(name):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS[name]).float()
+
+
+def batch(side="right"):
+    return pad([([3, 4, 5], [6, 7]), ([8], [9, 10, 11, 12]), ([1, 2], [13]), ([20, 21, 22, 23], [24, 25])], 0, side)
+
+
+class Switches:
+    fused_head, chunk_bytes = True, None
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def close(got, want):
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_losses_and_gradients_are_those_of_logits(name):
+    model, rows = tiny(name), batch()
+    half = torch.tensor([-9.0, -5.0])
+    for module, more in (
+        (losses.SFTLoss(label_smoothing=0.1, z_loss=1e-3), {}),
+        (losses.DPOLoss(), {"ref_chosen_logps": half, "ref_rejected_logps": half}),
+    ):
+        want = module(model_logits(model, rows), rows["labels"], **more)
+        got = module(logits_of(model, rows), rows["labels"], **more)
+        torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=1e-6)
+        close(gradients(model, got.loss), gradients(model, want.loss))
+    assert logits_of(model, rows).shape == model_logits(model, rows).shape
+
+
+def test_exact_kl_and_values_come_with_one_forward_pass():
+    rows = batch()
+    old, advantages = torch.full(rows["labels"].shape, -4.0), torch.linspace(-1, 1, 4)
+    loss = losses.PPOLoss(kl_estimator="exact", kl_coef=0.5, entropy_coef=0.1)
+    found = []
+    for shared in (True, False):
+        policy, reference = tiny("llama"), tiny("tied")
+        actor = ActorCritic(policy, None if shared else copy.deepcopy(policy.base_model), shared=shared)
+        torch.nn.init.ones_(actor.value_head.weight)
+        for fused in (True, False):
+            switches = Switches()
+            switches.fused_head = fused
+            calls = []
+            hook = policy.base_model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+            logits = policy_logits(actor, rows, True, switches)
+            out = loss(logits, rows["labels"], old, advantages, ref_logits=logits_of(reference, rows, fused=fused))
+            hook.remove()
+            assert len(calls) == 1
+            total = out.loss + logits.answer.values.square().mean()
+            found.append((out.loss, out.kl, logits.answer.values, gradients(actor, total)))
+    for fused, plain in (found[:2], found[2:]):
+        for a, b in zip(fused[:3], plain[:3], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        close(fused[3], plain[3])
+
+
+def test_adapters_checkpointing_and_autocast():
+    peft = pytest.importorskip("peft", reason="needs peft (the extra `train`)")
+    rows = batch()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(tiny("llama"), config)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable()
+    model.train()
+    results = []
+    for fused in (True, False):
+        loss = losses.SFTLoss()(logits_of(model, rows, fused=fused), rows["labels"]).loss
+        results.append((loss, gradients(model, loss)))
+        with model.disable_adapter():
+            results[-1] += (losses.SFTLoss()(logits_of(model, rows, fused=fused), rows["labels"]).loss,)
+    (loss, grads, off), (want, want_grads, want_off) = results
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(off, want_off, rtol=1e-5, atol=1e-6)
+    assert abs(float(off - loss)) > 1e-3
+    assert any("lm_head.lora_A" in name for name in grads)
+    close(grads, want_grads)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = losses.SFTLoss()(logits_of(model, rows), rows["labels"]).loss
+    torch.testing.assert_close(half, want, rtol=2e-2, atol=2e-2)
+
+
+def test_the_model_stays_what_it_was(tmp_path):
+    model, rows = tiny("llama"), batch()
+    kind, before = type(model), model_logits(model, rows)
+    assert can_answer(model)
+    assert isinstance(model, kind)
+    assert torch.equal(model_logits(model, rows), before)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    assert torch.equal(model_logits(model, rows), before)
+    stats = logits_of(twin, rows).stats(rows["labels"])  # the copy answers with its own weights
+    torch.testing.assert_close(stats.lse[rows["labels"] != -100], torch.full((9,), 61.0).log())
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is kind
+    assert loaded.config.architectures == ["LlamaForCausalLM"]
+    assert (
+        model.generate(rows["input_ids"][:1], max_new_tokens=2, do_sample=False).shape[1]
+        == rows["input_ids"].shape[1] + 2
+    )
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_head_of_unknown_form_gets_logits():
+    model, rows = tiny("llama"), batch()
+    model.lm_head = Doubled(16, 61, bias=False)
+    kind = type(model)
+    assert not can_answer(model)
+    assert type(model) is kind
+    got = losses.SFTLoss()(logits_of(model, rows), rows["labels"])
+    torch.testing.assert_close(got.loss, losses.SFTLoss()(model_logits(model, rows), rows["labels"]).loss)
+
+
+def test_two_soft_caps_are_refused():
+    rows = batch()
+    with pytest.raises(ValueError, match="softcap must be None for a model that caps its logits itself, at 3"):
+        losses.SFTLoss(softcap=5.0)(logits_of(tiny("gemma2"), rows), rows["labels"])
