@@ -77,6 +77,12 @@ def _demo(argv: list[str]) -> int:
     return demo.main(argv)
 
 
+def _bench(argv: list[str]) -> int:
+    from . import bench_command
+
+    return bench_command.main(argv)
+
+
 def _show_backends(argv: list[str]) -> int:
     if argv:
         raise ValueError(f"fastalign backends takes no arguments; got {' '.join(argv)}")
@@ -98,6 +104,7 @@ COMMANDS: dict[str, Command] = {
     "eval": Command("compare models on held-out prompts: reward, win rate, length, perplexity", _evaluate),
     "sample": Command("draw continuations of prompts", _sample),
     "doctor": Command("look at data and models before a run, and say what would go wrong", _doctor),
+    "bench": Command("measure this package against its peers, report, and compare two runs (source checkout)", _bench),
     "backends": Command("list the kernels that can run here, and why the others cannot", _show_backends),
 }
 
