@@ -28,7 +28,7 @@ Timed = Callable[[], Result]
 class Options:
     """What the command line says."""
 
-    rows: int = 512
+    rows: tuple[int, ...] = (512,)
     vocabs: tuple[int, ...] = (32000, 128256)
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     variants: tuple[str, ...] = ()  # none: all
@@ -63,7 +63,8 @@ class LogitsSuite:
 
     def cases(self, options: Options) -> list[Case]:
         return [
-            Case(self.name, job, options.rows, vocab, dtype)
+            Case(self.name, job, rows, vocab, dtype)
+            for rows in options.rows
             for vocab in options.vocabs
             for dtype in options.dtypes
             for job in self.jobs

@@ -43,7 +43,7 @@ def _dtypes(text: str) -> tuple[str, ...]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     add = parser.getgroup("fastalign benchmarks").addoption
-    add("--rows", type=int, default=_DEFAULT.rows, help="tokens of a case (even; default: %(default)s)")
+    add("--rows", type=_integers, default=_DEFAULT.rows, metavar="N,N", help="tokens, each even (default: %(default)s)")
     add("--vocab", type=_integers, default=_DEFAULT.vocabs, metavar="V,V", help="vocabularies (default: %(default)s)")
     add("--dtype", type=_dtypes, default=_DEFAULT.dtypes, metavar="D,D", help="of the logits (default: %(default)s)")
     add("--variants", type=_names, default=(), metavar="N,N", help="only these variants (default: all)")

@@ -3,8 +3,10 @@
     python bench/report.py results.json                      print the README's table
     python bench/report.py results.json --details            print every variant
     python bench/report.py results.json --update README.md   rewrite the table between the markers
+    python bench/report.py results.json --plots FOLDER       PNGs: time and memory against size, roofline
+    python bench/report.py results.json --html page.html     table and plots on a page that stands alone
 
-Needs nothing but Python.
+Needs nothing but Python, plots and pages matplotlib.
 """
 
 from __future__ import annotations
@@ -203,13 +205,30 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="+", help="JSON written by `pytest bench --json`; later cases win")
     parser.add_argument("--details", action="store_true", help="every variant instead of the README's table")
     parser.add_argument("--update", type=Path, metavar="FILE", help="rewrite the table between this file's markers")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write plots as PNG into this folder")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write table and plots to this file")
     arguments = parser.parse_args()
     results = merged([json.loads(path.read_text(encoding="utf-8")) for path in arguments.results])
     if arguments.update:
         text = arguments.update.read_text(encoding="utf-8")
         arguments.update.write_text(update(text, table(results)), encoding="utf-8")
+    elif arguments.plots or arguments.html:
+        _draw(results, arguments.plots, arguments.html)
     else:
         print(details(results) if arguments.details else table(results))
+
+
+def _draw(results: dict[str, Any], folder: Path | None, page: Path | None) -> None:
+    import plots  # needs matplotlib
+
+    images = plots.plots(results)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, png in images.items():
+            (folder / name).write_bytes(png)
+    if page is not None:
+        page.write_text(plots.page(table(results), images), encoding="utf-8")
+    print(f"{', '.join(images) or 'nothing'} drawn to {' and '.join(str(p) for p in (folder, page) if p)}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from ._backends import backends, use_backend
 from .head import Head, HeadPlan, head_plan, head_token_stats
 from .losses.cross_entropy import cross_entropy
 from .objective import Objective, attach_gradient, token_objective
-from .ops import TokenStats, sequence_logps, token_logps, token_stats
+from .ops import TokenStats, TokenStatsAndExtras, sequence_logps, token_logps, token_stats
 from .packed import Packed, packed_sequences
 
 __version__ = "0.1.0"
@@ -15,6 +15,7 @@ __all__ = [
     "Objective",
     "Packed",
     "TokenStats",
+    "TokenStatsAndExtras",
     "attach_gradient",
     "backends",
     "cross_entropy",

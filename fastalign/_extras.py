@@ -71,23 +71,24 @@ class Extras:
 
 @torch.no_grad()
 def of_logits(
-    names: Collection[str],
-    logits: Tensor,
-    labels: Tensor,
-    saved: Tensor,
-    ignore_index: int,
-    temperature: float,
-    softcap: float,
+    names: Collection[str], logits: Tensor, labels: Tensor, ignore_index: int, temperature: float, softcap: float
 ) -> dict[str, Tensor]:
     """Name → [...] of whole logits, through the operator, which a compiled function can hold."""
     check_extras(names)
+    logits, live = logits.detach(), labels != ignore_index
+
+    def forward(over: float) -> tuple[Tensor, Tensor]:
+        options = (ignore_index, over, softcap, False, True, False)
+        *_, mean, saved = torch.ops.fastalign.token_stats(logits, labels, None, *options)
+        return mean, saved
+
     found = {}
-    if "log_sum_sq_probs" in names or "mean_logits" in names:
-        options = (ignore_index, temperature / 2, softcap, False, True, False)
-        _, _, _, _, twice, again = torch.ops.fastalign.token_stats(logits.detach(), labels, None, *options)
-        live = labels != ignore_index
-        found["log_sum_sq_probs"] = torch.where(live, _log_sum_sq(lse_of(again), saved), 0).to(twice.dtype)
-        found["mean_logits"] = twice / 2
+    if "log_sum_sq_probs" in names:
+        (mean, saved), (_, twice) = forward(temperature), forward(temperature / 2)
+        found["log_sum_sq_probs"] = torch.where(live, _log_sum_sq(lse_of(twice), saved), 0).to(mean.dtype)
+        found["mean_logits"] = mean
+    elif "mean_logits" in names:
+        found["mean_logits"] = forward(temperature)[0]
     if "is_top1" in names:
-        found["is_top1"] = (logits.argmax(-1) == labels) & (labels != ignore_index)
+        found["is_top1"] = (logits.argmax(-1) == labels) & live
     return {name: found[name] for name in names}

@@ -83,6 +83,12 @@ def _study(argv: list[str]) -> int:
     return command.main(argv)
 
 
+def _bench(argv: list[str]) -> int:
+    from . import bench_command
+
+    return bench_command.main(argv)
+
+
 def _show_backends(argv: list[str]) -> int:
     if argv:
         raise ValueError(f"fastalign backends takes no arguments; got {' '.join(argv)}")
@@ -105,6 +111,7 @@ COMMANDS: dict[str, Command] = {
     "sample": Command("draw continuations of prompts", _sample),
     "study": Command("reproduce what the literature says of alignment, on human ratings: reward against KL", _study),
     "doctor": Command("look at data and models before a run, and say what would go wrong", _doctor),
+    "bench": Command("measure this package against its peers, report, and compare two runs (source checkout)", _bench),
     "backends": Command("list the kernels that can run here, and why the others cannot", _show_backends),
 }
 

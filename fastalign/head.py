@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from ._extras import Extras, check_extras
 from ._head_problem import live_problem, plain_head
 from ._head_tiles import HeadGradient, Problem, RowStats, forward, joined
-from .ops import TokenStats
+from .ops import TokenStats, TokenStatsAndExtras
 
 PLANS = ("keep", "recompute", "project", "objective")
 _TILE_BYTES = 64 << 20  # of a tile where the caller sets no budget: GEMMs of this size run at full speed
@@ -319,7 +319,8 @@ def head_token_stats(
         plan: "keep", "recompute" or "project" in place of the automatic choice; see `head_plan`.
 
     Returns:
-        TokenStats(logps, lse, entropy, kl, ...): [...] each, float32 (float64 for float64), differentiable once.
+        TokenStats(logps, lse, entropy, kl): [...] each, float32 (float64 for float64), differentiable once; with extras
+        `TokenStatsAndExtras`.
 
     Raises:
         TypeError: a dtype that is not supported, or not a tensor.
@@ -351,7 +352,10 @@ def head_token_stats(
         live.problem.extras = Extras(extras, live.tokens.shape[0], weight.shape[0], weight.device)
     chosen = _plan_of(live.problem, live.tokens, weight, bias, chunk_bytes, plan)
     stats = live.spread(*_HeadStats.apply(live.problem, chosen, live.tokens, weight, bias))
-    return stats._replace(**{name: live.place(t) for name, t in live.problem.found.items()}) if extras else stats
+    if not extras:
+        return stats
+    found = {name: live.place(t) for name, t in live.problem.found.items()}
+    return TokenStatsAndExtras(*stats, **found)  # type: ignore[arg-type, return-value]
 
 
 # As `torch.compiler.disable` marks it, which would load the compiler, and Triton with it, at import.

@@ -31,6 +31,15 @@ class TokenStats(NamedTuple):
     """-sum_j p_j log p_j, in nats."""
     kl: Tensor | None
     """KL(p || q) = sum_j p_j (log p_j - log q_j) against the reference logits, over the whole vocabulary, in nats."""
+
+
+class TokenStatsAndExtras(NamedTuple):
+    """In place of `TokenStats`, and beginning as it does, where `extras` were asked for."""
+
+    logps: Tensor
+    lse: Tensor
+    entropy: Tensor | None
+    kl: Tensor | None
     log_sum_sq_probs: Tensor | None = None
     """log sum_j p_j^2; a constant, as are the next two."""
     mean_logits: Tensor | None = None
@@ -288,13 +297,13 @@ def token_stats(
             sec. 7), so that `-logps` is the smoothed cross-entropy.
         entropy: return the entropy of the distribution.
         kl: return KL(p || q) over the whole vocabulary.
-        extras: which of "log_sum_sq_probs", "mean_logits", "is_top1" to return; constants. Each costs a read more.
+        extras: which of "log_sum_sq_probs", "mean_logits", "is_top1" to return; constants, each for a read more.
         inplace_backward: the backward writes the gradient over `logits`, saving one buffer of their size. Their version
             counter rises, so that a later use of the old values by autograd raises. Ignored under `torch.compile`.
 
     Returns:
-        TokenStats(logps, lse, entropy, kl, ...): float32 [...] each (float64 for float64), differentiable in `logits`
-        once.
+        TokenStats(logps, lse, entropy, kl): float32 [...] each (float64 for float64), differentiable in `logits` once.
+        With extras `TokenStatsAndExtras`, which has them too.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -306,20 +315,17 @@ def token_stats(
     cap = as_softcap(softcap)
     compiling = torch.compiler.is_compiling()
     smooth = label_smoothing != 0.0
-    # The operator returns what its backward would need, from which extras are computed.
-    watched = compiling or bool(extras) or not _plain(logits, labels)
-    call = torch.ops.fastalign.token_stats if watched else _call_plain
-    logps, lse, ent, div, mean, *saved = call(
+    call = torch.ops.fastalign.token_stats if compiling or not _plain(logits, labels) else _call_plain
+    logps, lse, ent, div, mean, *_ = call(
         logits, labels, ref_logits, ignore_index, temperature, cap, entropy, smooth, inplace_backward and not compiling
     )
     if smooth:
         logps = (1 - label_smoothing) * logps + label_smoothing * (mean - lse)
     stats = TokenStats(logps, lse, ent if entropy else None, div if kl else None)
-    return (
-        stats._replace(**of_logits(extras, logits, labels, saved[0], ignore_index, temperature, cap))
-        if extras
-        else stats
-    )
+    if not extras:
+        return stats
+    found = of_logits(extras, logits, labels, ignore_index, temperature, cap)
+    return TokenStatsAndExtras(*stats, **found)  # type: ignore[return-value]
 
 
 def token_logps(logits: Tensor, labels: Tensor, **options) -> Tensor:

@@ -17,7 +17,7 @@ import pytest
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 OURS = ("fastalign", "fastalign in place")
 ROUNDS = 3
-JOBS = {"logps": ("forward", "backward", "both"), "dpo": ("forward", "both"), "ppo": ("both",)}
+JOBS = {"logps": ("forward", "backward", "both"), "dpo": ("forward", "both"), "ppo": ("both",), "trainers": ("both",)}
 FIXED = {("overhead", "forward", 32, "float32"), ("gae", "forward", 2048, "float32")}
 """Cases of one size, without bytes and errors."""
 

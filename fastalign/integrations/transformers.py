@@ -64,7 +64,7 @@ def fused_lm_loss(
         raise ValueError(f"vocab_size must be that of the logits, {shape[-1]}; got {vocab_size}")
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    device = logits[0].device if isinstance(logits, tuple) else getattr(logits, "device", labels.device)
+    device = getattr(logits[0] if isinstance(logits, tuple) else logits, "device", labels.device)
     shift_labels = shift_labels.to(device)
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(device)

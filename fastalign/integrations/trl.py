@@ -23,6 +23,7 @@ from torch import Tensor
 from .. import ops
 from .._extras import NAMES
 from ..head import head_token_stats
+from ..ops import TokenStatsAndExtras
 
 __all__ = [
     "ChunkedLogProbFunction",
@@ -81,17 +82,19 @@ class ChunkedLogProbFunction:
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device)
         size = (torch.get_autocast_dtype(device) if autocast else hidden.dtype).itemsize
-        stats = head_token_stats(
-            hidden,
-            weight,
-            targets,
-            bias=bias,
-            temperature=temperature,
-            softcap=final_logit_softcapping,
-            logit_scale=logit_scale,
-            entropy="entropy" in outputs,
-            extras=[name for name in NAMES if name in outputs],
-            chunk_bytes=_TOKENS * chunk_size * size,
+        stats = TokenStatsAndExtras(
+            *head_token_stats(
+                hidden,
+                weight,
+                targets,
+                bias=bias,
+                temperature=temperature,
+                softcap=final_logit_softcapping,
+                logit_scale=logit_scale,
+                entropy="entropy" in outputs,
+                extras=[name for name in NAMES if name in outputs],
+                chunk_bytes=_TOKENS * chunk_size * size,
+            )
         )
         return stats.logps, stats.entropy, stats.log_sum_sq_probs, stats.mean_logits, stats.is_top1
 

@@ -1,0 +1,83 @@
+"""A gate against regressions: two results files of one machine, case by case, for every variant of ours.
+
+    python bench/compare.py before.json after.json [--ratio 1.1]
+
+prints how many times longer each takes after than before (medians), and exits with 1 if one exceeds the ratio or a case
+is missing after. Where a peer was measured both times, what its time changed by is shown beside it: a machine that was
+slower that day slows both. Needs nothing but Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Key = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Change:
+    """`ratio`: after over before; None where it was not measured after. `machine`: the same of eager torch."""
+
+    case: str
+    variant: str
+    ratio: float | None
+    machine: float | None
+
+    def passes(self, limit: float) -> bool:
+        return self.ratio is not None and self.ratio <= limit
+
+    def line(self, limit: float) -> str:
+        ratio = "missing" if self.ratio is None else f"{self.ratio:.3f}x"
+        machine = "" if self.machine is None else f"  (eager {self.machine:.3f}x)"
+        return f"{'ok  ' if self.passes(limit) else 'FAIL'}  {self.case:<42}{self.variant:<32}{ratio:>9}{machine}"
+
+
+def _cases(results: dict[str, Any]) -> dict[Key, dict[str, Any]]:
+    return {tuple(case[k] for k in ("suite", "job", "rows", "vocab", "dtype")): case for case in results["cases"]}
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
+    """One for every case and variant of ours in `before`, slowest first. ValueError unless the machine is the same."""
+    for key in ("cpu", "threads", "device"):
+        old, new = (run["environment"].get(key, "cpu") for run in (before, after))
+        if old != new:
+            raise ValueError(f"both files must come from one machine; {key} is {old!r} in one and {new!r} in the other")
+    found, later = [], _cases(after)
+    for key, case in _cases(before).items():
+        rows = later.get(key, {"variants": {}})["variants"]
+
+        def ratio(name: str, old: dict[str, Any] = case["variants"], new: dict[str, Any] = rows) -> float | None:
+            return new[name]["median"] / old[name]["median"] if name in new and name in old else None
+
+        suite, job, tokens, vocab, dtype = key
+        label = f"{suite} {job}, {tokens:,} x {vocab:,} {dtype}"
+        ours = [name for name, row in case["variants"].items() if row["ours"]]
+        found += [Change(label, name, ratio(name), ratio("eager")) for name in ours]
+    return sorted(found, key=lambda change: -(change.ratio or float("inf")))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    parser.add_argument(
+        "--ratio", type=float, default=1.1, help="how many times longer is allowed (default: %(default)s)"
+    )
+    arguments = parser.parse_args(argv)
+    if not arguments.ratio > 0:
+        parser.error(f"--ratio must be above 0; got {arguments.ratio}")
+    files = (arguments.before, arguments.after)
+    found = changes(*(json.loads(path.read_text(encoding="utf-8")) for path in files))
+    failed = [change for change in found if not change.passes(arguments.ratio)]
+    print("\n".join(change.line(arguments.ratio) for change in found))
+    print(f"{len(found) - len(failed)} of {len(found)} within {arguments.ratio}x")
+    return 1 if failed or not found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""README's examples of moving to fastalign run as they are printed, and both columns do the same."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+SECTION = README.read_text(encoding="utf-8").partition("## From your code to ours")[2].partition("\n## ")[0]
+BLOCKS = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
+EXAMPLES = dict(zip(("transformers", "trl", "loop"), zip(BLOCKS[::2], BLOCKS[1::2], strict=True), strict=True))
+OURS = {"transformers": "apply_fused_loss(model)", "trl": "fused.patch()", "loop": "fa.cross_entropy("}
+
+
+def names(kind, tiny_model, tokenizer, folder):
+    """What an example takes as given."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers (the extra `train`)")
+    torch.manual_seed(0)
+    model = tiny_model()
+    ids = torch.arange(12).reshape(2, 6) + 5
+    found = {"model": model, "input_ids": ids, "labels": ids.masked_fill(ids < 8, -100), "F": F}
+    options = {"use_cpu": True, "max_steps": 2, "learning_rate": 1e-2, "report_to": [], "save_strategy": "no"}
+    options |= {"per_device_train_batch_size": 2, "disable_tqdm": True}
+    if kind == "transformers":
+        found |= {"Trainer": transformers.Trainer, "args": transformers.TrainingArguments(folder, **options)}
+        found |= {"rows": [{"input_ids": row, "labels": row} for row in ids]}
+    elif kind == "trl":
+        trl = pytest.importorskip("trl", reason="needs TRL (the extra `dev`)")
+        datasets = pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
+        pairs = [{"prompt": "the movie is", "chosen": " good", "rejected": " bad"}] * 2
+        found |= {"DPOTrainer": trl.DPOTrainer, "args": trl.DPOConfig(folder, bf16=False, **options)}
+        found |= {"pairs": datasets.Dataset.from_list(pairs), "tokenizer": tokenizer}
+        found |= {"ref_model": tiny_model()}
+    return found
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_both_columns_do_the_same(kind, tiny_model, tiny_tokenizer, tmp_path):
+    yours, ours = EXAMPLES[kind]
+    assert OURS[kind] in ours
+    assert OURS[kind] not in yours
+    results = []
+    for code in (yours, ours):
+        given = names(kind, tiny_model, tiny_tokenizer, str(tmp_path))
+        start = [p.detach().clone() for p in given["model"].parameters()]
+        try:
+            exec(compile(code, "README.md", "exec"), given)
+        finally:
+            if "fused" in given:
+                given["fused"].unpatch()
+        after = list(given["model"].parameters())
+        results.append([p.grad if kind == "loop" else p.detach() - s for p, s in zip(after, start, strict=True)])
+    assert any(float(change.norm()) > 0 for change in results[0])
+    for a, b in zip(*results, strict=True):
+        # Adam's first steps follow the sign of a gradient, so that where it is rounding alone they may differ.
+        assert float((a - b).norm()) <= 1e-3 * float(a.norm()) + 1e-6
