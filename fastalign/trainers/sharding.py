@@ -30,6 +30,11 @@ _ADAPTERS = "adapter_model.safetensors"
 class WholeCheckpoints(Trainer):
     """Transformers' Trainer, but for what it saves and loads of sharded weights."""
 
+    # Trainer declares them optional; where these methods run they are there.
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Model and tokenizer; every process must call it."""
         if not self.is_fsdp_enabled:
