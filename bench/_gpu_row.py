@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 ROWS = 264
 """Rows of logits that are simulated: two for each multiprocessor of an H100."""
-VOCABS = (1000, 32000, 128256, 151937)
+VOCABS = (1000, 1001, 32000, 128256, 151937)
 DTYPES = ("float32", "bfloat16", "float16")
 CHIP = "H100"
 

@@ -38,13 +38,13 @@ SFT = (0, 0.0, 0.0, math.inf, 0, 0.0, False, 0.0, 0.0, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------------- launches
-def plan(kind: str, logits: torch.Tensor, labels: torch.Tensor) -> tuple[Any, dict[str, Any]]:
+def plan(kind: str, logits: torch.Tensor, labels: torch.Tensor, lanes: int = 32) -> tuple[Any, dict[str, Any]]:
     """(launch, tensors that it fills) of the basic form of a kernel: log-probs and lse, no entropy, KL or mean."""
     plain = (-100, 1.0, 0.0)
     out = torch.empty_like(logits)
     rows = torch.ones(labels.shape)
     if kind == "forward":
-        launches, results = token_stats_triton.forward(logits, labels, None, *plain, False, False)
+        launches, results = token_stats_triton.forward(logits, labels, None, *plain, False, False, lanes=lanes)
         return launches[0], {"logps": results[0], "saved": results[5]}
     if kind == "backward":
         saved = torch.zeros(*labels.shape, 4)
@@ -53,7 +53,7 @@ def plan(kind: str, logits: torch.Tensor, labels: torch.Tensor) -> tuple[Any, di
         launches = token_stats_triton.backward(logits, labels, None, saved, None, None, grads, *plain, out)
         return launches[0], {"out": out}
     launches, results = objectives_triton.objective(
-        logits, labels, None, (rows, None, None, None), SFT, *plain, False, out
+        logits, labels, None, (rows, None, None, None), SFT, *plain, False, out, lanes=lanes
     )
     return launches[0], {"logps": results[0], "out": out}
 
@@ -166,8 +166,8 @@ def rows(
             logits = torch.randn(count, vocab, generator=draw).mul_(2).to(getattr(torch, dtype))
             labels = torch.randint(vocab, (count,), generator=draw)
             for kind in kinds:
-                launch, _ = plan(kind, logits, labels)
                 for arch in archs:
+                    launch, _ = plan(kind, logits, labels, TARGETS[arch].warp_size)
                     yield _row(kind, launch, arch, dtype, vocab, simulate and arch in SIMULATED)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 import fastalign as fa
 from fastalign import Objective, token_objective
 
+DEVICE = "cuda"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VOCABS = (1, 7, 1000, 32000, 50257, 128256, 256000)
@@ -42,11 +43,11 @@ def both(x: Tensor, labels: Tensor, weight: Tensor) -> list[Tensor]:
 
 
 def inputs(rows: int, vocab: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    flat = torch.empty(rows * vocab + 1, device="cuda").normal_(0, 3, generator=generator).to(dtype)
-    labels = torch.randint(0, vocab, (rows,), generator=generator, device="cuda")
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    flat = torch.empty(rows * vocab + 1, device=DEVICE).normal_(0, 3, generator=generator).to(dtype)
+    labels = torch.randint(0, vocab, (rows,), generator=generator, device=DEVICE)
     labels[rows // 2] = -100
-    return flat[1:].view(rows, vocab), labels, torch.rand(rows, generator=generator, device="cuda")
+    return flat[1:].view(rows, vocab), labels, torch.rand(rows, generator=generator, device=DEVICE)
 
 
 def check_numbers(backend: str) -> None:

@@ -9,28 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .token_layout_triton import (
-    body_offsets,
-    body_pointer,
-    edge_offsets,
-    nothing,
-    row_head,
-    row_pointer,
-    slots,
-)
-from .token_rows_triton import (
-    add_tile,
-    coefficients,
-    finish,
-    gradient,
-    merge_threads,
-    no_sums,
-    prepare,
-    sum_row,
+from .token_formulas_triton import coefficients, finish
+from .token_gradient_triton import (
+    write_edges,
     write_gradient,
     write_label_gradient,
+    write_registers,
     write_zeros,
 )
+from .token_layout_triton import lanes_of, load_row, nothing, row_head, row_pointer, sum_tile, whole_row_tile
 from .token_stats_triton import (
     Launch,
     finite,
@@ -40,16 +27,12 @@ from .token_stats_triton import (
     row_kernel,
     scalars,
     store_statistics,
-    tile,
 )
+from .token_sums_triton import sum_registers, sum_row
 
 SFT, REINFORCE, SURROGATE, CLIP, CISPO = (tl.constexpr(i) for i in range(5))
 _, K1, K2, K3, EXACT = (tl.constexpr(i) for i in range(5))
 MAX_LOG_RATIO = tl.constexpr(60.0)
-
-MAX_ELEMENTS = 32768
-"""Of a row in registers; half as many where the reference's row is held too. 65,536 half-precision logits would fit
-into a multiprocessor's registers as such, but the compiler keeps what it has unpacked, and spills."""
 
 
 # -------------------------------------------------------------------------------------------------------------- slopes
@@ -100,15 +83,6 @@ def kl_slope(logp, ref_logp, KL_TERM: tl.constexpr, REVERSED: tl.constexpr):
 
 
 # ------------------------------------------------------------------------------------------------------------- kernels
-@triton.jit
-def row_in_registers(x_row, head, V, R: tl.constexpr, T: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
-    """(edges [1, T, 1], body [R, T, VEC]) of a row that one tile covers; -inf where it has no element."""
-    at, live = edge_offsets(head, V, T, VEC)
-    body = body_pointer(x_row, head, ALIGNED) + body_offsets(R, T, VEC)
-    low = float("-inf")
-    return tl.load(x_row + at, live, other=low), tl.load(body, slots(R, T) < (V - head) // VEC, other=low)
-
-
 @row_kernel
 def objective_kernel(
     x_ptr,
@@ -153,7 +127,6 @@ def objective_kernel(
     R: tl.constexpr,
     T: tl.constexpr,
     VEC: tl.constexpr,
-    ONE: tl.constexpr,
     ALIGNED: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
@@ -178,32 +151,19 @@ def objective_kernel(
     if KL:
         z_label = label_logit(z_row, label, V, cap, inv_cap, SOFTCAP)
     zero = finite(x_label)
-    head = row_head(x_row, V, VEC)
     if FITS:
-        edge, body = row_in_registers(x_row, head, V, R, T, VEC, True)
-        z_edge, z_body = edge, body
+        head = row_head(x_row, V, VEC)
+        xs = load_row(x_row, head, V, True, R, T, VEC)
+        zs = xs
         if KL:
-            z_edge, z_body = row_in_registers(z_row, head, V, R, T, VEC, ALIGNED)
-        at, edge_live = edge_offsets(head, V, T, VEC)
-        live = slots(R, T) < (V - head) // VEC
-        sums = add_tile(
-            no_sums(T),
-            prepare(edge, edge_live, cap, inv_cap, SOFTCAP),
-            prepare(z_edge, edge_live, cap, inv_cap, SOFTCAP),
-            edge_live,
-            zero,
-            scale,
-            ENTROPY,
-            KL,
-            MEAN,
-        )
-        x = prepare(body, live, cap, inv_cap, SOFTCAP)
-        z = prepare(z_body, live, cap, inv_cap, SOFTCAP)
-        sums = add_tile(sums, x, z, live, zero, scale, ENTROPY, KL, MEAN)
-        sums = merge_threads(sums, scale, ENTROPY, KL, MEAN)
+            zs = load_row(z_row, head, V, ALIGNED, R, T, VEC)
+        sums, at, ref_at = sum_registers(xs, zs, head, V, zero, scale, cap, inv_cap, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
     else:
-        sums = sum_row(x_row, z_row, V, zero, scale, cap, inv_cap, R, T, VEC, ONE, ALIGNED, SOFTCAP, ENTROPY, KL, MEAN)
-    logps, entropy, kl, mean, m, r, ref_m, ref_r = finish(sums, x_label, zero, V, inv_t, KL)
+        sums, at, ref_at = sum_row(
+            *(x_row, z_row, x_label, z_label, V, zero, scale, cap, inv_cap),
+            *(R, T, VEC, ALIGNED, SOFTCAP, ENTROPY, KL, MEAN),
+        )
+    logps, entropy, kl, mean, m, r, ref_m, ref_r = finish(sums, at, ref_at, x_label, zero, V, inv_t, KL)
     store_statistics(logps_ptr, lse_ptr, entropy_ptr, kl_ptr, mean_ptr, row, logps, m, entropy, kl, mean)
 
     weight = tl.load(weight_ptr + row)
@@ -233,37 +193,16 @@ def objective_kernel(
     )
     LINEAR: tl.constexpr = KL_TERM == EXACT
     if FITS:
-        element = out_row.dtype.element_ty
-        x = prepare(edge, edge_live, cap, inv_cap, SOFTCAP)
-        z = prepare(z_edge, edge_live, cap, inv_cap, SOFTCAP)
-        dx = gradient(x, z, None, c, scale, inv_cap, SLOPE, LINEAR, MEAN, SOFTCAP)
-        tl.store(out_row + at, dx.to(element), edge_live)
-        x = prepare(body, live, cap, inv_cap, SOFTCAP)
-        z = prepare(z_body, live, cap, inv_cap, SOFTCAP)
-        at = body_offsets(R, T, VEC)
-        dx = gradient(x, z, None, c, scale, inv_cap, SLOPE, LINEAR, MEAN, SOFTCAP)
-        tl.store(body_pointer(out_row, head, ALIGNED) + at, dx.to(element), live)
+        write_edges(x_row, z_row, out_row, head, c, V, scale, cap, inv_cap, T, VEC, SOFTCAP, SLOPE, LINEAR, MEAN)
+        write_registers(xs, zs, out_row, head, c, V, scale, cap, inv_cap, T, VEC, ALIGNED, SOFTCAP, SLOPE, LINEAR, MEAN)
     else:
         write_gradient(
-            x_row, z_row, out_row, c, V, scale, cap, inv_cap, R, T, VEC, ONE, ALIGNED, SOFTCAP, SLOPE, LINEAR, MEAN
+            x_row, z_row, out_row, c, V, scale, cap, inv_cap, R, T, VEC, False, ALIGNED, SOFTCAP, SLOPE, LINEAR, MEAN
         )
     write_label_gradient(x_label, z_label, out_row, label, c, V, scale, inv_cap, SLOPE, LINEAR, MEAN, SOFTCAP)
 
 
 # ------------------------------------------------------------------------------------------------------------ launches
-def whole_row_tile(vocab: int, dtype: torch.dtype, two: bool) -> tuple[dict[str, int], int] | None:
-    """(R, T, VEC and ONE, number of warps) such that one tile covers a row, and in registers; None for longer rows.
-
-    `two`: the reference's row as well. One choice for each power of two.
-    """
-    vec = 16 // dtype.itemsize
-    vectors = max(128, triton.next_power_of_2(vocab // vec))
-    if vectors * vec > MAX_ELEMENTS // (2 if two else 1):
-        return None
-    r = 4 if vectors <= 512 or (two and vec == 8) else 8
-    return {"R": r, "T": vectors // r, "VEC": vec, "ONE": True}, vectors // r // 32
-
-
 def objective(
     logits: Tensor,
     labels: Tensor,
@@ -275,6 +214,8 @@ def objective(
     softcap: float,
     want_entropy: bool,
     out: Tensor,
+    *,
+    lanes: int | None = None,
 ) -> tuple[list[Launch], tuple]:
     """(launches, (logps, lse, entropy, kl, mean)); the gradient goes into `out`, which may be `logits` itself.
 
@@ -282,6 +223,7 @@ def objective(
         inputs: weight, old_logps, advantages, ref_logps; float32 of the labels' shape.
         codes: kind, low, high, dual_clip, KL term, kl_coef, kl_reversed, entropy_coef, label_smoothing, z_loss, kind
             and KL term as the numbers of `objectives.h`.
+        lanes: threads of a warp; None: of the logits' device.
     """
     kind, low, high, dual_clip, kl_term, kl_coef, kl_reversed, entropy_coef, label_smoothing, z_loss = codes
 
@@ -292,7 +234,7 @@ def objective(
     per_row = dict(zip(("weight", "old_logps", "advantages", "ref_logps"), inputs, strict=True))
     per_row = {name: None if t is None else t.contiguous() for name, t in {"labels": labels, **per_row}.items()}
     per_row |= dict(zip(("logps", "lse", "entropy", "kl", "mean"), results, strict=True))
-    fits = whole_row_tile(logits.shape[-1], logits.dtype, ref_logits is not None)
+    shape = (logits.shape[-1], logits.dtype, ref_logits is not None, lanes or lanes_of(logits.device))
     options = scalars(temperature, softcap, ignore_index) | {
         "low": low,
         "high": high,
@@ -305,14 +247,13 @@ def objective(
         "KL_TERM": kl_term,
         "REVERSED": kl_reversed,
         "SLOPE": kl_term == EXACT.value or entropy_coef != 0,
-        "FITS": fits is not None,
     }
     planned = launches(
         objective_kernel,
         {"x": logits, "z": ref_logits, "out": out},
         per_row,
         options,
-        fits or tile(logits.shape[-1], logits.dtype),
+        whole_row_tile(*shape) or sum_tile(*shape),
     )
     return list(planned), results
 

@@ -1,7 +1,7 @@
 """Token statistics in Triton, forward and backward: any GPU that Triton knows; semantics as in `token_stats_eager.py`.
 
-The kernels put together what `token_rows_triton.py` offers for one row. A launch is described before it is made
-(`Launch`), so that the same description can be compiled ahead of time where there is no GPU.
+The kernels put together what `token_sums_triton.py` and `token_gradient_triton.py` offer for one row. A launch is
+described before it is made (`Launch`), so that the same description can be compiled ahead of time without a GPU.
 """
 
 import math
@@ -13,20 +13,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .token_formulas_triton import coefficients, finish
+from .token_gradient_triton import write_gradient, write_label_gradient, write_zeros
 from .token_layout_triton import (
-    nothing,
-    row_pointer,
-)
-from .token_rows_triton import (
     LOG2E,
-    coefficients,
-    finish,
+    lanes_of,
+    load_row,
+    nothing,
     prepare,
-    sum_row,
-    write_gradient,
-    write_label_gradient,
-    write_zeros,
+    row_head,
+    row_pointer,
+    sum_tile,
+    tile,
 )
+from .token_sums_triton import sum_registers, sum_row
 
 # Neither values nor alignments of arguments are compiled in: kernels find the 16-byte boundaries of rows by themselves.
 _SCALARS = ("x_outer", "x_inner", "z_outer", "z_inner", "out_outer", "out_inner", "inner", "V", "ignore_index")
@@ -111,7 +111,7 @@ def forward_kernel(
     R: tl.constexpr,
     T: tl.constexpr,
     VEC: tl.constexpr,
-    ONE: tl.constexpr,
+    FITS: tl.constexpr,
     ALIGNED: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
@@ -132,8 +132,22 @@ def forward_kernel(
     MEAN: tl.constexpr = mean_ptr is not None
     x_label = label_logit(x_row, label, V, cap, inv_cap, SOFTCAP)
     zero = finite(x_label)
-    sums = sum_row(x_row, z_row, V, zero, scale, cap, inv_cap, R, T, VEC, ONE, ALIGNED, SOFTCAP, ENTROPY, KL, MEAN)
-    logps, entropy, kl, mean, m, r, ref_m, ref_r = finish(sums, x_label, zero, V, inv_t, KL)
+    if FITS:
+        head = row_head(x_row, V, VEC)
+        xs = load_row(x_row, head, V, True, R, T, VEC)
+        zs = xs
+        if KL:
+            zs = load_row(z_row, head, V, ALIGNED, R, T, VEC)
+        sums, at, ref_at = sum_registers(xs, zs, head, V, zero, scale, cap, inv_cap, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
+    else:
+        z_label = x_label
+        if KL:
+            z_label = label_logit(z_row, label, V, cap, inv_cap, SOFTCAP)
+        sums, at, ref_at = sum_row(
+            *(x_row, z_row, x_label, z_label, V, zero, scale, cap, inv_cap),
+            *(R, T, VEC, ALIGNED, SOFTCAP, ENTROPY, KL, MEAN),
+        )
+    logps, entropy, kl, mean, m, r, ref_m, ref_r = finish(sums, at, ref_at, x_label, zero, V, inv_t, KL)
     store_statistics(logps_ptr, lse_ptr, entropy_ptr, kl_ptr, mean_ptr, row, logps, m, entropy, kl, mean)
     tl.store(saved, m)
     tl.store(saved + 1, r)
@@ -230,14 +244,6 @@ class Launch(NamedTuple):
             self.kernel[(self.grid,)](**self.arguments, num_warps=self.num_warps)
 
 
-def tile(vocab: int, dtype: torch.dtype) -> tuple[dict[str, int], int]:
-    """(R, T, VEC and ONE, number of warps) of the kernels that walk over rows; one of five choices for each dtype."""
-    vec = 16 // dtype.itemsize
-    vectors = triton.cdiv(vocab, vec)
-    warps = 1 if vectors <= 256 else 4 if vectors <= 2048 else 8
-    return {"R": 4, "T": 32 * warps, "VEC": vec, "ONE": vectors <= 128 * warps}, warps
-
-
 def _merged(tensors: dict[str, Tensor]) -> list[tuple[int, dict[str, int]]]:
     """(size, strides by name) of the leading dimensions of tensors of one shape, merged where they are dense."""
     dims: list[tuple[int, dict[str, int]]] = []
@@ -318,8 +324,13 @@ def forward(
     softcap: float,
     want_entropy: bool,
     want_mean: bool,
+    *,
+    lanes: int | None = None,
 ) -> tuple[list[Launch], tuple]:
-    """(launches, results that they fill); arguments and results as in `token_stats_eager.forward`."""
+    """(launches, results that they fill); arguments and results as in `token_stats_eager.forward`.
+
+    `lanes`: threads of a warp; None: of the logits' device.
+    """
 
     def new(wanted: bool = True, tail: tuple[int, ...] = ()) -> Tensor | None:
         return torch.empty(labels.shape + tail, dtype=torch.float32, device=logits.device) if wanted else None
@@ -331,7 +342,7 @@ def forward(
         {"x": logits, "z": ref_logits},
         {"labels": labels.contiguous(), **dict(zip(names, results, strict=True))},
         scalars(temperature, softcap, ignore_index),
-        tile(logits.shape[-1], logits.dtype),
+        sum_tile(logits.shape[-1], logits.dtype, ref_logits is not None, lanes or lanes_of(logits.device)),
     )
     return list(planned), results
 

@@ -30,8 +30,8 @@ class _Nothing:
 
 @pytest.fixture(autouse=True, scope="session")
 def interpreter_like_a_gpu():
-    """Conversions to bfloat16 round (the interpreter cuts off), and helpers called by a kernel are fast: the
-    interpreter prepares the language anew for each call of each helper, which takes 2 ms."""
+    """Conversions to bfloat16 round (the interpreter cuts off), multiply-adds round once, and a kernel's helpers are
+    fast: the interpreter prepares the language anew for each call of each helper, which takes 2 ms."""
     patch_language, convert = interpreter._patch_lang, interpreter._convert_float
     done = set()
 
@@ -50,9 +50,14 @@ def interpreter_like_a_gpu():
             return data.astype(np.uint32) << 16
         return convert(data, source, target, mode)
 
+    def fused(self, x, y, z):
+        exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+        return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", patch_once)
         patch.setattr(interpreter, "_convert_float", round_to_bfloat16)
+        patch.setattr(interpreter.InterpreterBuilder, "create_fma", fused)
         object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)
         yield
 
@@ -196,12 +201,52 @@ def test_strides_and_in_place(dtype):
             torch.testing.assert_close(over, want, msg=name, rtol=2**-7, atol=1e-6)
 
 
-def test_a_row_knows_nothing_of_its_neighbours():
-    x, labels = torch.randn(5, 1304), torch.randint(1304, (5,))  # V is a multiple of 4: all rows start alike
-    together = fa.token_stats(x, labels, entropy=True)
-    alone = fa.token_stats(x[3:4].clone(), labels[3:4], entropy=True)
-    for a, b in zip(together[:3], alone[:3], strict=True):
-        assert torch.equal(a[3:4], b)
+@each_dtype
+@pytest.mark.parametrize("vocab", [5, 1001, 17003])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_row_knows_nothing_of_its_place(dtype, vocab, inplace):
+    """Nine rows of an odd length start at every offset from a 16-byte boundary; what equals the first has its bits, in
+    registers and in a walk, and so has the first alone."""
+    g = torch.Generator().manual_seed(vocab)
+    x, z = ((3 * torch.randn(2, vocab, generator=g)).to(dtype)[[0, 0, 0, 1, 0, 0, 0, 0, 0]] for _ in range(2))
+    labels = torch.full((9,), vocab // 2)
+    objective = fa.Objective("clip", 0.2, 0.3, 3.0, "exact", 0.05, False, 0.01, 0.1, 1e-3)
+
+    def everything(x, labels, z):
+        leaf = x.clone().requires_grad_()
+        source = leaf * 1
+        options = {"ref_logits": z, "entropy": True, "temperature": 0.9}
+        stats = fa.token_stats(source, labels, kl=True, label_smoothing=0.1, inplace_backward=inplace, **options)
+        (gradient,) = torch.autograd.grad(sum((i + 1) * s.sum() for i, s in enumerate(stats)), leaf)
+        rows = [torch.full(labels.shape, number) for number in (0.5, -7.0, 2.0)]
+        more = {"old_logps": rows[1], "advantages": rows[2], "inplace": inplace}
+        one, one_gradient = fa.token_objective(x.clone(), labels, rows[0], objective, **options, **more)
+        return [t.detach() for t in (*stats, gradient, *one, one_gradient, fa.token_logps(x, labels)) if t is not None]
+
+    numbers = everything(x, labels, z)
+    assert len(numbers) == 11
+    for together, alone in zip(numbers, everything(x[:1], labels[:1], z[:1]), strict=True):
+        for row in (0, 1, 2, 4, 5, 6, 7, 8):
+            assert torch.equal(together[row : row + 1], alone), row
+
+
+def test_a_pivot_that_is_missed():
+    """Rows whose maximum is far above what the pivot was taken from, or far below: read once more."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 9001, generator=g)
+    z = torch.randn(4, 9001, generator=g)
+    labels = torch.tensor([70, 71, 72, 73])
+    x[0, 5000] = 90.0
+    x[1, :100], x[1, 100:] = -torch.inf, x[1, 100:] + 3000
+    x[2, :] = -torch.inf
+    x[2, 8000:] = -5000.0
+    z[3, 6000] = 80.0
+    with fa.use_backend("eager"):
+        want = fa.token_stats(x.double(), labels, ref_logits=z.double(), entropy=True, kl=True)
+    got = fa.token_stats(x, labels, ref_logits=z, entropy=True, kl=True)
+    for a, b in zip(got, want, strict=True):
+        if a is not None:
+            torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=2e-6)
 
 
 def test_bad_labels_are_named():

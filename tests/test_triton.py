@@ -22,8 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 KINDS = ("forward", "backward", "objective")
 VOCABS = (1000, 4000, 32000, 151937)
-"""In bfloat16 and float32 together every configuration: rows of one tile and of many, on 1, 4 and 8 warps, in registers
-and read twice."""
+"""In bfloat16 and float32 together: rows in registers, on 1 to 32 warps, walked over, and read twice."""
 
 
 @functools.cache
@@ -104,17 +103,18 @@ def test_no_spills_with_everything_asked_for(arch, dtype):
     def inputs(vocab):
         return torch.empty(2, vocab, dtype=dtype), torch.zeros(2, dtype=torch.int64), torch.ones(2)
 
-    options = (-100, 0.7, 30.0)
+    options, lanes = (-100, 0.7, 30.0), static().TARGETS[arch].warp_size
     codes = (3, 0.2, 0.2, 3.0, 4, 0.1, False, 0.01, 0.1, 0.01)
     x, labels, w = inputs(16000)
     launches = [
-        *token_stats_triton.forward(x, labels, x, *options, True, True)[0],
+        *token_stats_triton.forward(x[:, :8000], labels, x[:, :8000], *options, True, True, lanes=lanes)[0],
+        *token_stats_triton.forward(x, labels, x, *options, True, True, lanes=lanes)[0],
         *token_stats_triton.backward(x, labels, x, torch.zeros(2, 4), w, w, (w,) * 5, *options, x),
     ]
-    for vocab in (16000, 32000):  # in registers, and read twice
+    for vocab in (8000, 32000):  # in registers, and read twice
         x, labels, w = inputs(vocab)
-        launches += objectives_triton.objective(x, labels, x, (w,) * 4, codes, *options, True, x)[0]
-    assert [launch.arguments.get("FITS") for launch in launches] == [None, None, True, False]
+        launches += objectives_triton.objective(x, labels, x, (w,) * 4, codes, *options, True, x, lanes=lanes)[0]
+    assert [launch.arguments.get("FITS") for launch in launches] == [True, False, None, True, False]
     for launch in launches:
         made = static().compiled(launch, arch)
         assert made.spill_bytes == 0, launch.kernel
@@ -150,6 +150,9 @@ def test_traffic_margin_and_numbers(vocab):
     logits = torch.randn(module.ROWS, vocab, generator=torch.Generator().manual_seed(vocab)).mul_(2).bfloat16()
     labels = torch.randint(vocab, (module.ROWS,))
     logps, gradient = exact(logits[:9], labels[:9])
+    margins = {"forward": 1.5, "backward": 1.8, "objective": 1.8}
+    if vocab == 1001:  # elements before and after the aligned vectors weigh most in the shortest rows
+        margins |= {"forward": 1.25, "objective": 1.55}
     for kind in KINDS:
         launch, results = module.plan(kind, logits, labels)
         stats = module.simulated(launch, module.compiled(launch, "sm_90"))
@@ -157,7 +160,7 @@ def test_traffic_margin_and_numbers(vocab):
         two = kind == "objective" and not launch.arguments["FITS"]
         assert 1 <= stats.read_passes("x_ptr") / (2 if two else 1) <= 1.02
         assert bound == "memory"
-        assert margin >= (1.5 if kind == "forward" else 1.8)
+        assert margin >= margins[kind]
         # Sectors of a request: 16 bytes a lane are 16 whole sectors, and two more where a row starts off a boundary.
         buffer = stats.buffer("x_ptr")
         assert buffer["read_sectors"] * 32 <= 1.1 * buffer["read_bytes"] + 64 * module.ROWS
@@ -200,6 +203,35 @@ def test_every_statistic_in_the_compiled_code(dtype):
     assert (out - expected).norm() <= unit * expected.norm()
     assert not out[2].any()
     assert math.isfinite(float(out.sum()))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "everything"),
+    [(torch.float32, False), (torch.bfloat16, False), (torch.float16, False), (torch.bfloat16, True)],
+    ids=str,
+)
+@pytest.mark.parametrize("vocab", [1001, 40001])
+def test_a_row_knows_nothing_of_its_place_in_the_compiled_code(dtype, everything, vocab):
+    """Eight equal rows of an odd length start at every offset from a 16-byte boundary, and have equal bits: statistics,
+    gradients and the objective in one launch; in registers and in a walk."""
+    pytest.importorskip("ptxsim", reason="needs the PTX simulator ptxsim")
+    from fastalign.kernels import objectives_triton, token_stats_triton
+
+    generator = torch.Generator().manual_seed(vocab)
+    x, z = ((3 * torch.randn(1, vocab, generator=generator)).to(dtype).repeat(8, 1) for _ in range(2))
+    labels, w = torch.full((8,), 77), torch.ones(8)
+    ref, more = (z, w) if everything else (None, None)
+    options = (-100, 0.7, 30.0 if everything else 0.0)
+    codes = (3, 0.2, 0.3, 3.0, 4, 0.1, False, 0.01, 0.1, 0.01) if everything else static().SFT
+    outs = torch.empty_like(x), torch.empty_like(x)
+    forward, found = token_stats_triton.forward(x, labels, ref, *options, everything, everything)
+    grads = (w, w, more, more, None)
+    back = token_stats_triton.backward(x, labels, ref, found[5], found[2], found[3], grads, *options, outs[0])
+    one, again = objectives_triton.objective(x, labels, ref, (w,) * 4, codes, *options, everything, outs[1])
+    for launch in (*forward, *back, *one):
+        static().simulated(launch, static().compiled(launch, "sm_90"))
+    for number in (*found, *again, *outs):
+        assert number is None or (number == number[:1]).all()
 
 
 def test_advantages_in_the_compiled_code():

@@ -1,0 +1,92 @@
+"""Of one row: what its sums are relative to, and its statistics and its gradient's coefficients from them; the formulas
+are those of `token_stats.h`."""
+
+import triton
+import triton.language as tl
+
+from .token_layout_triton import LN2, LOG2E, nothing
+
+
+# --------------------------------------------------------------------------------------------------------------- pivots
+@triton.jit
+def pivot_at(top, scale):
+    """(pivot, scale, pivot * scale) such that 2^(x * scale - pivot * scale) is at most about 1 for x up to `top`.
+
+    The scale is the given one, but for pivots whose product with it would overflow: around those, elements that differ
+    at all are so far apart that any scale will do.
+    """
+    pivot = tl.where(top == float("-inf"), 0.0, top)
+    scale = tl.where(tl.abs(pivot) * scale < 1.0e38, scale, scale * 9.094947e-13)
+    return pivot, scale, pivot * scale
+
+
+@triton.jit
+def missed(at, top, FAR_OFF: tl.constexpr):
+    """Whether a row's sums must be taken anew, from a pivot at its maximum `top`."""
+    pivot, scale, _ = at
+    return (tl.abs(top - pivot) * scale > FAR_OFF) & (top > float("-inf"))
+
+
+# ---------------------------------------------------------------------------------------------------------- statistics
+@triton.jit
+def _log(s):
+    """ln s: the hardware's log2 is good to 2^-22 of its result, near 1 only that is little enough. Subnormal, infinite
+    and NaN s come out as they are."""
+    bits = s.to(tl.int32, bitcast=True)
+    whole = tl.where((s >= 1.0e-30) & (s <= 3.0e38), ((bits - 0x3F400000) >> 23), 0)
+    rest = (bits - (whole << 23)).to(tl.float32, bitcast=True)
+    return whole.to(tl.float64) * LN2 + tl.log2(rest).to(tl.float64) * LN2
+
+
+@triton.jit
+def log_sum(at, log_s, inv_t):
+    """(m, r, ln of the sum relative to the pivot): m + r is the logarithm of a row's sum of exponentials, m that
+    rounded to float32. `log_s` is relative to pivot * scale as rounded, which differs from the pivot's own."""
+    pivot, scale, shift = at
+    log_s -= tl.fma(pivot, scale, -shift).to(tl.float64) * LN2
+    lse = pivot.to(tl.float64) * inv_t + log_s
+    m = lse.to(tl.float32)
+    # A row of nothing but -inf has m = -inf, of which nothing can be the rest.
+    r = tl.where(m == float("-inf"), 0.0, (lse - m.to(tl.float64)).to(tl.float32))
+    return m, r, log_s
+
+
+@triton.jit
+def finish(sums, at, ref_at, label, zero, V, inv_t, KL: tl.constexpr):
+    """Statistics of a row: (logps, entropy, kl, mean, m, r, ref_m, ref_r); see `finish` in token_stats.h."""
+    s, w, total, t, k = sums
+    plain = _log(s)
+    m, r, log_s = log_sum(at, plain, inv_t)
+    logps = ((label.to(tl.float64) - at[0].to(tl.float64)) * inv_t - log_s).to(tl.float32)
+    entropy = (plain - (w / s).to(tl.float64) * LN2).to(tl.float32)
+    mean = ((total.to(tl.float64) / V + zero.to(tl.float64)) * inv_t).to(tl.float32)
+    ref_m = nothing()
+    ref_r = nothing()
+    kl = nothing()
+    if KL:
+        ref_plain = _log(t)
+        ref_m, ref_r, _ = log_sum(ref_at, ref_plain, inv_t)
+        kl = ((k / s).to(tl.float64) * LN2 - plain + ref_plain).to(tl.float32)
+    return logps, entropy, kl, mean, m, r, ref_m, ref_r
+
+
+# ------------------------------------------------------------------------------------------------------------ gradient
+@triton.jit
+def coefficients(m, r, ref_m, ref_r, entropy, kl, g_logps, g_lse, g_entropy, g_kl, g_mean, V, temperature, inv_t):
+    """(pivot, ref_pivot, a, b, g, kappa, delta) of a row; see `coefficients` in token_stats.h."""
+    pivot = (m.to(tl.float64) * temperature).to(tl.float32)
+    ref_pivot = (ref_m.to(tl.float64) * temperature).to(tl.float32)
+    shift = (pivot.to(tl.float64) * inv_t - m.to(tl.float64)).to(tl.float32)  # from rounding the pivots
+    ref_shift = (ref_pivot.to(tl.float64) * inv_t - ref_m.to(tl.float64)).to(tl.float32)
+    p_scale = (tl.exp2((shift - r) * LOG2E).to(tl.float64) * inv_t).to(tl.float32)
+    beta = g_kl - g_entropy
+    alpha = g_lse - g_logps + g_entropy * (r - entropy) + g_kl * (ref_r - r - kl) + beta * shift - g_kl * ref_shift
+    return (
+        pivot,
+        ref_pivot,
+        alpha * p_scale,
+        beta * LN2 * p_scale,
+        g_kl * LN2 * p_scale,
+        (g_mean.to(tl.float64) * inv_t / V).to(tl.float32),
+        (g_logps.to(tl.float64) * inv_t).to(tl.float32),
+    )

@@ -1,0 +1,211 @@
+"""The gradient of one row of logits in Triton, from its coefficients; the formulas are those of `token_stats.h`.
+
+Each element's is its own affair, so that here, other than in `token_sums_triton.py`, nothing depends on which thread
+meets it. Fused multiply-adds are spelled out, so that no bit depends on where the compiler meets a formula.
+"""
+
+import triton
+import triton.language as tl
+
+from .token_layout_triton import (
+    TEAM,
+    body_offsets,
+    body_pointer,
+    body_pointers,
+    edge_elements,
+    edge_offsets,
+    has_edges,
+    prepare,
+    row_head,
+    slots,
+    team_slots,
+)
+
+
+@triton.jit
+def gradient(
+    x, z, delta, c, scale, inv_cap, SLOPE: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr, SOFTCAP: tl.constexpr
+):
+    """Gradient of prepared logits, 2^u (a + b u - g v) + kappa + delta, times the soft-cap's slope."""
+    pivot, ref_pivot, a, b, g, kappa, _ = c
+    u = (x - pivot) * scale
+    p = tl.exp2(u)
+    if SLOPE:
+        slope = tl.fma(u, b, a)
+        if KL:
+            slope = tl.fma((z - ref_pivot) * scale, -g, slope)
+        dx = tl.where(p == 0, 0.0, p * slope)
+        if MEAN:
+            dx += kappa
+    elif MEAN:
+        dx = tl.fma(p, a, kappa)
+    else:
+        dx = p * a
+    if delta is not None:
+        dx += delta
+    if SOFTCAP:
+        tanh = x * inv_cap
+        dx *= tl.fma(-tanh, tanh, 1.0)
+    return dx
+
+
+@triton.jit
+def write_label_gradient(
+    x_label,
+    z_label,
+    out_row,
+    label,
+    c,
+    V,
+    scale,
+    inv_cap,
+    SLOPE: tl.constexpr,
+    KL: tl.constexpr,
+    MEAN: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """The target's element once more, with its delta: cheaper than to look for the target in every tile.
+
+    The barrier orders this write behind that of the thread which wrote the element's tile.
+    """
+    tl.debug_barrier()
+    dx = gradient(x_label, z_label, c[6], c, scale, inv_cap, SLOPE, KL, MEAN, SOFTCAP)
+    real = (label >= 0) & (label < V)
+    tl.store(out_row + tl.where(real, label, 0), dx.to(out_row.dtype.element_ty), real)
+
+
+@triton.jit
+def write_edges(
+    x_row,
+    z_row,
+    out_row,
+    head,
+    c,
+    V,
+    scale,
+    cap,
+    inv_cap,
+    T: tl.constexpr,
+    VEC: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SLOPE: tl.constexpr,
+    KL: tl.constexpr,
+    MEAN: tl.constexpr,
+):
+    """The gradient of the pieces' edges, one by one; reading them once more is cheaper than taking stripes apart."""
+    if has_edges(head, V, VEC):
+        at, live = edge_elements(head, V, T, VEC)
+        x = prepare(tl.load(x_row + at, live, other=0.0), live, cap, inv_cap, SOFTCAP)
+        z = x
+        if KL:
+            z = prepare(tl.load(z_row + at, live, other=0.0), live, cap, inv_cap, SOFTCAP)
+        dx = gradient(x, z, None, c, scale, inv_cap, SLOPE, KL, MEAN, SOFTCAP)
+        tl.store(out_row + at, dx.to(out_row.dtype.element_ty), live)
+
+
+@triton.jit
+def write_registers(
+    xs,
+    zs,
+    out_row,
+    head,
+    c,
+    V,
+    scale,
+    cap,
+    inv_cap,
+    T: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SLOPE: tl.constexpr,
+    KL: tl.constexpr,
+    MEAN: tl.constexpr,
+):
+    """The gradient of the bodies of a row in registers, stripes `xs` and `zs` that `load_row` made."""
+    outs, vectors = body_pointers(out_row, head, V, ALIGNED, T, VEC)
+    element = out_row.dtype.element_ty
+    slot = team_slots(T)
+    for r in tl.static_range(len(xs)):
+        live = slot + r * TEAM < vectors
+        x = prepare(xs[r], live, cap, inv_cap, SOFTCAP)
+        z = prepare(zs[r], live, cap, inv_cap, SOFTCAP)
+        dx = gradient(x, z, None, c, scale, inv_cap, SLOPE, KL, MEAN, SOFTCAP)
+        tl.store(outs + r * TEAM * VEC, dx.to(element), live)
+
+
+@triton.jit
+def write_gradient(
+    x_row,
+    z_row,
+    out_row,
+    c,
+    V,
+    scale,
+    cap,
+    inv_cap,
+    R: tl.constexpr,
+    T: tl.constexpr,
+    VEC: tl.constexpr,
+    ONE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SLOPE: tl.constexpr,
+    KL: tl.constexpr,
+    MEAN: tl.constexpr,
+):
+    """The gradient of a row from its coefficients `c` without the target's delta, in one read and one write.
+
+    In place too: a thread writes where it has read and nowhere else.
+    """
+    low = float("-inf")
+    low = float("-inf")
+    head = row_head(x_row, V, VEC)
+    edge_at, edge = edge_offsets(head, V, T, VEC)
+    if has_edges(head, V, VEC):
+        edge_x = prepare(tl.load(x_row + edge_at, edge, other=low), edge, cap, inv_cap, SOFTCAP)
+        edge_z = edge_x
+        if KL:
+            edge_z = prepare(tl.load(z_row + edge_at, edge, other=low), edge, cap, inv_cap, SOFTCAP)
+        edge_dx = gradient(edge_x, edge_z, None, c, scale, inv_cap, SLOPE, KL, MEAN, SOFTCAP)
+        tl.store(out_row + edge_at, edge_dx.to(out_row.dtype.element_ty), edge)
+
+    slot = slots(R, T)
+    vectors = (V - head) // VEC
+    at = body_offsets(R, T, VEC)
+    xs = body_pointer(x_row, head, True) + at
+    outs = body_pointer(out_row, head, ALIGNED) + at
+    next_x = tl.load(xs, slot < vectors, other=low)
+    if KL:
+        zs = body_pointer(z_row, head, ALIGNED) + at
+        next_z = tl.load(zs, slot < vectors, other=low)
+    for start in range(0, R * T if ONE else vectors, R * T):
+        live = slot < vectors - start
+        x = prepare(next_x, live, cap, inv_cap, SOFTCAP)
+        z = x
+        if KL:
+            z = prepare(next_z, live, cap, inv_cap, SOFTCAP)
+        if not ONE:
+            xs += R * T * VEC
+            next_x = tl.load(xs, slot < vectors - start - R * T, other=low)
+            if KL:
+                zs += R * T * VEC
+                next_z = tl.load(zs, slot < vectors - start - R * T, other=low)
+        dx = gradient(x, z, None, c, scale, inv_cap, SLOPE, KL, MEAN, SOFTCAP)
+        tl.store(outs, dx.to(out_row.dtype.element_ty), live)
+        outs += R * T * VEC
+
+
+@triton.jit
+def write_zeros(out_row, V, R: tl.constexpr, T: tl.constexpr, VEC: tl.constexpr):
+    """The gradient of an ignored row, whose logits are not read."""
+    head = row_head(out_row, V, VEC)
+    at, live = edge_offsets(head, V, T, VEC)
+    tl.store(out_row + at, tl.zeros([1, T, 1], out_row.dtype.element_ty), live)
+    slot = slots(R, T)
+    vectors = (V - head) // VEC
+    outs = body_pointer(out_row, head, True) + body_offsets(R, T, VEC)
+    zeros = tl.zeros([R, T, VEC], out_row.dtype.element_ty)
+    for start in range(0, vectors, R * T):
+        tl.store(outs, zeros, slot < vectors - start)
+        outs += R * T * VEC
