@@ -75,7 +75,8 @@ QUICK = Size(
     reviews=256,
     passes=1,
     pairs=500,
-    demo={"vocab_size": 1000, "hidden_size": 32, "layers": 1, "sft_rows": 256, "prompts": 24, "eval_prompts": 8},
+    demo={"vocab_size": 2000, "hidden_size": 32, "layers": 1, "sft_rows": 512, "sft_learning_rate": 1e-2}
+    | {"prompts": 24, "eval_prompts": 8, "max_new_tokens": 80, "min_gap": 0.05},
     prompts=200,
     episodes=12,
 )
@@ -224,7 +225,9 @@ def pro(job: Job) -> dict[str, Any]:
     model, tokenizer = demo.load("sft")
     set_seed(job.seed)
     prompts = demo.prompts(demo.reviews[0], config.prompts)
-    drawn = sample(model, tokenizer, prompts, per_prompt=config.samples_per_prompt, how=Sampling(40, 384))
+    drawn = sample(
+        model, tokenizer, prompts, per_prompt=config.samples_per_prompt, how=Sampling(config.max_new_tokens, 384)
+    )
     rows = []
     for prompt, each in zip(prompts, drawn, strict=True):
         texts = list(dict.fromkeys(s.text for s in each if s.finished and s.text.strip()))
