@@ -76,7 +76,8 @@ QUICK = Size(
     reviews=256,
     passes=1,
     pairs=500,
-    demo={"vocab_size": 1000, "hidden_size": 32, "layers": 1, "sft_rows": 256, "prompts": 24, "eval_prompts": 8},
+    demo={"vocab_size": 2000, "hidden_size": 32, "layers": 1, "sft_rows": 512, "sft_learning_rate": 1e-2}
+    | {"prompts": 24, "eval_prompts": 8, "max_new_tokens": 80, "min_gap": 0.05},
     prompts=200,
     episodes=12,
 )
