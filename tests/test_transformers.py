@@ -152,6 +152,25 @@ def test_peft(causal_model, kind):
         torch.testing.assert_close(model(input_ids=IDS, labels=LABELS).loss, off)
 
 
+@pytest.mark.parametrize("own_unit", [False, True], ids=["with the model", "head a unit of its own"])
+def test_sharded_weights(causal_model, tmp_path, own_unit):
+    from torch.distributed import destroy_process_group, device_mesh, init_process_group
+    from torch.distributed.fsdp import fully_shard
+
+    want = step(causal_model("Llama"))
+    init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    try:
+        model, mesh = causal_model("Llama"), device_mesh.init_device_mesh("cpu", (1,))
+        for part in (*((model.lm_head,) if own_unit else ()), model):
+            fully_shard(part, mesh=mesh)
+        with apply_fused_loss(model):
+            for _ in range(2):  # the second time without the first call's check
+                loss, gradients = step(model)
+                agree((loss, {name: g.full_tensor() for name, g in gradients.items()}), want, 1e-5)
+    finally:
+        destroy_process_group()
+
+
 def test_prompt_tuning(causal_model):
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     model = peft.get_peft_model(causal_model("Llama"), config)
