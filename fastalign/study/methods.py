@@ -163,13 +163,14 @@ def _grpo(job: Job) -> None:
 
 
 _BETAS, _PAPER_BETAS = (0.03, 0.1, 0.5), (0.05, 0.1, 1.0, 5.0)  # Rafailov et al. 2023, sec. 6.1
+_ENDS = (0.03, 0.5)  # quick runs trace the others by their paths: two ends will do
 _TARGETS, _PAPER_TARGETS = (3.0, 10.0), (3.0, 6.0, 9.0, 12.0)  # the same
 
 METHODS: dict[str, Method] = {
     "dpo": Method("DPO", "beta", _dpo, _BETAS, _PAPER_BETAS),
-    "dpo-r": Method("DPO-R", "beta", _dpo_r, _BETAS, _PAPER_BETAS),
-    "ipo": Method("IPO", "beta", _ipo, _BETAS, _PAPER_BETAS),
-    "pro": Method("PRO", "SFT weight", _pro, (0.02, 0.1, 0.5), (0.01, 0.05, 0.2, 1.0)),
+    "dpo-r": Method("DPO-R", "beta", _dpo_r, _ENDS, _PAPER_BETAS),
+    "ipo": Method("IPO", "beta", _ipo, _ENDS, _PAPER_BETAS),
+    "pro": Method("PRO", "SFT weight", _pro, (0.02, 0.2), (0.01, 0.05, 0.2, 1.0)),
     "ppo-gold": Method("PPO, gold reward", "target KL", _ppo_gold, _TARGETS, _PAPER_TARGETS),
     "ppo-learned": Method("PPO, learned reward", "target KL", _ppo_learned, _TARGETS, _PAPER_TARGETS),
     "grpo": Method("GRPO, gold reward", "KL weight", _grpo, (0.02, 0.2), (0.01, 0.04, 0.2, 1.0)),
