@@ -150,6 +150,8 @@ def causal_model():
         "Cohere": {**dense, "logit_scale": 4.0},
         "FalconH1": {**dense, **mixers, "lm_head_multiplier": 3.0},
         "GPTJ": {"vocab_size": 67, "n_embd": 16, "n_layer": 1, "n_head": 2, "rotary_dim": 4, "n_positions": 32},
+        "MiniCPM3": {**dense, "num_key_value_heads": 2, "dim_model_base": 4, "kv_lora_rank": 4, "q_lora_rank": 4}
+        | {"qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4},
         "Mixtral": {**dense, "num_local_experts": 2, "output_router_logits": True, "router_aux_loss_coef": 0.5},
     }
     dropouts = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}

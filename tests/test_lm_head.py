@@ -11,6 +11,7 @@ peft = pytest.importorskip("peft", reason="needs peft (the extra `train`)")
 from fastalign.integrations._lm_head import logit_transform, read_lm_head  # noqa: E402
 
 FAMILIES = ["Llama", "Qwen2", "GPT2", "Gemma2", "Mistral", "Phi3", "GPTNeoX", "Granite", "Cohere", "FalconH1", "GPTJ"]
+FAMILIES += ["MiniCPM3"]  # scales its hidden states in front of its head
 IDS = torch.arange(14).reshape(2, 7) + 3
 
 
@@ -198,4 +199,6 @@ def test_scales_by_name():
         "LlamaConfig": ({}, (1.0, None)),
     }
     for name, (options, want) in configs.items():
-        assert logit_transform(getattr(transformers, name)(**options)) == want, name
+        config = getattr(transformers, name)(**options)
+        assert logit_transform(config) == want, name
+        assert logit_transform(config, at_head=True) == ((1.0, None) if name == "MiniCPM3Config" else want), name

@@ -15,7 +15,7 @@ import fastalign as fa  # noqa: E402
 from fastalign.integrations.transformers import apply_fused_loss, fused_lm_loss  # noqa: E402
 
 DENSE = ["Llama", "Qwen2", "GPT2", "Gemma2", "Mistral", "Phi3", "GPTNeoX"]
-FAMILIES = [*DENSE, "Granite", "Cohere", "FalconH1", "GPTJ", "Mixtral"]
+FAMILIES = [*DENSE, "Granite", "Cohere", "FalconH1", "GPTJ", "Mixtral", "MiniCPM3"]
 IDS = torch.arange(14).reshape(2, 7) + 3
 LABELS = IDS.masked_fill(torch.tensor([[1, 1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 1, 0]]).bool(), -100)
 

@@ -54,14 +54,18 @@ _SCALES_OF_MODEL: dict[tuple[str, str], Callable[[float], float]] = {
     ("hyperclovax", "logits_scaling"): _times,
     ("mpt", "logit_scale"): lambda value: 1.0,  # a key of its configuration that its code does not read
 }
+_OF_HIDDEN_STATES = {("minicpm3", "logits_scaling"), ("inkling_text", "logits_mup_width_multiplier")}
+"""Scales that these models apply to the hidden states in front of their head: of the head's own input no more."""
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
 # A key that speaks of the logits' scale or cap, by a name that is not known here, must not be passed over in silence.
 _SPEAKS_OF_LOGITS = re.compile(r"(logit|lm_head|output_mult).*(scal|cap|mult)|(scal|cap|mult).*(logit|lm_head)")
 _OF_OTHER_LOGITS = re.compile(r"attn|attention|router|gate|expert|init|moe|vision|audio")
 
 
-def logit_transform(config: Any) -> tuple[float, float | None]:
+def logit_transform(config: Any, *, at_head: bool = False) -> tuple[float, float | None]:
     """(scale, soft-cap or None) that a model applies to its logits, from its configuration's text part.
+
+    The scale is relative to logits of what the body returns; with `at_head` to those of what reaches the head.
 
     Raises:
         ValueError: a key that seems to change the logits and is not known, two scales, or one that is not above 0.
@@ -73,7 +77,7 @@ def logit_transform(config: Any) -> tuple[float, float | None]:
             scales[key] = _SCALES_OF_MODEL.get((text.model_type, key), rule)(_number(text, key))
     if len(scales) > 1:
         raise ValueError(f"the configuration of a {text.model_type} must have one scale of its logits; got {scales}")
-    scale = next(iter(scales.values()), 1.0)
+    scale = next((v for key, v in scales.items() if not (at_head and (text.model_type, key) in _OF_HIDDEN_STATES)), 1.0)
     caps = {key: _number(text, key) for key in _SOFTCAPS if getattr(text, key, None) is not None}
     for key, value in text.to_dict().items():
         speaks = _SPEAKS_OF_LOGITS.search(key) and not _OF_OTHER_LOGITS.search(key)

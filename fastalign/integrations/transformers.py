@@ -78,7 +78,7 @@ class FusedLoss:
     def __init__(self, model: Any, *, return_logits: bool | None, chunk_bytes: int | None, plan: str | None) -> None:
         self.model = model
         self.head = head_module(model)
-        self.scale, self.softcap = logit_transform(model.config)
+        self.scale, self.softcap = logit_transform(model.config, at_head=True)
         self.return_logits = return_logits
         self.options = {"chunk_bytes": chunk_bytes, "plan": plan}
         self.hidden: Tensor | None = None  # while a forward is between its head and its loss
