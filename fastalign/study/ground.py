@@ -42,7 +42,6 @@ class Ground:
     def __init__(self, root: Path, config: StudyConfig, seed: int) -> None:
         self.config, self.seed, self.path = config, seed, root / "grounds" / f"seed-{seed}" / "ground"
         self.demo = Demo(config.demo(seed), self.path)
-        self._models: dict[str, Any] = {}
 
     # ------------------------------------------------------------------------------------------------------ making
     def prepare(self) -> dict[str, Any]:
