@@ -35,8 +35,8 @@ def krippendorff_alpha(ratings: Sequence[Sequence[float]], *, level: str = "inte
         raise ValueError("ratings must hold items with two ratings or more, and two different ratings at least")
     # Counts of each value by item say all that alpha needs, and stay small where every item has raters of its own.
     counts = np.array([[values.count(x) for x in distinct] for values in several])
-    options: dict[str, Any] = {"value_domain": distinct, "level_of_measurement": level}
-    return float(krippendorff.alpha(value_counts=counts, **options))
+    measure: Any = level
+    return float(krippendorff.alpha(value_counts=counts, value_domain=distinct, level_of_measurement=measure))
 
 
 def fleiss_kappa(counts: np.ndarray) -> float:
