@@ -42,7 +42,6 @@ class Ground:
     def __init__(self, root: Path, config: StudyConfig, seed: int) -> None:
         self.config, self.seed, self.path = config, seed, root / "grounds" / f"seed-{seed}" / "ground"
         self.demo = Demo(config.demo(seed), self.path)
-        self._models: dict[str, Any] = {}
 
     # ------------------------------------------------------------------------------------------------------ making
     def prepare(self) -> dict[str, Any]:
@@ -57,8 +56,8 @@ class Ground:
             "proxy": self._proxy,
         }
         found = {name: place.stage(name, name, run) for name, run in stages.items()}
-        found["sft"] = {name: value for name, value in found["sft"].items() if name != "log"}
-        return found
+        # What is told of a run leaves out its long log, and where on this machine it was.
+        return {stage: {k: v for k, v in each.items() if k not in ("log", "source")} for stage, each in found.items()}
 
     def _samples(self) -> dict[str, Any]:
         """Continuations of training prompts, scored: ranked lists (`lists.jsonl`) and pairs (`pairs.jsonl`)."""
