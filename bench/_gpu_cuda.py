@@ -17,8 +17,6 @@ from fastalign import Objective
 from fastalign._backends import cuda
 
 LONGEST = 256000
-SIMULATED = ("sm_80", "sm_90a")
-"""Architectures whose kernels are run: the two ways of the objective."""
 _MANGLED = {"float32": "If", "bfloat16": "INS_8BFloat16E", "float16": "INS_4HalfE"}
 KINDS = {"forward": "forward_kernel", "backward": "backward_kernel", "objective": "objective_kernel"}
 
@@ -73,7 +71,7 @@ def _row(kind: str, arch: str, dtype: str, vocab: int, launches: list[Launch]) -
 def rows(simulate: bool) -> Iterator[Row]:
     nvcc = shutil.which("nvcc")
     for arch in SHARED_BYTES:
-        simulator = Simulator(nvcc, arch) if simulate and nvcc and arch in SIMULATED else None
+        simulator = Simulator(nvcc, arch) if simulate and nvcc else None
         for dtype in DTYPES:
             for vocab in (*VOCABS, LONGEST):
                 calls = _calls(vocab, getattr(torch, dtype)) if simulator else dict.fromkeys(KINDS)
