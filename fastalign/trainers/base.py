@@ -20,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..ops import sum_tokens
+from .allocator import map_large_blocks
 from .callbacks import ConsoleCallback, JsonlCallback
 from .checkpoints import PARTIAL, publish, rotate, write_folder
 from .config import TrainingConfig
@@ -111,6 +112,8 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
             callbacks=[JsonlCallback(), *(callbacks or [])],
             optimizers=optimizers,
         )
+        if self.args.device.type == "cpu":
+            map_large_blocks()
         if args.fused_head:
             can_answer(self.model)  # before it is wrapped
         for plain in (ProgressCallback, PrinterCallback):

@@ -8,7 +8,6 @@ being there before. Needs Linux, whose kernel keeps a high-water mark that can b
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import subprocess
 import sys
@@ -16,8 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from .allocator import map_large_blocks
+
 _CLEAR = Path("/proc/self/clear_refs")
-_M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
 def measure(model: Path, pairs: Path, batch_size: int) -> dict[str, int] | None:
@@ -56,10 +56,7 @@ def _trainer(model: str, pairs: str, batch_size: int, fused: bool, folder: str) 
 def main(model: str, pairs: str, batch_size: str, fused: str) -> None:
     if not _CLEAR.exists():
         return
-    # glibc would serve later passes from memory that earlier ones left behind, unseen; mapped blocks are given back.
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 128 << 10)
+    map_large_blocks(128 << 10)  # later passes would else be served from what earlier ones left behind, unseen
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(model, pairs, int(batch_size), fused == "true", folder)
         rows = trainer.train_dataset
