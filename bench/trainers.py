@@ -234,6 +234,14 @@ def arguments() -> argparse.Namespace:
     return given
 
 
+def machine(threads: int) -> dict[str, Any]:
+    """What the results were taken with; imported late, since the memory of what it imports would count."""
+    from _environment import environment
+    from _suite import Options
+
+    return environment(Options(threads=threads))
+
+
 def main() -> int:
     """Runs every peer in a process of its own and prints the report."""
     given = arguments()
@@ -260,7 +268,11 @@ def main() -> int:
             )  # fmt: skip
             results.append((name, json.loads(done.stdout.splitlines()[-1])))
             if given.json:
-                Path(given.json).write_text(json.dumps({"settings": vars(given), "results": results}, indent=1))
+                kept = {k: v for k, v in vars(given).items() if k not in ("folder", "json", "one")}
+                kept["model"] = Path(given.model).name
+                Path(given.json).write_text(
+                    json.dumps({"settings": kept, "environment": machine(given.threads), "results": results}, indent=1)
+                )
         print(report(results, given))
     return 0
 
