@@ -7,8 +7,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parents[1] / "bench"
-
 SUITES: dict[str, tuple[str, ...]] = {
     "logps": ("bench_logps.py",),
     "losses": ("bench_dpo.py", "bench_ppo.py"),
@@ -30,14 +28,22 @@ suites: {", ".join(SUITES)}, head (alone: its cases are of their own kind); none
 Several rows and vocabularies make a sweep. Every other option is pytest's; `pytest bench --help` lists them."""
 
 
+def roots() -> list[Path]:
+    """Folders that may be a source checkout: the package's own, then the working folder and those above it."""
+    return [Path(__file__).resolve().parents[1], Path.cwd(), *Path.cwd().parents]
+
+
 def folder() -> Path:
-    """Where the benchmarks are; FileNotFoundError where the package was installed without them."""
-    if not (FOLDER / "conftest.py").is_file():
-        raise FileNotFoundError(
-            f"the benchmarks are part of the source checkout and not of the installed package (looked in {FOLDER}): "
-            "clone the repository and install it with pip install -e '.[dev]'"
-        )
-    return FOLDER
+    """Where the benchmarks are; FileNotFoundError where there is no checkout."""
+    for root in roots():
+        about = root / "pyproject.toml"
+        ours = about.is_file() and 'name = "fastalign"' in about.read_text(encoding="utf-8")
+        if ours and (root / "bench" / "conftest.py").is_file():
+            return root / "bench"
+    raise FileNotFoundError(
+        "the benchmarks are part of the source checkout and not of the installed package: clone the repository and run "
+        f"this inside it (looked in {roots()[0]}, and from {Path.cwd()} upwards)"
+    )
 
 
 def _script(name: str, arguments: list[str]) -> int:

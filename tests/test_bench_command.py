@@ -51,6 +51,12 @@ def files(tmp_path):
     return write
 
 
+@pytest.fixture(autouse=True)
+def in_the_checkout(monkeypatch):
+    """The package may be installed elsewhere."""
+    monkeypatch.chdir(BENCH)
+
+
 # ------------------------------------------------------------------------------------------------------- what gets run
 def test_suites_are_files_of_the_checkout():
     assert {path.name for path in BENCH.glob("bench_*.py")} == {
@@ -74,7 +80,7 @@ def test_suites_and_options_are_told_apart():
         bench_command.main(["loss"], run)
 
 
-def test_a_sweep_is_collected(tmp_path):
+def test_a_sweep_is_collected():
     options = [
         "--rows",
         "8,16",
@@ -88,7 +94,7 @@ def test_a_sweep_is_collected(tmp_path):
         "-q",
     ]
     command = [sys.executable, "-m", "fastalign", "bench", "logps", "losses", *options]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=BENCH, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = set(re.findall(r"(\w+)-(\w+)-(\d+)x(\d+)-float32-eager", done.stdout))
     jobs = [
@@ -103,7 +109,7 @@ def test_a_sweep_is_collected(tmp_path):
 
 
 def test_without_a_checkout(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench_command, "FOLDER", tmp_path)
+    monkeypatch.setattr(bench_command, "roots", lambda: [tmp_path])
     for arguments in (["logps"], ["report", "x.json"], []):
         assert cli.main(["bench", *arguments]) == 1
         assert "part of the source checkout and not of the installed package" in capsys.readouterr().err
