@@ -1,4 +1,4 @@
-"""The head of a causal language model as it is read: logits made of it are the model's own."""
+"""The head of a causal language model as it is read: logits made of it and of what it is given are the model's own."""
 
 import pytest
 import torch
@@ -8,19 +8,27 @@ from torch.nn import functional as F
 transformers = pytest.importorskip("transformers", reason="needs transformers (the extra `train`)")
 peft = pytest.importorskip("peft", reason="needs peft (the extra `train`)")
 
-from fastalign.integrations._lm_head import logit_transform, read_lm_head  # noqa: E402
+from fastalign.integrations._headless import Headless  # noqa: E402
+from fastalign.integrations._lm_head import head_module, head_parameters, logit_transform, unwrapped  # noqa: E402
 
 FAMILIES = ["Llama", "Qwen2", "GPT2", "Gemma2", "Mistral", "Phi3", "GPTNeoX", "Granite", "Cohere", "FalconH1", "GPTJ"]
 FAMILIES += ["MiniCPM3"]  # scales its hidden states in front of its head
 IDS = torch.arange(14).reshape(2, 7) + 3
 
 
+def weight_of(model):
+    return head_parameters(head_module(unwrapped(model)))[0]
+
+
 def logits_by_head(model):
     """What the reader's description gives, in plain torch."""
-    head = read_lm_head(model)
-    hidden = head.body(input_ids=IDS)[0]
-    logits = head.logit_scale * F.linear(hidden, head.weight, head.bias)
-    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+    headless = Headless(unwrapped(model))
+    try:
+        head = headless.take(headless.run(IDS).logits)
+    finally:
+        headless.remove()
+    logits = head.logit_scale * F.linear(head.hidden, head.weight, head.bias)
+    return logits if headless.softcap is None else headless.softcap * torch.tanh(logits / headless.softcap)
 
 
 def agree(model):
@@ -46,17 +54,17 @@ def test_logits_and_gradients_are_the_models_own(causal_model, family, tied):
 
 def test_what_is_read(causal_model):
     model = causal_model("Gemma2", True)
-    head = read_lm_head(model)
-    assert head.body is model.model
+    read = Headless(model)
+    assert (read.scale, read.softcap) == (1.0, 0.3)
+    head = read.take(read.run(IDS).logits, plan="keep")
     assert head.weight is model.model.embed_tokens.weight
-    assert (head.bias, head.logit_scale, head.softcap) == (None, 1.0, 0.3)
-    assert read_lm_head(causal_model("Granite")).logit_scale == 4.0
-    assert read_lm_head(causal_model("Cohere")).logit_scale == 4.0
-    assert read_lm_head(causal_model("FalconH1")).logit_scale == 3.0
-    assert read_lm_head(causal_model("GPTJ")).bias is not None
-    hidden = torch.zeros(2, 16)
-    made = head.on(hidden, plan="keep")
-    assert (made.hidden, made.weight, made.plan) == (hidden, head.weight, "keep")
+    assert (head.bias, head.logit_scale, head.plan) == (None, 1.0, "keep")
+    torch.testing.assert_close(head.hidden, model.model(IDS).last_hidden_state)
+    with pytest.raises(ValueError, match="Gemma2ForCausalLM made its logits without its head"):
+        read.take(torch.zeros(1))
+    for family, scale in {"Granite": 4.0, "Cohere": 4.0, "FalconH1": 3.0, "MiniCPM3": 1.0}.items():
+        assert Headless(causal_model(family)).scale == scale
+    assert head_parameters(causal_model("GPTJ").lm_head)[1] is not None
 
 
 def lora(model, targets, **options):
@@ -76,20 +84,20 @@ def test_lora_on_the_head(causal_model, options):
 
 def test_adapters_off_merged_several_and_beside_the_head(causal_model):
     model = lora(causal_model("Llama"), ["lm_head", "q_proj"])
-    plain = read_lm_head(model).weight
+    plain = weight_of(model)
     with model.disable_adapter():
-        assert torch.equal(read_lm_head(model).weight, model.get_base_model().lm_head.base_layer.weight)
+        assert torch.equal(weight_of(model), model.get_base_model().lm_head.base_layer.weight)
     config = peft.LoraConfig(r=3, target_modules=["lm_head"], init_lora_weights=False)
     model.add_adapter("second", config)
     model.base_model.set_adapter(["default", "second"])
-    assert not torch.equal(read_lm_head(model).weight, plain)
+    assert not torch.equal(weight_of(model), plain)
     agree(model)
     model.merge_adapter()
     torch.testing.assert_close(logits_by_head(model), model(input_ids=IDS).logits, rtol=1e-12, atol=1e-12)
     with model.disable_adapter(), pytest.raises(ValueError, match="unmerge_adapter"):
-        read_lm_head(model)
+        weight_of(model)
     beside = lora(causal_model("Llama"), ["q_proj"])
-    assert read_lm_head(beside).weight is beside.get_base_model().lm_head.weight
+    assert weight_of(beside) is beside.get_base_model().lm_head.weight
     agree(beside)
 
 
@@ -98,7 +106,7 @@ def test_a_head_that_is_saved_whole(causal_model):
     gradients = agree(model)
     assert any("lm_head.modules_to_save" in name and g.abs().max() > 0 for name, g in gradients.items())
     with model.disable_adapter():
-        assert read_lm_head(model).weight is model.get_base_model().lm_head.original_module.weight
+        assert weight_of(model) is model.get_base_model().lm_head.original_module.weight
 
 
 def test_wrapped_models(causal_model, tmp_path):
@@ -106,16 +114,16 @@ def test_wrapped_models(causal_model, tmp_path):
     from torch.distributed.fsdp import fully_shard
 
     model = causal_model("Llama")
-    assert read_lm_head(torch.compile(model)).weight is model.lm_head.weight
+    assert weight_of(torch.compile(model)) is model.lm_head.weight
     init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(model)
-        assert read_lm_head(wrapped).weight is model.lm_head.weight
+        assert weight_of(wrapped) is model.lm_head.weight
         sharded = causal_model("Llama")
         want = sharded.lm_head.weight.detach().clone()
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
         fully_shard(sharded, mesh=mesh)
-        read = read_lm_head(sharded).weight
+        read = weight_of(sharded)
         assert type(sharded.lm_head.weight.data).__name__ == "DTensor"
         assert type(read) is torch.Tensor
         assert torch.equal(read, want)
@@ -173,9 +181,6 @@ REFUSED = {
     "the head's adapter must be LoRA; got": lambda model: peft.get_peft_model(
         model, peft.LoHaConfig(target_modules=["lm_head"], r=2)
     ),
-    "PromptTuningConfig, whose prompts peft adds": lambda model: peft.get_peft_model(
-        model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    ),
 }
 
 
@@ -183,7 +188,7 @@ REFUSED = {
 def test_what_is_not_known_is_refused(causal_model, message):
     model = REFUSED[message](causal_model("Llama"))
     with pytest.raises(ValueError, match=message):
-        read_lm_head(model)
+        Headless(unwrapped(model))
 
 
 def test_scales_by_name():
@@ -191,7 +196,7 @@ def test_scales_by_name():
     configs = {
         "HyperCLOVAXConfig": ({"logits_scaling": 2.0}, (2.0, None)),
         "GraniteMoeHybridConfig": ({"logits_scaling": 2.0}, (0.5, None)),
-        "MiniCPM3Config": ({"hidden_size": 640, "dim_model_base": 80}, (0.125, None)),
+        "MiniCPM3Config": ({"hidden_size": 640, "dim_model_base": 80}, (1.0, None)),  # in front of its head
         "RecurrentGemmaConfig": ({"logits_soft_cap": 30.0}, (1.0, 30.0)),
         "xLSTMConfig": ({"output_logit_soft_cap": 15.0}, (1.0, 15.0)),
         "Gemma3Config": ({"text_config": {"final_logit_softcapping": 30.0}}, (1.0, 30.0)),
@@ -201,4 +206,3 @@ def test_scales_by_name():
     for name, (options, want) in configs.items():
         config = getattr(transformers, name)(**options)
         assert logit_transform(config) == want, name
-        assert logit_transform(config, at_head=True) == ((1.0, None) if name == "MiniCPM3Config" else want), name

@@ -1,6 +1,7 @@
 """What stands for a model's logits in the trainers: the same losses and gradients, and a model left as it was."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ import torch
 pytest.importorskip("transformers", reason="needs transformers (the extra `train`)")
 pytest.importorskip("accelerate", reason="needs accelerate (the extra `train`)")
 
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig, LlamaForCausalLM
 
 from fastalign import losses
 from fastalign.trainers.actor_critic import ActorCritic, policy_logits
@@ -126,7 +129,8 @@ def test_the_model_stays_what_it_was(tmp_path):
     model, rows = tiny("llama"), batch()
     kind, before = type(model), model_logits(model, rows)
     assert can_answer(model)
-    assert isinstance(model, kind)
+    assert can_answer(model)
+    assert type(model) is kind
     assert torch.equal(model_logits(model, rows), before)
     twin = copy.deepcopy(model)
     with torch.no_grad():
@@ -135,6 +139,11 @@ def test_the_model_stays_what_it_was(tmp_path):
     assert torch.equal(model_logits(model, rows), before)
     stats = logits_of(twin, rows).stats(rows["labels"])  # the copy answers with its own weights
     torch.testing.assert_close(stats.lse[rows["labels"] != -100], torch.full((9,), 61.0).log())
+    revived = pickle.loads(pickle.dumps(model))
+    assert torch.equal(model_logits(revived, rows), before)
+    assert torch.equal(
+        logits_of(revived, rows).stats(rows["labels"]).lse, logits_of(model, rows).stats(rows["labels"]).lse
+    )
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is kind
@@ -153,9 +162,8 @@ class Doubled(torch.nn.Linear):
 def test_a_head_of_unknown_form_gets_logits():
     model, rows = tiny("llama"), batch()
     model.lm_head = Doubled(16, 61, bias=False)
-    kind = type(model)
     assert not can_answer(model)
-    assert type(model) is kind
+    assert "forward" not in vars(model)
     got = losses.SFTLoss()(logits_of(model, rows), rows["labels"])
     torch.testing.assert_close(got.loss, losses.SFTLoss()(model_logits(model, rows), rows["labels"]).loss)
 
@@ -164,3 +172,36 @@ def test_two_soft_caps_are_refused():
     rows = batch()
     with pytest.raises(ValueError, match="softcap must be None for a model that caps its logits itself, at 3"):
         losses.SFTLoss(softcap=5.0)(logits_of(tiny("gemma2"), rows), rows["labels"])
+
+
+class Rescaled(LlamaForCausalLM):
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        output = super().forward(input_ids, attention_mask, **kwargs)
+        output.logits = 2 * output.logits
+        return output
+
+
+def test_logits_of_which_the_configuration_does_not_speak_are_refused():
+    rows, model = batch(), Rescaled(CONFIGS["llama"])
+    with pytest.raises(ValueError, match=r"the head of Rescaled is not known: its logits are not 1\.0 times those"):
+        logits_of(model, rows).stats(rows["labels"])
+    assert torch.isfinite(logits_of(model, rows, fused=False).stats(rows["labels"]).logps).all()
+
+
+def test_mixed_precision_of_accelerate_is_put_around_it():
+    rows, plain = batch(), tiny("llama")
+    model = tiny("llama")
+    assert can_answer(model)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        model = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+        assert can_answer(model)
+        calls = []
+        model.lm_head.register_forward_hook(lambda *call: calls.append(call[2].shape))
+        got = logits_of(model, rows).stats(rows["labels"]).logps
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert all(shape[:2] == (1, 1) for shape in calls)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = logits_of(plain, rows, fused=False).stats(rows["labels"]).logps
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)

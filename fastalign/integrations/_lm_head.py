@@ -1,4 +1,4 @@
-"""The output head of a causal language model: what turns its last hidden states into logits.
+"""The output head of a causal language model: softcap * tanh(scale * (hidden @ weight.T + bias) / softcap).
 
 Models differ after the matrix product: some scale their logits, some soft-cap them, and the numbers lie in their
 configuration under half a dozen names. Everything in this package that forms logits from hidden states asks here.
@@ -9,29 +9,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
 from .._head_problem import gathered
-from ..head import Head
-
-
-class LMHead(NamedTuple):
-    """The head of a causal language model: softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)."""
-
-    body: nn.Module
-    """The model without its head: called with `input_ids`, it returns the last hidden states first."""
-    weight: Tensor
-    """[V, H]; with LoRA on the head the sum of weight and update, through which gradients reach the adapter."""
-    bias: Tensor | None
-    """[V]."""
-    logit_scale: float
-    softcap: float | None
-
-    def on(self, hidden: Tensor, **options: Any) -> Head:
-        """`fastalign.Head` of hidden states [..., H]; the soft-cap is an option of the loss and not part of it."""
-        return Head(hidden, self.weight, self.bias, self.logit_scale, **options)
 
 
 # ------------------------------------------------------------------------------------------- what a configuration says
@@ -62,10 +44,8 @@ _SPEAKS_OF_LOGITS = re.compile(r"(logit|lm_head|output_mult).*(scal|cap|mult)|(s
 _OF_OTHER_LOGITS = re.compile(r"attn|attention|router|gate|expert|init|moe|vision|audio")
 
 
-def logit_transform(config: Any, *, at_head: bool = False) -> tuple[float, float | None]:
-    """(scale, soft-cap or None) that a model applies to its logits, from its configuration's text part.
-
-    The scale is relative to logits of what the body returns; with `at_head` to those of what reaches the head.
+def logit_transform(config: Any) -> tuple[float, float | None]:
+    """(scale, soft-cap or None) that a model applies to what its head returns, from its configuration's text part.
 
     Raises:
         ValueError: a key that seems to change the logits and is not known, two scales, or one that is not above 0.
@@ -77,7 +57,7 @@ def logit_transform(config: Any, *, at_head: bool = False) -> tuple[float, float
             scales[key] = _SCALES_OF_MODEL.get((text.model_type, key), rule)(_number(text, key))
     if len(scales) > 1:
         raise ValueError(f"the configuration of a {text.model_type} must have one scale of its logits; got {scales}")
-    scale = next((v for key, v in scales.items() if not (at_head and (text.model_type, key) in _OF_HIDDEN_STATES)), 1.0)
+    scale = next((v for key, v in scales.items() if (text.model_type, key) not in _OF_HIDDEN_STATES), 1.0)
     caps = {key: _number(text, key) for key in _SOFTCAPS if getattr(text, key, None) is not None}
     for key, value in text.to_dict().items():
         speaks = _SPEAKS_OF_LOGITS.search(key) and not _OF_OTHER_LOGITS.search(key)
@@ -132,33 +112,16 @@ def head_module(model: Any) -> nn.Module:
     return module
 
 
-def read_lm_head(model: nn.Module) -> LMHead:
-    """Body, head weight, bias, logit scale and soft-cap of a causal language model of transformers.
+def head_parameters(module: Any) -> tuple[Tensor, Tensor | None]:
+    """(weight [V, H], bias [V] or None) of a head whose output is hidden @ weight.T + bias, active adapters included.
 
-    The weight is read anew at each call: after an optimizer's step a LoRA head's merged weight is another tensor.
-
-    Args:
-        model: a transformers causal language model, bare or within DDP, FSDP2 (sharded parameters are gathered),
-            `torch.compile` or peft (LoRA, `modules_to_save`).
+    With LoRA on the head the weight is the sum of its own and the update, through which gradients reach the adapter;
+    shards (FSDP2) are gathered.
 
     Raises:
-        ValueError: a head that is not one plain linear layer, a scale of logits that is not known, an adapter on the
-            head that is no linear update of its weight (DoRA, active dropout, a quantized base), prompts of peft.
+        ValueError: a head that is not one plain linear layer, an adapter on it that is no linear update of its weight
+            (DoRA, active dropout, a quantized base).
     """
-    config = getattr(model, "active_peft_config", None)
-    if config is not None and config.is_prompt_learning:
-        raise ValueError(
-            f"model must take its prompt from input_ids; got {type(config).__name__}, whose prompts peft adds outside"
-        )
-    inner = unwrapped(model)
-    module = head_module(inner)
-    scale, softcap = logit_transform(inner.config)
-    weight, bias = head_parameters(module)
-    return LMHead(inner.base_model, weight, bias, scale, softcap)
-
-
-def head_parameters(module: Any) -> tuple[Tensor, Tensor | None]:
-    """(weight, bias) by which the output of a head is hidden @ weight.T + bias, peft's active adapters included."""
     if hasattr(module, "modules_to_save"):
         names = module.active_adapters
         if not module.disable_adapters and names and names[0] in module.modules_to_save:

@@ -11,18 +11,17 @@ balancing of a mixture of experts, stays its own.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..head import Head
 from ..losses import sft_loss
 from ..losses._common import Logits, check_logits, stats_of
 from ..losses._normalization import Count
-from ._lm_head import head_module, head_parameters, logit_transform, unwrapped
+from ._headless import Headless
+from ._lm_head import head_module, unwrapped
 
 __all__ = ["FusedLoss", "apply_fused_loss", "fused_lm_loss"]
 
@@ -72,34 +71,20 @@ def fused_lm_loss(
     return sft_loss(stats.logps, shift_labels != ignore_index, num_items=num_items_in_batch).loss
 
 
-class FusedLoss:
+class FusedLoss(Headless):
     """What `apply_fused_loss` put into a model: its forward, until `remove()` or the end of a `with` block."""
 
     def __init__(self, model: Any, *, return_logits: bool | None, chunk_bytes: int | None, plan: str | None) -> None:
-        self.model = model
-        self.head = head_module(model)
-        self.scale, self.softcap = logit_transform(model.config, at_head=True)
+        super().__init__(model)
         self.return_logits = return_logits
         self.options = {"chunk_bytes": chunk_bytes, "plan": plan}
-        self.hidden: Tensor | None = None  # while a forward is between its head and its loss
-        self.sample = torch.empty(0)  # the logits of one position, until they are verified
-        self.verified = False
-        with torch.no_grad():
-            head_parameters(self.head)
-        # As an instance's attributes these are copied with the model: a copy's forward belongs to the copy.
-        self._forward = model.forward
-        self._own_forward = model.__dict__.get("forward")
-        self.__signature__ = inspect.signature(model.forward)
-        model.forward = self
         model.loss_function = self._loss
 
     def remove(self) -> None:
         """Gives the model its own forward and loss function back; nothing happens the second time."""
-        if self.model.__dict__.get("forward") is not self:
-            return
-        del self.model.forward, self.model._loss_function
-        if self._own_forward is not None:
-            self.model.forward = self._own_forward
+        if self.model.__dict__.get("forward") is self:
+            del self.model._loss_function
+        super().remove()
 
     def __enter__(self) -> FusedLoss:
         return self
@@ -113,57 +98,17 @@ class FusedLoss:
         wanted = self.return_logits if return_logits is None else return_logits
         if labels is None or (not torch.is_grad_enabled() if wanted is None else wanted):
             return self._forward(*args, **kwargs)
-        before = self.head.__dict__.get("forward")
-        self.head.forward = self._keep  # type: ignore[method-assign, assignment]
-        try:
-            output = self._forward(*args, **kwargs)
-            if self.hidden is not None:
-                raise ValueError(f"{type(self.model).__name__} computes its loss without its loss_function")
-        finally:
+        output = self.run(*args, **kwargs)
+        if self.hidden is not None:
             self.hidden = None
-            del self.head.forward
-            if before is not None:
-                self.head.forward = before
+            raise ValueError(f"{type(self.model).__name__} computes its loss without its loss_function")
         return _without_logits(output)
-
-    def _keep(self, hidden: Tensor) -> Tensor:
-        """In place of the head: keeps its input. Returns logits of the last position, or NaN once those are known."""
-        self.hidden = hidden
-        ones = (1,) * (hidden.dim() - 1)
-        with torch.no_grad():
-            weight, bias = head_parameters(self.head)
-            if self.verified:
-                return hidden.new_full((*ones, weight.shape[0]), torch.nan)
-            last = hidden.reshape(-1, hidden.shape[-1])[-1:].to(weight.device)
-            bias = None if bias is None else bias.to(hidden.dtype)
-            self.sample = F.linear(last, weight.to(hidden.dtype), bias).view(*ones, -1)
-            return self.sample.clone()
-
-    def _verify(self, logits: Tensor) -> None:
-        """That the model did to its logits what its configuration says, at one position, once."""
-        with torch.no_grad():
-            x = self.scale * self.sample.to(torch.promote_types(self.sample.dtype, torch.float32))
-            x = x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
-            # Rounding of the model's own steps: a few units in the last place of the largest logit.
-            near = 16 * torch.finfo(self.sample.dtype).eps
-            same = logits.shape == x.shape and bool((logits - x).abs().max() <= near * x.abs().max())
-        if not same:
-            raise ValueError(
-                f"the head of {type(self.model).__name__} is not known: its logits are not {self.scale} times those of "
-                f"its linear layer with soft-cap {self.softcap}"
-            )
-        logits.fill_(torch.nan)  # a model that uses its logits after this would show it
-        self.verified = True
 
     def _loss(self, logits: Tensor, labels: Tensor, vocab_size: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """The model's loss function: of what its head kept; of logits where they were asked for."""
         if self.hidden is None:
             return fused_lm_loss(logits, labels, vocab_size, *args, **kwargs)
-        weight, bias = head_parameters(self.head)
-        if not self.verified:
-            self._verify(logits)
-        hidden, self.hidden = self.hidden.to(weight.device), None
-        head = Head(hidden, weight, bias, self.scale, **self.options)  # type: ignore[arg-type]
+        head = self.take(logits, **self.options)
         return fused_lm_loss(head, labels, vocab_size, *args, softcap=self.softcap, **kwargs)
 
 
@@ -192,7 +137,7 @@ def apply_fused_loss(
         A handle: `.remove()` undoes it, and so does the end of a `with` block.
 
     Raises:
-        ValueError: a head that is not known (see `_lm_head.read_lm_head`), a loss that is not that of causal language
+        ValueError: a head that is not known (see `_lm_head`), a loss that is not that of causal language
             models, a model that has it already; at the first call, logits that the model changes in another way than
             its configuration says.
     """

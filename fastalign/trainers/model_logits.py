@@ -2,21 +2,23 @@
 
 The statistics are computed inside the model's own forward call, so whatever wraps the model (DDP, FSDP, autocast, LoRA)
 sees one ordinary forward pass: weights are gathered around it and gradients synchronised after it. For that a causal
-language model's class takes one more keyword, `request`; without it, it is what it was.
+language model's forward takes one more keyword, `request`; without it, it is what it was.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..head import Head, head_token_stats
-from ..integrations._lm_head import LMHead, read_lm_head, unwrapped
+from ..integrations._headless import Headless
+from ..integrations._lm_head import unwrapped
 from ..ops import TokenStats, token_stats
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -71,52 +73,51 @@ def _inputs(cls: Any) -> tuple[str, ...]:
 def can_answer(model: Any) -> bool:
     """Makes the model take requests, if its head can be read; False, and no change, for one whose head cannot.
 
-    To be asked before accelerate wraps the model: a forward that was put around the class's own for mixed precision
+    To be asked before accelerate wraps the model: a forward that was put around the model's own for mixed precision
     would hide the new one, and the answer is False as well.
     """
     inner: Any = unwrapped(model)
-    kind: Any = type(inner)
-    if issubclass(kind, _Answering):
-        return True
-    if "forward" in vars(inner):
-        return False
+    forward = vars(inner).get("forward")
+    while hasattr(forward, "__wrapped__"):  # by accelerate, for mixed precision
+        forward = forward.__wrapped__
+    if forward is not None:
+        return isinstance(forward, _Answering)
     try:
-        read_lm_head(inner)
+        _Answering(inner)
     except ValueError:
         return False
-    inner.__class__ = _answering(kind)
     return True
 
 
-class _Answering:
-    """Marks classes whose forward takes a request."""
+class _Answering(Headless):
+    """A forward that takes one more keyword, `request`; without it, it is the model's own."""
 
-
-@functools.cache
-def _answering(cls: Any) -> type:
-    """The class with `request` as a keyword of its forward; of the same name, which a saved configuration holds."""
-
-    @functools.wraps(cls.forward)
-    def forward(self: Any, *args: Any, request: Request | None = None, **inputs: Any) -> Any:
+    def __call__(self, *args: Any, request: Request | None = None, **inputs: Any) -> Any:
         if request is None:
-            return cls.forward(self, *args, **inputs)
-        head = read_lm_head(self)
-        hidden = head.body(*args, **inputs).last_hidden_state
-        kept = hidden if request.hidden else None
+            return self._forward(*args, **inputs)
+        with _returned(self.model.base_model) if request.hidden else contextlib.nullcontext([None]) as last:
+            head = self.take(self.run(*args, **inputs).logits)
         if request.labels is None:
-            return Answer(head=head.on(hidden), hidden=kept)
-        return Answer(_stats(head, hidden, request.labels, request.options), hidden=kept)
+            return Answer(head=head, hidden=last[0])
+        return Answer(self._stats(head, request.labels, request.options), hidden=last[0])
 
-    own = {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return type(cls.__name__, (_Answering, cls), own)
+    def _stats(self, head: Head, labels: Tensor, options: Mapping[str, Any]) -> TokenStats:
+        own, asked = self.softcap, options.get("softcap")
+        if own is not None and asked is not None and own != asked:
+            raise ValueError(f"softcap must be None for a model that caps its logits itself, at {own}; got {asked}")
+        given = {**options, "softcap": own if asked is None else asked}
+        return head_token_stats(head.hidden, head.weight, labels, bias=head.bias, logit_scale=head.logit_scale, **given)
 
 
-def _stats(head: LMHead, hidden: Tensor, labels: Tensor, options: Mapping[str, Any]) -> TokenStats:
-    own, asked = head.softcap, options.get("softcap")
-    if own is not None and asked is not None and own != asked:
-        raise ValueError(f"softcap must be None for a model that caps its logits itself, at {own}; got {asked}")
-    given = {**options, "softcap": own if asked is None else asked}
-    return head_token_stats(hidden, head.weight, labels, bias=head.bias, logit_scale=head.logit_scale, **given)
+@contextlib.contextmanager
+def _returned(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects what the module returns first: of a model's body its last hidden states."""
+    found: list[Tensor] = []
+    hook = module.register_forward_hook(lambda *call: found.append(call[2][0]))
+    try:
+        yield found
+    finally:
+        hook.remove()
 
 
 class ModelLogits:
