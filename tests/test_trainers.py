@@ -200,8 +200,14 @@ class TestDPO:
     def test_dropout_is_off(self, tiny_model, tiny_tokenizer, options):
         model = tiny_model()
         model.add_module("drop", torch.nn.Dropout(0.5))
+        model.drop.attention_dropout = 0.5  # as many models keep the rate of what their attention function drops
         DPOTrainer(model, DPOConfig(**options), PAIRS, processing_class=tiny_tokenizer)
-        assert model.drop.p == 0.0
+        assert (model.drop.p, model.drop.attention_dropout) == (0.0, 0.0)
+
+    def test_a_tokenizer_must_be_given(self, tiny_model, options):
+        for trainer, config in ((DPOTrainer, DPOConfig), (SFTTrainer, SFTConfig)):
+            with pytest.raises(ValueError, match="processing_class must be the model's tokenizer; got None"):
+                trainer(tiny_model(), config(**options), PAIRS)
 
 
 class _StopAt(TrainerCallback):

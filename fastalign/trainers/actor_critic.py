@@ -158,13 +158,3 @@ def with_values(policy: Any, source: str, dtype: torch.dtype) -> ActorCritic:
     if own:
         model.load_head(source)
     return model
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout rate to 0: sampled, old and new log-probabilities must be those of one and the same policy."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and "dropout" in name:
-                setattr(module, name, 0.0)

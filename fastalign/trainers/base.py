@@ -72,16 +72,18 @@ class Means:
 
 
 class AlignmentTrainer(WholeCheckpoints, ABC):
-    """Base of the trainers. Subclasses give `prepare`, `items` and `batch_loss`.
+    """Base of the trainers. Subclasses give `collator`, `prepare`, `items` and `batch_loss`.
 
     Args:
-        model: a causal language model.
+        model: a causal language model, or what the subclass names.
         args: the configuration.
         train_dataset, eval_dataset: rows of text (a path, a list of dicts or a datasets.Dataset); may be None.
-        processing_class: the tokenizer.
-        collator: batches of tokenised rows.
+        processing_class: the tokenizer; must be given.
         callbacks: more callbacks; console and JSONL logging are there already.
         optimizers: as in transformers.
+
+    Raises:
+        ValueError: no processing_class; what a row, the model or the configuration has wrong.
     """
 
     args: TrainingConfig
@@ -92,20 +94,22 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
         self,
         model: PreTrainedModel | nn.Module,
         args: TrainingConfig,
-        train_dataset: Rows | None,
-        eval_dataset: Rows | None,
-        processing_class: PreTrainedTokenizerBase,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
         *,
-        collator: Callable[..., Batch],
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
+        if processing_class is None:
+            raise ValueError("processing_class must be the model's tokenizer; got None")
+        self.check_model(model, args, processing_class)
         self._means = {"train": Means(), "eval": Means()}
         self._partial: str | None = None
         super().__init__(
             model=with_lora(model, args, self.task),
             args=args,
-            data_collator=EvenCollator(collator),
+            data_collator=EvenCollator(self.collator(args, processing_class)),
             train_dataset=None if train_dataset is None else self.prepare(train_dataset, args, processing_class),
             eval_dataset=None if eval_dataset is None else self.prepare(eval_dataset, args, processing_class),
             processing_class=processing_class,
@@ -125,6 +129,13 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
         self.model_accepts_loss_kwargs = True
 
     # ------------------------------------------------------------------------------------------- for subclasses
+    def check_model(self, model: Any, args: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        """What model and tokenizer must be, or be made, before rows are tokenised; ValueError if they cannot."""
+
+    @abstractmethod
+    def collator(self, args: Any, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Batch]:
+        """What makes batches of tokenised rows."""
+
     @abstractmethod
     def prepare(self, rows: Rows, args: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
         """Rows of text to tokenised rows."""

@@ -35,7 +35,7 @@ from .data.collate import IGNORE, Batch, PreferenceCollator
 from .data.files import Rows
 from .data.tokenize import REFERENCE_COLUMNS, tokenize_preferences
 from .lora import adapters_off, is_adapted
-from .run import encoder, load_model, pad_id, run
+from .run import disable_dropout, encoder, load_model, pad_id, run
 from .watch import PreferenceWatch
 
 _LOSS_KEYS = (
@@ -135,18 +135,11 @@ class DPOTrainer(AlignmentTrainer):
         ref_model: PreTrainedModel | nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """As `AlignmentTrainer`; the rows have `prompt`, `chosen`, `rejected`. `processing_class` must be given.
+        """As `AlignmentTrainer`; the rows have `prompt`, `chosen`, `rejected`.
 
         ref_model: the reference policy; None takes `args.ref_model`, or the model as it is now.
         """
-        if processing_class is None:
-            raise ValueError("processing_class must be the model's tokenizer; got None")
-        if args.disable_dropout:
-            for module in model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = 0.0
-        collator = PreferenceCollator(pad_id(processing_class), args.padding_side)
-        super().__init__(model, args, train_dataset, eval_dataset, processing_class, collator=collator, **kwargs)
+        super().__init__(model, args, train_dataset, eval_dataset, processing_class, **kwargs)
         self.add_callback(PreferenceWatch())
         self.ref_model: nn.Module | None = None
         self.loss = args.loss()
@@ -154,6 +147,14 @@ class DPOTrainer(AlignmentTrainer):
             self._set_reference(ref_model)
         elif ref_model is not None:
             raise ValueError(f"ref_model must be None: loss_type {args.loss_type!r} here uses no reference")
+
+    def check_model(self, model: nn.Module, args: DPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Switches dropout off, if so configured."""
+        if args.disable_dropout:
+            disable_dropout(model)
+
+    def collator(self, args: DPOConfig, tokenizer: PreTrainedTokenizerBase) -> PreferenceCollator:
+        return PreferenceCollator(pad_id(tokenizer), args.padding_side)
 
     def prepare(self, rows: Rows, args: DPOConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         return tokenize_preferences(rows, encoder(tokenizer, args))

@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from .. import rl
 from ..losses.policy import PPOLoss
-from .actor_critic import ActorCritic, disable_dropout, policy_logits
+from .actor_critic import ActorCritic, policy_logits
 from .callbacks import JsonlCallback
 from .checkpoints import PARTIAL, rotate, write_folder
 from .data.collate import Batch, pad
@@ -58,7 +58,7 @@ from .rollout import (
     response_mask,
     stacked,
 )
-from .run import load_model, pad_id
+from .run import disable_dropout, load_model, pad_id
 
 _SHOWN = ("objective/scores", "objective/kl", "objective/entropy", "eval/score", "eval/kl", "length", "lr")
 

@@ -15,11 +15,10 @@ holds the policy.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..losses.listwise import PROLoss, comparable, comparisons, pro_loss
 from .arguments import key
@@ -54,7 +53,7 @@ class PROConfig(TrainingConfig):
 
 
 class PROTrainer(AlignmentTrainer):
-    """Minimises the PRO loss.
+    """Minimises the PRO loss of ranked lists or pairs.
 
     Logs `loss/list` and `loss/sft` (the supervised term before its weight), `accuracy` (over pairs: the better one has
     strictly the higher score), `margin` in nats a token (a completion with `average` false), `top1_accuracy`,
@@ -63,20 +62,8 @@ class PROTrainer(AlignmentTrainer):
 
     args: PROConfig
 
-    def __init__(
-        self,
-        model: PreTrainedModel | nn.Module,
-        args: PROConfig,
-        train_dataset: Rows | None = None,
-        eval_dataset: Rows | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """As `AlignmentTrainer`; the rows are ranked lists or pairs. `processing_class` must be given."""
-        if processing_class is None:
-            raise ValueError("processing_class must be the model's tokenizer; got None")
-        collator = ListCollator(pad_id(processing_class), args.padding_side)
-        super().__init__(model, args, train_dataset, eval_dataset, processing_class, collator=collator, **kwargs)
+    def collator(self, args: PROConfig, tokenizer: PreTrainedTokenizerBase) -> ListCollator:
+        return ListCollator(pad_id(tokenizer), args.padding_side)
 
     def prepare(self, rows: Rows, args: PROConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         tokenised = tokenize_lists(rows, encoder(tokenizer, args))

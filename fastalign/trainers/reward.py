@@ -139,15 +139,7 @@ class RewardTrainer(AlignmentTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> None:
-        """As `AlignmentTrainer`. `processing_class` must be given; it may gain a padding token, as may the model."""
-        if processing_class is None:
-            raise ValueError("processing_class must be the model's tokenizer; got None")
-        if getattr(getattr(model, "config", None), "num_labels", None) != 1 or not hasattr(model, "score"):
-            raise ValueError(
-                "model must be a decoder's sequence-classification model with one label, as load_reward_model returns; "
-                f"got {type(model).__name__}"
-            )
-        separate_padding(model, processing_class)
+        """As `AlignmentTrainer`. The tokenizer may gain a padding token, as may the model."""
         self._labelers: dict[Any, int] = {}
         self._known = 0
         self._right: dict[int, list[float]] = {}
@@ -155,8 +147,19 @@ class RewardTrainer(AlignmentTrainer):
             train_dataset, held_out = split_labelers(read_rows(train_dataset), args.held_out_labelers, args.seed)
             parts = [held_out] if eval_dataset is None else [read_rows(eval_dataset), held_out]
             eval_dataset = concatenate_datasets(parts)
-        collator = ListCollator(int(processing_class.pad_token_id), args.padding_side)
-        super().__init__(model, args, train_dataset, eval_dataset, processing_class, collator=collator, **kwargs)
+        super().__init__(model, args, train_dataset, eval_dataset, processing_class, **kwargs)
+
+    def check_model(self, model: Any, args: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        """One label, and a padding token that ends no text."""
+        if getattr(getattr(model, "config", None), "num_labels", None) != 1 or not hasattr(model, "score"):
+            raise ValueError(
+                "model must be a decoder's sequence-classification model with one label, as load_reward_model returns; "
+                f"got {type(model).__name__}"
+            )
+        separate_padding(model, tokenizer)
+
+    def collator(self, args: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> ListCollator:
+        return ListCollator(int(tokenizer.pad_token_id), args.padding_side)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str, args: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

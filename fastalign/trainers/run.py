@@ -13,7 +13,17 @@ from .checkpoints import checkpoints, start_point, write_json
 from .config import COMMON, TrainingConfig
 from .data.encode import Encoder
 
-__all__ = ["checkpoints", "encoder", "load_model", "model_options", "pad_id", "run", "start_point", "train"]
+__all__ = [
+    "checkpoints",
+    "disable_dropout",
+    "encoder",
+    "load_model",
+    "model_options",
+    "pad_id",
+    "run",
+    "start_point",
+    "train",
+]
 
 
 def model_options(args: TrainingConfig) -> dict[str, Any]:
@@ -25,6 +35,16 @@ def model_options(args: TrainingConfig) -> dict[str, Any]:
 def load_model(path: str, args: TrainingConfig) -> PreTrainedModel:
     """The causal language model in that folder, with the dtype and attention that the configuration asks for."""
     return AutoModelForCausalLM.from_pretrained(path, **model_options(args))
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Sets every dropout rate to 0: log-probabilities that are compared must be those of one and the same policy."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and "dropout" in name:
+                setattr(module, name, 0.0)
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -13,12 +13,12 @@ share a row: no padding, the same loss.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import Any
 
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..losses.sft import SFTLoss
 from .arguments import key
@@ -73,22 +73,14 @@ class SFTTrainer(AlignmentTrainer):
 
     args: SFTConfig
 
-    def __init__(
-        self,
-        model: PreTrainedModel | nn.Module,
-        args: SFTConfig,
-        train_dataset: Rows | None = None,
-        eval_dataset: Rows | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """As `AlignmentTrainer`; the rows have `prompt` and `completion`. `processing_class` must be given."""
-        if processing_class is None:
-            raise ValueError("processing_class must be the model's tokenizer; got None")
-        fill = pad_id(processing_class)
-        collator = PackedCollator(fill) if args.packing else SFTCollator(fill, args.padding_side)
-        super().__init__(model, args, train_dataset, eval_dataset, processing_class, collator=collator, **kwargs)
-        self.loss = args.loss()
+    @functools.cached_property
+    def loss(self) -> SFTLoss:
+        """The loss of the configuration."""
+        return self.args.loss()
+
+    def collator(self, args: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> PackedCollator | SFTCollator:
+        fill = pad_id(tokenizer)
+        return PackedCollator(fill) if args.packing else SFTCollator(fill, args.padding_side)
 
     def prepare(self, rows: Rows, args: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         tokenised = tokenize_sft(rows, encoder(tokenizer, args))
