@@ -35,8 +35,8 @@ COMMON = (
 )
 """Keys of transformers.TrainingArguments that the help of a command explains in full."""
 
-FUSED_HEAD = "Losses from hidden states, logits never held whole; false, or a head of unknown form: whole logits"
-CHUNK_BYTES = "Memory for logits in bytes; beyond it they are computed twice. By default an eighth of the machine's"
+DTYPES = ("float32", "bfloat16", "float16")
+"""Of weights."""
 
 _REPLACED = {
     "label_smoothing_factor": (0.0, "label_smoothing"),
@@ -45,8 +45,8 @@ _REPLACED = {
 
 
 @dataclass
-class TrainingConfig(TrainingArguments):
-    """Keys shared by the training commands; every key of transformers.TrainingArguments is accepted beside them."""
+class CommonConfig:
+    """Keys of every command that trains: the model, its head and adapters, the data, and where it goes."""
 
     model: str | None = key(None, "Folder (or hub name) of the causal language model to train", group="Model and data")
     tokenizer: str | None = key(None, "Folder of the tokenizer, if not the model's own", group="Model and data")
@@ -56,16 +56,16 @@ class TrainingConfig(TrainingArguments):
     )
     dataset: str | None = key(None, "Training data: .jsonl, .json, .csv or .parquet", group="Model and data")
     eval_dataset: str | None = key(None, "Evaluation data of the same form", group="Model and data")
-    max_length: int = key(1024, "Tokens of prompt and completion together; the rest is cut", group="Model and data")
-    max_prompt_length: int | None = key(
-        None, "Tokens of the prompt; its beginning is cut, before any completion is", group="Model and data"
+    fused_head: bool = key(
+        True,
+        "Losses from hidden states, logits never held whole; false, or a head of unknown form: whole logits",
+        group="Loss",
     )
-    append_eos: bool = key(True, "End every completion with the end-of-sequence token", group="Model and data")
-    padding_side: str = key(
-        "right", "Side of a batch's padding: right or left, with one result", group="Model and data"
+    chunk_bytes: int | None = key(
+        None,
+        "Memory for logits in bytes; beyond it they are computed twice. By default an eighth of the machine's",
+        group="Loss",
     )
-    fused_head: bool = key(True, FUSED_HEAD, group="Loss")
-    chunk_bytes: int | None = key(None, CHUNK_BYTES, group="Loss")
     lora_rank: int = key(0, "Rank of LoRA adapters; 0 trains all weights", group="LoRA")
     lora_alpha: int = key(16, "Scale of the adapters: they are multiplied by lora_alpha / lora_rank", group="LoRA")
     lora_dropout: float = key(0.0, "Dropout in front of the adapters", group="LoRA")
@@ -76,36 +76,55 @@ class TrainingConfig(TrainingArguments):
         True, "Save a plain model with the adapters merged in at the end; false: the adapters alone", group="LoRA"
     )
     output_dir: str | None = key(None, "Folder for checkpoints, logs and the trained model")
+    overwrite_output_dir: bool = key(False, "Train from the start even if output_dir holds checkpoints")
+    resume_from_checkpoint: str | None = key(None, "Continue: 'auto' for the newest whole checkpoint, or its folder")
+
+    def __post_init__(self) -> None:
+        check_choice("dtype", self.dtype, DTYPES)
+        if self.chunk_bytes is not None:
+            check_positive("chunk_bytes", self.chunk_bytes)
+        check_positive("lora_alpha", self.lora_alpha)
+        if self.lora_rank < 0 or not 0 <= self.lora_dropout < 1:
+            raise ValueError(
+                f"lora_rank must be at least 0 and lora_dropout in [0, 1); got {self.lora_rank} and {self.lora_dropout}"
+            )
+        self.output_dir = self.output_dir and os.path.expanduser(self.output_dir)
+
+
+@dataclass
+class TrainingConfig(CommonConfig, TrainingArguments):
+    """Keys shared by the training commands; every key of transformers.TrainingArguments is accepted beside them."""
+
+    max_length: int = key(1024, "Tokens of prompt and completion together; the rest is cut", group="Model and data")
+    max_prompt_length: int | None = key(
+        None, "Tokens of the prompt; its beginning is cut, before any completion is", group="Model and data"
+    )
+    append_eos: bool = key(True, "End every completion with the end-of-sequence token", group="Model and data")
+    padding_side: str = key(
+        "right", "Side of a batch's padding: right or left, with one result", group="Model and data"
+    )
     train_sampling_strategy: str = key(
         "group_by_length",
         "Order of the rows: group_by_length (random updates, sorted by length among their micro-batches), random or "
         "sequential",
         group="Training loop",
     )
-    overwrite_output_dir: bool = key(False, "Train from the start even if output_dir holds checkpoints")
-    resume_from_checkpoint: str | None = key(None, "Continue: 'auto' for the newest whole checkpoint, or its folder")
     logging_steps: float = key(10, "Log every so many updates", group="Training loop")
 
     def __post_init__(self) -> None:
         for name, (default, instead) in _REPLACED.items():
             if getattr(self, name) != default:
                 raise ValueError(f"--{name} is not used here; use {instead}")
+        CommonConfig.__post_init__(self)
         check_choice("padding_side", self.padding_side, ("right", "left"))
-        check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         check_positive("max_length", self.max_length)
-        for name in ("max_prompt_length", "chunk_bytes"):
-            if getattr(self, name) is not None:
-                check_positive(name, getattr(self, name))
-        if self.lora_rank < 0 or not 0 <= self.lora_dropout < 1:
-            raise ValueError(
-                f"lora_rank must be at least 0 and lora_dropout in [0, 1); got {self.lora_rank} and {self.lora_dropout}"
-            )
+        if self.max_prompt_length is not None:
+            check_positive("max_prompt_length", self.max_prompt_length)
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False
         # The columns that our collators read are not arguments of the model's forward, so none may be dropped.
         self.remove_unused_columns = False
-        super().__post_init__()
-        self.output_dir = os.path.expanduser(str(self.output_dir))
+        TrainingArguments.__post_init__(self)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

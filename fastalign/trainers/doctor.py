@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_
 
 from . import arguments
 from .arguments import key
-from .config import check_choice, check_positive
+from .config import DTYPES, check_choice, check_positive
 from .data.encode import Encoder
 from .data.files import read_rows
 from .doctor_data import DATA_CHECKS, Finding, Patient
@@ -49,7 +49,7 @@ class DoctorConfig:
     seed: int = key(0, "Seed of that choice and of the sampled texts")
 
     def __post_init__(self) -> None:
-        check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        check_choice("dtype", self.dtype, DTYPES)
         check_positive("rows", self.rows)
         check_positive("per_device_train_batch_size", self.per_device_train_batch_size)
 

@@ -30,17 +30,17 @@ from transformers import set_seed
 from . import arguments
 from .arguments import key
 from .checkpoints import write_json
-from .config import check_choice, check_positive
+from .config import check_choice
 from .data.files import read_rows
 from .eval.diversity import self_bleu
 from .eval.estimates import distinct, estimate
 from .eval.judges import PairJudge, ScoreJudge, load_pair_judge
 from .eval.perplexity import likelihood
-from .eval.sampling import Sample, Sampling, compare_policies, sample
+from .eval.sampling import Sample, compare_policies, sample
 from .eval.scorers import Judge, load_judge
 from .eval.winrate import win_rate
 from .run import pad_id
-from .sample import load, read_prompts
+from .sample import DrawConfig, load, read_prompts
 
 _COMPLETIONS = ("completion", "chosen")
 _COLUMNS = (
@@ -50,7 +50,7 @@ _COLUMNS = (
 
 
 @dataclass
-class EvalConfig:
+class EvalConfig(DrawConfig):
     """Compares language models on held-out prompts."""
 
     models: list[str] | None = key(  # noqa: RUF009 (it makes a dataclasses.field)
@@ -58,7 +58,6 @@ class EvalConfig:
         group="Model and data",
     )  # fmt: skip
     dataset: str | None = key(None, "Rows with a column prompt; completion or chosen too", group="Model and data")
-    limit: int = key(0, "Use the first so many rows; 0: all", group="Model and data")
     reward: str | None = key(
         None, "What judges: a reward model's folder, gold (movie reviews), or module:function", group="Model and data"
     )
@@ -70,30 +69,18 @@ class EvalConfig:
     against: str = key("first", "What a win is over: the first model, or the rows' own completion")
     tie_margin: float = key(0.0, "Rewards no further apart than this are a tie")
     reference: str | None = key(None, "Folder of the model that the KL is taken to", group="Model and data")
-    dtype: str = key("float32", "Dtype of the weights: float32, bfloat16 or float16", group="Model and data")
     output: str | None = key(None, "A .json file for the figures")
     samples_per_prompt: int = key(4, "Continuations of each prompt")
-    max_new_tokens: int = key(64, "Tokens of a continuation, at most")
     max_length: int = key(1024, "Tokens of prompt and completion where perplexity is taken; the rest is cut")
-    temperature: float = key(1.0, "Divides the logits; 0 takes the likeliest token each time")
     batch_size: int = key(64, "Texts that are drawn or scored at once")
-    seed: int = key(0, "Seed of the draws")
 
     def __post_init__(self) -> None:
-        check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        super().__post_init__()
         check_choice("against", self.against, ("first", "completion"))
         if self.reference is not None and not self.temperature > 0:
             raise ValueError(f"temperature must be above 0 where a KL is taken; got {self.temperature}")
-        check_positive("samples_per_prompt", self.samples_per_prompt)
-        if self.limit < 0:
-            raise ValueError(f"limit must be at least 0; got {self.limit}")
         if not self.tie_margin >= 0:
             raise ValueError(f"tie_margin must be at least 0; got {self.tie_margin}")
-        self.how()
-
-    def how(self) -> Sampling:
-        """The draws that these keys describe."""
-        return Sampling(self.max_new_tokens, self.batch_size, self.temperature)
 
 
 def evaluate(config: EvalConfig) -> dict[str, dict[str, Any]]:

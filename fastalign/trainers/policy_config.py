@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .arguments import key
-from .config import CHUNK_BYTES, FUSED_HEAD, check_choice, check_positive
+from .config import CommonConfig, check_choice, check_positive
 
 _POSITIVE = (
     "max_prompt_length",
@@ -24,31 +23,20 @@ _POSITIVE = (
     "num_train_epochs",
     "logging_steps",
 )
-_NOT_NEGATIVE = ("top_k", "warmup_steps", "weight_decay", "max_grad_norm", "kl_coef", "entropy_coef", "lora_rank")
+_NOT_NEGATIVE = ("top_k", "warmup_steps", "weight_decay", "max_grad_norm", "kl_coef", "entropy_coef")
 _EVERY = (
     "total_episodes",
     "eval_steps",
     "save_steps",
     "save_total_limit",
     "ptx_batch_size",
-    "lora_alpha",
-    "chunk_bytes",
 )
 
 
 @dataclass
-class PolicyConfig:
-    """Keys shared by the commands that sample from the policy that they train."""
+class EpisodeConfig:
+    """What is sampled, how it is rewarded, and what the loss makes of it."""
 
-    model: str | None = key(None, "Folder (or hub name) of the language model to train", group="Model and data")
-    tokenizer: str | None = key(None, "Folder of the tokenizer, if not the model's own", group="Model and data")
-    dtype: str = key("float32", "Dtype of the weights: float32, bfloat16 or float16", group="Model and data")
-    attn_implementation: str | None = key(
-        None, "Attention of the model, as in transformers (eager, sdpa, ...)", group="Model and data"
-    )
-    dataset: str | None = key(None, "Rows with a prompt: .jsonl, .json, .csv or .parquet", group="Model and data")
-    eval_dataset: str | None = key(None, "Prompts to evaluate on, of the same form", group="Model and data")
-    max_prompt_length: int = key(512, "Tokens of the prompt; its beginning is cut", group="Model and data")
     reward_model: str | None = key(
         None, "Folder of a sequence-classification model with one output: the reward", group="Reward"
     )
@@ -78,21 +66,21 @@ class PolicyConfig:
     cliprange_high: float | None = key(None, "The same upwards, where it differs", group="Loss")
     dual_clip: float | None = key(None, "Bound of the loss where the advantage is negative, usually 3", group="Loss")
     entropy_coef: float = key(0.0, "Weight of the entropy bonus", group="Loss")
-    fused_head: bool = key(True, FUSED_HEAD, group="Loss")
-    chunk_bytes: int | None = key(None, CHUNK_BYTES, group="Loss")
     ref_model: str | None = key(
         None, "Folder of the reference model, if not the model as it was at the start", group="Reference"
     )
-    lora_rank: int = key(0, "Rank of LoRA adapters; 0 trains all weights", group="LoRA")
-    lora_alpha: int = key(16, "Scale of the adapters: they are multiplied by lora_alpha / lora_rank", group="LoRA")
-    lora_target_modules: list[str] | None = key(  # noqa: RUF009 (it makes a dataclasses.field)
-        None, "Names of the layers that get adapters; all linear ones by default", group="LoRA"
-    )
-    lora_merge: bool = key(
-        True, "Save a plain model with the adapters merged in at the end; false: the adapters alone", group="LoRA"
-    )
-    lora_dropout = 0.0  # not a key: here nothing may be dropped
     total_episodes: int | None = key(None, "Responses to sample in all; num_train_epochs by default")
+
+
+@dataclass
+class PolicyConfig(CommonConfig, EpisodeConfig):
+    """Keys shared by the commands that sample from the policy that they train."""
+
+    model: str | None = key(None, "Folder (or hub name) of the language model to train", group="Model and data")
+    dataset: str | None = key(None, "Rows with a prompt: .jsonl, .json, .csv or .parquet", group="Model and data")
+    eval_dataset: str | None = key(None, "Prompts to evaluate on, of the same form", group="Model and data")
+    max_prompt_length: int = key(512, "Tokens of the prompt; its beginning is cut", group="Model and data")
+    lora_dropout: float = field(default=0.0, init=False)  # not a key: here nothing may be dropped
     num_train_epochs: float = key(1.0, "Passes over the prompts", group="Training loop")
     num_ppo_epochs: int = key(4, "Passes over each batch of responses", group="Training loop")
     num_mini_batches: int = key(1, "Updates in such a pass", group="Training loop")
@@ -117,9 +105,6 @@ class PolicyConfig:
     ptx_batch_size: int | None = key(
         None, "Such rows per update, over all processes; as many as responses by default", group="PPO-ptx"
     )
-    output_dir: str | None = key(None, "Folder for checkpoints, logs and the trained model")
-    overwrite_output_dir: bool = key(False, "Train from the start even if output_dir holds checkpoints")
-    resume_from_checkpoint: str | None = key(None, "Continue: 'auto' for the newest whole checkpoint, or its folder")
     seed: int = key(0, "Seed of everything; samples depend on it and on nothing else")
     use_cpu: bool = key(False, "Stay on the CPU")
     logging_steps: int = key(1, "Log every so many steps (a step: one batch of responses and its updates)")
@@ -132,9 +117,9 @@ class PolicyConfig:
     disable_tqdm: bool = key(False, "No progress bar")
 
     def __post_init__(self) -> None:
+        CommonConfig.__post_init__(self)
         if not self.output_dir:
             raise ValueError("output_dir must be a folder; got none")
-        self.output_dir = os.path.expanduser(str(self.output_dir))
         self.report_to = [] if self.report_to in ("none", ["none"], None) else as_list(self.report_to)
         for name in _POSITIVE:
             check_positive(name, getattr(self, name))
@@ -144,7 +129,6 @@ class PolicyConfig:
         for name in _NOT_NEGATIVE:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
-        check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         check_choice("kl_in", self.kl_in, ("reward", "loss"))
         check_choice("kl_estimator", self.kl_estimator, ("k1", "k2", "k3", "exact"))
         if not 0 < self.top_p <= 1:

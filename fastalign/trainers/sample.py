@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,43 +20,57 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from . import arguments
 from .arguments import key
-from .config import check_choice, check_positive
+from .config import DTYPES, check_choice, check_positive
 from .data.chat import check_messages, is_chat
 from .data.files import read_rows
 from .eval.sampling import Sampling, sample
 
 
 @dataclass
-class SampleConfig:
-    """Draws continuations of prompts from a language model."""
+class DrawConfig:
+    """Keys of the commands that draw continuations of prompts."""
 
-    model: str | None = key(None, "Folder (or hub name) of the causal language model", group="Model and data")
-    tokenizer: str | None = key(None, "Folder of the tokenizer, if not the model's own", group="Model and data")
-    dtype: str = key("float32", "Dtype of the weights: float32, bfloat16 or float16", group="Model and data")
-    prompt: str | None = key(None, "A prompt", group="Model and data")
-    dataset: str | None = key(None, "Rows with a column prompt (text or messages), instead", group="Model and data")
+    dataset: str | None = key(None, "Rows with a column prompt", group="Model and data")
     limit: int = key(0, "Use the first so many rows; 0: all", group="Model and data")
-    output: str | None = key(None, "A .jsonl file to write; the screen by default")
+    dtype: str = key("float32", "Dtype of the weights: float32, bfloat16 or float16", group="Model and data")
+    output: str | None = key(None, "A file to write")
     samples_per_prompt: int = key(1, "Continuations of each prompt")
     max_new_tokens: int = key(64, "Tokens of a continuation, at most")
     temperature: float = key(1.0, "Divides the logits; 0 takes the likeliest token each time")
-    top_k: int = key(0, "Draw among the k likeliest tokens; 0: all")
-    top_p: float = key(1.0, "Draw among the likeliest tokens of this joint probability; 1: all")
     batch_size: int = key(64, "Continuations drawn at once")
     seed: int = key(0, "Seed of the draws")
 
     def __post_init__(self) -> None:
-        check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        check_choice("dtype", self.dtype, DTYPES)
         check_positive("samples_per_prompt", self.samples_per_prompt)
         if self.limit < 0:
             raise ValueError(f"limit must be at least 0; got {self.limit}")
-        if (self.prompt is None) == (self.dataset is None):
-            raise ValueError("give either --prompt or --dataset")
         self.how()
 
     def how(self) -> Sampling:
         """The draws that these keys describe."""
-        return Sampling(self.max_new_tokens, self.batch_size, self.temperature, self.top_k, self.top_p)
+        return Sampling(self.max_new_tokens, self.batch_size, self.temperature)
+
+
+@dataclass
+class SampleConfig(DrawConfig):
+    """Draws continuations of prompts from a language model."""
+
+    model: str | None = key(None, "Folder (or hub name) of the causal language model", group="Model and data")
+    tokenizer: str | None = key(None, "Folder of the tokenizer, if not the model's own", group="Model and data")
+    prompt: str | None = key(None, "A prompt", group="Model and data")
+    dataset: str | None = key(None, "Rows with a column prompt (text or messages), instead", group="Model and data")
+    output: str | None = key(None, "A .jsonl file to write; the screen by default")
+    top_k: int = key(0, "Draw among the k likeliest tokens; 0: all")
+    top_p: float = key(1.0, "Draw among the likeliest tokens of this joint probability; 1: all")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.prompt is None) == (self.dataset is None):
+            raise ValueError("give either --prompt or --dataset")
+
+    def how(self) -> Sampling:
+        return replace(super().how(), top_k=self.top_k, top_p=self.top_p)
 
 
 def load(path: str, tokenizer: str | None, dtype: str) -> tuple[Any, Any]:
