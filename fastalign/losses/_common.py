@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
 from ..head import LogitsSource, as_head
@@ -14,6 +14,7 @@ from ..ops import sum_tokens
 
 __all__ = [
     "Logits",
+    "LogitsLoss",
     "check_float",
     "check_logits",
     "check_mask",
@@ -50,6 +51,32 @@ def stats_of(logits: Logits, labels: Tensor, *, inplace_backward: bool = False, 
     if not isinstance(source, Tensor):
         return source.stats(labels, **options)
     return ops.token_stats(source, labels, inplace_backward=inplace_backward, **options)
+
+
+class LogitsLoss(nn.Module):
+    """Base of the modules that take logits: what each of them is told about these.
+
+    Args:
+        ignore_index, temperature, softcap, inplace_backward: as in `token_stats`.
+    """
+
+    def __init__(self, ignore_index: int, temperature: float, softcap: float | None, inplace_backward: bool) -> None:
+        super().__init__()
+        self.ignore_index, self.inplace_backward = ignore_index, inplace_backward
+        self.stats_options: dict[str, Any] = {
+            "ignore_index": ignore_index,
+            "temperature": temperature,
+            "softcap": softcap,
+        }
+
+    def stats(self, logits: Logits, labels: Tensor, **more: Any) -> ops.TokenStats:
+        """Token statistics of the policy's logits; `more` options as in `token_stats`."""
+        return stats_of(logits, labels, inplace_backward=self.inplace_backward, **self.stats_options, **more)
+
+    @torch.no_grad()
+    def reference_logps(self, ref_logits: Logits, labels: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Sums of the log-probabilities of each row's labels by a reference: constants."""
+        return sum_tokens(stats_of(ref_logits, labels, **self.stats_options).logps, dtype)
 
 
 def narrow(output: Output, dtype: torch.dtype) -> Output:

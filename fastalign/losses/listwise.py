@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..head import Head
 from ._common import (
     Logits,
+    LogitsLoss,
     check_float,
     check_logits,
     check_mask,
@@ -33,7 +34,6 @@ from ._common import (
     hide,
     lookup,
     masked_mean,
-    stats_of,
     sum_tokens,
 )
 from ._parts import Piece, by_parts, flat_head, known_objective
@@ -253,7 +253,7 @@ def _tempered(scores: Tensor, rewards: Tensor, above: Tensor) -> Tensor:
     return scores.unsqueeze(1) * gaps - (scores * own).unsqueeze(2)
 
 
-class PROLoss(nn.Module):
+class PROLoss(LogitsLoss):
     """PRO from logits: scores each response by its log-probability and applies `pro_loss`.
 
     Args:
@@ -278,15 +278,10 @@ class PROLoss(nn.Module):
         softcap: float | None = None,
         inplace_backward: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(ignore_index, temperature, softcap, inplace_backward)
         self.sft_weight = check_range("sft_weight", sft_weight, 0.0)
         lookup("form", FORMS, form)
-        self.form, self.average, self.sft_average, self.ignore_index = form, average, sft_average, ignore_index
-        self.options: dict[str, Any] = {
-            "temperature": temperature,
-            "softcap": softcap,
-            "inplace_backward": inplace_backward,
-        }
+        self.form, self.average, self.sft_average = form, average, sft_average
 
     def extra_repr(self) -> str:
         return f"form={self.form!r}, sft_weight={self.sft_weight}, average={self.average}"
@@ -341,7 +336,7 @@ class PROLoss(nn.Module):
         return PROOutput(loss, *(torch.stack(x).sum(0).detach() for x in list(zip(*parts, strict=True))[1:]))
 
     def _of(self, logits: Logits, labels: Tensor, rewards: Tensor | None, shape: tuple[int, int]) -> PROOutput:
-        stats = stats_of(logits, labels, ignore_index=self.ignore_index, **self.options)
+        stats = self.stats(logits, labels)
         sums = sum_tokens(stats.logps.flatten(0, -2)).reshape(shape)
         counts = (labels != self.ignore_index).sum(-1).reshape(shape)
         means = sums / counts.clamp(min=1).to(sums.dtype)

@@ -11,11 +11,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..head import Head
 from ..objective import attach_gradient, token_objective
-from ._common import Logits, check_float, check_mask, check_range, lookup, masked_mean, stats_of
+from ._common import Logits, LogitsLoss, check_float, check_mask, check_range, lookup, masked_mean
 from ._kl import KL_ESTIMATORS, importance_weights, kl_estimate, token_kl
 from ._normalization import NORMALIZATIONS, Count, as_real, normalize
 from ._one_launch import policy_inputs, policy_objective, token_weights
@@ -181,7 +181,7 @@ def _divergence(
     return found
 
 
-class PPOLoss(nn.Module):
+class PPOLoss(LogitsLoss):
     """`policy_loss` from logits: PPO by default, and every other kind of policy objective.
 
     The pretraining mix of PPO-ptx is `ptx_loss(output.loss, ...)`; the value function's loss is `value_loss`.
@@ -221,7 +221,7 @@ class PPOLoss(nn.Module):
         inplace_backward: bool = False,
         one_launch: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(ignore_index, temperature, softcap, inplace_backward)
         lookup("kind", KINDS, kind)
         lookup("kl_estimator", {**KL_ESTIMATORS, "exact": None}, kl_estimator)
         lookup("normalization", NORMALIZATIONS, normalization)
@@ -239,9 +239,6 @@ class PPOLoss(nn.Module):
             "max_length": max_length,
         }
         self.want_entropy = report_entropy or entropy_coef != 0.0
-        self.ignore_index = ignore_index
-        self.options = {"temperature": temperature, "softcap": softcap}
-        self.inplace_backward = inplace_backward
         self.one_launch = one_launch
         if one_launch:
             policy_objective(self.config, has_reference=True)  # refuses a kind that needs whole sequences
@@ -280,12 +277,7 @@ class PPOLoss(nn.Module):
             got = f"{'None' if ref_logits is None else 'ref_logits'} with kl_estimator={self.config['kl_estimator']!r}"
             raise ValueError(f"ref_logits go with kl_estimator='exact', and with no other; got {got}")
         mask = labels != self.ignore_index
-        shared: dict[str, Any] = {
-            "ref_logits": ref_logits,
-            "entropy": self.want_entropy,
-            "ignore_index": self.ignore_index,
-            **self.options,
-        }
+        shared: dict[str, Any] = {"ref_logits": ref_logits, "entropy": self.want_entropy}
         head = known_objective(logits, labels, self.ignore_index)
         if head is not None:
             given = {"ref_logps": ref_logps, "sampler_logps": sampler_logps}
@@ -298,10 +290,17 @@ class PPOLoss(nn.Module):
                 self.config, mask, old_logps, _advantages(advantages, mask), ref_logps, sampler_logps
             )
             stats, gradient = token_objective(
-                logits, labels, weight, objective, inplace=self.inplace_backward, **inputs, **shared
+                logits,
+                labels,
+                weight,
+                objective,
+                inplace=self.inplace_backward,
+                **inputs,
+                **shared,
+                **self.stats_options,
             )
         else:
-            stats = stats_of(logits, labels, kl=exact, inplace_backward=self.inplace_backward, **shared)
+            stats = self.stats(logits, labels, kl=exact, **shared)
         output = policy_loss(
             stats.logps,
             old_logps,

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..head import Head
-from ._common import Logits, check_float, check_logits, narrow, stats_of, sum_tokens
+from ._common import Logits, LogitsLoss, check_float, check_logits, narrow, sum_tokens
 from ._pairwise_table import F_DIVERGENCES, NLL_NORMALIZATIONS, PAIRWISE, Pairs, PairwiseOptions, Side
 from ._parts import Piece, by_parts, known_objective
 
@@ -196,7 +196,7 @@ def _mean(losses: Tensor) -> Tensor:
     return (losses.sum(dtype=wide) / max(losses.numel(), 1)).to(losses.dtype)
 
 
-class DPOLoss(nn.Module):
+class DPOLoss(LogitsLoss):
     """Any pairwise loss of `dpo_loss`, from logits: DPOLoss(beta=0.1), DPOLoss(loss_type="orpo").
 
     Args:
@@ -219,14 +219,8 @@ class DPOLoss(nn.Module):
         inplace_backward: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(ignore_index, temperature, softcap, inplace_backward)
         self.options = PairwiseOptions(**options)
-        self.inplace_backward = inplace_backward
-        self.stats_options: dict[str, Any] = {
-            "ignore_index": ignore_index,
-            "temperature": temperature,
-            "softcap": softcap,
-        }
 
     def forward(
         self,
@@ -263,10 +257,8 @@ class DPOLoss(nn.Module):
                 raise ValueError("give ref_logits or ref_chosen_logps and ref_rejected_logps, not both")
             if not self.options.honours("reference"):
                 raise ValueError(f"ref_logits must be None: loss_type {self.options.loss_type!r} uses no reference")
-            with torch.no_grad():
-                ref_logps = stats_of(ref_logits, labels, **self.stats_options).logps
-                references = _halves(sum_tokens(ref_logps, torch.float64))
-        head = known_objective(logits, labels, self.stats_options["ignore_index"])
+            references = _halves(self.reference_logps(ref_logits, labels, torch.float64))
+        head = known_objective(logits, labels, self.ignore_index)
         if head is not None and self.options.by_pairs:
             return self._by_parts(head, labels, references)
         if head is not None and head.plan == "objective":
@@ -278,8 +270,8 @@ class DPOLoss(nn.Module):
 
     def _of(self, logits: Logits, labels: Tensor, references: _Two) -> PreferenceOutput:
         """The loss of rows whose references are sums."""
-        stats = stats_of(logits, labels, inplace_backward=self.inplace_backward, **self.stats_options)
-        lengths = _halves(labels.ne(self.stats_options["ignore_index"]).sum(-1))
+        stats = self.stats(logits, labels)
+        lengths = _halves(labels.ne(self.ignore_index).sum(-1))
         # Rounded as given references were, so that a policy that is its reference still has rewards of exactly 0.
         dtype = torch.float64 if references[0] is None else references[0].dtype
         sums = _halves(sum_tokens(stats.logps, dtype if dtype == torch.float64 else torch.float32))
@@ -295,7 +287,7 @@ class DPOLoss(nn.Module):
             return out, out.loss * (len(pairs) / count)
 
         pairs = torch.arange(2 * count, device=labels.device).view(2, count).t()
-        loss, parts = by_parts(head, labels, self.stats_options["ignore_index"], pairs, run, by_place=True)
+        loss, parts = by_parts(head, labels, self.ignore_index, pairs, run, by_place=True)
         return PreferenceOutput(loss, *(torch.cat(x) for x in list(zip(*parts, strict=True))[1:]))
 
     def extra_repr(self) -> str:

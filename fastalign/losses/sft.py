@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..head import Head
 from ..objective import Objective, attach_gradient, token_objective
-from ._common import Logits, check_float, check_mask, check_range, lookup, masked_mean, stats_of
+from ._common import Logits, LogitsLoss, check_float, check_mask, check_range, lookup, masked_mean
 from ._normalization import Count, as_real, normalize
 from ._one_launch import token_weights
 from ._parts import Piece, by_parts, flat_head, known_objective
@@ -80,7 +80,7 @@ def sft_loss(
     return SFTOutput(loss, masked_mean(nll.detach(), mask), squares, mask.sum())
 
 
-class SFTLoss(nn.Module):
+class SFTLoss(LogitsLoss):
     """`sft_loss` from logits.
 
     Args:
@@ -108,16 +108,12 @@ class SFTLoss(nn.Module):
         inplace_backward: bool = False,
         one_launch: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(ignore_index, temperature, softcap, inplace_backward)
         lookup("normalization", NORMALIZATIONS, normalization)
         self.one_launch = one_launch
         self.normalization = normalization
         self.z_loss = check_range("z_loss", z_loss, 0.0)
-        self.ignore_index = ignore_index
         self.label_smoothing = check_range("label_smoothing", label_smoothing, 0.0, 1.0)
-        self.temperature = temperature
-        self.softcap = softcap
-        self.inplace_backward = inplace_backward
 
     def forward(self, logits: Logits, labels: Tensor, *, num_items: Count | None = None) -> SFTOutput:
         """The loss of a batch.
@@ -130,11 +126,6 @@ class SFTLoss(nn.Module):
         Raises:
             ValueError, TypeError: as `token_stats` and `sft_loss`.
         """
-        options: dict[str, Any] = {
-            "ignore_index": self.ignore_index,
-            "temperature": self.temperature,
-            "softcap": self.softcap,
-        }
         mask = labels != self.ignore_index
         head = known_objective(logits, labels, self.ignore_index)
         if head is not None and labels.dim() > 1:
@@ -144,16 +135,10 @@ class SFTLoss(nn.Module):
             weight = token_weights(mask, NORMALIZATIONS[self.normalization], num_items)
             objective = Objective("sft", label_smoothing=self.label_smoothing, z_loss=self.z_loss)
             stats, gradient = token_objective(
-                logits, labels, weight, objective, inplace=self.inplace_backward, **options
+                logits, labels, weight, objective, inplace=self.inplace_backward, **self.stats_options
             )
         else:
-            stats = stats_of(
-                logits,
-                labels,
-                label_smoothing=self.label_smoothing,
-                inplace_backward=self.inplace_backward,
-                **options,
-            )
+            stats = self.stats(logits, labels, label_smoothing=self.label_smoothing)
         lse = stats.lse if self.z_loss > 0 else None
         output = sft_loss(
             stats.logps, mask, normalization=self.normalization, num_items=num_items, lse=lse, z_loss=self.z_loss

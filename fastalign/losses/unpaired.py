@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ._common import Logits, check_float, check_logits, check_mask, check_range, masked_mean, stats_of, sum_tokens
+from ._common import Logits, LogitsLoss, check_float, check_logits, check_mask, check_range, masked_mean, sum_tokens
 
 __all__ = ["KTOLoss", "KTOOutput", "kto_loss"]
 
@@ -104,7 +104,7 @@ def _baseline(kl: Tensor | float | None, kl_logps: Tensor | None, ref_kl_logps: 
     return (estimate.sum() / max(estimate.numel(), 1)).clamp(min=0)
 
 
-class KTOLoss(nn.Module):
+class KTOLoss(LogitsLoss):
     """`kto_loss` from logits.
 
     Args:
@@ -126,16 +126,10 @@ class KTOLoss(nn.Module):
         softcap: float | None = None,
         inplace_backward: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(ignore_index, temperature, softcap, inplace_backward)
         self.beta = check_range("beta", beta, 0.0, open_low=True)
         self.desirable_weight = check_range("desirable_weight", desirable_weight, 0.0)
         self.undesirable_weight = check_range("undesirable_weight", undesirable_weight, 0.0)
-        self.inplace_backward = inplace_backward
-        self.stats_options: dict[str, Any] = {
-            "ignore_index": ignore_index,
-            "temperature": temperature,
-            "softcap": softcap,
-        }
 
     def forward(
         self,
@@ -169,11 +163,9 @@ class KTOLoss(nn.Module):
         if ref_logits is not None:
             if ref_logps is not None:
                 raise ValueError("give ref_logits or ref_logps, not both")
-            with torch.no_grad():
-                ref_logps = sum_tokens(stats_of(ref_logits, labels, **self.stats_options).logps)
-        stats = stats_of(logits, labels, inplace_backward=self.inplace_backward, **self.stats_options)
+            ref_logps = self.reference_logps(ref_logits, labels)
         return kto_loss(
-            sum_tokens(stats.logps),
+            sum_tokens(self.stats(logits, labels).logps),
             desirable,
             ref_logps,
             kl=kl,
