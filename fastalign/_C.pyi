@@ -1,4 +1,9 @@
-"""Types of the compiled module (csrc/bindings.cpp). Addresses are those of `Tensor.data_ptr()`; 0 is none."""
+"""Types of the compiled module (csrc/bindings.cpp), whose arguments have no names there.
+
+Addresses are those of `Tensor.data_ptr()`; 0 is none.
+"""
+
+from typing import Protocol
 
 def token_stats_forward(tokens: tuple, outputs: tuple) -> int: ...
 def token_stats_backward(
@@ -13,30 +18,26 @@ def token_objective(
     out_strides: tuple[int, ...],
     fresh: bool,
 ) -> int: ...
-def gae_float32(
-    rewards: int,
-    values: int,
-    mask: int,
-    advantages: int,
-    returns: int,
-    rows: int,
-    length: int,
-    gamma: float,
-    gamma_lam: float,
-    threads: int,
-) -> None: ...
-def gae_float64(
-    rewards: int,
-    values: int,
-    mask: int,
-    advantages: int,
-    returns: int,
-    rows: int,
-    length: int,
-    gamma: float,
-    gamma_lam: float,
-    threads: int,
-) -> None: ...
+
+class _Gae(Protocol):
+    def __call__(
+        self,
+        rewards: int,
+        values: int,
+        mask: int,
+        advantages: int,
+        returns: int,
+        rows: int,
+        length: int,
+        gamma: float,
+        gamma_lam: float,
+        threads: int,
+        /,
+    ) -> None: ...
+
+gae_float32: _Gae
+gae_float64: _Gae
+
 def isa() -> str: ...
 def isas() -> list[str]: ...
 def set_isa(name: str) -> None: ...

@@ -1,3 +1,5 @@
+from typing import Protocol
+
 architectures: str
 usage: str
 
@@ -16,29 +18,23 @@ def token_objective(
     stream: int,
 ) -> None: ...
 def scale(dtype: int, data: int, count: int, factor: int, device: int, stream: int) -> None: ...
-def gae_float32(
-    rewards: int,
-    values: int,
-    mask: int,
-    advantages: int,
-    returns: int,
-    rows: int,
-    length: int,
-    gamma: float,
-    gamma_lam: float,
-    device: int,
-    stream: int,
-) -> None: ...
-def gae_float64(
-    rewards: int,
-    values: int,
-    mask: int,
-    advantages: int,
-    returns: int,
-    rows: int,
-    length: int,
-    gamma: float,
-    gamma_lam: float,
-    device: int,
-    stream: int,
-) -> None: ...
+
+class _Gae(Protocol):
+    def __call__(
+        self,
+        rewards: int,
+        values: int,
+        mask: int,
+        advantages: int,
+        returns: int,
+        rows: int,
+        length: int,
+        gamma: float,
+        gamma_lam: float,
+        device: int,
+        stream: int,
+        /,
+    ) -> None: ...
+
+gae_float32: _Gae
+gae_float64: _Gae

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from . import _backends
+from .trainers.arguments import Helped
 
 
 class Command(NamedTuple):
@@ -139,6 +140,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Bad input prints one line; with FASTALIGN_TRACEBACK set in the environment it raises instead.
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _answer(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
+
+
+def _answer(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -148,6 +159,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return COMMANDS[name].run(rest)
+    except Helped as text:
+        print(text)
+        return 0
+    except BrokenPipeError:
+        raise
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("fastalign"):
             raise

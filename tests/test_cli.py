@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import os
 import subprocess
 import sys
 import tempfile
@@ -171,3 +172,13 @@ def test_help_imports_no_trainer():
         "sys.exit(any(name in sys.modules for name in ('transformers', 'datasets', 'sklearn', 'matplotlib')))"
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastalign", "--help"], stdout=writer, stderr=subprocess.PIPE, cwd=tempfile.gettempdir()
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")

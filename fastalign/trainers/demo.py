@@ -115,11 +115,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     """The `fastalign demo` command."""
-    try:
-        config = arguments.parse(DemoConfig, argv, command="demo")
-    except arguments.Helped as text:
-        print(text)
-        return 0
+    config = arguments.parse(DemoConfig, argv, command="demo")
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
     run_demo(config)

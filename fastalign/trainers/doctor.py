@@ -87,11 +87,7 @@ def _some(rows: Dataset, config: DoctorConfig) -> Dataset:
 
 def main(argv: list[str]) -> int:
     """The `fastalign doctor` command: 1 if there was an error, else 0."""
-    try:
-        config = arguments.parse(DoctorConfig, argv, command="doctor", needs=("model", "dataset"))
-    except arguments.Helped as text:
-        print(text)
-        return 0
+    config = arguments.parse(DoctorConfig, argv, command="doctor", needs=("model", "dataset"))
     findings = examine(config)
     console = Console(width=None if Console().is_terminal else 110)
     for f in findings:

@@ -191,11 +191,7 @@ def _cell(value: Any) -> str:
 
 def main(argv: list[str]) -> int:
     """The `fastalign eval` command."""
-    try:
-        config = arguments.parse(EvalConfig, argv, command="eval", needs=("models", "dataset"))
-    except arguments.Helped as text:
-        print(text)
-        return 0
+    config = arguments.parse(EvalConfig, argv, command="eval", needs=("models", "dataset"))
     result = evaluate(config)
     names = [n for n in _COLUMNS if any(figure.get(n) is not None for figure in result.values())]
     console = Console(width=None if Console().is_terminal else 160)

@@ -13,11 +13,7 @@ from .run import start_point
 
 def run_policy(command: str, config: type[PolicyConfig], trainer_class: Any, argv: list[str]) -> int:
     """Parses, trains and saves: model, tokenizer, value function, `log.jsonl` and `metrics.json` in `output_dir`."""
-    try:
-        args: Any = arguments.parse(config, argv, command=command, needs=("model", "dataset", "output_dir"))
-    except arguments.Helped as text:
-        print(text)
-        return 0
+    args: Any = arguments.parse(config, argv, command=command, needs=("model", "dataset", "output_dir"))
     checkpoint = start_point(args)
     trainer = trainer_class(None, args, args.dataset, args.eval_dataset)
     metrics = trainer.train(checkpoint)

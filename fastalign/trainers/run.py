@@ -63,12 +63,8 @@ def encoder(tokenizer: PreTrainedTokenizerBase, args: TrainingConfig) -> Encoder
 # -------------------------------------------------------------------------------------------------------- a command
 def run(command: str, config: type[TrainingConfig], trainer_class: Any, argv: list[str]) -> int:
     """Parses, trains, evaluates and saves: model, tokenizer, `log.jsonl` and `metrics.json` in `output_dir`."""
-    try:
-        needs = ("model", "dataset", "output_dir")
-        args = arguments.parse(config, argv, command=command, needs=needs, common=COMMON)
-    except arguments.Helped as text:
-        print(text)
-        return 0
+    needs = ("model", "dataset", "output_dir")
+    args = arguments.parse(config, argv, command=command, needs=needs, common=COMMON)
     checkpoint = start_point(args)
     set_seed(args.seed)  # a fresh head is drawn while loading
     model, tokenizer = trainer_class.load(str(args.model), args)

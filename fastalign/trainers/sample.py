@@ -97,11 +97,7 @@ def read_prompts(source: str, limit: int) -> list[Any]:
 
 def main(argv: list[str]) -> int:
     """The `fastalign sample` command."""
-    try:
-        config = arguments.parse(SampleConfig, argv, command="sample", needs=("model",))
-    except arguments.Helped as text:
-        print(text)
-        return 0
+    config = arguments.parse(SampleConfig, argv, command="sample", needs=("model",))
     prompts: list[Any] = [config.prompt]
     if config.dataset is not None:
         prompts = read_prompts(config.dataset, config.limit)
