@@ -168,3 +168,23 @@ def causal_model():
         return model
 
     return make
+
+
+@pytest.fixture(scope="session")
+def as_the_reference():
+    """A function that holds loss and gradients of a reference's case to its float64 formula."""
+    import torch
+
+    from fastalign.reference import cast
+
+    def check(case, sizes, dtype, tolerance):
+        inputs = cast(case.inputs(sizes, torch.Generator().manual_seed(5)), dtype)
+        results = []
+        for compute in (case.fused, case.reference):
+            given = {n: t.clone().requires_grad_() if n in case.leaves else t for n, t in inputs.items()}
+            loss = compute(**given)
+            results.append([loss.detach().double(), *torch.autograd.grad(loss, [given[n] for n in case.leaves])])
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=tolerance, atol=tolerance)
+
+    return check

@@ -7,7 +7,7 @@ import torch
 
 import fastalign as fa
 from fastalign.losses import PROLoss, plackett_luce_loss, pro_loss, reward_loss
-from fastalign.reference import Sizes, cast, listwise
+from fastalign.reference import Sizes, listwise
 
 F64 = torch.float64
 NAN, INF = float("nan"), float("inf")
@@ -53,15 +53,8 @@ every_function = pytest.mark.parametrize("loss", FUNCTIONS.values(), ids=FUNCTIO
 @pytest.mark.parametrize("case", listwise.CASES, ids=lambda c: c.name)
 @pytest.mark.parametrize("sizes", [Sizes(), Sizes(batch=3, length=5, vocab=17, list_length=6)], ids=["K3", "K6"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(F64, 1e-12), (torch.float32, 2e-5)], ids=["float64", "float32"])
-def test_equals_the_papers_formula(case, sizes, dtype, tolerance):
-    inputs = cast(case.inputs(sizes, torch.Generator().manual_seed(5)), dtype)
-    results = []
-    for compute in (case.fused, case.reference):
-        given = {n: t.clone().requires_grad_() if n in case.leaves else t for n, t in inputs.items()}
-        loss = compute(**given)
-        results.append([loss.detach().double(), *torch.autograd.grad(loss, [given[n] for n in case.leaves])])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=tolerance, atol=tolerance)
+def test_equals_the_papers_formula(as_the_reference, case, sizes, dtype, tolerance):
+    as_the_reference(case, sizes, dtype, tolerance)
 
 
 def test_stored_plackett_luce():

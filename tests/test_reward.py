@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastalign.losses import best_of_k_loss, kwise_reward_loss, last_token_scores, plackett_luce_loss, reward_loss
-from fastalign.reference import Sizes, cast, reward
+from fastalign.reference import Sizes, reward
 
 F64 = torch.float64
 NAN, INF = float("nan"), float("inf")
@@ -32,15 +32,8 @@ every_list_loss = pytest.mark.parametrize("loss", LISTS.values(), ids=LISTS)
 @pytest.mark.parametrize("case", reward.CASES, ids=lambda c: c.name)
 @pytest.mark.parametrize("sizes", [Sizes(), Sizes(batch=7, list_length=9)], ids=["K3", "K9"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(F64, 1e-12), (torch.float32, 1e-5)], ids=["float64", "float32"])
-def test_equals_the_papers_formula(case, sizes, dtype, tolerance):
-    inputs = cast(case.inputs(sizes, torch.Generator().manual_seed(5)), dtype)
-    results = []
-    for compute in (case.fused, case.reference):
-        given = {n: t.clone().requires_grad_() if n in case.leaves else t for n, t in inputs.items()}
-        loss = compute(**given)
-        results.append([loss.detach().double(), *torch.autograd.grad(loss, [given[n] for n in case.leaves])])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=tolerance, atol=tolerance)
+def test_equals_the_papers_formula(as_the_reference, case, sizes, dtype, tolerance):
+    as_the_reference(case, sizes, dtype, tolerance)
 
 
 def test_stored_bradley_terry():
