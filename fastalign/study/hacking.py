@@ -160,8 +160,8 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
     rows = [[alpha, *(report.interval(row[n]) for n in names)] for alpha, row in results["summary"].items()]
     parts = [
         "<p>Above: what was meant and what was followed. The gold reward, and the reward learned from comparisons "
-        "that the gold reward made, against the KL to the fine-tuned model, along PPO on the learned reward and along DPO "
-        "on pairs by the gold reward; each run thin, means over seeds thick. Best-of-n by the learned reward is the "
+        "that the gold reward made, against the KL to the fine-tuned model, along PPO on the learned reward and along "
+        "DPO on pairs by the gold reward; runs thin, means over seeds thick. Best-of-n by the learned reward is the "
         "yardstick, at its bound on the KL. Where the learned reward rises and the gold reward does not, the policy "
         "follows the learned reward's mistakes. Below: DPO on preferences of labelers who like long answers (each word "
         "adds to what they think of a text), and DPO-R over its alpha, with 95 % intervals.</p>",
