@@ -44,8 +44,8 @@ def frontier(results: dict[str, Any], curves: dict[str, list[np.ndarray]], path:
     left.set(title="every policy looked at", xlabel="exact KL to the reference, nats a text", ylabel="gold reward")
     right.set(xlabel="KL budget, nats a text")
     title = "best policy of a seed within a KL budget: chosen on one half of the prompts,\ncounted on the other (so a "
-    spans = "; bars: 95 % intervals" if results["seeds"] > 1 else ""
-    right.set_title(f"{title}curve may dip); mean over {results['seeds']} seed(s){spans}", fontsize=11)
+    seeds = f"mean over {results['seeds']} seeds; bars: 95 % intervals" if results["seeds"] > 1 else "one seed"
+    right.set_title(f"{title}curve may dip); {seeds}", fontsize=11)
     largest, rewards = max(reach.values(), default=1.0), [p["gold"]["mean"] for c in cells for p in c["points"]]
     left.set_ylim(min([*rewards, 0.0]) - 0.25, max([*rewards, 1.0]) + 0.25)
     for axis in (left, right):
@@ -134,6 +134,7 @@ def _two_rewards(axis: Any, results: dict[str, Any], name: str) -> None:
     ys = np.mean([[p[key] - points[0][key] for p in points] for points in best.values()], axis=0)
     axis.plot([p["kl"] for p in next(iter(best.values()))], ys, "k:", label="best-of-n by the learned reward")
     _root_scale(axis)
+    axis.set_xlim(left=0)
     axis.axhline(0, color="grey", lw=0.8)
     title = {"gold": "gold reward (what was meant)", "proxy": "learned reward (what PPO followed)"}[name]
     axis.set(title=title, xlabel="exact KL to the reference, nats a text", ylabel="change from the fine-tuned model")
