@@ -4,7 +4,6 @@ The formulas are those of `objectives.h`. A row that fits into the registers of 
 gradient written once; a longer one is read a second time, mostly from the cache that it has just passed through.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,6 +17,7 @@ from .token_gradient_triton import (
     write_zeros,
 )
 from .token_layout_triton import lanes_of, load_row, nothing, row_head, row_pointer, sum_tile, whole_row_tile
+from .token_results import new_statistics
 from .token_stats_triton import (
     Launch,
     finite,
@@ -226,11 +226,7 @@ def objective(
         lanes: threads of a warp; None: of the logits' device.
     """
     kind, low, high, dual_clip, kl_term, kl_coef, kl_reversed, entropy_coef, label_smoothing, z_loss = codes
-
-    def new(wanted: bool = True) -> Tensor | None:
-        return torch.empty(labels.shape, dtype=torch.float32, device=logits.device) if wanted else None
-
-    results = (new(), new(), new(want_entropy), new(ref_logits is not None), new(label_smoothing != 0))
+    results = new_statistics(labels, want_entropy, ref_logits is not None, label_smoothing != 0)
     per_row = dict(zip(("weight", "old_logps", "advantages", "ref_logps"), inputs, strict=True))
     per_row = {name: None if t is None else t.contiguous() for name, t in {"labels": labels, **per_row}.items()}
     per_row |= dict(zip(("logps", "lse", "entropy", "kl", "mean"), results, strict=True))

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,6 +25,7 @@ from .token_layout_triton import (
     sum_tile,
     tile,
 )
+from .token_results import new_saved, new_statistics
 from .token_sums_triton import sum_registers, sum_row
 
 # Neither values nor alignments of arguments are compiled in: kernels find the 16-byte boundaries of rows by themselves.
@@ -332,11 +332,8 @@ def forward(
     `lanes`: threads of a warp; None: of the logits' device.
     """
 
-    def new(wanted: bool = True, tail: tuple[int, ...] = ()) -> Tensor | None:
-        return torch.empty(labels.shape + tail, dtype=torch.float32, device=logits.device) if wanted else None
-
     names = ("logps", "lse", "entropy", "kl", "mean", "saved")
-    results = (new(), new(), new(want_entropy), new(ref_logits is not None), new(want_mean), new(tail=(4,)))
+    results = (*new_statistics(labels, want_entropy, ref_logits is not None, want_mean), new_saved(labels))
     planned = launches(
         forward_kernel,
         {"x": logits, "z": ref_logits},

@@ -74,6 +74,31 @@ def test_losses_and_gradients_are_those_of_logits(name):
     assert logits_of(model, rows).shape == model_logits(model, rows).shape
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_policy_and_reference_are_compared_with_one_forward_pass_of_each(name, fused):
+    rows = batch()
+    policy, reference = tiny(name), tiny(name)
+    with torch.no_grad():
+        for weight in reference.parameters():
+            weight.mul_(1.5)
+    passes = []
+    for model in (policy, reference):
+        model.base_model.register_forward_hook(lambda *_, model=model: passes.append(model))
+    sources = (logits_of(model, rows, fused=fused) for model in (policy, reference))
+    found, ref = next(sources).with_reference(next(sources), rows["labels"], temperature=0.7)
+    assert passes == [reference, policy]
+    ours, theirs = ((model_logits(m, rows) / 0.7).double().log_softmax(-1) for m in (policy, reference))
+    real = rows["labels"] != -100
+    want = {"kl": (ours.exp() * (ours - theirs)).sum(-1), "entropy": -(ours.exp() * ours).sum(-1)}
+    for field, value in want.items():
+        torch.testing.assert_close(getattr(found, field).double(), value * real, rtol=1e-4, atol=2e-6)
+    at = rows["labels"].clamp(min=0)[..., None]
+    for stats, logps in ((found, ours), (ref, theirs)):
+        torch.testing.assert_close(stats.logps.double(), logps.gather(-1, at)[..., 0] * real, rtol=1e-5, atol=1e-6)
+    assert float(found.kl.detach().sum()) > 1e-3
+
+
 def test_exact_kl_and_values_come_with_one_forward_pass():
     rows = batch()
     old, advantages = torch.full(rows["labels"].shape, -4.0), torch.linspace(-1, 1, 4)

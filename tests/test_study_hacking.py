@@ -71,7 +71,7 @@ def test_hacking_and_transfer_end_to_end(made_up_corpus, monkeypatch):
     movies = moved["summary"]["dpo"]["movies"]
     assert set(moved["summary"]["dpo"]) == set(DOMAINS)
     assert movies["gold"]["mean"] - movies["gold_change"]["mean"] == pytest.approx(
-        moved["cells"]["transfer/dpo-0.03-0"]["domains"]["movies"]["before"]["gold"]["mean"]
+        moved["cells"][f"transfer/dpo-{METHODS['dpo'].quick[0]:g}-0"]["domains"]["movies"]["before"]["gold"]["mean"]
     )
     assert (out / "transfer.html").stat().st_size > 1000
 

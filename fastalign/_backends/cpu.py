@@ -8,6 +8,7 @@ import os
 import torch
 from torch import Tensor
 
+from ..kernels.token_results import new_saved, new_statistics
 from ._interface import DTYPES, KINDS, KL_TERMS, Objective, Statistics, bad_label
 
 try:
@@ -97,20 +98,15 @@ def forward(
     want_mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
     labels = labels.contiguous()
-    rows = labels.shape
-
-    def out(wanted: bool = True) -> Tensor | None:
-        return torch.empty(rows) if wanted else None
-
-    logps, lse, saved = torch.empty(rows), torch.empty(rows), torch.empty((*rows, 4))
-    entropy, kl, mean = out(want_entropy), out(ref_logits is not None), out(want_mean)
+    found = new_statistics(labels, want_entropy, ref_logits is not None, want_mean)
+    saved = new_saved(labels)
     bad = _C.token_stats_forward(
         tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
-        tuple(map(_address, (logps, lse, entropy, kl, mean, saved))),
+        tuple(map(_address, (*found, saved))),
     )
     if bad >= 0:
         raise bad_label(labels, bad, ignore_index, logits.shape[-1])
-    return logps, lse, entropy, kl, mean, saved
+    return (*found, saved)
 
 
 def backward(
@@ -154,25 +150,20 @@ def objective(
 ) -> Statistics:
     labels = labels.contiguous()
     dense = [None if t is None else t.contiguous() for t in inputs]
-
-    def result(wanted: bool) -> Tensor | None:
-        return torch.empty(labels.shape) if wanted else None
-
-    logps, lse = torch.empty(labels.shape), torch.empty(labels.shape)
-    entropy, kl, mean = result(want_entropy), result(ref_logits is not None), result(options.label_smoothing != 0)
+    found = new_statistics(labels, want_entropy, ref_logits is not None, options.label_smoothing != 0)
     codes = (KINDS[options.kind], *options[1:4], KL_TERMS[options.kl], *options[5:])
     bad = _C.token_objective(
         tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
         codes,
         tuple(map(_address, dense)),
-        tuple(map(_address, (logps, lse, entropy, kl, mean, None))),
+        tuple(map(_address, (*found, None))),
         out.data_ptr(),
         out.stride(),
         _fresh(out, logits),
     )
     if bad >= 0:
         raise bad_label(labels, bad, ignore_index, logits.shape[-1])
-    return logps, lse, entropy, kl, mean
+    return found
 
 
 def scale(gradient: Tensor, by: Tensor) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..kernels.token_results import new_saved, new_statistics
 from ._interface import DTYPES, KINDS, KL_TERMS, Objective, Statistics
 
 try:
@@ -89,10 +90,6 @@ def _tokens(logits, labels, ref_logits, ignore_index, temperature, softcap) -> t
     )
 
 
-def _per_row(labels: Tensor, wanted: bool = True, *tail: int) -> Tensor | None:
-    return torch.empty((*labels.shape, *tail), device=labels.device) if wanted else None
-
-
 def forward(
     logits: Tensor,
     labels: Tensor,
@@ -104,14 +101,14 @@ def forward(
     want_mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
     labels = labels.contiguous()
-    logps, lse, saved = (torch.empty((*labels.shape, *tail), device=labels.device) for tail in ((), (), (4,)))
-    entropy, kl, mean = (_per_row(labels, wanted) for wanted in (want_entropy, ref_logits is not None, want_mean))
+    found = new_statistics(labels, want_entropy, ref_logits is not None, want_mean)
+    saved = new_saved(labels)
     _cuda.token_stats_forward(
         _tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
-        _addresses(logps, lse, entropy, kl, mean, saved),
+        _addresses(*found, saved),
         *_place(logits),
     )
-    return logps, lse, entropy, kl, mean, saved
+    return (*found, saved)
 
 
 def backward(
@@ -152,19 +149,18 @@ def objective(
 ) -> Statistics:
     labels = labels.contiguous()
     dense = [None if t is None else t.contiguous() for t in inputs]
-    logps, lse, saved = (torch.empty((*labels.shape, *tail), device=labels.device) for tail in ((), (), (4,)))
-    entropy, kl = _per_row(labels, want_entropy), _per_row(labels, ref_logits is not None)
-    mean = _per_row(labels, options.label_smoothing != 0)
+    found = new_statistics(labels, want_entropy, ref_logits is not None, options.label_smoothing != 0)
+    saved = new_saved(labels)
     _cuda.token_objective(
         _tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
         (KINDS[options.kind], *options[1:4], KL_TERMS[options.kl], *options[5:]),
         _addresses(*dense),
-        _addresses(logps, lse, entropy, kl, mean, saved),
+        _addresses(*found, saved),
         _address(out),
         out.stride(),
         *_place(logits),
     )
-    return logps, lse, entropy, kl, mean
+    return found
 
 
 def scale(gradient: Tensor, by: Tensor) -> None:

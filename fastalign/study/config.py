@@ -44,6 +44,8 @@ class StudyConfig:
     preference_updates: int = key(0, "Updates of the methods that learn from pairs and lists", group="Training loop")
     preference_batch_size: int = key(0, "Pairs or lists in such an update", group="Training loop")
     preference_learning_rate: float = key(0, "Peak learning rate there", group="Training loop")
+    reward_learning_rate: float = key(0, "Peak learning rate of the learned reward", group="Training loop")
+    reward_epochs: float = key(4, "Its passes over the lists", group="Training loop")
     policy_steps: int = key(0, "Steps of the methods that sample while they train", group="Training loop")
     policy_batch_size: int = key(0, "Responses in such a step", group="Training loop")
     policy_epochs: int = key(2, "PPO's passes over them", group="Training loop")
@@ -87,14 +89,15 @@ _QUICK: dict[str, Any] = {
     "sft_rows": 9003,
     "sft_epochs": 1.0,
     "sft_learning_rate": 3e-3,
-    "prompts": 600,
+    "prompts": 1000,
     "max_new_tokens": 32,
-    "eval_prompts": 100,
+    "eval_prompts": 150,
     "evaluations": 4,
     "best_of": 16,
     "preference_updates": 48,
     "preference_batch_size": 32,
-    "preference_learning_rate": 3e-4,
+    "preference_learning_rate": 6e-4,
+    "reward_learning_rate": 1e-3,
     "policy_steps": 16,
     "policy_batch_size": 96,
     "policy_learning_rate": 4e-4,
@@ -114,6 +117,7 @@ _FULL: dict[str, Any] = {
     "preference_updates": 400,
     "preference_batch_size": 64,
     "preference_learning_rate": 2e-5,
+    "reward_learning_rate": 5e-5,
     "policy_steps": 200,
     "policy_batch_size": 256,
     "policy_learning_rate": 1e-5,

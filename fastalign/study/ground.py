@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,18 +80,23 @@ class Ground:
         return {"prompts": len(prompts), "lists": len(lists), "pairs": len(pairs), "words": words}
 
     def _proxy(self) -> dict[str, Any]:
-        """A reward model (Bradley-Terry) on the same pairs that DPO learns from; accuracy on a tenth held out."""
+        """A reward model (Bradley-Terry) on all comparisons within the lists but a tenth; accuracy on pairs of those.
+
+        Its body is the fine-tuned model's. To learn what words are worth from a few thousand short texts, it needs a
+        rate near that of fine-tuning, not one at which a policy stays close to where it was.
+        """
         config = self.config
-        rows = [json.loads(line) for line in self.file("pairs").read_text(encoding="utf-8").splitlines()]
-        cut = max(1, len(rows) // 10)
+        lists = self.read("lists")
+        cut = max(1, len(lists) // 10)
+        pairs = best_against_worst(lists[:cut], config.min_gap)
         args = RewardConfig(
             output_dir=str(self.path / "proxy"),
-            learning_rate=config.preference_learning_rate,
+            learning_rate=config.reward_learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=0.1,
             weight_decay=0.1,
-            num_train_epochs=5,
-            per_device_train_batch_size=config.preference_batch_size,
+            num_train_epochs=config.reward_epochs,
+            per_device_train_batch_size=max(1, config.preference_batch_size // 4),
             per_device_eval_batch_size=64,
             max_length=160,
             save_strategy="no",
@@ -101,13 +107,24 @@ class Ground:
         )
         set_seed(self.seed)
         model, tokenizer = load_reward_model(str(self.path / "sft"), args)
-        metrics = train(RewardTrainer(model, args, rows[cut:], rows[:cut], tokenizer))
-        return {"accuracy": metrics["eval_accuracy"], "pairs": cut}
+        metrics = train(RewardTrainer(model, args, lists[cut:], pairs, tokenizer))
+        return {"accuracy": metrics["eval_accuracy"], "pairs": len(pairs), "lists": len(lists) - cut}
 
     # ----------------------------------------------------------------------------------------------------- loading
     def file(self, name: str) -> Path:
         """`prompts`, `lists` or `pairs`."""
         return self.path / f"{name}.jsonl"
+
+    def read(self, name: str) -> list[dict[str, Any]]:
+        """The rows of such a file."""
+        return [json.loads(line) for line in self.file(name).read_text(encoding="utf-8").splitlines()]
+
+    def spread(self, scorer: Scorer) -> float:
+        """Standard deviation of a reward among the fine-tuned model's samples for one prompt, over 200 prompts."""
+        lists = self.read("lists")[:200]
+        scores = scorer([row["prompt"] + text for row in lists for text in row["completions"]])
+        parts = np.split(scores, np.cumsum([len(row["completions"]) for row in lists])[:-1])
+        return math.sqrt(sum(p.var() * len(p) for p in parts) / (len(scores) - len(parts)))
 
     @property
     def eval_prompts(self) -> list[str]:

@@ -10,7 +10,6 @@ again, not trained anew. Writes `hacking.png`, `hacking.html` (stands alone) and
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -104,7 +103,7 @@ def run_cell(root: Path, config: HackingConfig, name: str) -> dict[str, Any]:
 
 def length_biased(ground: Ground, bonus: float) -> list[dict[str, str]]:
     """Pairs from the ground's lists as labelers would make them who add `bonus` to the gold reward for each word."""
-    rows = [json.loads(line) for line in ground.file("lists").read_text(encoding="utf-8").splitlines()]
+    rows = ground.read("lists")
     for row in rows:
         row["rewards"] = [r + bonus * len(t.split()) for r, t in zip(row["rewards"], row["completions"], strict=True)]
     return best_against_worst(rows, ground.config.min_gap)

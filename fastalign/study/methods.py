@@ -6,12 +6,14 @@ see the same samples of that model, labelled by the gold reward; those that samp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..trainers.dpo import DPOConfig, DPOTrainer
+from ..trainers.eval.gold import Scorer
 from ..trainers.grpo import GRPOConfig, GRPOTrainer
 from ..trainers.ppo import PPOConfig, PPOTrainer
 from ..trainers.pro import PROConfig, PROTrainer
@@ -119,39 +121,39 @@ def _explore(job: Job, trainer: Any) -> None:
             job.watch.look(step, trainer.inner.policy)
 
 
-def gold_reward(ground: Ground) -> Callable[[list[str], list[str]], list[float]]:
-    """The gold reward as the policy trainers call it."""
-    return lambda prompts, completions: ground.demo.gold(
-        [f"{p}{c}" for p, c in zip(prompts, completions, strict=True)]
-    ).tolist()
+def reward_of(scorer: Scorer) -> Callable[[list[str], list[str]], list[float]]:
+    """A scorer of whole texts as the policy trainers call a reward."""
+    return lambda prompts, completions: scorer([f"{p}{c}" for p, c in zip(prompts, completions, strict=True)]).tolist()
 
 
-def _ppo(job: Job, learned: bool) -> None:
-    """PPO with Ziegler's controller: the coefficient is the KL per response that it holds."""
+def _ppo(job: Job, reward: str) -> None:
+    """PPO with Ziegler's controller: the coefficient is the KL per response that it holds.
+
+    The weight starts where a reward of the samples' spread, were it Gaussian, would have its optimum at the target: of
+    such a reward the optimal policy for a weight b is spread^2 / (2 b^2) away. It then changes by a twentieth a step at
+    most. A quick controller that starts low would take the weight to nothing while the KL still rises from 0, and
+    overshoot.
+    """
     ground = job.ground
     model, tokenizer = ground.demo.load("sft")
-    reward: dict[str, Any] = {"reward_model": str(ground.path / "proxy")} if learned else {}
-    arguments = _policy_arguments(job)
+    scorer, arguments = ground.scorers[reward], _policy_arguments(job)
     args = PPOConfig(
         **arguments,
-        **reward,
         num_ppo_epochs=ground.config.policy_epochs,
         kl_controller="adaptive",
-        init_kl_coef=0.1,
+        init_kl_coef=ground.spread(scorer) / math.sqrt(2 * job.coefficient),
         target=job.coefficient,
-        # Runs are short, so the controller must be quick: it may change the weight by its full fifth at every step.
-        horizon=arguments["rollout_batch_size"],
+        horizon=4 * arguments["rollout_batch_size"],
     )
-    own = None if learned else gold_reward(ground)
-    _explore(job, PPOTrainer(model, args, str(ground.file("prompts")), None, tokenizer, reward=own))
+    _explore(job, PPOTrainer(model, args, str(ground.file("prompts")), None, tokenizer, reward=reward_of(scorer)))
 
 
 def _ppo_gold(job: Job) -> None:
-    _ppo(job, learned=False)
+    _ppo(job, "gold")
 
 
 def _ppo_learned(job: Job) -> None:
-    _ppo(job, learned=True)
+    _ppo(job, "proxy")
 
 
 def _grpo(job: Job) -> None:
@@ -159,17 +161,16 @@ def _grpo(job: Job) -> None:
     model, tokenizer = ground.demo.load("sft")
     args = GRPOConfig(**_policy_arguments(job, generations=4), kl_coef=job.coefficient)
     rows = str(ground.file("prompts"))
-    _explore(job, GRPOTrainer(model, args, rows, None, tokenizer, reward=gold_reward(ground)))
+    _explore(job, GRPOTrainer(model, args, rows, None, tokenizer, reward=reward_of(ground.demo.gold)))
 
 
-_BETAS, _PAPER_BETAS = (0.03, 0.1, 0.5), (0.05, 0.1, 1.0, 5.0)  # Rafailov et al. 2023, sec. 6.1
-_ENDS = (0.03, 0.5)  # quick runs trace the others by their paths: two ends will do
+_BETAS, _PAPER_BETAS = (0.05, 0.5), (0.05, 0.1, 1.0, 5.0)  # Rafailov et al. 2023, sec. 6.1
 _TARGETS, _PAPER_TARGETS = (3.0, 10.0), (3.0, 6.0, 9.0, 12.0)  # the same
 
 METHODS: dict[str, Method] = {
     "dpo": Method("DPO", "beta", _dpo, _BETAS, _PAPER_BETAS),
-    "dpo-r": Method("DPO-R", "beta", _dpo_r, _ENDS, _PAPER_BETAS),
-    "ipo": Method("IPO", "beta", _ipo, _ENDS, _PAPER_BETAS),
+    "dpo-r": Method("DPO-R", "beta", _dpo_r, _BETAS, _PAPER_BETAS),
+    "ipo": Method("IPO", "beta", _ipo, _BETAS, _PAPER_BETAS),
     "pro": Method("PRO", "SFT weight", _pro, (0.02, 0.2), (0.01, 0.05, 0.2, 1.0)),
     "ppo-gold": Method("PPO, gold reward", "target KL", _ppo_gold, _TARGETS, _PAPER_TARGETS),
     "ppo-learned": Method("PPO, learned reward", "target KL", _ppo_learned, _TARGETS, _PAPER_TARGETS),

@@ -33,6 +33,8 @@ class Request(NamedTuple):
     """Of `head_token_stats`."""
     hidden: bool = False
     """The hidden states too."""
+    head: bool = False
+    """The head too, where labels are given."""
 
 
 class Answer(NamedTuple):
@@ -42,7 +44,7 @@ class Answer(NamedTuple):
     logits: Tensor | None = None
     """[B, T, V], where nothing was requested in their place."""
     head: Head | None = None
-    """The head, with the hidden states that it would take, where no labels were given."""
+    """The head, with the hidden states that it would take, where no labels were given or it was asked for."""
     hidden: Tensor | None = None
     """[B, T, H], the last hidden states."""
     values: Tensor | None = None
@@ -99,7 +101,8 @@ class _Answering(Headless):
             head = self.take(self.run(*args, **inputs).logits)
         if request.labels is None:
             return Answer(head=head, hidden=last[0])
-        return Answer(self._stats(head, request.labels, request.options), hidden=last[0])
+        stats = self._stats(head, request.labels, request.options)
+        return Answer(stats, head=head if request.head else None, hidden=last[0])
 
     def _stats(self, head: Head, labels: Tensor, options: Mapping[str, Any]) -> TokenStats:
         own, asked = self.softcap, options.get("softcap")
@@ -164,9 +167,32 @@ class ModelLogits:
             logits: Any = self.answer.logits
             return token_stats(logits, labels, ref_logits=reference, inplace_backward=True, **options)
         if ref_logits is not None:
-            head = ref_logits.head()
-            options |= {"ref_hidden": head.hidden, "ref_weight": head.weight, "ref_bias": head.bias}
-        self.answer = self._call(Request(labels, {**options, "chunk_bytes": self._chunk_bytes}))
+            options |= _reference(ref_logits.head())
+        return self._ask(labels, options)
+
+    @torch.no_grad()
+    def with_reference(
+        self, reference: ModelLogits, labels: Tensor, *, temperature: float = 1.0
+    ) -> tuple[TokenStats, TokenStats]:
+        """Constants, of one forward pass of either model.
+
+        Args:
+            temperature: divides both models' logits.
+
+        Returns:
+            (own statistics with the entropy and the exact KL to the reference, the reference's own).
+        """
+        more: dict[str, Any] = {"kl": True, "entropy": True, "temperature": temperature}
+        if not (self.fused and reference.fused):
+            logits = reference.logits()
+            theirs = token_stats(logits, labels, temperature=temperature)
+            return token_stats(self.logits(), labels, ref_logits=logits, **more), theirs
+        theirs = reference._ask(labels, {"temperature": temperature}, head=True)
+        return self._ask(labels, {**more, **_reference(reference.answer.head)}), theirs
+
+    def _ask(self, labels: Tensor, options: Mapping[str, Any], *, head: bool = False) -> TokenStats:
+        """Statistics from one forward pass, which is kept as `answer`."""
+        self.answer = self._call(Request(labels, {**options, "chunk_bytes": self._chunk_bytes}, head=head))
         if self.answer.stats is None:
             raise RuntimeError("the model gave no statistics")
         return self.answer.stats
@@ -180,6 +206,11 @@ class ModelLogits:
     def head(self) -> Head:
         """The head and the hidden states of one forward pass: constants, for a reference."""
         return self._call(Request()).head  # type: ignore[return-value]
+
+
+def _reference(head: Any) -> dict[str, Any]:
+    """A reference's head as `head_token_stats` takes it."""
+    return {"ref_hidden": head.hidden, "ref_weight": head.weight, "ref_bias": head.bias}
 
 
 def ask(model: nn.Module, batch: Mapping[str, Tensor], request: Request | None) -> Answer:

@@ -158,13 +158,12 @@ def compare_policies(
         chosen = [samples[i] for i in order[start : start + batch_size]]
         batch = pad([(s.prompt_ids, s.ids) for s in chosen], fill)
         batch = {name: value.to(policy.device) for name, value in batch.items()}
-        logits, ref_logits, labels = logits_of(policy, batch), logits_of(reference, batch), batch["labels"]
-        stats = logits.stats(labels, ref_logits=ref_logits, kl=True, entropy=True, temperature=temperature)
-        ref_logps = ref_logits.stats(labels, temperature=temperature).logps
+        ours, theirs = logits_of(policy, batch), logits_of(reference, batch)
+        stats, ref = ours.with_reference(theirs, batch["labels"], temperature=temperature)
         if stats.kl is None or stats.entropy is None:
             raise RuntimeError("token_stats did not return the entropy and the KL that it was asked for")
-        k1, k3 = (kl_estimate(stats.logps, ref_logps, kind=kind) for kind in ("k1", "k3"))
-        tokens = (labels != IGNORE).to(k1.dtype)
+        k1, k3 = (kl_estimate(stats.logps, ref.logps, kind=kind) for kind in ("k1", "k3"))
+        tokens = (batch["labels"] != IGNORE).to(k1.dtype)
         parts.append(torch.stack([x.sum(-1) for x in (k1, stats.kl, stats.entropy, k3, tokens)]))
     for model, training in modes.items():
         model.train(training)
