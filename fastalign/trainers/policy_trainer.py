@@ -104,9 +104,7 @@ class PolicyTrainer(ABC):
         self.reward = load_reward(args, reward, self.accelerator.device)
         options = (self.processing_class, args.max_prompt_length, self.reward.columns)
         self.prompts: list[Prompt] = load_prompts(train_dataset, *options)
-        self.eval_prompts: list[Prompt] = (
-            [] if eval_dataset is None else load_prompts(eval_dataset, *options, "eval_dataset")
-        )
+        self.eval_prompts: list[Prompt] = load_prompts(eval_dataset, *options, "eval_dataset")
         self._reference = self._keep_reference(policy, ref_model)
         self.inner = self.build(policy)
         disable_dropout(self.inner)

@@ -82,16 +82,18 @@ class Episode:
 
 # ------------------------------------------------------------------------------------------------------------ prompts
 def load_prompts(
-    source: Rows,
+    source: Rows | None,
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_length: int,
     columns: Sequence[str] = (),
     key: str = "dataset",
 ) -> list[Prompt]:
-    """Rows with a `prompt` (text, or a list of chat messages) and the given further columns; `key` named them.
+    """Rows with a `prompt` (text, or a list of chat messages) and the given further columns, none for None; `key` gave them.
 
     Raises ValueError naming the row if a prompt has no token at all.
     """
+    if source is None:
+        return []
     with named(key):
         rows = load_rows(source, required=("prompt", *columns))
         return list(_prompts(rows, tokenizer, max_prompt_length, columns))
