@@ -88,7 +88,7 @@ def load_prompts(
     columns: Sequence[str] = (),
     key: str = "dataset",
 ) -> list[Prompt]:
-    """Rows with a `prompt` (text, or a list of chat messages) and the given further columns, none for None; `key` gave them.
+    """Rows with a `prompt` (text, or a list of chat messages) and further columns, which `key` gave; none for None.
 
     Raises ValueError naming the row if a prompt has no token at all.
     """
