@@ -14,7 +14,7 @@ at the last token that is not padding, so that the saved model gives it to anyon
 `AutoModelForSequenceClassification`. For that to be the last real token, padding must be a token of its own.
 
 A column `labeler` says who compared: accuracies are then also told per labeler, and `held_out_labelers` keeps some of
-them out of training, as the 69.6 % against 72.4 % of Ouyang et al. 2022 (sec. 4.3) are.
+them out of training, as the 69.6 % against 72.4 % of Ouyang et al. 2022 (sec. 4.1) are.
 """
 
 from __future__ import annotations
