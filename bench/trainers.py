@@ -8,7 +8,8 @@ It prints the loss of every step side by side and their largest difference; toke
 first; the peak of resident memory while training, above that of the process before it loaded the model; and where the
 steps' time went: the model's body forward and backward, head and loss forward and backward, the optimiser, the rest.
 
-    --peers fastalign,trl    who runs, in this order; `fastalign,trl,fastalign,trl` alternates
+    --peers fastalign,trl    who runs, in this order; `fastalign,trl,fastalign,trl` alternates; `unshared` is fastalign
+              with `share_prompts` false
     --ops     the ten most expensive operations of the last step (which then counts in no figure)
     --until N stop after step N and leave a checkpoint in `--folder`; the same command goes on from there
     --json F  write everything to F
@@ -60,16 +61,23 @@ def word_pairs(tokenizer: Any, count: int, tokens: int, seed: int) -> list[dict[
 
 
 # ------------------------------------------------------------------------------------------------------- one trainer
-def fastalign_trainer(given: argparse.Namespace, rows: list[dict[str, str]], shared: dict[str, Any]) -> Any:
+def fastalign_trainer(
+    given: argparse.Namespace, rows: list[dict[str, str]], shared: dict[str, Any], share_prompts: bool = True
+) -> Any:
     """Ours."""
     from transformers import AutoTokenizer
 
     from fastalign.trainers.dpo import DPOConfig, DPOTrainer
     from fastalign.trainers.run import load_model
 
-    args = DPOConfig(precompute_ref_batch_size=given.pairs, **shared)
+    args = DPOConfig(precompute_ref_batch_size=given.pairs, share_prompts=share_prompts, **shared)
     model, tokenizer = load_model(given.model, args), AutoTokenizer.from_pretrained(given.model)
     return timed(DPOTrainer)(model, args, rows, None, tokenizer)
+
+
+def unshared_trainer(given: argparse.Namespace, rows: list[dict[str, str]], shared: dict[str, Any]) -> Any:
+    """Ours, running a prompt once for each of its completions."""
+    return fastalign_trainer(given, rows, shared, share_prompts=False)
 
 
 def trl_trainer(given: argparse.Namespace, rows: list[dict[str, str]], shared: dict[str, Any]) -> Any:
@@ -82,7 +90,7 @@ def trl_trainer(given: argparse.Namespace, rows: list[dict[str, str]], shared: d
     return timed(DPOTrainer)(given.model, args=args, train_dataset=Dataset.from_list(rows))
 
 
-PEERS = {"fastalign": fastalign_trainer, "trl": trl_trainer}
+PEERS = {"fastalign": fastalign_trainer, "unshared": unshared_trainer, "trl": trl_trainer}
 
 
 def timed(trainer_class: type) -> type:

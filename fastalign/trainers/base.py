@@ -20,7 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..ops import sum_tokens
-from .allocator import map_large_blocks
+from .allocator import GiveBack
 from .callbacks import ConsoleCallback, JsonlCallback
 from .checkpoints import PARTIAL, publish, rotate, write_folder
 from .config import TrainingConfig
@@ -29,7 +29,7 @@ from .data.files import Rows, named
 from .data.sampler import UpdateSampler
 from .even import FILLER, EvenCollator, even
 from .lora import is_adapted, merged, with_lora
-from .model_logits import ModelLogits, can_answer, logits_of
+from .model_logits import ModelLogits, can_answer, logits_of, prompt_sharing
 from .run import load_model, load_tokenizer
 from .sharding import WholeCheckpoints
 
@@ -117,9 +117,10 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
             optimizers=optimizers,
         )
         if self.args.device.type == "cpu":
-            map_large_blocks()
+            self.add_callback(GiveBack())
         if args.fused_head:
             can_answer(self.model)  # before it is wrapped
+        self._share_prompts = self._shares_prompts()
         for plain in (ProgressCallback, PrinterCallback):
             self.remove_callback(plain)
         self.add_callback(ConsoleCallback())
@@ -131,6 +132,16 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
     def _prepared(self, key: str, rows: Rows | None, args: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
         with named(key):
             return None if rows is None else self.prepare(rows, args, tokenizer)
+
+    def _shares_prompts(self) -> bool:
+        """As configured; unless told, on a CPU where the model can."""
+        wanted = getattr(self.args, "share_prompts", False)
+        if wanted is False or (wanted is None and (self.args.device.type != "cpu" or not self.args.fused_head)):
+            return False
+        found = prompt_sharing(self.model) if self.args.fused_head else "it needs fused_head"
+        if wanted and isinstance(found, str):
+            raise ValueError(f"share_prompts must be false here: {found}")
+        return not isinstance(found, str)
 
     # ------------------------------------------------------------------------------------------- for subclasses
     def check_model(self, model: Any, args: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -148,13 +159,18 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
     def items(self, batch: Batch) -> Tensor:
         """How many items the batch's mean loss is over: a scalar tensor."""
 
+    def groups(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """[N], int64: the group of each of the batch's sequences, of those that have a prompt in common; or None."""
+        return None
+
     @abstractmethod
     def batch_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         """The batch's mean loss, and metrics that are means over the same items (or say over how many others)."""
 
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> ModelLogits:
         """What stands for the logits [B, T, V] of a padded batch in a loss."""
-        return logits_of(model, batch, fused=self.args.fused_head, chunk_bytes=self.args.chunk_bytes)
+        groups = self.groups(batch) if self._share_prompts else None
+        return logits_of(model, batch, groups=groups, fused=self.args.fused_head, chunk_bytes=self.args.chunk_bytes)
 
     def sequence_logps(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Sums of the log-probabilities of each row's labels, [B]."""

@@ -137,6 +137,18 @@ class TrainingConfig(CommonConfig, TrainingArguments):
         TrainingArguments.__post_init__(self)
 
 
+@dataclass
+class GroupsConfig(TrainingConfig):
+    """Keys of the commands whose rows hold several completions of one prompt."""
+
+    share_prompts: bool | None = key(
+        None,
+        "Run a prompt once for all of its completions, if the model can. By default on a CPU; it attends through a "
+        "mask, which some of a GPU's attention kernels do not take",
+        group="Training loop",
+    )
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """ValueError unless the value is one of the choices."""
     if value not in choices:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ from ..losses.preference import DPOLoss
 from . import ref_cache
 from .arguments import key
 from .base import AlignmentTrainer, Metrics, Weighted
-from .config import TrainingConfig, check_positive
+from .config import GroupsConfig, check_positive
 from .data.collate import IGNORE, Batch, PreferenceCollator
 from .data.files import Rows
 from .data.tokenize import REFERENCE_COLUMNS, tokenize_preferences
@@ -55,7 +56,7 @@ _LOSS_KEYS = (
 
 
 @dataclass
-class DPOConfig(TrainingConfig):
+class DPOConfig(GroupsConfig):
     """Direct preference optimisation on rows of `prompt`, `chosen` and `rejected`."""
 
     beta: float = key(0.1, "Strength of the pull towards the reference", group="Loss")
@@ -162,6 +163,11 @@ class DPOTrainer(AlignmentTrainer):
     def items(self, batch: Batch) -> Tensor:
         """Pairs."""
         return torch.tensor(len(batch["labels"]) // 2, device=batch["labels"].device)
+
+    def groups(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Pairs."""
+        count = len(batch["labels"])
+        return torch.arange(count, device=batch["labels"].device) % max(count // 2, 1)
 
     def batch_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         chosen, rejected = self._reference_logps(model, batch)

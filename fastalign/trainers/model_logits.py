@@ -20,6 +20,7 @@ from ..head import Head, head_token_stats
 from ..integrations._headless import Headless
 from ..integrations._lm_head import unwrapped
 from ..ops import TokenStats, token_stats
+from .shared_prompts import PromptSharing
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
@@ -78,21 +79,44 @@ def can_answer(model: Any) -> bool:
     To be asked before accelerate wraps the model: a forward that was put around the model's own for mixed precision
     would hide the new one, and the answer is False as well.
     """
+    return _answering(model) is not None
+
+
+def _answering(model: Any) -> _Answering | None:
+    """The model's forward that takes requests, put in place if need be; None if it cannot be."""
     inner: Any = unwrapped(model)
     forward = vars(inner).get("forward")
     while hasattr(forward, "__wrapped__"):  # by accelerate, for mixed precision
         forward = forward.__wrapped__
     if forward is not None:
-        return isinstance(forward, _Answering)
+        return forward if isinstance(forward, _Answering) else None
     try:
-        _Answering(inner)
+        return _Answering(inner)
     except ValueError:
-        return False
-    return True
+        return None
+
+
+def prompt_sharing(model: Any) -> PromptSharing | str:
+    """How the model runs prompts once, or why it cannot. Found out once, before anything wraps the model."""
+    forward = _answering(model)
+    if forward is None:
+        return "its head is not known"
+    if forward.sharing is None:
+        try:
+            kind: Any = type(forward.model)
+            if "position_ids" not in _inputs(kind):
+                raise ValueError(f"{kind.__name__} takes no position_ids")
+            forward.sharing = PromptSharing(model, lambda batch: ask(model, batch, Request()).head.hidden)  # type: ignore[union-attr]
+        except ValueError as error:
+            forward.sharing = str(error)
+    return forward.sharing
 
 
 class _Answering(Headless):
     """A forward that takes one more keyword, `request`; without it, it is the model's own."""
+
+    sharing: PromptSharing | str | None = None
+    """Once it was asked for; where it cannot be, the reason."""
 
     def __call__(self, *args: Any, request: Request | None = None, **inputs: Any) -> Any:
         if request is None:
@@ -213,13 +237,26 @@ def _reference(head: Any) -> dict[str, Any]:
     return {"ref_hidden": head.hidden, "ref_weight": head.weight, "ref_bias": head.bias}
 
 
-def ask(model: nn.Module, batch: Mapping[str, Tensor], request: Request | None) -> Answer:
-    """One forward pass of a language model."""
+def ask(model: nn.Module, batch: Mapping[str, Tensor], request: Request | None, groups: Tensor | None = None) -> Answer:
+    """One forward pass of a language model; over a prompt once for all the sequences of a group, where that pays."""
     if request is None:
         return Answer(logits=model_logits(model, batch))
+    # A reference's hidden states lie as the batch does, and so must the model's own beside them.
+    if groups is not None and request.labels is not None and "ref_hidden" not in request.options:
+        sharing = prompt_sharing(model)
+        shared = sharing(model, batch, groups) if isinstance(sharing, PromptSharing) else None
+        if shared is not None:
+            request = request._replace(options={**request.options, "rows": shared.rows})
+            batch = shared.inputs
     return run_model(model, batch, request=request)
 
 
-def logits_of(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> ModelLogits:
-    """What a loss takes for the model's logits of a padded batch; options as in `ModelLogits`."""
-    return ModelLogits(functools.partial(ask, model, batch), model, batch["input_ids"].shape, **options)
+def logits_of(
+    model: nn.Module, batch: Mapping[str, Tensor], *, groups: Tensor | None = None, **options: Any
+) -> ModelLogits:
+    """What a loss takes for the model's logits of a padded batch; options as in `ModelLogits`.
+
+    groups: [B], int64: sequences of one group, which may begin alike, have one number; None: nothing is shared.
+    """
+    call = functools.partial(ask, model, batch, groups=groups)
+    return ModelLogits(call, model, batch["input_ids"].shape, **options)

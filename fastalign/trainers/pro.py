@@ -14,8 +14,10 @@ holds the policy.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -23,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from ..losses.listwise import PROLoss, comparable, comparisons, pro_loss
 from .arguments import key
 from .base import AlignmentTrainer, Metrics, Weighted
-from .config import TrainingConfig
+from .config import GroupsConfig
 from .data.collate import IGNORE, Batch, ListCollator, in_lists
 from .data.files import Rows
 from .data.tokenize import tokenize_lists
@@ -31,7 +33,7 @@ from .run import encoder, pad_id, run
 
 
 @dataclass
-class PROConfig(TrainingConfig):
+class PROConfig(GroupsConfig):
     """Preference Ranking Optimization on rows of `prompt`, `completions` and `rewards` or `ranks`."""
 
     sft_weight: float = key(
@@ -73,6 +75,11 @@ class PROTrainer(AlignmentTrainer):
     def items(self, batch: Batch) -> Tensor:
         """Lists that hold a comparison."""
         return comparable(self._above(batch)).sum()
+
+    def groups(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Lists."""
+        lists = torch.arange(len(batch["places"]), device=batch["places"].device)
+        return lists.repeat_interleave((batch["places"] >= 0).sum(-1))
 
     def _above(self, batch: Batch) -> Tensor:
         return comparisons(batch["places"] >= 0, batch["ranks"])

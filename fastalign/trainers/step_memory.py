@@ -47,7 +47,7 @@ def _trainer(model: str, pairs: str, batch_size: int, fused: bool, folder: str) 
 
     config = DPOConfig(
         output_dir=folder, per_device_train_batch_size=batch_size, fused_head=fused, precompute_ref_log_probs=False,
-        reference_free=True, report_to="none", disable_tqdm=True,
+        reference_free=True, share_prompts=False, report_to="none", disable_tqdm=True,
     )  # fmt: skip
     policy = AutoModelForCausalLM.from_pretrained(model)
     return DPOTrainer(policy, config, pairs, None, AutoTokenizer.from_pretrained(model))

@@ -1,0 +1,157 @@
+"""One pass over a prompt for all its completions: where tokens go, that nothing but rounding changes, who may not."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="needs transformers (the extra `train`)")
+pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
+
+import transformers
+
+from fastalign.trainers.callbacks import LOG_NAME, read_log
+from fastalign.trainers.data.collate import pad
+from fastalign.trainers.dpo import DPOConfig, DPOTrainer
+from fastalign.trainers.model_logits import logits_of, prompt_sharing
+from fastalign.trainers.pro import PROConfig, PROTrainer
+from fastalign.trainers.shared_prompts import PromptSharing, share
+
+_DECODER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+MODELS = {
+    "Llama": {**_DECODER, "num_key_value_heads": 2},
+    "Qwen2": {**_DECODER, "num_key_value_heads": 2},
+    "Phi": _DECODER,
+    "GPTNeoX": _DECODER,
+    "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+}
+PROMPT = list(range(3, 15))
+CASES = {
+    "pairs": ([(PROMPT, [20, 21]), (PROMPT[:9], [40, 41, 42]), (PROMPT, [30]), (PROMPT[:9], [50, 51])], [0, 1, 0, 1]),
+    "lists": ([(PROMPT, [20 + i, 21][: 1 + i % 2]) for i in range(5)] + [(PROMPT[2:], [7, 8])], [0, 0, 0, 1, 1, 2]),
+    "a beginning of another": ([(PROMPT, [20, 21, 22]), (PROMPT, [20, 21]), (PROMPT, [20])], [0, 0, 0]),
+    "all alike": ([(PROMPT, [20, 21])] * 3, [0, 0, 0]),
+}
+
+
+def build(name: str, **options) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(vocab_size=101, **{**MODELS.get(name, _DECODER), **options})
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    config.update(ends)
+    model = f"{name}LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
+    return getattr(transformers, model)(config).double().train()
+
+
+def test_layout_by_hand():
+    batch = pad([([1, 2], [3, 4]), ([7], [8]), ([1, 2], [5])], 0)
+    found = share(batch, torch.tensor([0, 1, 0]))
+    assert found.inputs["input_ids"].tolist() == [[1, 2, 3, 4, 5], [7, 8, 0, 0, 0]]
+    assert found.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 2], [0, 1, 0, 0, 0]]
+    assert found.rows.tolist() == [[0, 1, 2, 3], [5, 6, 0, 0], [0, 1, 4, 0]]
+    seen = found.inputs["attention_mask"][0, 0].long().tolist()
+    assert seen == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
+    assert found.inputs["attention_mask"][1, 0].any(-1).all()  # a row that sees nothing would be NaN
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", MODELS)
+def test_log_probs_and_gradients_are_those_of_the_plain_pass(name, case, attention):
+    model = build(name, attn_implementation=attention)
+    sequences, groups = CASES[case]
+    batch, tokens, found = pad(sequences, 0), [], []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, out: tokens.append(args[0].numel()))
+    assert isinstance(prompt_sharing(model), PromptSharing)
+    for given in (None, torch.tensor(groups)):
+        model.zero_grad()
+        logps = logits_of(model, batch, groups=given).stats(batch["labels"]).logps
+        (logps * torch.linspace(0.5, 2, logps.numel()).view_as(logps)).sum().backward()
+        found.append([logps.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert tokens[-1] < tokens[-2] == batch["input_ids"].numel()
+    assert len(found[0]) == len(found[1]) > 5
+    for plain, shared in zip(*found, strict=True):  # the statistics of float64 hidden states are float32
+        torch.testing.assert_close(shared, plain, rtol=1e-5, atol=1e-6 * float(plain.abs().max()))
+
+
+def test_who_cannot_says_why():
+    assert "sliding_window=64" in prompt_sharing(build("Mistral", sliding_window=64, num_key_value_heads=2))
+    assert isinstance(prompt_sharing(build("Mistral", sliding_window=None, num_key_value_heads=2)), PromptSharing)
+    assert "layers of sliding_attention" in prompt_sharing(build("Gemma2", sliding_window=8, head_dim=8))
+    bloom = transformers.BloomConfig(vocab_size=101, hidden_size=32, n_layer=1, n_head=4)
+    assert "takes no position_ids" in prompt_sharing(transformers.BloomForCausalLM(bloom))
+
+
+def test_a_model_that_turns_out_otherwise_is_refused():
+    model = build("Llama")
+    body = model.model.forward
+    # Positions that the model makes itself, whatever it is given.
+    model.model.forward = lambda *args, position_ids=None, **kwargs: body(*args, **kwargs)
+    assert "gives other hidden states" in prompt_sharing(model)
+    assert all(module.training for module in model.modules())
+
+
+def test_only_where_it_pays():
+    model = build("Llama")
+    sharing, groups = prompt_sharing(model), torch.tensor([0, 0])
+    apart = pad([([1, 2, 3], [4, 5]), ([6, 7, 8], [9, 9])], 0)
+    assert sharing(model, apart, groups) is None
+    assert sharing(model, pad([(PROMPT, [1]), (PROMPT, [2])], 0), groups) is not None
+    long = [5] * 3000  # attention outweighs all else in a model this small
+    assert sharing(model, pad([(long, [1] * 3000), (long, [2] * 3000)], 0), groups) is None
+    dropping = build("GPT2", resid_pdrop=0.1)
+    batch = pad([(PROMPT, [1]), (PROMPT, [2])], 0)
+    assert prompt_sharing(dropping)(dropping.train(), batch, groups) is None
+    assert prompt_sharing(dropping)(dropping.eval(), batch, groups) is not None
+
+
+PAIRS = [
+    {"prompt": "the movie is a great film and", "chosen": " fun" * (1 + i % 3), "rejected": " dull"} for i in range(4)
+]
+LISTS = [
+    {"prompt": "the movie is a great film and", "completions": [" fun", " long", " dull , dull"]} for _ in range(4)
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "trainer", "rows", "options"),
+    [
+        (DPOConfig, DPOTrainer, PAIRS, {}),
+        (DPOConfig, DPOTrainer, PAIRS, {"precompute_ref_log_probs": False}),
+        (DPOConfig, DPOTrainer, PAIRS, {"padding_side": "left", "gradient_checkpointing": True}),
+        (DPOConfig, DPOTrainer, PAIRS, {"lora_rank": 2, "lora_dropout": 0.0}),
+        (PROConfig, PROTrainer, LISTS, {}),
+    ],
+)
+def test_trainers_learn_the_same_from_fewer_tokens(
+    tiny_model, tiny_tokenizer, tmp_path, config, trainer, rows, options
+):
+    logs, tokens = [], []
+    for shared in (False, None):
+        options |= {"output_dir": str(tmp_path / str(shared)), "use_cpu": True, "disable_tqdm": True, "max_steps": 3}
+        options |= {"save_strategy": "no", "logging_steps": 1, "learning_rate": 1e-2, "report_to": "none"}
+        model, seen = tiny_model(), []
+        model.get_input_embeddings().register_forward_hook(
+            lambda module, args, out, seen=seen: seen.append(args[0].numel())
+        )
+        made = trainer(model, config(share_prompts=shared, **options), rows, None, tiny_tokenizer)
+        made.train()
+        logs.append(read_log(os.path.join(options["output_dir"], LOG_NAME)))
+        tokens.append(sum(seen))
+    assert tokens[1] < 0.8 * tokens[0]
+    for plain, shared in zip(*logs, strict=True):
+        for name in ("loss", "grad_norm", "num_tokens"):
+            if name in plain:
+                assert shared[name] == pytest.approx(plain[name], rel=2e-4, abs=1e-5), name
+
+
+def test_asking_for_what_cannot_be_is_refused(tiny_model, tiny_tokenizer, tmp_path):
+    options = {"output_dir": str(tmp_path), "use_cpu": True, "share_prompts": True}
+    with pytest.raises(ValueError, match="share_prompts must be false here: it needs fused_head"):
+        DPOTrainer(tiny_model(), DPOConfig(**options, fused_head=False), PAIRS, None, tiny_tokenizer)
+    model = tiny_model()
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="share_prompts must be false here: attn_implementation"):
+        DPOTrainer(model, DPOConfig(**options), PAIRS, None, tiny_tokenizer)
