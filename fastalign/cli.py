@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from . import _backends
+from . import __version__, _backends
 from .trainers.arguments import Helped
 
 
@@ -153,6 +153,9 @@ def _answer(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
+    if args == ["--version"]:
+        print(f"fastalign {__version__}")
+        return 0
     name, rest = args[0], args[1:]
     if name not in COMMANDS:
         print(f"fastalign: error: command must be one of {', '.join(COMMANDS)}; got {name!r}", file=sys.stderr)
@@ -172,7 +175,7 @@ def _answer(args: list[str]) -> int:
     except (ValueError, TypeError, OSError) as error:
         if os.environ.get("FASTALIGN_TRACEBACK"):
             raise
-        print(f"fastalign {name}: error: {error}", file=sys.stderr)
+        print(f"fastalign {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, OSError) else 2
     except KeyboardInterrupt:
         print(f"fastalign {name}: interrupted", file=sys.stderr)

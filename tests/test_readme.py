@@ -1,4 +1,4 @@
-"""README's examples of moving to fastalign run as they are printed, and both columns do the same."""
+"""README's examples run as they are printed; of those that show a move to fastalign, both columns do the same."""
 
 import re
 from pathlib import Path
@@ -7,9 +7,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from fastalign import cli
+
 README = Path(__file__).resolve().parents[1] / "README.md"
-SECTION = README.read_text(encoding="utf-8").partition("## From your code to ours")[2].partition("\n## ")[0]
+TEXT = README.read_text(encoding="utf-8")
+SECTION = TEXT.partition("## From your code to ours")[2].partition("\n## ")[0]
 BLOCKS = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
+OTHERS = [block for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) if block not in BLOCKS]
+COMMANDS = re.findall(r"^fastalign .*", "".join(re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)), re.MULTILINE)
 EXAMPLES = dict(zip(("transformers", "trl", "loop"), zip(BLOCKS[::2], BLOCKS[1::2], strict=True), strict=True))
 OURS = {"transformers": "apply_fused_loss(model)", "trl": "fused.patch()", "loop": "fa.cross_entropy("}
 
@@ -56,3 +61,46 @@ def test_both_columns_do_the_same(kind, tiny_model, tiny_tokenizer, tmp_path):
     for a, b in zip(*results, strict=True):
         # Adam's first steps follow the sign of a gradient, so that where it is rounding alone they may differ.
         assert float((a - b).norm()) <= 1e-3 * float(a.norm()) + 1e-6
+
+
+def test_every_other_block_runs(causal_model, tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
+    """One after the other, as a reader goes through them: later blocks use the imports of earlier ones."""
+    pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
+    monkeypatch.chdir(tmp_path)
+    tiny_model().save_pretrained("runs/sft")
+    tiny_tokenizer.save_pretrained("runs/sft")
+    torch.manual_seed(0)
+    model = causal_model("Llama")
+    ids = torch.randint(3, 67, (4, 6))
+    labels = ids.masked_fill(torch.arange(6) < 2, -100)
+    hidden = torch.randn(4, 6, 16)
+    halves = [torch.tensor([-9.0, -7.0]), torch.tensor([-8.0, -7.5])]
+    given = {"model": model, "input_ids": ids, "labels": labels, "chosen_labels": labels[:2]}
+    given |= {"logits": torch.randn(4, 6, 67).requires_grad_(), "chosen_logits": torch.randn(2, 6, 67)}
+    given |= {"rejected": halves[1], "ref_chosen": halves[0], "ref_rejected": halves[1]}
+    given |= {"rc": halves[0], "rr": halves[1], "old_logps": torch.full((4, 6), -4.0), "advantages": torch.ones(4)}
+    given |= {"hidden": hidden.clone(), "weight": model.lm_head.weight, "ref_hidden": hidden.clone()}
+    given |= {"ref_weight": model.lm_head.weight.detach()}
+    assert len(OTHERS) == 4
+    for block in OTHERS:
+        if "cu_seqlens" in block:  # the same four rows, end to end
+            given |= {"labels": labels.flatten(), "hidden": hidden.flatten(0, 1)}
+            given |= {"cu_seqlens": torch.tensor([0, 6, 12, 18, 24])}
+        if "DPOConfig(" in block:
+            block = block.replace("DPOConfig(", "DPOConfig(use_cpu=True, ")
+        exec(compile(block, "README.md", "exec"), given)
+    assert given["logits"].grad.abs().sum() > 0
+    assert torch.isfinite(given["out"].loss)
+    assert (tmp_path / "runs" / "dpo" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda line: line.partition("#")[0].strip())
+def test_keys_of_the_commands_are_known(command, capsys):
+    pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
+    _, name, *words = command.partition("#")[0].split()
+    keys = [word.partition("=")[0] for word in words if word.startswith("--")]
+    if name == "bench":
+        pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark (the extra `dev`)")
+    assert cli.main([name, *(words[:1] if name == "study" else []), "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert not [key for key in keys if key not in shown and key != "--config"]

@@ -100,7 +100,7 @@ F_DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "js_divergence": lambda h, alpha: math.log(2) + F.logsigmoid(h),
     "alpha_divergence": _alpha_score,
 }
-"""f'(u) at u = pi / pi_ref = exp(h), Wang et al. 2024 ("Beyond Reverse KL"), table 1: log u; 1 - 1/u;
+"""f'(u) at u = pi / pi_ref = exp(h), Wang et al. 2024 ("Beyond Reverse KL"): log u; 1 - 1/u;
 log(2u / (1 + u)); (1 - u^-alpha) / alpha, which is the reverse KL at alpha = 0 and the forward KL at alpha = 1."""
 
 
@@ -171,12 +171,12 @@ def _discopop(p: Pairs) -> Tensor:
 
 def _rpo(p: Pairs) -> Tensor:
     """NLL-regularised DPO, -log sigmoid(z) + nll_weight NLL(y_w): Pang et al. 2024 ("Iterative reasoning preference
-    optimization"), eq. 1 with `nll_normalization="sequence"`."""
+    optimization") with `nll_normalization="sequence"`."""
     return _smoothed(p.logit, p.options.label_smoothing) + _nll(p)
 
 
 def _dpop(p: Pairs) -> Tensor:
-    """DPO-Positive, -log sigmoid(z - beta lambda max(0, -h_w)): Pal et al. 2024 ("Smaug"), eq. 3; lambda = 50 there."""
+    """DPO-Positive, -log sigmoid(z - beta lambda max(0, -h_w)): Pal et al. 2024 ("Smaug"); lambda = 50 there."""
     penalty = p.options.beta * p.options.dpop_lambda * torch.relu(-p.chosen.ratio)
     return _smoothed(p.logit - penalty, p.options.label_smoothing)
 
@@ -230,14 +230,14 @@ def _aot_unpaired(p: Pairs) -> Tensor:
 
 
 def _simpo(p: Pairs) -> Tensor:
-    """SimPO, -log sigmoid(beta/|y_w| log pi(y_w) - beta/|y_l| log pi(y_l) - gamma): Meng et al. 2024, eq. 6 (there beta
+    """SimPO, -log sigmoid(beta/|y_w| log pi(y_w) - beta/|y_l| log pi(y_l) - gamma): Meng et al. 2024 (there beta
     is 2 to 2.5 and gamma 0.5 to 1.6). No reference."""
     z = p.options.beta * (p.chosen.mean - p.rejected.mean) - p.options.simpo_gamma
     return _smoothed(z, p.options.label_smoothing)
 
 
 def _cpo(p: Pairs) -> Tensor:
-    """CPO, -log sigmoid(beta log pi(y_w) - beta log pi(y_l)) + nll_weight NLL(y_w): Xu et al. 2024, eq. 3 and 5 (their
+    """CPO, -log sigmoid(beta log pi(y_w) - beta log pi(y_l)) + nll_weight NLL(y_w): Xu et al. 2024, eq. 3 (their
     NLL is `nll_normalization="sum"`). No reference."""
     return _smoothed(p.options.beta * (p.chosen.logps - p.rejected.logps), p.options.label_smoothing) + _nll(p)
 
@@ -252,13 +252,13 @@ def _log_odds(mean_logps: Tensor) -> Tensor:
 
 def _orpo(p: Pairs) -> Tensor:
     """ORPO, nll_weight NLL(y_w) - beta log sigmoid(log odds(y_w) - log odds(y_l)), where odds(y) = P / (1 - P) and
-    P = exp(log pi(y) / |y|): Hong et al. 2024, eq. 6 and 7 (beta is their lambda). No reference."""
+    P = exp(log pi(y) / |y|): Hong et al. 2024, eq. 7 (beta is their lambda). No reference."""
     return _nll(p) - p.options.beta * F.logsigmoid(_log_odds(p.chosen.mean) - _log_odds(p.rejected.mean))
 
 
 def _sft(p: Pairs) -> Tensor:
-    """NLL of the chosen responses times nll_weight, for weighted sums such as MPO (Wang et al. 2024, arXiv 2411.10442,
-    eq. 1: sigmoid, bco_pair and this one)."""
+    """NLL of the chosen responses times nll_weight, for weighted sums such as MPO (Wang et al. 2024, arXiv 2411.10442:
+    sigmoid, bco_pair and this one)."""
     return _nll(p)
 
 

@@ -81,17 +81,17 @@ def _sequence_log_ratio(t: Terms) -> Tensor:
 
 
 def _gspo(t: Terms) -> Objective:
-    """Clip on s = exp(mean_t log rho_t), one ratio for all tokens of a sequence (Zheng et al. 2025, eq. 5 and 7)."""
+    """Clip on s = exp(mean_t log rho_t), one ratio for all tokens of a sequence (Zheng et al. 2025)."""
     return _clip_with(_sequence_log_ratio(t), t)
 
 
 def _gspo_token(t: Terms) -> Objective:
-    """Clip on sg[s] pi_t / sg[pi_t]: s in value, the token's own gradient (Zheng et al. 2025, eq. 13 and 14)."""
+    """Clip on sg[s] pi_t / sg[pi_t]: s in value, the token's own gradient (Zheng et al. 2025)."""
     return _clip_with(_sequence_log_ratio(t).detach() + t.logps - t.logps.detach(), t)
 
 
 def _cispo(t: Terms) -> Objective:
-    """-sg[clip(rho)] A log pi (MiniMax 2025, eq. 4 and 5): the weight is cut, the token's gradient never lost."""
+    """-sg[clip(rho)] A log pi (MiniMax 2025, eq. 4): the weight is cut, the token's gradient never lost."""
     ratio = _ratio(t.log_ratio)
     weight = ratio.clamp(1 - t.low, 1 + t.high).detach()
     return Objective(-weight * t.advantages * t.logps, ratio, weight != ratio)

@@ -74,8 +74,8 @@ def policy_loss(
     `trpo`        -A rho                                 Schulman et al. 2015, eq. 14; see `rl.TrustRegion`
     `penalty`     -A rho + kl_coef KL(pi_old, pi)        Schulman et al. 2017, eq. 8; see `rl.SchulmanKL`
     `clip`        max(-A rho, -A clip(rho))              Schulman et al. 2017, eq. 7
-    `gspo`        clip, rho = exp(mean_t log rho_t)      Zheng et al. 2025, eq. 5 (cliprange there: 3e-4)
-    `gspo_token`  the same value, token-wise gradient    Zheng et al. 2025, eq. 13
+    `gspo`        clip, rho = exp(mean_t log rho_t)      Zheng et al. 2025 (cliprange there: 3e-4)
+    `gspo_token`  the same value, token-wise gradient    Zheng et al. 2025
     `cispo`       -sg[clip(rho)] A log pi                MiniMax 2025, eq. 4 (no lower bound: cliprange=1)
     ============  =====================================  ====================================================
 
@@ -93,7 +93,7 @@ def policy_loss(
         kind: the objective, a row of the table above.
         cliprange: epsilon; how far below 1 (and above, unless `cliprange_high` is given) the ratio may go.
         cliprange_high: upper epsilon, where it differs (clip-higher: Yu et al. 2025, eq. 10).
-        dual_clip: c > 1, usually 3: the loss of a token with A < 0 is at most -c A (Ye et al. 2020, eq. 5).
+        dual_clip: c > 1, usually 3: the loss of a token with A < 0 is at most -c A (Ye et al. 2020).
         ref_logps: [..., T], by the reference policy, for the KL.
         kl: [..., T], exact KL of each token's distribution, `token_stats(..., kl=True).kl`; with kl_estimator="exact".
         kl_coef: beta >= 0, weight of the KL in the loss.

@@ -44,7 +44,7 @@ def sft_loss(
     z_loss: float = 0.0,
 ) -> SFTOutput:
     """Negative log-likelihood, -sum(logps) / N over real tokens, plus z_loss * sum(lse^2) / N (de Brebisson and Vincent
-    2016, sec. 3; the coefficient 1e-4 of PaLM, Chowdhery et al. 2022, sec. 5).
+    2016; the coefficient 1e-4 of PaLM, Chowdhery et al. 2022, sec. 5).
 
     Args:
         logps: [..., T] log-probability of each token. bfloat16 and float16 are computed in float32.

@@ -43,7 +43,7 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> KTOOutput:
-    """KTO (Ethayarajh et al. 2024, eq. 8): mean of lambda_D (1 - sigmoid(beta (h - z_0))) over desirable responses and
+    """KTO (Ethayarajh et al. 2024): mean of lambda_D (1 - sigmoid(beta (h - z_0))) over desirable responses and
     lambda_U (1 - sigmoid(beta (z_0 - h))) over undesirable ones, h = log pi(y|x) - log pi_ref(y|x).
 
     The baseline z_0 estimates KL(pi || pi_ref) and carries no gradient. It comes from one of
@@ -61,7 +61,7 @@ def kto_loss(
         kl_logps: [M] under the policy.
         ref_kl_logps: [M] under the reference.
         desirable_weight: lambda_D.
-        undesirable_weight: lambda_U. The paper keeps lambda_D n_D / (lambda_U n_U) within [1, 3/2] (eq. 9).
+        undesirable_weight: lambda_U. The paper keeps lambda_D n_D / (lambda_U n_U) within [1, 3/2].
 
     Returns:
         KTOOutput.

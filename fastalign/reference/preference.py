@@ -79,7 +79,7 @@ def discopop(q: Quantities) -> Tensor:
 
 
 def dpop(q: Quantities) -> Tensor:
-    """Pal et al. 2024, eq. 3, lambda = 5."""
+    """Pal et al. 2024, lambda = 5."""
     return -log_sigmoid(_BETA * (q.hw - q.hl - 5 * torch.maximum(torch.zeros_like(q.hw), q.rw - q.pw)))
 
 
@@ -101,7 +101,7 @@ def aot(q: Quantities) -> Tensor:
 
 
 def divergence(score: Callable[[Tensor], Tensor]) -> Callable[[Quantities], Tensor]:
-    """DPO with scores f'(u), u = pi / pi_ref: Wang et al. 2024, eq. 9."""
+    """DPO with scores f'(u), u = pi / pi_ref: Wang et al. 2024."""
     return lambda q: -log_sigmoid(_BETA * (score(torch.exp(q.hw)) - score(torch.exp(q.hl))))
 
 
@@ -166,7 +166,7 @@ _REFERENCE_FREE = ("simpo", "cpo", "orpo", "sft")
 
 
 def kto(logits: Tensor, ref_logits: Tensor, labels: Tensor, kl_labels: Tensor, desirable: Tensor) -> Tensor:
-    """Ethayarajh et al. 2024, eq. 8 with weights 1.5 and 0.5; the baseline from mismatched completions."""
+    """Ethayarajh et al. 2024, with weights 1.5 and 0.5; the baseline from mismatched completions."""
     h = sums(logits, labels)[0] - sums(ref_logits, labels)[0]
     mismatched = sums(logits, kl_labels)[0] - sums(ref_logits, kl_labels)[0]
     z0 = torch.clamp(mismatched.mean(), min=0).detach()

@@ -99,7 +99,7 @@ def masked_whiten(x: Tensor, mask: Tensor, *, unbiased: bool = False, shift_mean
 
 
 def rloo_advantages(rewards: Tensor) -> Tensor:
-    """Each reward minus the mean of its group's others: RLOO (Kool et al. 2019; Ahmadian et al. 2024, eq. 8).
+    """Each reward minus the mean of its group's others: RLOO (Kool et al. 2019; Ahmadian et al. 2024).
 
     Args:
         rewards: [..., K], K >= 2 samples of one prompt along the last axis.

@@ -28,9 +28,12 @@ class Helped(Exception):
     """Raised by `parse` when help was asked for; carries the text to print."""
 
 
-def key(default: Any, help: str, *, group: str = "Run") -> Any:
-    """A configuration field: its default, one line of help, and the heading it stands under in `--help`."""
-    return dataclasses.field(default=default, metadata={"help": help, "group": group})
+def key(default: Any, help: str, *, group: str = "Run", bare: bool = False) -> Any:
+    """A configuration field: its default, one line of help, and the heading it stands under in `--help`.
+
+    bare: `--key` alone is as good as `--key true`, though the type is not bool.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "group": group, "bare": bare})
 
 
 def parse(
@@ -51,33 +54,42 @@ def parse(
     """
     if any(a in ("-h", "--help") for a in argv):
         raise Helped(help_text(config, command, needs, common))
-    given, path = _split(argv, command)
+    given, path, bare = _split(argv, command)
     values = {**(_read_yaml(path) if path else {}), **given}
     types_by_name = typing.get_type_hints(config)
     fields = {f.name: f for f in dataclasses.fields(config) if f.init}  # type: ignore[arg-type]
     for name in values:
         if name not in fields:
             raise ValueError(_unknown(name, fields, command))
+    for name in bare:
+        if not (bool in _members(types_by_name[name]) or fields[name].metadata.get("bare")):
+            raise ValueError(f"--{name} needs a value: --{name} VALUE")
     missing = [name for name in needs if values.get(name) in (None, "")]
     if missing:
         raise ValueError(f"{command} needs {', '.join('--' + n for n in missing)} (see fastalign {command} --help)")
     return config(**{name: convert(name, types_by_name[name], value) for name, value in values.items()})
 
 
-def _split(argv: Sequence[str], command: str) -> tuple[dict[str, Any], str | None]:
-    """(values by key, path of the YAML file)."""
+def _split(argv: Sequence[str], command: str) -> tuple[dict[str, Any], str | None, list[str]]:
+    """(values by key, path of the YAML file, keys without a value, which are taken as true)."""
     given: dict[str, Any] = {}
+    bare = []
     rest = list(argv)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or word == "--":
             raise ValueError(f"expected --key value; got {word!r} (see fastalign {command} --help)")
         name, equals, value = word[2:].partition("=")
-        if not equals:
-            follows = rest and not rest[0].startswith("--")
-            value = rest.pop(0) if follows else "true"
-        given[name.replace("-", "_")] = value
-    return given, given.pop("config", None)
+        name = name.replace("-", "_")
+        if not equals and rest and not rest[0].startswith("--"):
+            value = rest.pop(0)
+        elif not equals:
+            value = "true"
+            bare.append(name)
+        given[name] = value
+    if "config" in bare:
+        raise ValueError("--config needs a value: --config FILE.yaml")
+    return given, given.pop("config", None), bare
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -87,6 +99,8 @@ def _read_yaml(path: str) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"--config must be a YAML file; there is no {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config must be a YAML file; {path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"--config {path} is not valid YAML: {error}") from None
     if values is None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -25,12 +25,12 @@ from .callbacks import ConsoleCallback, JsonlCallback
 from .checkpoints import PARTIAL, publish, rotate, write_folder
 from .config import GroupsConfig, TrainingConfig
 from .data.collate import Batch, padding_last
-from .data.files import Rows
+from .data.files import Rows, named
 from .data.sampler import UpdateSampler
 from .even import FILLER, EvenCollator, even
 from .lora import is_adapted, merged, with_lora
 from .model_logits import ModelLogits, can_answer, logits_of, prompt_sharing
-from .run import load_model
+from .run import load_model, load_tokenizer
 from .sharding import WholeCheckpoints
 
 
@@ -110,8 +110,8 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
             model=with_lora(model, args, self.task),
             args=args,
             data_collator=EvenCollator(self.collator(args, processing_class)),
-            train_dataset=None if train_dataset is None else self.prepare(train_dataset, args, processing_class),
-            eval_dataset=None if eval_dataset is None else self.prepare(eval_dataset, args, processing_class),
+            train_dataset=self._prepared("dataset", train_dataset, args, processing_class),
+            eval_dataset=self._prepared("eval_dataset", eval_dataset, args, processing_class),
             processing_class=processing_class,
             callbacks=[JsonlCallback(), *(callbacks or [])],
             optimizers=optimizers,
@@ -128,6 +128,10 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
         # micro-batches once more. (The second name is the one that releases before 5.2x look at.)
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
+
+    def _prepared(self, key: str, rows: Rows | None, args: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+        with named(key):
+            return None if rows is None else self.prepare(rows, args, tokenizer)
 
     def _shares_prompts(self) -> bool:
         """As configured; unless told, on a CPU where the model can."""
@@ -175,7 +179,7 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
     @classmethod
     def load(cls, path: str, args: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model and the tokenizer that a command starts from."""
-        return load_model(path, args), AutoTokenizer.from_pretrained(args.tokenizer or path)
+        return load_model(path, args), load_tokenizer(args.tokenizer, path)
 
     # ------------------------------------------------------------------------------------------- Trainer's hooks
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:

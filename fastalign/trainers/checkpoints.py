@@ -100,10 +100,12 @@ def _is_whole(path: str) -> bool:
 def start_point(args: TrainingConfig) -> str | None:
     """The checkpoint to continue from, or None to start anew.
 
-    Raises ValueError if the output folder holds checkpoints and the configuration says neither to continue nor to
-    overwrite them, or if the checkpoint asked for is not whole.
+    Raises ValueError if the output folder is none, if it holds checkpoints and the configuration says neither to
+    continue nor to overwrite them, or if the checkpoint asked for is not whole.
     """
     output_dir = str(args.output_dir)
+    if os.path.exists(output_dir) and not os.path.isdir(output_dir):
+        raise ValueError(f"output_dir must be a folder; {output_dir!r} is none")
     present = checkpoints(output_dir)
     wanted = args.resume_from_checkpoint
     if wanted in (None, "false"):

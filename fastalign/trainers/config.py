@@ -38,6 +38,9 @@ COMMON = (
 DTYPES = ("float32", "bfloat16", "float16")
 """Of weights."""
 
+STRATEGIES = ("group_by_length", "random", "sequential", "batch_rebalance")
+"""Orders of the rows: ours and transformers'."""
+
 _REPLACED = {
     "label_smoothing_factor": (0.0, "label_smoothing"),
     "use_liger_kernel": (False, "nothing: fastalign's own kernels always serve the loss"),
@@ -77,7 +80,9 @@ class CommonConfig:
     )
     output_dir: str | None = key(None, "Folder for checkpoints, logs and the trained model")
     overwrite_output_dir: bool = key(False, "Train from the start even if output_dir holds checkpoints")
-    resume_from_checkpoint: str | None = key(None, "Continue: 'auto' for the newest whole checkpoint, or its folder")
+    resume_from_checkpoint: str | None = key(
+        None, "Continue: 'auto' for the newest whole checkpoint, or its folder", bare=True
+    )
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
@@ -116,6 +121,11 @@ class TrainingConfig(CommonConfig, TrainingArguments):
             if getattr(self, name) != default:
                 raise ValueError(f"--{name} is not used here; use {instead}")
         CommonConfig.__post_init__(self)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            check_positive(name, getattr(self, name))
+        if not self.learning_rate >= 0:
+            raise ValueError(f"learning_rate must be at least 0; got {self.learning_rate}")
+        check_choice("train_sampling_strategy", self.train_sampling_strategy, STRATEGIES)
         check_choice("padding_side", self.padding_side, ("right", "left"))
         check_positive("max_length", self.max_length)
         if self.max_prompt_length is not None:

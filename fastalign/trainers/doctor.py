@@ -16,13 +16,13 @@ from typing import Any
 from datasets import Dataset
 from rich.console import Console
 from rich.markup import escape
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from transformers import AutoModelForSequenceClassification, set_seed
 
-from . import arguments
+from . import arguments, run
 from .arguments import key
 from .config import DTYPES, check_choice, check_positive
 from .data.encode import Encoder
-from .data.files import read_rows
+from .data.files import check_sources, read_rows
 from .doctor_data import DATA_CHECKS, Finding, Patient
 from .doctor_model import MODEL_CHECKS, REWARD_CHECKS
 from .sample import load
@@ -58,6 +58,7 @@ def examine(config: DoctorConfig) -> list[Finding]:
     """All findings, in the order of the checks. ValueError if model or dataset are missing or cannot be read."""
     if not config.model or not config.dataset:
         raise ValueError("doctor needs a model and a dataset")
+    check_sources(config, ("dataset",))
     model, tokenizer = load(config.model, config.tokenizer, config.dtype)
     encode = Encoder(
         tokenizer,
@@ -68,8 +69,8 @@ def examine(config: DoctorConfig) -> list[Finding]:
     patient = Patient(config, _some(read_rows(config.dataset), config), encode, model)
     checks: dict[str, Callable[[Any], list[Finding]]] = {**DATA_CHECKS, **MODEL_CHECKS}
     if config.reward_model:
-        patient.reward_tokenizer = AutoTokenizer.from_pretrained(config.reward_model)
-        patient.reward_model = AutoModelForSequenceClassification.from_pretrained(config.reward_model).eval()
+        patient.reward_tokenizer = run.load_tokenizer(None, config.reward_model, "reward_model")
+        patient.reward_model = run.load("reward_model", AutoModelForSequenceClassification, config.reward_model).eval()
         checks |= REWARD_CHECKS
     set_seed(config.seed)
     findings: list[Finding] = []

@@ -87,7 +87,7 @@ def memory(p: Patient) -> list[Finding]:
     """An estimate of a training step's memory against what is there.
 
     Weights, gradients and AdamW's two moments; the logits and their gradient; 34 bytes an activation of each layer
-    (Korthikanti et al. 2022, eq. 2, without the attention matrices, which fused attention does not keep) for 16-bit
+    (Korthikanti et al. 2022, without the attention matrices, which fused attention does not keep) for 16-bit
     weights, twice that for 32-bit ones, or one activation a layer with gradient checkpointing.
     """
     config, model = p.config, p.model

@@ -184,7 +184,7 @@ class DPOTrainer(AlignmentTrainer):
         if all(REFERENCE_COLUMNS[0] in rows.column_names for rows in given):
             return
         if ref_model is None and self.args.ref_model:
-            ref_model = load_model(self.args.ref_model, self.args)
+            ref_model = load_model(self.args.ref_model, self.args, "ref_model")
         if self.args.precompute_ref_log_probs:
             reference: Any = self.model if ref_model is None else ref_model.to(self.args.device)
             self.train_dataset = self._with_reference(reference, self.train_dataset)

@@ -93,11 +93,11 @@ def evaluate(config: EvalConfig) -> dict[str, dict[str, Any]]:
         raise ValueError("against=completion needs the column completion or chosen in dataset")
     score = load_judge(config.reward, batch_size=config.batch_size) if config.reward else None
     judge = _pair_judge(config, score)
-    reference = load(config.reference, None, config.dtype)[0] if config.reference else None
+    reference = load(config.reference, None, config.dtype, "reference")[0] if config.reference else None
     result: dict[str, dict[str, Any]] = {}
     base = None if config.against == "first" or rows is None else [[str(row["completion"])] for row in rows]
     for path in config.models:
-        model, tokenizer = load(path, None, config.dtype)
+        model, tokenizer = load(path, None, config.dtype, "models")
         set_seed(config.seed)
         drawn = sample(model, tokenizer, prompts, per_prompt=config.samples_per_prompt, how=config.how())
         texts = [[s.text for s in each] for each in drawn]

@@ -44,7 +44,7 @@ VARIANTS = {
     "bnpo": Variant("clip", "scaled", "token"),  # the same, a mean over tokens
     "dr_grpo": Variant("clip", "centred", "dr_grpo"),  # Liu et al. 2025
     "dapo": Variant("clip", "scaled", "dapo", cliprange_high=0.28),  # Yu et al. 2025, eq. 8
-    "gspo": Variant("gspo", "scaled", "grpo", 3e-4, 4e-4),  # Zheng et al. 2025, eq. 5
+    "gspo": Variant("gspo", "scaled", "grpo", 3e-4, 4e-4),  # Zheng et al. 2025
     "cispo": Variant("cispo", "scaled", "dapo", 1.0, 2.0),  # MiniMax 2025, eq. 4: no lower bound
     "rloo": Variant("clip", "leave_one_out", "sum"),  # Ahmadian et al. 2024; on-policy the clip is REINFORCE
 }

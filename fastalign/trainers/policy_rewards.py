@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from ..losses.reward import last_token_scores
 from .data.collate import pad
 from .data.encode import Encoder
 from .model_logits import run_model
 from .rollout import Episode
-from .run import pad_id
+from .run import load, load_tokenizer, pad_id
 
 RewardFunction = Callable[..., Any]
 
@@ -69,12 +69,12 @@ class ModelReward:
     def __init__(
         self, path: str, *, device: torch.device, dtype: torch.dtype, batch_size: int = 64, max_length: int = 2**30
     ) -> None:
-        self.model: Any = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype)
+        self.model: Any = load("reward_model", AutoModelForSequenceClassification, path, dtype=dtype)
         outputs = self.model.config.num_labels
         if outputs != 1:
             raise ValueError(f"reward_model must have one output; {path!r} has {outputs}")
         self.model.requires_grad_(False).eval().to(device)
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.tokenizer = load_tokenizer(None, path, "reward_model")
         self.device, self.batch_size, self.max_length = device, batch_size, max_length
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from . import arguments
+from .data.files import check_sources
 from .policy_config import PolicyConfig
 from .run import start_point
 
@@ -14,6 +15,7 @@ from .run import start_point
 def run_policy(command: str, config: type[PolicyConfig], trainer_class: Any, argv: list[str]) -> int:
     """Parses, trains and saves: model, tokenizer, value function, `log.jsonl` and `metrics.json` in `output_dir`."""
     args: Any = arguments.parse(config, argv, command=command, needs=("model", "dataset", "output_dir"))
+    check_sources(args, ("dataset", "eval_dataset", "ptx_dataset"))
     checkpoint = start_point(args)
     trainer = trainer_class(None, args, args.dataset, args.eval_dataset)
     metrics = trainer.train(checkpoint)

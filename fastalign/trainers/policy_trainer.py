@@ -24,7 +24,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from .. import rl
 from ..losses.policy import PPOLoss
@@ -58,7 +58,7 @@ from .rollout import (
     response_mask,
     stacked,
 )
-from .run import disable_dropout, load_model, pad_id
+from .run import disable_dropout, load_model, load_tokenizer, pad_id
 
 _SHOWN = ("objective/scores", "objective/kl", "objective/entropy", "eval/score", "eval/kl", "length", "lr")
 
@@ -97,14 +97,14 @@ class PolicyTrainer(ABC):
             project_dir=args.output_dir,
         )
         set_seed(args.seed)
-        policy = load_model(str(path), args) if model is None or isinstance(model, str) else model  # type: ignore[arg-type]
-        self.processing_class: Any = processing_class or AutoTokenizer.from_pretrained(args.tokenizer or path)
+        policy = load_model(str(path), args) if model is None or isinstance(model, str) else model
+        self.processing_class: Any = processing_class or load_tokenizer(args.tokenizer, str(path))
         self.fill = pad_id(self.processing_class)
         self.state = RunState(is_world_process_zero=self.accelerator.is_main_process)
         self.reward = load_reward(args, reward, self.accelerator.device)
-        load = lambda rows: load_prompts(rows, self.processing_class, args.max_prompt_length, self.reward.columns)  # noqa: E731
-        self.prompts: list[Prompt] = load(train_dataset)
-        self.eval_prompts: list[Prompt] = [] if eval_dataset is None else load(eval_dataset)
+        options = (self.processing_class, args.max_prompt_length, self.reward.columns)
+        self.prompts: list[Prompt] = load_prompts(train_dataset, *options)
+        self.eval_prompts: list[Prompt] = load_prompts(eval_dataset, *options, "eval_dataset")
         self._reference = self._keep_reference(policy, ref_model)
         self.inner = self.build(policy)
         disable_dropout(self.inner)
@@ -165,7 +165,7 @@ class PolicyTrainer(ABC):
         if not args.needs_reference:
             return None
         if given is None and args.ref_model is not None:
-            given = load_model(args.ref_model, args)  # type: ignore[arg-type]
+            given = load_model(args.ref_model, args, "ref_model")
         if given is None:
             if args.lora_rank:
                 return None

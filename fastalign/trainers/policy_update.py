@@ -23,6 +23,7 @@ from .actor_critic import policy_logits
 from .base import Means
 from .data.collate import IGNORE, Batch, SFTCollator
 from .data.encode import Encoder
+from .data.files import named
 from .data.tokenize import tokenize_sft
 from .model_logits import ModelLogits
 from .rollout import Episode, collate, spread
@@ -243,6 +244,7 @@ def make_scheduler(args: Any, optimizer: torch.optim.Optimizer, updates: int) ->
 
 def pretraining_stream(args: Any, tokenizer: PreTrainedTokenizerBase, processes: int) -> PretrainingStream:
     """The rows of `ptx_dataset`, tokenised."""
-    rows = tokenize_sft(args.ptx_dataset, Encoder(tokenizer, args.max_prompt_length + args.response_length))
+    with named("ptx_dataset"):
+        rows = tokenize_sft(args.ptx_dataset, Encoder(tokenizer, args.max_prompt_length + args.response_length))
     responses = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     return PretrainingStream(rows, args.ptx_batch_size or responses, pad_id(tokenizer), args.seed)

@@ -14,7 +14,7 @@ at the last token that is not padding, so that the saved model gives it to anyon
 `AutoModelForSequenceClassification`. For that to be the last real token, padding must be a token of its own.
 
 A column `labeler` says who compared: accuracies are then also told per labeler, and `held_out_labelers` keeps some of
-them out of training, as the 69.6 % against 72.4 % of Ouyang et al. 2022 (sec. 4.3) are.
+them out of training, as the 69.6 % against 72.4 % of Ouyang et al. 2022 (sec. 4.1) are.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..losses.listwise import comparable, comparisons, list_metrics, plackett_luce_loss
 from ..losses.reward import best_of_k_loss, kwise_reward_loss, reward_loss
@@ -40,7 +40,7 @@ from .data.collate import Batch, ListCollator, in_lists
 from .data.files import Rows, read_rows
 from .data.tokenize import tokenize_lists
 from .model_logits import model_logits
-from .run import encoder, model_options, run
+from .run import encoder, load, load_tokenizer, model_options, run
 
 PAD_TOKEN = "<|padding|>"
 
@@ -100,8 +100,8 @@ def load_reward_model(path: str, args: TrainingConfig) -> tuple[PreTrainedModel,
 
     A language model gets a fresh head, which is drawn from torch's generator: seed it for the same head again.
     """
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or path)
-    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, **model_options(args))
+    tokenizer = load_tokenizer(args.tokenizer, path)
+    model = load("model", AutoModelForSequenceClassification, path, num_labels=1, **model_options(args))
     return model, tokenizer
 
 

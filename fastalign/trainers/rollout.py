@@ -34,7 +34,7 @@ from ..rl.rewards import ShapedRewards
 from .data.chat import is_chat, render
 from .data.collate import IGNORE, Batch, pad
 from .data.encode import Encoder
-from .data.files import Rows, load_rows, text_of
+from .data.files import Rows, load_rows, named, text_of
 from .lora import is_adapted
 from .model_logits import ModelLogits
 from .run import pad_id
@@ -82,15 +82,27 @@ class Episode:
 
 # ------------------------------------------------------------------------------------------------------------ prompts
 def load_prompts(
-    source: Rows, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int, columns: Sequence[str] = ()
+    source: Rows | None,
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_length: int,
+    columns: Sequence[str] = (),
+    key: str = "dataset",
 ) -> list[Prompt]:
-    """Rows with a `prompt` (text, or a list of chat messages) and the given further columns.
+    """Rows with a `prompt` (text, or a list of chat messages) and further columns, which `key` gave; none for None.
 
     Raises ValueError naming the row if a prompt has no token at all.
     """
-    rows: Dataset = load_rows(source, required=("prompt", *columns))
+    if source is None:
+        return []
+    with named(key):
+        rows = load_rows(source, required=("prompt", *columns))
+        return list(_prompts(rows, tokenizer, max_prompt_length, columns))
+
+
+def _prompts(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int, columns: Sequence[str]
+) -> Iterator[Prompt]:
     encode = Encoder(tokenizer, 2**30, max_prompt_length, append_eos=False)
-    prompts = []
     for index, row in enumerate(rows):
         given: Any = row
         if is_chat(given["prompt"]):
@@ -101,8 +113,7 @@ def load_prompts(
             ids, _ = encode(text, [" "])
         if not ids:
             raise ValueError(f"column 'prompt' must have at least one token; row {index} (from 0) has none")
-        prompts.append(Prompt(list(ids), str(text), {name: given[name] for name in columns}))
-    return prompts
+        yield Prompt(list(ids), str(text), {name: given[name] for name in columns})
 
 
 def prompt_order(count: int, start: int, number: int, seed: int) -> list[int]:

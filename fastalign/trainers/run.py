@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from . import arguments
 from .checkpoints import checkpoints, start_point, write_json
 from .config import COMMON, TrainingConfig
 from .data.encode import Encoder
+from .data.files import check_sources, first_line
 
 __all__ = [
     "checkpoints",
     "disable_dropout",
     "encoder",
+    "load",
     "load_model",
+    "load_tokenizer",
     "model_options",
     "pad_id",
     "run",
@@ -32,9 +36,34 @@ def model_options(args: TrainingConfig) -> dict[str, Any]:
     return {"dtype": getattr(torch, args.dtype), **attention}
 
 
-def load_model(path: str, args: TrainingConfig) -> PreTrainedModel:
+def load(key: str, kind: Any, path: str, **options: Any) -> Any:
+    """What one of transformers' Auto classes loads from the folder, or hub's name, that a key gave.
+
+    Raises:
+        ValueError: nothing there, or nothing of this kind; naming the key.
+    """
+    local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if local and not os.path.isdir(path):
+        raise ValueError(f"{key} must be a model's folder or a hub's name; there is no folder {path!r}")
+    try:
+        return kind.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        if os.path.isdir(path):
+            raise ValueError(f"{key} {path!r} could not be loaded: {first_line(error)}") from error
+        raise ValueError(
+            f"{key} must be a model's folder or a hub's name; there is no folder {path!r}, and no hub gave it: "
+            f"{first_line(error)}"
+        ) from error
+
+
+def load_model(path: str, args: Any, key: str = "model") -> PreTrainedModel:
     """The causal language model in that folder, with the dtype and attention that the configuration asks for."""
-    return AutoModelForCausalLM.from_pretrained(path, **model_options(args))
+    return load(key, AutoModelForCausalLM, path, **model_options(args))
+
+
+def load_tokenizer(path: str | None, model: str, key: str = "model") -> PreTrainedTokenizerBase:
+    """The tokenizer in that folder, or beside the model, which `key` gave."""
+    return load(key if path is None else "tokenizer", AutoTokenizer, model if path is None else path)
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
@@ -65,6 +94,7 @@ def run(command: str, config: type[TrainingConfig], trainer_class: Any, argv: li
     """Parses, trains, evaluates and saves: model, tokenizer, `log.jsonl` and `metrics.json` in `output_dir`."""
     needs = ("model", "dataset", "output_dir")
     args = arguments.parse(config, argv, command=command, needs=needs, common=COMMON)
+    check_sources(args, ("dataset", "eval_dataset"))
     checkpoint = start_point(args)
     set_seed(args.seed)  # a fresh head is drawn while loading
     model, tokenizer = trainer_class.load(str(args.model), args)

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, set_seed
 
-from . import arguments
+from . import arguments, run
 from .arguments import key
 from .config import DTYPES, check_choice, check_positive
 from .data.chat import check_messages, is_chat
@@ -73,12 +73,12 @@ class SampleConfig(DrawConfig):
         return replace(super().how(), top_k=self.top_k, top_p=self.top_p)
 
 
-def load(path: str, tokenizer: str | None, dtype: str) -> tuple[Any, Any]:
-    """(model on the accelerator if there is one, tokenizer), for inference."""
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+def load(path: str, tokenizer: str | None, dtype: str, key: str = "model") -> tuple[Any, Any]:
+    """(model on the accelerator if there is one, tokenizer), for inference; `key` is the one that gave the path."""
+    model: Any = run.load(key, AutoModelForCausalLM, path, dtype=getattr(torch, dtype)).eval()
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
-    return model, AutoTokenizer.from_pretrained(tokenizer or path)
+    return model, run.load_tokenizer(tokenizer, path, key)
 
 
 def read_prompts(source: str, limit: int) -> list[Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 _OPTIONS: dict[str, dict[str, Any]] = {".tsv": {"sep": "\t"}}
@@ -67,20 +69,62 @@ def read_rows(source: Rows) -> Dataset:
     return rows
 
 
+def check_sources(args: Any, names: Sequence[str]) -> None:
+    """Before anything slow: that the keys of these names hold None, or what could be read.
+
+    Raises:
+        ValueError: no such file, or an unknown kind of file; naming the key.
+    """
+    for name in names:
+        source = getattr(args, name)
+        if isinstance(source, str):
+            with named(name):
+                _kind(_split(os.path.expanduser(source))[0])
+
+
+@contextlib.contextmanager
+def named(key: str) -> Iterator[None]:
+    """Has errors about rows name the key that gave these, where it is not `dataset`."""
+    try:
+        yield
+    except ValueError as error:
+        if key == "dataset":
+            raise
+        raise ValueError(f"{key}: {error}") from error
+
+
 def _read(source: Sequence[Mapping[str, Any]] | str) -> Dataset:
     if not isinstance(source, (str, os.PathLike)):
         return Dataset.from_list([dict(row) for row in source])
     path, split = _split(os.path.expanduser(os.fspath(source)))
+    kind = _kind(path)
+    if kind is None:
+        return _read_folder(path, split) if os.path.isdir(path) else _from_hub(path, split)
+    try:
+        return load_dataset(_LOADERS[kind], data_files=path, split="train", **_OPTIONS.get(kind, {}))
+    except StopIteration:  # what an empty file of JSON lines comes to
+        return Dataset.from_dict({})
+    except DatasetGenerationError as error:
+        raise ValueError(f"dataset {path!r} could not be read: {first_line(error.__cause__ or error)}") from error
+
+
+def _kind(path: str) -> str | None:
+    """The ending of a file that can be read; None for a folder or what may be a hub's name. ValueError otherwise."""
     if os.path.isdir(path):
-        return _read_folder(path, split)
+        return None
     kind = os.path.splitext(path)[1].lower()
     if kind in _LOADERS:
         if not os.path.isfile(path):
             raise ValueError(f"dataset must be an existing file; there is no {path!r}")
-        return load_dataset(_LOADERS[kind], data_files=path, split="train", **_OPTIONS.get(kind, {}))
+        return kind
     if os.path.exists(path) or kind or path.startswith((".", "/")) or path.count("/") > 1:
         raise ValueError(f"dataset must be a folder, or a file ending in {', '.join(_LOADERS)}; got {path!r}")
-    return _from_hub(path, split)
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _split(path: str) -> tuple[str, str | None]:
@@ -111,8 +155,9 @@ def _from_hub(name: str, split: str | None) -> Dataset:
     try:
         return _pick(load_dataset(name), split, name)
     except (OSError, ConnectionError, RuntimeError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"dataset: there is no file or folder {name!r}, and no hub gave one: {reason[0]}") from error
+        raise ValueError(
+            f"dataset: there is no file or folder {name!r}, and no hub gave one: {first_line(error)}"
+        ) from error
 
 
 def _called(source: Rows) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 
 def self_bleu(texts: Sequence[str], *, order: int = 4, limit: int = 100, seed: int = 0) -> float:
-    """Mean BLEU of each text against all of the others, from 0 to 1; low is varied (Zhu et al. 2018, Texygen, sec. 3).
+    """Mean BLEU of each text against all of the others, from 0 to 1; low is varied (Zhu et al. 2018, Texygen).
 
     Needs the package sacrebleu (the extra `eval`). Sentence BLEU with effective order, since short texts have no
     longer n-grams at all.

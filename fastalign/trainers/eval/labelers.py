@@ -1,4 +1,4 @@
-"""What labelers note of an answer, in InstructGPT's table (Ouyang et al. 2022, appendix B.2, table 3).
+"""What labelers note of an answer, in InstructGPT's table (Ouyang et al. 2022, table 3).
 
 One row for each labeler and answer: overall quality from 1 to 7 and eleven yes-or-no questions. Files are .jsonl with
 the names below as columns; a question left out was not asked.

@@ -10,14 +10,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from ..data.chat import Messages
 from ..data.collate import pad
 from ..data.encode import Encoder
 from ..data.reviews import load_reviews, split_reviews
 from ..model_logits import model_logits
-from ..run import pad_id
+from ..run import load, load_tokenizer, pad_id
 from .gold import fit_gold
 
 Prompt: TypeAlias = str | Messages
@@ -69,10 +69,10 @@ def _gold() -> Judge:
 
 def reward_model(path: str, batch_size: int) -> Judge:
     """A saved reward model, asked as plain transformers asks it."""
-    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    model = load("reward", AutoModelForSequenceClassification, path).eval()
     if model.config.num_labels != 1:
         raise ValueError(f"reward must be a model with one label; {path!r} has {model.config.num_labels}")
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = load_tokenizer(None, path, "reward")
     return lambda prompts, completions: score_texts(model, tokenizer, prompts, completions, batch_size)
 
 
