@@ -13,6 +13,7 @@ steps' time went: the model's body forward and backward, head and loss forward a
     --ops     the ten most expensive operations of the last step (which then counts in no figure)
     --until N stop after step N and leave a checkpoint in `--folder`; the same command goes on from there
     --json F  write everything to F
+    --show F  the README's lines on a results file, and no run; `--update README.md` writes them there
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import Any
 
 _CLEAR = Path("/proc/self/clear_refs")
 _OPS = 10
+BEGIN, END = "<!-- trainers: written by bench/trainers.py -->", "<!-- end of trainers -->"
 
 
 def memory(field: str) -> int:
@@ -201,9 +203,7 @@ def report(results: list[tuple[str, dict[str, Any]]], given: argparse.Namespace)
     if gaps:
         lines.append(f"largest difference of a loss: {max(gaps):.2e}")
     for name, found in results:
-        later = found["steps"][1:] or found["steps"]
-        middle = statistics.median_low(step["step"] for step in later)
-        median = next(step for step in later if step["step"] == middle)
+        later, median = found["steps"][1:] or found["steps"], median_step(found)
         speed = 2 * given.pairs * given.tokens / median["step"]
         lines.append(
             f"\n{name}: {speed:.1f} tokens/s, {median['step']:.2f} s a step (median of {len(later)}: "
@@ -215,6 +215,33 @@ def report(results: list[tuple[str, dict[str, Any]]], given: argparse.Namespace)
                 lines.append(f"  {part:<24} {seconds:7.2f} s  {seconds / median['step']:6.1%}")
         lines += [f"    {row['op']:<40} {row['calls']:>6} calls  {row['seconds']:8.3f} s" for row in found["ops"]]
     return "\n".join(lines)
+
+
+def median_step(found: dict[str, Any]) -> dict[str, float]:
+    """The median step after the first."""
+    later = found["steps"][1:] or found["steps"]
+    middle = statistics.median_low(step["step"] for step in later)
+    return next(step for step in later if step["step"] == middle)
+
+
+def figures(kept: dict[str, Any]) -> str:
+    """What the README says of a results file."""
+    given, where, results = kept["settings"], kept["environment"], dict(kept["results"])
+    ours, theirs = results["fastalign"], results["trl"]
+    speeds = [2 * given["pairs"] * given["tokens"] / median_step(found)["step"] for found in (ours, theirs)]
+    peaks = [found["peak_bytes"] / 2**20 for found in (ours, theirs)]
+    gap = max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
+    body = [median_step(found)["body forward"] + median_step(found)["body backward"] for found in (ours, theirs)]
+    loss = [sum(s for part, s in median_step(found).items() if "head" in part) for found in (ours, theirs)]
+    return (
+        f"DPO on {given['model']}, {given['pairs']} pairs of {given['tokens']} tokens (half of them prompt) a step, "
+        f"float32, {given['threads']} threads, {len(ours['losses'])} steps: {speeds[0]:.0f} tokens/s against "
+        f"{speeds[1]:.0f} of TRL {where['versions']['trl']}'s DPOTrainer ({speeds[0] / speeds[1]:.2f}x), a peak of "
+        f"{peaks[0]:,.0f} MiB against {peaks[1]:,.0f} MiB ({peaks[0] / peaks[1]:.2f}x), losses at most {gap:.1e} "
+        f"apart. Head and loss take {loss[0]:.1f} s of a step against {loss[1]:.1f} s, the body {body[0]:.1f} s "
+        f"against {body[1]:.1f} s: a prompt runs once for both completions. ({where['cpu']}, {where['date'][:10]}, commit "
+        f"{where['commit'][:12]}; `python bench/trainers.py`)"
+    )
 
 
 def arguments() -> argparse.Namespace:
@@ -232,6 +259,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--folder")
     parser.add_argument("--ops", action="store_true")
     parser.add_argument("--json")
+    parser.add_argument("--show", metavar="RESULTS")
+    parser.add_argument("--update", type=Path, metavar="README")
     parser.add_argument("--one", choices=list(PEERS), help=argparse.SUPPRESS)
     given = parser.parse_args()
     unknown = set(given.peers.split(",")) - set(PEERS)
@@ -253,6 +282,16 @@ def machine(threads: int) -> dict[str, Any]:
 def main() -> int:
     """Runs every peer in a process of its own and prints the report."""
     given = arguments()
+    if given.show:
+        text = figures(json.loads(Path(given.show).read_text(encoding="utf-8")))
+        if given.update is None:
+            print(text)
+        else:
+            import report as readme
+
+            old = given.update.read_text(encoding="utf-8")
+            given.update.write_text(readme.update(old, text, BEGIN, END), encoding="utf-8")
+        return 0
     if given.model is None:
         from fastalign.trainers.demo_models import smollm2
 

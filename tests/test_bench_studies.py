@@ -1,8 +1,9 @@
-"""The README's part on the studies: every number comes from the results that are kept, and it is up to date."""
+"""The README's parts on studies and trainers: every number is of the results that are kept, and up to date."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,15 @@ def test_readme_is_up_to_date(bench):
     readme = folder.parent / "README.md"
     shutil.copyfile(ROOT / "README.md", readme)
     run("--update", readme)
+    assert readme.read_text(encoding="utf-8") == (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_is_up_to_date_with_the_trainers(tmp_path):
+    readme = tmp_path / "README.md"
+    shutil.copyfile(ROOT / "README.md", readme)
+    name = re.search(r"bench/results/(dpo-trl-[\d-]+\.json)", readme.read_text(encoding="utf-8"))[1]
+    command = [sys.executable, str(ROOT / "bench" / "trainers.py"), "--show", str(ROOT / "bench" / "results" / name)]
+    subprocess.run([*command, "--update", str(readme)], check=True, cwd=tmp_path)
     assert readme.read_text(encoding="utf-8") == (ROOT / "README.md").read_text(encoding="utf-8")
 
 
