@@ -239,8 +239,8 @@ def figures(kept: dict[str, Any]) -> str:
         f"{speeds[1]:.0f} of TRL {where['versions']['trl']}'s DPOTrainer ({speeds[0] / speeds[1]:.2f}x), a peak of "
         f"{peaks[0]:,.0f} MiB against {peaks[1]:,.0f} MiB ({peaks[0] / peaks[1]:.2f}x), losses at most {gap:.1e} "
         f"apart. Head and loss take {loss[0]:.1f} s of a step against {loss[1]:.1f} s, the body {body[0]:.1f} s "
-        f"against {body[1]:.1f} s: a prompt runs once for both completions. ({where['cpu']}, {where['date'][:10]}, commit "
-        f"{where['commit'][:12]}; `python bench/trainers.py`)"
+        f"against {body[1]:.1f} s: a prompt runs once for both completions. ({where['cpu']}, {where['date'][:10]}, "
+        f"commit {where['commit'][:12]}; `python bench/trainers.py`)"
     )
 
 
