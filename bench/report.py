@@ -183,12 +183,12 @@ def details(results: dict[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
-def update(text: str, block: str) -> str:
+def update(text: str, block: str, begin: str = BEGIN, end: str = END) -> str:
     """The text with what stands between the markers replaced. ValueError unless each marker is there once, in order."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the file must hold {BEGIN!r} once and, after it, {END!r} once")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"the file must hold {begin!r} once and, after it, {end!r} once")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}"
 
 
 def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:

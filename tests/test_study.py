@@ -28,6 +28,7 @@ from fastalign.study import frontier
 from fastalign.study.cells import Runner, read
 from fastalign.study.config import StudyConfig
 from fastalign.study.envelope import Point, difference, envelope, over_seeds
+from fastalign.study.ground import Ground
 from fastalign.study.methods import METHODS
 from fastalign.study.report import interval, page, table
 from fastalign.study.study import run_study, written
@@ -220,6 +221,17 @@ def test_frontier_end_to_end(made_up_corpus, monkeypatch):
     assert all(method.label in parsed.cells for method in METHODS.values())
     assert re.search(r"fastalign study frontier --quick true --seeds 1 .*--vocab_size 320", " ".join(parsed.cells))
     assert json.loads((out / "frontier.json").read_text())["summary"]["budgets"] == found["summary"]["budgets"]
+
+
+def test_spread_is_that_within_prompts(tmp_path):
+    """Around each prompt's own mean: deviations -1, 1, and -3, 0, 3, over 5 - 2 degrees of freedom."""
+    ground = Ground(tmp_path, StudyConfig(), 0)
+    rows = [{"prompt": "5 ", "completions": ["4", "6"]}, {"prompt": "90 ", "completions": ["7", "10", "13"]}]
+    ground.path.mkdir(parents=True)
+    ground.file("lists").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert ground.spread(lambda texts: np.array([sum(map(float, t.split())) for t in texts])) == pytest.approx(
+        math.sqrt(20 / 3)
+    )
 
 
 def test_a_folder_of_other_settings_is_refused(tmp_path):

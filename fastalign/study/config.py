@@ -45,7 +45,7 @@ class StudyConfig:
     preference_batch_size: int = key(0, "Pairs or lists in such an update", group="Training loop")
     preference_learning_rate: float = key(0, "Peak learning rate there", group="Training loop")
     reward_learning_rate: float = key(0, "Peak learning rate of the learned reward", group="Training loop")
-    reward_epochs: float = key(4, "Its passes over the lists", group="Training loop")
+    reward_epochs: float = key(1, "Its passes over reviews and samples", group="Training loop")
     policy_steps: int = key(0, "Steps of the methods that sample while they train", group="Training loop")
     policy_batch_size: int = key(0, "Responses in such a step", group="Training loop")
     policy_epochs: int = key(2, "PPO's passes over them", group="Training loop")

@@ -4,7 +4,7 @@
     fastalign study frontier --full --processes 1
 
 For each seed: a split of the corpus, a gold reward fitted to human ratings, a fine-tuned model, samples of it, pairs
-and ranked lists of those by the gold reward, and a reward model learned from the pairs. Then each method at each value
+and ranked lists of those by the gold reward, and a reward model learned from it. Then each method at each value
 of its coefficient, looked at several times while it trains. The output folder holds `frontier.png`, `frontier.html`
 (stands alone), `frontier.csv` (every point) and `frontier.json`. A run that was cut off goes on where it stood, cell
 by cell.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from ..trainers.eval.scorers import score_texts
 from ..trainers.reward import RewardConfig, RewardTrainer, load_reward_model
 from ..trainers.run import train
 from .config import StudyConfig
+
+_LIST = 32
+"""Texts in a list that the learned reward is trained on."""
 
 
 def placed(model: Any) -> Any:
@@ -80,15 +84,23 @@ class Ground:
         return {"prompts": len(prompts), "lists": len(lists), "pairs": len(pairs), "words": words}
 
     def _proxy(self) -> dict[str, Any]:
-        """A reward model (Bradley-Terry) on all comparisons within the lists but a tenth; accuracy on pairs of those.
+        """A reward model (Bradley-Terry on all comparisons in lists); accuracy on the pairs of a tenth of the prompts.
 
-        Its body is the fine-tuned model's. To learn what words are worth from a few thousand short texts, it needs a
-        rate near that of fine-tuning, not one at which a policy stays close to where it was.
+        Its body is the fine-tuned model's. It learns from the other prompts' samples and from the training reviews, all
+        by their gold reward: the samples' few words alone do not teach a small model what words are worth. For the same
+        reason the lists are long, and its rate is near that of fine-tuning, not one at which a policy stays close to
+        where it was.
         """
         config = self.config
         lists = self.read("lists")
         cut = max(1, len(lists) // 10)
         pairs = best_against_worst(lists[:cut], config.min_gap)
+        texts = [r.text for r in self.demo.reviews[0]][: config.sft_rows]
+        texts += [row["prompt"] + text for row in lists[cut:] for text in row["completions"]]
+        random.Random(self.seed).shuffle(texts)
+        scores = self.demo.gold(texts).tolist()
+        parts = [slice(i, i + _LIST) for i in range(0, len(texts) - 1, _LIST)]
+        rows = [{"prompt": "", "completions": texts[part], "rewards": scores[part]} for part in parts]
         args = RewardConfig(
             output_dir=str(self.path / "proxy"),
             learning_rate=config.reward_learning_rate,
@@ -96,7 +108,7 @@ class Ground:
             warmup_steps=0.1,
             weight_decay=0.1,
             num_train_epochs=config.reward_epochs,
-            per_device_train_batch_size=max(1, config.preference_batch_size // 4),
+            per_device_train_batch_size=2,
             per_device_eval_batch_size=64,
             max_length=160,
             save_strategy="no",
@@ -107,8 +119,8 @@ class Ground:
         )
         set_seed(self.seed)
         model, tokenizer = load_reward_model(str(self.path / "sft"), args)
-        metrics = train(RewardTrainer(model, args, lists[cut:], pairs, tokenizer))
-        return {"accuracy": metrics["eval_accuracy"], "pairs": len(pairs), "lists": len(lists) - cut}
+        metrics = train(RewardTrainer(model, args, rows, pairs, tokenizer))
+        return {"accuracy": metrics["eval_accuracy"], "pairs": len(pairs), "texts": len(texts)}
 
     # ----------------------------------------------------------------------------------------------------- loading
     def file(self, name: str) -> Path:

@@ -159,11 +159,12 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
     names = (*_CHANGES, "finished", "gold_length", "learned_length", "longer_chosen")
     rows = [[alpha, *(report.interval(row[n]) for n in names)] for alpha, row in results["summary"].items()]
     parts = [
-        "<p>Left: the gold reward, and the reward learned from pairs that the gold reward labelled, against the KL to "
-        "the fine-tuned model, along PPO on the learned reward and along DPO on the same pairs; best-of-n by the "
-        "learned reward is the yardstick. Where the learned reward rises and the gold reward falls, the policy "
-        "follows the learned reward's mistakes. Right: DPO on preferences of labelers who like long answers (each "
-        "word adds to what they think of a text), and DPO-R over its alpha.</p>",
+        "<p>Above: what was meant and what was followed. The gold reward, and the reward learned from comparisons "
+        "that the gold reward made, against the KL to the fine-tuned model, along PPO on the learned reward and along "
+        "DPO on pairs by the gold reward; runs thin, means over seeds thick. Best-of-n by the learned reward is the "
+        "yardstick, at its bound on the KL. Where the learned reward rises and the gold reward does not, the policy "
+        "follows the learned reward's mistakes. Below: DPO on preferences of labelers who like long answers (each word "
+        "adds to what they think of a text), and DPO-R over its alpha, with 95 % intervals.</p>",
         report.image(folder / "hacking.png", "over-optimisation and length"),
         report.table("DPO-R on preferences for length; alpha 0 is DPO. Mean over seeds [95 %]", heads, rows),
         "<p>Correlations are Spearman's with the number of words, over the texts sampled at the end. Equally long: "

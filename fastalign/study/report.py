@@ -124,8 +124,9 @@ def write_frontier(results: dict[str, Any], folder: Path) -> None:
         runs(results),
         grounds(results),
         "<p>Methods share their learning rates by kind (pairs and lists; sampling) and are not tuned one by one. The "
-        "learned reward is a Bradley-Terry model on the pairs that DPO sees; its scale is arbitrary. VADER is a "
-        "rule-based scorer that took no part. Tax: rise of the negative log-likelihood of held-out reviews.</p>",
+        "learned reward is a Bradley-Terry model on comparisons, by the gold reward, of reviews and of the samples "
+        "that DPO's pairs come from: it has seen more of the gold reward than DPO has. Its scale is arbitrary. VADER "
+        "is a rule-based scorer that took no part. Tax: rise of the negative log-likelihood of held-out reviews.</p>",
         origin(results),
     ]
     (folder / "frontier.html").write_text(page("Gold reward against KL", parts), encoding="utf-8")

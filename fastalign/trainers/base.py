@@ -23,7 +23,7 @@ from ..ops import sum_tokens
 from .allocator import GiveBack
 from .callbacks import ConsoleCallback, JsonlCallback
 from .checkpoints import PARTIAL, publish, rotate, write_folder
-from .config import TrainingConfig
+from .config import GroupsConfig, TrainingConfig
 from .data.collate import Batch, padding_last
 from .data.files import Rows, named
 from .data.sampler import UpdateSampler
@@ -135,7 +135,7 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
 
     def _shares_prompts(self) -> bool:
         """As configured; unless told, on a CPU where the model can."""
-        wanted = getattr(self.args, "share_prompts", False)
+        wanted = self.args.share_prompts if isinstance(self.args, GroupsConfig) else False
         if wanted is False or (wanted is None and (self.args.device.type != "cpu" or not self.args.fused_head)):
             return False
         found = prompt_sharing(self.model) if self.args.fused_head else "it needs fused_head"

@@ -1,0 +1,97 @@
+"""The README's part on the studies: every number comes from the results that are kept, and it is up to date."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def estimate(mean, half=None):
+    low, high = (None, None) if half is None else (mean - half, mean + half)
+    return {"mean": mean, "se": None, "low": low, "high": high}
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """A bench/ of its own, so that nothing is written to the real one; runs studies.py there."""
+    folder = tmp_path / "bench"
+    (folder / "results").mkdir(parents=True)
+    for name in ("studies.py", "report.py"):
+        shutil.copyfile(ROOT / "bench" / name, folder / name)
+
+    def run(*arguments):
+        command = [sys.executable, str(folder / "studies.py"), *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", check=True)
+
+    return folder, run
+
+
+def test_readme_is_up_to_date(bench):
+    folder, run = bench
+    for path in (ROOT / "bench" / "results").iterdir():
+        shutil.copyfile(path, folder / "results" / path.name)
+    readme = folder.parent / "README.md"
+    shutil.copyfile(ROOT / "README.md", readme)
+    run("--update", readme)
+    assert readme.read_text(encoding="utf-8") == (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_results_are_taken_and_told(bench):
+    folder, run = bench
+    point = {"kl": estimate(2.0), "kl_k1": {"mean": 2.3, "se": 0.1}, "kl_k3": {"mean": 2.19, "se": 0.1}}
+    point["kl"]["se"] = 0.0
+    results = {
+        "study": "frontier",
+        "command": "fastalign study frontier --quick true",
+        "machine": {"date": "2031-02-03T04:05:06+00:00", "cpu": "Some CPU", "cores": 7},
+        "seeds": 2,
+        "grounds": {
+            f"grounds/seed-{i}": {"proxy": {"accuracy": 0.7 + i / 10}, "samples": {"pairs": 50 + i}} for i in (0, 1)
+        },
+        "cells": {
+            "a": {"method": "best-of-n", "seed": 0, "points": [{"gold": 0.25}]},
+            "b": {"method": "dpo", "seed": 0, "points": [point]},
+        },
+        "summary": {
+            "budgets": [1.0, 4.0],
+            "envelope": {"dpo": [estimate(None), estimate(0.5, 0.25)], "ppo-gold": [estimate(0.125, 0.0625)] * 2},
+            "differences": {
+                "dpo - ppo-gold": [estimate(0.375, 1.0)] * 2,
+                "ppo-gold - ppo-learned": [estimate(9.0)] * 2,
+            },
+        },
+    }
+    source = folder.parent / "left"
+    source.mkdir()
+    (source / "frontier.json").write_text(json.dumps(results))
+    (source / "frontier.png").write_bytes(b"picture")
+    (folder / "results" / "frontier-2030-01-01.csv").write_text("old")
+    (folder / "results" / "cpu-2030-01-01.json").write_text("{}")
+    readme = folder.parent / "README.md"
+    begin, end = "<!-- studies: written by bench/studies.py -->", "<!-- end of studies -->"
+    readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    run("--take", source, "--update", readme)
+    kept = {path.name for path in (folder / "results").iterdir()}
+    assert kept == {"cpu-2030-01-01.json", "frontier-2031-02-03.json", "frontier-2031-02-03.png"}
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith(f"before\n{begin}\n**")
+    assert text.endswith(f"\n{end}\nafter\n")
+    for line in (
+        "| DPO | - | 0.50 [0.25, 0.75] |",
+        "| PPO, gold reward | 0.12 [0.06, 0.19] | 0.12 [0.06, 0.19] |",
+        "| DPO minus PPO, gold reward | 0.38 [-0.62, 1.38] | 0.38 [-0.62, 1.38] |",
+        "`fastalign study frontier --quick true`; seeds 0 to 1; 2031-02-03; Some CPU, 7 cores",
+        "right on 0.70 to 0.80 of held-out pairs",
+        "gold reward of 0.25; 50 to 51 pairs a seed",
+        "Of 1 policies, 0 (k1) and 1 (k3) have a sampled KL",
+        "[png](bench/results/frontier-2031-02-03.png), [json](bench/results/frontier-2031-02-03.json)",
+    ):
+        assert line in text
+    assert "9.00" not in text
