@@ -213,6 +213,17 @@ def test_logits_of_which_the_configuration_does_not_speak_are_refused():
     assert torch.isfinite(logits_of(model, rows, fused=False).stats(rows["labels"]).logps).all()
 
 
+def test_a_compiled_model_answers():
+    rows, model = batch(), tiny("llama")
+    want = losses.SFTLoss()(logits_of(model, rows), rows["labels"]).loss
+    expected = gradients(model, want)
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(2):
+        got = losses.SFTLoss()(logits_of(compiled, rows), rows["labels"]).loss
+        torch.testing.assert_close(got, want)
+        close(gradients(model, got), expected)
+
+
 def test_mixed_precision_of_accelerate_is_put_around_it():
     rows, plain = batch(), tiny("llama")
     model = tiny("llama")

@@ -37,33 +37,34 @@ class Headless:
         self._verified = False
         with torch.no_grad():
             head_parameters(self.head)
-        self._forward = model.forward
-        self._own_forward = model.__dict__.get("forward")
+        self._forward, self._project = model.forward, self.head.forward
+        self._own = [(module, module.__dict__.get("forward")) for module in (model, self.head)]
         self.__signature__ = inspect.signature(model.forward)
+        # The head's is swapped for good, and not at each call, which a compiler could not follow.
+        self._running = False
         model.forward = self
+        self.head.forward = self._head  # type: ignore[method-assign, assignment]
 
     def remove(self) -> None:
         """Gives the model its own forward back; nothing happens the second time."""
         if self.model.__dict__.get("forward") is not self:
             return
-        del self.model.forward
-        if self._own_forward is not None:
-            self.model.forward = self._own_forward
+        for module, forward in self._own:
+            del module.forward
+            if forward is not None:
+                module.forward = forward
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the model's own forward, whose logits mean nothing; `take` gives the head in their place."""
         self.hidden = None
-        before = self.head.__dict__.get("forward")
-        self.head.forward = self._keep  # type: ignore[method-assign, assignment]
+        self._running = True
         try:
             return self._forward(*args, **kwargs)
         except BaseException:
             self.hidden = None
             raise
         finally:
-            del self.head.forward
-            if before is not None:
-                self.head.forward = before
+            self._running = False
 
     def take(self, logits: Tensor, **options: Any) -> Head:
         """The head on what it was given, after the model made `logits` of it; options of `Head`. Soft-capping is not
@@ -80,6 +81,10 @@ class Headless:
         # Read anew each time: after an optimizer's step a LoRA head's merged weight is another tensor.
         weight, bias = head_parameters(self.head)
         return Head(hidden.to(weight.device), weight, bias, self.scale, **options)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """The head's forward."""
+        return self._keep(hidden) if self._running else self._project(hidden)
 
     def _keep(self, hidden: Tensor) -> Tensor:
         """In place of the head: keeps its input. Returns logits of the last position, or NaN once those are known."""
