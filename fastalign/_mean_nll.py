@@ -6,6 +6,8 @@ step, whatever the size, where eager torch has one node for it. The number and t
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,9 @@ class _MeanNLL(torch.autograd.Function):
         logps, *_, saved = ops.checked_forward(logits, labels, None, *options, False, False, inplace)
         ctx.save_for_backward(logits, labels, saved)
         ctx.count, ctx.options, ctx.inplace = count, options, inplace
-        return (0.0 - logps.sum()) / count
+        # Divided on the host: a number takes part in a tensor operation for more than a small batch's kernel costs.
+        mean = (0.0 - logps.sum().item()) / count if count else math.nan
+        return torch.full((), mean, dtype=logps.dtype)
 
     @staticmethod
     def backward(ctx, g_loss):

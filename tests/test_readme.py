@@ -56,3 +56,13 @@ def test_both_columns_do_the_same(kind, tiny_model, tiny_tokenizer, tmp_path):
     for a, b in zip(*results, strict=True):
         # Adam's first steps follow the sign of a gradient, so that where it is rounding alone they may differ.
         assert float((a - b).norm()) <= 1e-3 * float(a.norm()) + 1e-6
+
+
+def test_the_version_matrix_is_what_is_installed_for_the_tests():
+    root = README.parent
+    pins = re.findall(r"([a-z-]+)==([\d.]+)", (root / "pyproject.toml").read_text(encoding="utf-8"))
+    pins += re.findall(r"(torch)==([\d.]+)", (root / ".ci" / "run").read_text(encoding="utf-8"))
+    rows = [line for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    for package, name in {"torch": "PyTorch", "trl": "TRL", "liger-kernel": "Liger", "triton": "Triton"}.items():
+        (versions,) = {version for pinned, version in pins if pinned == package}
+        assert any(name in row.split("|")[1] and versions in row.split("|")[2] for row in rows), (package, versions)

@@ -5,6 +5,7 @@ The formulas are rows of the table in `_pairwise_table`; this file gathers what 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -109,7 +110,7 @@ def dpo_loss(
         ValueError: shapes that differ, one reference without the other, lengths missing, a reference or an option that
             no selected loss uses, a number out of range, an unknown name.
     """
-    options = PairwiseOptions(
+    options = _options(
         loss_type=loss_type,
         beta=beta,
         label_smoothing=label_smoothing,
@@ -125,6 +126,15 @@ def dpo_loss(
     )
     references = (ref_chosen_logps, ref_rejected_logps)
     return _pairwise_loss(options, (chosen_logps, rejected_logps), references, (chosen_lengths, rejected_lengths))
+
+
+_remembered = functools.lru_cache(maxsize=64)(PairwiseOptions)
+
+
+def _options(**given: Any) -> PairwiseOptions:
+    """Checked options: checking them takes longer than the loss of a few pairs, so those of earlier calls are kept."""
+    known = isinstance(given["loss_type"], str) and not torch.compiler.is_compiling()
+    return _remembered(**given) if known else PairwiseOptions(**given)
 
 
 _Two = tuple[Tensor | None, Tensor | None]
