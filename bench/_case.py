@@ -66,8 +66,8 @@ class Problem:
     so that they find the same values in the same caches.
     """
 
-    def __init__(self, case: Case, seed: int = 0, device: str = "cpu"):
-        batch = sequences(case.rows)
+    def __init__(self, case: Case, seed: int = 0, device: str = "cpu", batch: int | None = None):
+        batch = sequences(case.rows) if batch is None else batch
         length = case.rows // batch
         draw = torch.Generator().manual_seed(seed)
         self.logits = torch.empty(batch, length, case.vocab, dtype=DTYPES[case.dtype], device=device)

@@ -6,19 +6,17 @@ prints {variant: bytes}. Each variant runs twice to warm up (compilation, thread
 kernel's high-water mark of resident memory (VmHWM) is then reset through /proc/self/clear_refs, the variant runs a
 last time, preparation and forward pass included, and what the mark rose to beyond the resident memory before it is
 the peak beyond the logits: results, gradients, saved tensors and temporaries. The logits themselves were there before.
-Needs Linux; elsewhere it prints {}. The kernel counts resident pages in batches: the figure is good to some 0.3 MB.
+Needs Linux; elsewhere it prints {}.
 On an accelerator the same is asked of torch's allocator (`_device.peak_of`), which counts exactly.
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib
 import json
 import sys
 from functools import partial
-from pathlib import Path
 
 import _device
 import torch
@@ -26,27 +24,11 @@ from _case import Case
 from _interleave import Prepare
 from _suite import Options
 
-_CLEAR = Path("/proc/self/clear_refs")
+from fastalign.trainers import resident
+from fastalign.trainers.allocator import map_large_blocks
 
-
-_M_MMAP_THRESHOLD = -3  # of glibc's mallopt
-
-
-def _map_large_blocks() -> None:
-    """Makes glibc map every block above 128 KiB, and so give it back when freed.
-
-    Left to itself it raises the threshold as blocks are freed, and would serve the measured run from memory that the
-    warm-up left behind, unseen. Other C libraries have no such habit and no such function.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 128 << 10)
-
-
-def _status(field: str) -> int:
-    """A field of /proc/self/status, in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
+ABOVE = 128 << 10
+"""Larger blocks are mapped: the measured run would else be served from what the warm-up left behind, unseen."""
 
 
 def peak_of(prepare: Prepare, warmup: int = 2) -> int:
@@ -54,10 +36,10 @@ def peak_of(prepare: Prepare, warmup: int = 2) -> int:
     for _ in range(warmup):
         prepare()()
         gc.collect()
-    _CLEAR.write_text("5")
-    before = _status("VmRSS")
+    resident.reset_peak()
+    before = resident.resident()
     result = prepare()()
-    peak = _status("VmHWM") - before
+    peak = resident.peak() - before
     del result
     return max(0, peak)
 
@@ -65,11 +47,11 @@ def peak_of(prepare: Prepare, warmup: int = 2) -> int:
 def main(case_json: str, options_json: str) -> None:
     case, options = Case(**json.loads(case_json)), Options(**json.loads(options_json))
     accelerated = options.device in _device.ACCELERATORS
-    if not accelerated and not _CLEAR.exists():
+    if not accelerated and not resident.measurable():
         print("{}")
         return
     if not accelerated:
-        _map_large_blocks()
+        map_large_blocks(ABOVE)
     torch.set_num_threads(options.threads)
     suite = importlib.import_module(f"bench_{case.suite}").SUITE
     contenders = suite.contenders(case, suite.problem(case, options), options)

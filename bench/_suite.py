@@ -88,7 +88,7 @@ class LogitsSuite:
         errors = {name: oracle.errors(prepare()()) for name, prepare in contenders.items()}  # and compiles
         del oracle
         spare = torch.empty_like(problem.logits).zero_()
-        probes: dict[str, Prepare] = {"read": _prepare_read(problem), "copy": _prepare_copy(problem, spare)}
+        probes: dict[str, Prepare] = {"read": prepare_read(problem), "copy": prepare_copy(problem, spare)}
         _device.warm_up(options.device)
         seconds = interleave(
             {**contenders, **probes},
@@ -137,7 +137,7 @@ def _prepare(job: str, function: Function, problem: Problem) -> Callable[[], Tim
     return lambda: _JOBS[job](function, problem)
 
 
-def _prepare_read(problem: Problem) -> Prepare:
+def prepare_read(problem: Problem) -> Prepare:
     def prepare():
         logits = problem.fresh()
         return lambda: _probe.probe_read(logits)
@@ -145,7 +145,7 @@ def _prepare_read(problem: Problem) -> Prepare:
     return prepare
 
 
-def _prepare_copy(problem: Problem, spare: Tensor) -> Prepare:
+def prepare_copy(problem: Problem, spare: Tensor) -> Prepare:
     def prepare():
         logits = problem.fresh()
         return lambda: _probe.probe_copy(spare, logits)

@@ -37,6 +37,15 @@ def _loop(rewards: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     return torch.stack(found[::-1], dim=1) * live
 
 
+def inputs(case: Case, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewards, values and mask [rows, vocab]; padded on the right, where the loop needs no more care than it takes."""
+    draw = torch.Generator().manual_seed(options.seed)
+    rewards, values = (torch.randn(case.rows, case.vocab, generator=draw) for _ in range(2))
+    lengths = torch.randint(1, case.vocab + 1, (case.rows, 1), generator=draw)
+    mask = torch.arange(case.vocab) < lengths
+    return rewards.to(options.device), values.to(options.device), mask.to(options.device)
+
+
 class GaeSuite:
     """One case; rows and vocabulary of the record are sequences and their length."""
 
@@ -53,13 +62,7 @@ class GaeSuite:
         return options.chosen(self.variants)
 
     def measure(self, case: Case, options: Options) -> dict[str, Any]:
-        draw = torch.Generator().manual_seed(options.seed)
-        rewards, values = (torch.randn(case.rows, case.vocab, generator=draw) for _ in range(2))
-        lengths = torch.randint(1, case.vocab + 1, (case.rows, 1), generator=draw)
-        mask = (
-            torch.arange(case.vocab) < lengths
-        )  # padded on the right, where the loop needs no more care than it takes
-        rewards, values, mask = (t.to(options.device) for t in (rewards, values, mask))
+        rewards, values, mask = inputs(case, options)
         runs = {name: partial(v.build(), rewards, values, mask) for name, v in self.variants_of(case, options).items()}
         results = {name: run() for name, run in runs.items()}
         seconds = interleave(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Key = tuple[Any, ...]
+from _results import key, label
 
 
 @dataclass(frozen=True)
@@ -34,30 +34,26 @@ class Change:
     def line(self, limit: float) -> str:
         ratio = "missing" if self.ratio is None else f"{self.ratio:.3f}x"
         machine = "" if self.machine is None else f"  (eager {self.machine:.3f}x)"
-        return f"{'ok  ' if self.passes(limit) else 'FAIL'}  {self.case:<42}{self.variant:<32}{ratio:>9}{machine}"
-
-
-def _cases(results: dict[str, Any]) -> dict[Key, dict[str, Any]]:
-    return {tuple(case[k] for k in ("suite", "job", "rows", "vocab", "dtype")): case for case in results["cases"]}
+        return f"{'ok  ' if self.passes(limit) else 'FAIL'}  {self.case:<58}{self.variant:<32}{ratio:>9}{machine}"
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
     """One for every case and variant of ours in `before`, slowest first. ValueError unless the machine is the same."""
-    for key in ("cpu", "threads", "device"):
-        old, new = (run["environment"].get(key, "cpu") for run in (before, after))
+    for name in ("cpu", "threads", "device"):
+        old, new = (run["environment"].get(name, "cpu") for run in (before, after))
         if old != new:
-            raise ValueError(f"both files must come from one machine; {key} is {old!r} in one and {new!r} in the other")
-    found, later = [], _cases(after)
-    for key, case in _cases(before).items():
-        rows = later.get(key, {"variants": {}})["variants"]
+            raise ValueError(
+                f"both files must come from one machine; {name} is {old!r} in one and {new!r} in the other"
+            )
+    found, later = [], {key(case): case for case in after["cases"]}
+    for case in before["cases"]:
+        rows = later.get(key(case), {"variants": {}})["variants"]
 
         def ratio(name: str, old: dict[str, Any] = case["variants"], new: dict[str, Any] = rows) -> float | None:
             return new[name]["median"] / old[name]["median"] if name in new and name in old else None
 
-        suite, job, tokens, vocab, dtype = key
-        label = f"{suite} {job}, {tokens:,} x {vocab:,} {dtype}"
         ours = [name for name, row in case["variants"].items() if row["ours"]]
-        found += [Change(label, name, ratio(name), ratio("eager")) for name in ours]
+        found += [Change(label(case), name, ratio(name), ratio("eager")) for name in ours]
     return sorted(found, key=lambda change: -(change.ratio or float("inf")))
 
 

@@ -22,15 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _case import Case
 from _environment import environment
 from _head_objectives import BETA, OBJECTIVES, Gradients, Inputs, Shape
 from _interleave import interleave, ratio, summary
-from _memory import _map_large_blocks, peak_of
-from _suite import Options
+from _memory import ABOVE, peak_of
+from _suite import Options, peer_ratios
 from torch import Tensor
 from torch.nn import functional as F
 
 import fastalign as fa
+from fastalign.trainers import resident
+from fastalign.trainers.allocator import map_large_blocks
 
 TILE = 64 << 20
 
@@ -94,7 +97,19 @@ def _compiled() -> Callable[[Inputs], Gradients]:
     return lambda x: eager(x, function)
 
 
+def _cut() -> Callable[[Inputs], Gradients]:
+    from cut_cross_entropy import linear_cross_entropy
+
+    def run(x: Inputs) -> Gradients:
+        leaves = x.leaves(False)
+        # Its own kernels run on a GPU alone.
+        return _gradients(linear_cross_entropy(*leaves, x.labels, impl="torch_compile"), leaves)
+
+    return run
+
+
 OURS, BARE, BARE_FROZEN = "fastalign", "bare GEMMs", "bare GEMMs, frozen head"
+TRL, LIGER, CUT = "TRL ChunkedLogProbFunction", "Liger FusedLinearDPOLoss", "cut-cross-entropy (torch_compile)"
 VARIANTS: dict[str, Callable[[], Callable[[Inputs], Any]]] = {
     BARE: lambda: lambda x: gemms(x, False),
     BARE_FROZEN: lambda: lambda x: gemms(x, True),
@@ -108,22 +123,39 @@ VARIANTS: dict[str, Callable[[], Callable[[Inputs], Any]]] = {
     "fastalign, frozen head in 64 MiB": lambda: lambda x: fused(x, True, x.labels, chunk_bytes=TILE),
     "eager": lambda: lambda x: eager(x, False),
     "torch.compile": _compiled,
-    "TRL ChunkedLogProbFunction": lambda: trl,
-    "Liger FusedLinearDPOLoss": _liger,
+    TRL: lambda: trl,
+    LIGER: _liger,
+    CUT: _cut,
 }
-_PACKAGES = {"TRL ChunkedLogProbFunction": "trl", "Liger FusedLinearDPOLoss": "liger_kernel"}
-_LOGPS_ALONE = ("TRL ChunkedLogProbFunction", "torch.compile")  # they give no exact KL
-_ONLY_DPO = ("Liger FusedLinearDPOLoss",)
+COMPARABLE = (BARE, OURS, "eager", "torch.compile", TRL, LIGER, CUT)
+"""Those that do the same work, all of it, with the default plan."""
+_PACKAGES = {TRL: "trl", LIGER: "liger_kernel", CUT: "cut_cross_entropy"}
+_FITS: dict[str, Callable[[str], str]] = {
+    TRL: lambda objective: "" if OBJECTIVES[objective].logps_alone else "gives no exact KL",
+    "torch.compile": lambda objective: "" if OBJECTIVES[objective].logps_alone else "is given log-probabilities alone",
+    LIGER: lambda objective: "" if objective == "dpo" else "is a DPO loss",
+    CUT: lambda objective: "" if objective == "sft" else "is a mean cross-entropy",
+}
+
+
+def unavailable(objective: str) -> dict[str, str]:
+    """Variant → why it takes no part."""
+    found = {}
+    for name in VARIANTS:
+        package = _PACKAGES.get(name)
+        absent = package is not None and importlib.util.find_spec(package) is None
+        reason = f"{package} is not installed" if absent else _FITS.get(name, lambda _: "")(objective)
+        if reason:
+            found[name] = reason
+    return found
 
 
 def available(wanted: tuple[str, ...], objective: str) -> list[str]:
-    without = (() if OBJECTIVES[objective].logps_alone else _LOGPS_ALONE) + (() if objective == "dpo" else _ONLY_DPO)
-    present = [n for n in VARIANTS if n not in _PACKAGES or importlib.util.find_spec(_PACKAGES[n]) is not None]
-    present = [n for n in present if n not in without]
     unknown = set(wanted) - set(VARIANTS)
     if unknown:
         raise ValueError(f"variants must be among {'; '.join(VARIANTS)}; got {', '.join(sorted(unknown))}")
-    return [n for n in present if not wanted or n in wanted]
+    absent = unavailable(objective)
+    return [n for n in VARIANTS if n not in absent and (not wanted or n in wanted)]
 
 
 def exact_gradients(x: Inputs) -> Gradients:
@@ -150,7 +182,7 @@ def errors(x: Inputs, functions: dict[str, Callable[[Inputs], Any]]) -> dict[str
     found = {}
     for name, function in functions.items():
         got = function(x)
-        if got is None or "half" in name:
+        if got is None or "half" in name:  # other work, or none that is kept
             continue
         pairs = zip(("hidden", "weight"), got, exact, strict=False)
         found[name] = {key: float((a.double() - b).norm() / b.norm()) for key, a, b in pairs}
@@ -171,34 +203,61 @@ def peaks(shape: Shape, names: list[str], threads: int) -> dict[str, int]:
 
 
 def _peak(shape: Shape, name: str) -> None:
-    _map_large_blocks()
+    map_large_blocks(ABOVE)
     x, function = Inputs(shape), VARIANTS[name]()
     print(peak_of(lambda: lambda: function(x), warmup=1))
 
 
 def measure(shape: Shape, names: list[str], rounds: int, seed: int, with_errors: bool) -> dict[str, Any]:
+    """The case's record, without peak memory. The bare GEMMs are its probe, and so its limit."""
     x = Inputs(shape, seed)
     functions = {name: VARIANTS[name]() for name in names}
     wrong = errors(x, functions) if with_errors else {}
     contenders = {name: (lambda f=function: lambda: f(x)) for name, function in functions.items()}
     seconds = interleave(contenders, rounds=rounds, warmup=1, seed=seed)
-    rows = {n: summary(samples) | {"seconds": samples, "error": wrong.get(n)} for n, samples in seconds.items()}
-    for bare in (BARE, BARE_FROZEN):
-        for name, row in rows.items():
-            if bare in seconds:
-                row[f"over {bare}"] = ratio(seconds[name], seconds[bare])["median"]
-    return {"shape": asdict(shape), "rounds": rounds, "variants": rows}
+    bare = {name: seconds.pop(name) for name in (BARE, BARE_FROZEN) if name in seconds}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, samples in seconds.items():
+        rows[name] = {"ours": name.startswith(OURS), "seconds": samples, **summary(samples)}
+        rows[name]["error"] = wrong.get(name, {})
+        limit = bare.get(BARE_FROZEN if "frozen" in name else BARE)
+        if limit is not None:
+            rows[name]["of_limit"] = ratio(limit, samples)["median"]
+    compared = {name: row for name, row in rows.items() if name in COMPARABLE}
+    probes = {name: {"seconds": t, "rate": _flops(shape, name) / summary(t)["median"]} for name, t in bare.items()}
+    probes = {name: probe | {"unit": "GFLOP/s"} for name, probe in probes.items()}
+    return _describe(shape) | {
+        "calls": 1,
+        "probes": probes,
+        "variants": rows,
+        "ratios": peer_ratios(compared),
+        "checks": {},
+    }
 
 
-def table(record: dict[str, Any], peak: dict[str, int]) -> str:
-    head = "| variant | median (p10 to p90) | over bare GEMMs | frozen | peak | error of dhidden, dweight |"
-    lines = [head, "|---|---|---|---|---|---|"]
+def _describe(shape: Shape) -> dict[str, Any]:
+    case = Case("head", "both", shape.tokens, shape.vocab, shape.dtype)
+    more = {"hidden": shape.hidden, "objective": shape.objective, "pairs": shape.pairs}
+    return asdict(case) | more | {"logits_bytes": case.logits_bytes}
+
+
+def _flops(shape: Shape, bare: str) -> float:
+    """Of the GEMMs that are timed: a product and a sum for each of tokens x vocabulary x hidden."""
+    count = 2 + OBJECTIVES[shape.objective].reference + (bare == BARE)
+    return 2.0 * count * shape.tokens * shape.vocab * shape.hidden
+
+
+def table(record: dict[str, Any]) -> str:
+    lines = [
+        "| variant | median (p10 to p90) | over bare GEMMs | peak | error of dhidden, dweight |",
+        "|---|---|---|---|---|",
+    ]
     for name, row in record["variants"].items():
         times = f"{row['median'] * 1e3:,.0f} ms ({row['p10'] * 1e3:,.0f} to {row['p90'] * 1e3:,.0f})"
-        over = [f"{row[key]:.2f}x" if key in row else "-" for key in (f"over {BARE}", f"over {BARE_FROZEN}")]
-        memory = f"{peak[name] / 2**20:,.0f} MiB" if name in peak else "-"
-        error = ", ".join(f"{e:.1e}" for e in row["error"].values()) if row["error"] else "-"
-        lines.append(f"| {name} | {times} | {over[0]} | {over[1]} | {memory} | {error} |")
+        over = f"{1 / row['of_limit']:.2f}x" if "of_limit" in row else "-"
+        memory = f"{row['peak_bytes'] / 2**20:,.0f} MiB" if row.get("peak_bytes") is not None else "-"
+        error = ", ".join(f"{row['error'][k]:.1e}" for k in ("hidden", "weight") if k in row["error"]) or "-"
+        lines.append(f"| {name} | {times} | {over} | {memory} | {error} |")
     return "\n".join(lines)
 
 
@@ -225,13 +284,18 @@ def main(argv: list[str] | None = None) -> int:
     names = available(tuple(n.strip() for n in args.variants.split(";") if n.strip()), shape.objective)
     with_errors = not args.no_errors and OBJECTIVES[shape.objective].logps_alone
     record = measure(shape, names, args.rounds, args.seed, with_errors)
-    peak = {} if args.no_memory or not Path("/proc/self/clear_refs").exists() else peaks(shape, names, args.threads)
+    if not args.no_memory and resident.measurable():
+        for name, peak in peaks(shape, list(record["variants"]), args.threads).items():
+            record["variants"][name]["peak_bytes"] = peak
     sizes = f"{shape.tokens} tokens, V = {shape.vocab:,}, H = {shape.hidden}, {shape.dtype}"
     print(f"{shape.objective}, {sizes}, {args.rounds} rounds\n")
-    print(table(record, peak))
+    print(table(record))
+    for name, reason in unavailable(shape.objective).items():
+        print(f"{name}: {reason}")
     if args.json:
-        result = record | {"peak_bytes": peak, "environment": environment(Options(threads=args.threads))}
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+        about = environment(Options(threads=args.threads, rounds=args.rounds, seed=args.seed))
+        about["unavailable"] = unavailable(shape.objective)
+        Path(args.json).write_text(json.dumps({"schema": 1, "environment": about, "cases": [record]}, indent=1) + "\n")
     return 0
 
 

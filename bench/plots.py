@@ -23,13 +23,30 @@ OPERATIONS = {"forward": 3, "backward": 4, "both": 7}
 Record = dict[str, Any]
 
 
-def _groups(results: Record) -> dict[tuple[str, str, str], list[Record]]:
-    """Cases that differ in size alone, by (suite, job, dtype), smallest first."""
-    groups: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
+_AXES = {"list_length": "list length K", "hidden": "hidden size"}
+"""What a case may be measured against instead of the number of logits."""
+
+
+def _axis(case: Record) -> tuple[str, int]:
+    """(what the case's size is, the size)."""
+    for name, text in _AXES.items():
+        if case.get(name):
+            return text, case[name]
+    text = "sequences x length" if case["suite"] == "gae" else "logits (tokens x vocabulary)"
+    return text, case["rows"] * case["vocab"]
+
+
+def _groups(results: Record) -> dict[str, list[Record]]:
+    """Title → cases that differ in size alone, smallest first; several vocabularies and threads of a sweep apart."""
+    groups: dict[str, list[Record]] = defaultdict(list)
     for case in results["cases"]:
-        if case["suite"] not in ("gae", "overhead"):  # of one size, which is not that of logits
-            groups[case["suite"], case["job"], case["dtype"]].append(case)
-    return {key: sorted(cases, key=lambda case: case["logits_bytes"]) for key, cases in groups.items()}
+        if case["suite"] == "overhead":  # of one size, which is not that of logits
+            continue
+        title = f"{case['suite']} {case['job']}, {case['dtype']}"
+        groups[title + (f", {case['threads']} threads" if case.get("threads") else "")].append(case)
+    # A line needs two points: GAE alone has one.
+    kept = {title: cases for title, cases in groups.items() if cases[0]["suite"] != "gae" or len(cases) > 1}
+    return {title: sorted(cases, key=lambda case: (_axis(case), case["rows"])) for title, cases in kept.items()}
 
 
 def _png(figure: Any) -> bytes:
@@ -51,14 +68,14 @@ def _against_size(results: Record, value: Callable[[Record, Record], float | Non
         axis.set_visible(False)
     names = dict.fromkeys(n for cases in groups.values() for c in cases for n in c["variants"])
     colors = {name: f"C{i}" for i, name in enumerate(names)}  # one in all panels
-    for axis, ((suite, job, dtype), cases) in zip(axes.flat, groups.items(), strict=False):
+    for axis, (title, cases) in zip(axes.flat, groups.items(), strict=False):
         for name in names:
-            points = [(c["rows"] * c["vocab"], value(c, c["variants"][name])) for c in cases if name in c["variants"]]
+            points = [(_axis(c)[1], value(c, c["variants"][name])) for c in cases if name in c["variants"]]
             known = [(x, y) for x, y in points if y is not None and y > 0]
             if known:
                 width = 2.5 if name.startswith("fastalign") else 1
                 axis.plot(*zip(*known, strict=True), "o-", label=name, lw=width, color=colors[name])
-        axis.set(xscale="log", yscale="log", title=f"{suite} {job}, {dtype}", xlabel="logits (tokens x vocabulary)")
+        axis.set(xscale="log", yscale="log", title=title, xlabel=_axis(cases[0])[0])
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     handles = dict(pair[::-1] for axis in axes.flat for pair in zip(*axis.get_legend_handles_labels(), strict=True))
@@ -68,7 +85,8 @@ def _against_size(results: Record, value: Callable[[Record, Record], float | Non
 
 
 def _roofline(results: Record) -> bytes | None:
-    cases = [case for group in _groups(results).values() for case in group if "probes" in case]
+    groups = _groups(results).values()
+    cases = [case for group in groups for case in group if "read" in case.get("probes", {})]
     if not cases:
         return None
     figure, axis = plt.subplots(figsize=(7, 4.5))

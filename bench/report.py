@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from _results import label, merged, size
+
 BEGIN = "<!-- benchmarks: written by bench/report.py -->"
 END = "<!-- end of benchmarks -->"
 
@@ -57,12 +59,9 @@ def _peak(case: dict[str, Any], row: dict[str, Any]) -> str:
 
 
 def _error(case: dict[str, Any], row: dict[str, Any]) -> str:
-    error = row.get("error", {}).get("output" if case["job"] == "forward" else "gradient")
-    return "-" if error is None else f"{error:.1e}"
-
-
-def _size(case: dict[str, Any]) -> str:
-    return f"{case['rows']:,} x {case['vocab']:,} {case['dtype']}"
+    kinds = ("output",) if case["job"] == "forward" else ("gradient", "weight", "hidden")
+    errors = [row.get("error", {}).get(kind) for kind in kinds]
+    return next((f"{error:.1e}" for error in errors if error is not None), "-")
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -71,6 +70,7 @@ def _line(cells: Iterable[str]) -> str:
 
 # ------------------------------------------------------------------------------------------------------- whole reports
 def _measured(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cases whose times stand beside a limit."""
     return [case for case in results["cases"] if "probes" in case]
 
 
@@ -96,9 +96,11 @@ def machine(results: dict[str, Any]) -> str:
 
 def _rates(results: dict[str, Any]) -> str:
     def span(probe: str) -> str:
-        rates = [case["probes"][probe]["rate"] / 1e9 for case in _measured(results)]
+        rates = [case["probes"][probe]["rate"] / 1e9 for case in _measured(results) if probe in case["probes"]]
         return f"{min(rates):.1f} to {max(rates):.1f} GB/s"
 
+    if not any("read" in case["probes"] for case in _measured(results)):
+        return ""
     return f"Measured in the same rounds: reading {span('read')}, copying {span('copy')} (bytes read and written)."
 
 
@@ -123,12 +125,12 @@ def _advantages(results: dict[str, Any]) -> list[str]:
 
 
 _NOTES = (
-    "Times: median (10th to 90th percentile) of rounds that visit every variant once in random order. `2.0x`: the peer "
-    "takes twice as long, median of the ratios within rounds. Of the limit: the time that the bytes that must be moved "
-    "(forward: the logits read once; backward: the logits read and the gradient written) take at the measured rates, "
-    "over the time taken. Peak: memory beyond the logits, as a share of them; eager's in brackets. Error against "
-    "float64: of the result (forward: largest, absolute) or of the gradient (norm of the error over norm), eager's in "
-    "brackets."
+    "Times: median (10th to 90th percentile) of rounds that visit every variant once in random order. `2.0x`: the peer"
+    " takes twice as long, median of the ratios within rounds. Of the limit: the time that the bytes that must be "
+    "moved (forward: the logits read once; backward: the logits read and the gradient written) take at the measured "
+    "rates, over the time taken; of a fused head, the bare matrix products. Peak: memory beyond the logits, as a share"
+    " of them; eager's in brackets. Error against float64: of the result (forward: largest, absolute) or of the "
+    "gradient (norm of the error over norm), eager's in brackets."
 )
 
 
@@ -139,17 +141,17 @@ def table(results: dict[str, Any]) -> str:
     head = ["job", "logits", "variant", "time", "of the limit", *peers, "peak", "error"]
     lines = [_line(head), _line(["---"] * 3 + ["---:"] * (len(head) - 3))]
     for case in cases:
-        eager = case["variants"]["eager"]
+        eager = case["variants"].get("eager", {})
         for ours, ratios in case["ratios"].items():
             row = case["variants"][ours]
             lines.append(
                 _line(
                     [
                         _TITLES.get((case["suite"], case["job"]), f"{case['suite']} {case['job']}"),
-                        _size(case),
+                        size(case),
                         ours.removeprefix("fastalign").strip(),
                         _spread(row),
-                        _percent(row["of_limit"]),
+                        _percent(row.get("of_limit")),
                         *(_times(ratios.get(peer)) for peer in peers),
                         f"{_peak(case, row)} ({_peak(case, eager)})",
                         f"{_error(case, row)} ({_error(case, eager)})",
@@ -158,7 +160,7 @@ def table(results: dict[str, Any]) -> str:
             )
     parts = [machine(results)]
     if cases:
-        parts += ["\n".join(lines), _rates(results), _NOTES]
+        parts += ["\n".join(lines), *filter(None, [_rates(results)]), _NOTES]
     return "\n\n".join(parts + _advantages(results) + _overhead(results))
 
 
@@ -166,14 +168,15 @@ def details(results: dict[str, Any]) -> str:
     """Every variant of every case: time, rate, share of the limit, peak memory, error."""
     blocks = [machine(results)]
     for case in results["cases"]:
-        head = f"{case['suite']} {case['job']}, {_size(case)}"
+        head = label(case)
         for name, probe in case.get("probes", {}).items():
-            head += f", {name} {probe['rate'] / 1e9:.1f} GB/s"
+            head += f", {name} {probe['rate'] / 1e9:.1f} {probe.get('unit', 'GB/s')}"
         lines = [head]
         for name, row in sorted(case["variants"].items(), key=lambda item: item[1]["median"]):
             line = f"  {name:<26}{_spread(row):<34}"
             if "probes" in case:
-                line += f"{row['rate'] / 1e9:6.1f} GB/s  limit {_percent(row['of_limit']):>7}"
+                line += f"{row['rate'] / 1e9:6.1f} GB/s" if "rate" in row else " " * 11
+                line += f"  limit {_percent(row.get('of_limit')):>7}"
                 line += f"  peak {_peak(case, row):>7}  error {_error(case, row)}"
             for ours, ratios in case["ratios"].items():
                 if name in ratios:
@@ -189,15 +192,6 @@ def update(text: str, block: str, begin: str = BEGIN, end: str = END) -> str:
         raise ValueError(f"the file must hold {begin!r} once and, after it, {end!r} once")
     before, rest = text.split(begin)
     return f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}"
-
-
-def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """One set of results from several runs on one machine: a case is its last run's, the environment the last one's."""
-    if len({(run["environment"]["cpu"], run["environment"]["threads"]) for run in runs}) > 1:
-        raise ValueError("results must come from one machine with one number of threads; got several")
-    keys = ("suite", "job", "rows", "vocab", "dtype")
-    cases = {tuple(case[k] for k in keys): case for run in runs for case in run["cases"]}
-    return {**runs[-1], "cases": list(cases.values())}
 
 
 def main() -> None:

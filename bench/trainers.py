@@ -30,15 +30,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-_CLEAR = Path("/proc/self/clear_refs")
+from fastalign.trainers import resident
+
 _OPS = 10
 BEGIN, END = "<!-- trainers: written by bench/trainers.py -->", "<!-- end of trainers -->"
-
-
-def memory(field: str) -> int:
-    """A field of /proc/self/status, in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -142,7 +137,7 @@ def run_one(given: argparse.Namespace) -> dict[str, Any]:
     shared |= {"max_length": given.tokens, "learning_rate": given.learning_rate, "lr_scheduler_type": "constant"}
     shared |= {"use_cpu": True, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
     shared |= {"seed": given.seed, "train_sampling_strategy": "sequential", "beta": 0.1}
-    start = memory("VmRSS")
+    start = resident.resident()
     trainer = PEERS[given.one](given, rows, shared)
     steps: list[dict[str, float]] = []
     profiled: list[dict[str, Any]] = []
@@ -150,7 +145,7 @@ def run_one(given: argparse.Namespace) -> dict[str, Any]:
     class Clock(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             trainer.watch(trainer.model.base_model)
-            _CLEAR.write_text("5")
+            resident.reset_peak()
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if given.ops and state.global_step == given.steps - 1:
@@ -184,7 +179,7 @@ def run_one(given: argparse.Namespace) -> dict[str, Any]:
         "losses": trainer.losses,
         "steps": steps,
         "ops": profiled,
-        "peak_bytes": memory("VmHWM") - start,
+        "peak_bytes": resident.peak() - start,
         "first_step": trainer.state.global_step - len(trainer.losses) + 1,
     }
 

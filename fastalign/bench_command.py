@@ -16,16 +16,19 @@ SUITES: dict[str, tuple[str, ...]] = {
 }
 """Suite → its files, all of them run by pytest, interleaved and written to one results file."""
 
-_SCRIPTS = {"head": "head.py", "report": "report.py", "compare": "compare.py", "targets": "targets.py"}
+_SCRIPTS = {name: f"{name}.py" for name in ("head", "sweep", "report", "behind", "compare", "targets")}
 
 USAGE = f"""usage: fastalign bench [SUITE ...] [--rows N,N] [--vocab V,V] [--dtype D,D] [--rounds N] [--json OUT]
        fastalign bench head [--tokens N] [--vocab V] [--hidden H] [--json OUT]
+       fastalign bench sweep --json OUT [--minutes M] [--seconds-per-case S] [--only JOB,JOB]
        fastalign bench report RESULTS.json [--html OUT.html] [--plots FOLDER] [--details]
+       fastalign bench behind RESULTS.json
        fastalign bench compare BEFORE.json AFTER.json [--ratio 1.1]
        fastalign bench targets RESULTS.json
 
-suites: {", ".join(SUITES)}, head (alone: its cases are of their own kind); none: all of the former.
-Several rows and vocabularies make a sweep. Every other option is pytest's; `pytest bench --help` lists them."""
+suites: {", ".join(SUITES)}; none: all.
+Alone: head, from hidden states; sweep, over sizes, in pieces if need be. `report`, `behind`, `compare` read all files.
+Every other option is pytest's; `pytest bench --help` lists them."""
 
 
 def roots() -> list[Path]:

@@ -7,6 +7,7 @@ nothing above it touches logits.
 from __future__ import annotations
 
 from collections.abc import Collection
+from types import NoneType
 from typing import NamedTuple
 
 import torch
@@ -70,7 +71,7 @@ _lib.define(
 )
 
 
-def _checked_forward(logits, labels, ref_logits, ignore_index, temperature, softcap, entropy, mean, inplace_backward):
+def checked_forward(logits, labels, ref_logits, ignore_index, temperature, softcap, entropy, mean, inplace_backward):
     check(logits, labels, ref_logits, temperature, softcap, inplace_backward)
     ref_logits = None if ref_logits is None else unit_stride(ref_logits)
     logits = unit_stride(logits)
@@ -80,7 +81,7 @@ def _checked_forward(logits, labels, ref_logits, ignore_index, temperature, soft
 
 def _forward(logits, *args):
     """As an operator, which must return tensors: empty ones for what was not asked for."""
-    outputs = _checked_forward(logits, *args)
+    outputs = checked_forward(logits, *args)
     return tuple(logits.new_empty(0, dtype=outputs[0].dtype) if t is None else t for t in outputs)
 
 
@@ -123,29 +124,31 @@ def _check_backward(logits, labels, ref_logits, saved, *rest) -> None:
         raise ValueError("g_entropy needs entropy, and g_kl needs kl and ref_logits, from the forward; got None")
 
 
-def _backward_into(out, logits, labels, ref_logits, saved, entropy, kl, *rest):
-    _check_backward(logits, labels, ref_logits, saved, entropy, kl, *rest)
+def _kernel_backward(out, logits, labels, ref_logits, saved, entropy, kl, *rest):
     *grads, ignore_index, temperature, softcap = rest
     ref_logits = None if ref_logits is None else unit_stride(ref_logits)
     logits = unit_stride(logits)
-    _backends.pick(logits).backward(
-        logits,
-        labels,
-        ref_logits,
-        saved,
-        entropy,
-        kl,
-        tuple(grads),
-        ignore_index,
-        temperature,
-        softcap,
-        out,
-    )
+    backward = _backends.pick(logits).backward
+    backward(logits, labels, ref_logits, saved, entropy, kl, tuple(grads), ignore_index, temperature, softcap, out)
+
+
+def _dense(logits) -> bool:
+    return logits.stride(-1) == 1 or logits.shape[-1] == 1
+
+
+def _written(logits, gradient):
+    """The logits, holding the gradient, which lies in their memory already unless that is not dense."""
+    if gradient is not logits:
+        logits.copy_(gradient)
+    if not logits.is_inference():
+        torch.autograd.graph.increment_version(logits)  # the kernel wrote behind autograd's back
+    return logits
 
 
 def _backward(logits, *args):
+    _check_backward(logits, *args)
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    _backward_into(out, logits, *args)
+    _kernel_backward(out, logits, *args)
     return out
 
 
@@ -154,12 +157,10 @@ def _backward_fake(logits, *args):
 
 
 def _backward_inplace(logits, *args):
-    if logits.stride(-1) == 1 or logits.shape[-1] == 1:
-        _backward_into(logits, logits, *args)
-    else:
-        logits.copy_(_backward(logits, *args))
-    if not logits.is_inference():
-        torch.autograd.graph.increment_version(logits)  # the kernel wrote behind autograd's back
+    _check_backward(logits, *args)
+    out = logits if _dense(logits) else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _kernel_backward(out, logits, *args)
+    _written(logits, out)
 
 
 _lib.impl("token_stats", _forward, "CompositeExplicitAutograd")
@@ -182,15 +183,31 @@ def _save(ctx, logits, labels, ref_logits, options, outputs) -> None:
     ctx.options = (ignore_index, temperature, softcap)
 
 
-def _gradient(ctx, g_logps, g_lse, g_entropy, g_kl, g_mean):
+def _gradient(ctx, *grads):
     logits, labels, ref_logits, saved, entropy, kl = ctx.saved_tensors
+    g_logps, g_lse, g_entropy, g_kl, g_mean = grads + (None,) * (5 - len(grads))
     grads = (g_logps, g_lse, None if entropy is None else g_entropy, None if kl is None else g_kl, g_mean)
-    args = (labels, ref_logits, saved, entropy, kl, *grads, *ctx.options)
-    if not ctx.inplace:
-        return torch.ops.fastalign.token_stats_backward(logits, *args)
-    grad = logits.detach()
-    torch.ops.fastalign.token_stats_backward_(grad, *args)
-    return grad
+    return gradient(logits, labels, ref_logits, saved, entropy, kl, grads, ctx.options, ctx.inplace)
+
+
+def gradient(logits, labels, ref_logits, saved, entropy, kl, grads, options, inplace: bool) -> Tensor:
+    """The logits' gradient, given that of each statistic that a forward returned; `saved` and the rest are its own."""
+    args = (logits.detach() if inplace else logits, labels, ref_logits, saved, entropy, kl, *grads, *options)
+    if (
+        torch.is_grad_enabled()
+        or not unwatched(logits, labels)
+        or not all(type(g) in (Tensor, NoneType) for g in grads)
+    ):
+        if not inplace:
+            return torch.ops.fastalign.token_stats_backward(*args)
+        torch.ops.fastalign.token_stats_backward_(*args)
+        return args[0]
+    # What the forward made needs no second check, and two rounds of the dispatcher cost as much as a small gradient.
+    out = args[0] if inplace and _dense(logits) else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _kernel_backward(out, *args)
+    if not inplace:
+        return out
+    return _written(args[0], out)
 
 
 class _TokenStats(torch.autograd.Function):
@@ -213,7 +230,7 @@ class _PlainStats(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, labels, ref_logits, options):
-        outputs = _checked_forward(logits, labels, ref_logits, *options)
+        outputs = checked_forward(logits, labels, ref_logits, *options)
         _save(ctx, logits, labels, ref_logits, options, outputs)
         if outputs[2] is outputs[3] is outputs[4] is None:
             return outputs[:2]
@@ -221,7 +238,7 @@ class _PlainStats(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        return _gradient(ctx, *grads, *[None] * (5 - len(grads))), None, None, None
+        return _gradient(ctx, *grads), None, None, None
 
 
 class _Once(torch.autograd.Function):
@@ -240,7 +257,7 @@ class _Once(torch.autograd.Function):
         )
 
 
-def _plain(logits, labels) -> bool:
+def unwatched(logits, labels) -> bool:
     """Nobody watches: no tensor subclass, no dispatch mode. The dispatcher's two rounds (20 us) would add nothing."""
     return type(logits) is Tensor and type(labels) is Tensor and torch._C._len_torch_dispatch_stack() == 0
 
@@ -253,7 +270,7 @@ def _redispatch(*args):
 def _call_plain(logits, labels, ref_logits, *options):
     """The operator's work for a call that nobody watches; None in place of what was not asked for."""
     if not (logits.requires_grad and torch.is_grad_enabled()):
-        return _checked_forward(logits, labels, ref_logits, *options)
+        return checked_forward(logits, labels, ref_logits, *options)
     outputs = _PlainStats.apply(logits, labels, ref_logits, options)
     return outputs if len(outputs) > 2 else (*outputs, None, None, None)
 
@@ -315,7 +332,7 @@ def token_stats(
     cap = as_softcap(softcap)
     compiling = torch.compiler.is_compiling()
     smooth = label_smoothing != 0.0
-    call = torch.ops.fastalign.token_stats if compiling or not _plain(logits, labels) else _call_plain
+    call = torch.ops.fastalign.token_stats if compiling or not unwatched(logits, labels) else _call_plain
     logps, lse, ent, div, mean, *_ = call(
         logits, labels, ref_logits, ignore_index, temperature, cap, entropy, smooth, inplace_backward and not compiling
     )

@@ -19,7 +19,11 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 def load(name):
     spec = importlib.util.spec_from_file_location(f"bench_{name}_under_test", BENCH / f"{name}.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(BENCH))  # where its neighbours are
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(BENCH))
     return module
 
 
@@ -106,6 +110,22 @@ def test_a_sweep_is_collected():
         ("ppo", "both"),
     ]
     assert found == {(*job, rows, vocab) for job in jobs for rows in ("8", "16") for vocab in ("32", "64")}
+
+
+def test_a_fused_head_is_read_like_the_others(files, capsys):
+    command = [sys.executable, BENCH / "head.py", "--tokens", "16", "--vocab", "64", "--hidden", "8", "--rounds", "2"]
+    command += ["--dtype", "float32", "--threads", "1", "--no-memory", "--variants", "fastalign;eager;bare GEMMs"]
+    (path,) = files(head={})
+    done = subprocess.run([*command, "--json", path], cwd=BENCH, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (case,) = json.loads(Path(path).read_text())["cases"]
+    assert case["probes"].keys() == {"bare GEMMs"}
+    assert case["ratios"]["fastalign"].keys() == {"eager"}
+    assert cli.main(["bench", "compare", path, path]) == 0
+    assert cli.main(["bench", "report", path]) == 0
+    assert "| head both | 16 x 64 float32, 8 hidden |" in capsys.readouterr().out
+    assert cli.main(["bench", "report", path, "--details"]) == 0
+    assert "GFLOP/s" in capsys.readouterr().out
 
 
 def test_without_a_checkout(monkeypatch, tmp_path, capsys):

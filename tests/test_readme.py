@@ -104,3 +104,13 @@ def test_keys_of_the_commands_are_known(command, capsys):
     assert cli.main([name, *(words[:1] if name == "study" else []), "--help"]) == 0
     shown = capsys.readouterr().out
     assert not [key for key in keys if key not in shown and key != "--config"]
+
+
+def test_the_version_matrix_is_what_is_installed_for_the_tests():
+    root = README.parent
+    pins = re.findall(r"([a-z-]+)==([\d.]+)", (root / "pyproject.toml").read_text(encoding="utf-8"))
+    pins += re.findall(r"(torch)==([\d.]+)", (root / ".ci" / "run").read_text(encoding="utf-8"))
+    rows = [line for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    for package, name in {"torch": "PyTorch", "trl": "TRL", "liger-kernel": "Liger", "triton": "Triton"}.items():
+        (versions,) = {version for pinned, version in pins if pinned == package}
+        assert any(name in row.split("|")[1] and versions in row.split("|")[2] for row in rows), (package, versions)

@@ -1,9 +1,14 @@
-"""TensorBoard and Weights & Biases (offline) get the numbers of log.jsonl; the final save is there whole or not."""
+"""TensorBoard and Weights & Biases (offline) get the numbers of log.jsonl; the final save is there whole or not; free
+memory is given back."""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -131,3 +136,38 @@ class TestFinalSave:
 
 def weights(folder: Path) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in AutoModelForCausalLM.from_pretrained(folder).parameters()])
+
+
+_GROWING = """
+import ctypes
+from fastalign.trainers import resident
+from fastalign.trainers.callbacks import GiveBackCallback
+malloc, free = ctypes.CDLL(None).malloc, ctypes.CDLL(None).free
+malloc.restype, malloc.argtypes, free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+free(malloc(30 << 20))  # from now on glibc serves blocks of that size from its heap
+callback = GiveBackCallback(above=64 << 20)
+callback.on_step_begin(None, None, None)
+before = resident.resident()
+blocks = [malloc(1 << 20) for _ in range(200)]
+for block in blocks:
+    ctypes.memset(block, 1, 1 << 20)
+pin = malloc(1 << 20)  # behind them: without it, freeing them would shrink the heap
+for block in blocks:
+    free(block)
+kept = resident.resident() - before
+callback.on_step_begin(None, None, None)
+print(kept >> 20, resident.resident() - before >> 20)
+"""
+
+
+def test_free_memory_is_given_back_before_an_update():
+    if platform.libc_ver()[0] != "glibc" or not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs glibc and Linux's /proc")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", _GROWING], env=environment, cwd=tempfile.gettempdir(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    kept, after = map(int, done.stdout.split())
+    assert kept > 150
+    assert after < 20

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._mean_nll import applies as mean_nll_applies
+from .._mean_nll import mean_nll
 from ._common import check_float, check_range, hide, lookup, stats_of
 
 _REDUCTIONS = {
@@ -57,13 +59,17 @@ def cross_entropy(
     check_range("label_smoothing", label_smoothing, 0.0, 1.0)
     logits = input if input.dim() < 3 else input.movedim(1, -1)
     live = target != ignore_index
+    autocast = torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
+    dtype = torch.float32 if autocast else input.dtype
+    if reduction != "none" and weight is None and not label_smoothing and mean_nll_applies(logits, target):
+        count = live.sum().item() if reduction == "mean" else 1
+        return mean_nll(logits, target, count, ignore_index=ignore_index).to(dtype)
     if weight is None:
         losses = -stats_of(logits, target, ignore_index=ignore_index, label_smoothing=label_smoothing).logps
         weights = live.to(losses.dtype)
     else:
         losses, weights = _weighted(logits, target, live, weight, ignore_index, label_smoothing)
-    autocast = torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
-    return reducer(losses, weights).to(torch.float32 if autocast else input.dtype)
+    return reducer(losses, weights).to(dtype)
 
 
 def _weighted(

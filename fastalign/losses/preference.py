@@ -5,6 +5,7 @@ The formulas are rows of the table in `_pairwise_table`; this file gathers what 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -109,7 +110,7 @@ def dpo_loss(
         ValueError: shapes that differ, one reference without the other, lengths missing, a reference or an option that
             no selected loss uses, a number out of range, an unknown name.
     """
-    options = PairwiseOptions(
+    options = _options(
         loss_type=loss_type,
         beta=beta,
         label_smoothing=label_smoothing,
@@ -127,6 +128,19 @@ def dpo_loss(
     return _pairwise_loss(options, (chosen_logps, rejected_logps), references, (chosen_lengths, rejected_lengths))
 
 
+_remembered = functools.lru_cache(maxsize=64)(PairwiseOptions)
+
+
+def _options(**given: Any) -> PairwiseOptions:
+    """Checked options: checking them takes longer than the loss of a few pairs, so those of earlier calls are kept."""
+    if torch.compiler.is_compiling():
+        return PairwiseOptions(**given)
+    try:
+        return _remembered(**given)
+    except TypeError:  # several loss types, which cannot be remembered; or a wrong type, which is named once more
+        return PairwiseOptions(**given)
+
+
 _Two = tuple[Tensor | None, Tensor | None]
 
 
@@ -136,12 +150,13 @@ def _pairwise_loss(
     _check_inputs(options, logps, ref_logps, lengths)
     chosen, rejected = (_side(options, *of_side) for of_side in zip(logps, ref_logps, lengths, strict=True))
     pairs = Pairs(chosen, rejected, options)
-    loss = torch.stack([weight * _mean(variant.losses(pairs)) for variant, weight in options.variants]).sum()
+    terms = [_weighted(_mean(variant.losses(pairs)), weight) for variant, weight in options.variants]
+    loss = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
     with torch.no_grad():
         per_token = options.variants[0][0].rewards_per_token
         won, lost = (options.beta * (side.mean if per_token else side.score) for side in (chosen, rejected))
-        metrics = (won, lost, won - lost, (won > lost).to(won.dtype), chosen.total, rejected.total)
-    return PreferenceOutput(loss, *(metric.detach() for metric in metrics))
+        margins, right = won - lost, (won > lost).to(won.dtype)
+    return PreferenceOutput(loss, won, lost, margins, right, chosen.total.detach(), rejected.total.detach())
 
 
 def _check_inputs(options: PairwiseOptions, logps: tuple[Tensor, Tensor], ref_logps: _Two, lengths: _Two) -> None:
@@ -187,6 +202,10 @@ def _side(options: PairwiseOptions, total: Tensor, ref: Tensor | None, lengths: 
         logps, ref = total / lengths, ref / lengths
     score = F_DIVERGENCES[options.f_divergence](logps - ref, options.f_alpha)
     return Side(total, logps, ref, lengths, score, options.average)
+
+
+def _weighted(term: Tensor, weight: float) -> Tensor:
+    return term if weight == 1.0 else weight * term
 
 
 def _mean(losses: Tensor) -> Tensor:

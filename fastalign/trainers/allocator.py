@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
-
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-_STATM = Path("/proc/self/statm")
 
 
 def _libc(name: str) -> Any:
@@ -31,29 +27,8 @@ def map_large_blocks(above: int = 1 << 20) -> None:
         mallopt(_M_TRIM_THRESHOLD, above)
 
 
-class GiveBack(TrainerCallback):
-    """Gives free memory back to the system before an update, if the process has grown by `above` bytes since.
-
-    glibc keeps what is freed in its heap, which activations of ever other lengths fragment: left to itself, a training
-    process takes half as much again as it ever uses at one time. Pages given back once an update cost little.
-    """
-
-    def __init__(self, above: int = 512 << 20) -> None:
-        self.above = above
-        self._least: int | None = None
-        self._trim = _libc("malloc_trim") if _STATM.exists() else None
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._trim is None:
-            return
-        resident = _resident()
-        if self._least is None or resident < self._least + self.above:
-            self._least = resident if self._least is None else min(self._least, resident)
-            return
-        self._trim(0)
-        self._least = _resident()
-
-
-def _resident() -> int:
-    """Bytes of the process in memory."""
-    return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def give_back() -> None:
+    """Gives the pages of freed blocks back to the system; nothing where the C library cannot."""
+    trim = _libc("malloc_trim")
+    if trim is not None:
+        trim(0)

@@ -20,8 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..ops import sum_tokens
-from .allocator import GiveBack
-from .callbacks import ConsoleCallback, JsonlCallback
+from .callbacks import ConsoleCallback, GiveBackCallback, JsonlCallback
 from .checkpoints import PARTIAL, publish, rotate, write_folder
 from .config import GroupsConfig, TrainingConfig
 from .data.collate import Batch, padding_last
@@ -117,7 +116,7 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
             optimizers=optimizers,
         )
         if self.args.device.type == "cpu":
-            self.add_callback(GiveBack())
+            self.add_callback(GiveBackCallback())
         if args.fused_head:
             can_answer(self.model)  # before it is wrapped
         self._share_prompts = self._shares_prompts()

@@ -9,6 +9,9 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
 
+from . import resident
+from .allocator import give_back
+
 LOG_NAME = "log.jsonl"
 _SHOWN = (
     "loss",
@@ -38,6 +41,27 @@ class JsonlCallback(TrainerCallback):
         if state.is_world_process_zero:
             with open(os.path.join(args.output_dir, LOG_NAME), "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, "time": time.time(), **logs}) + "\n")
+
+
+class GiveBackCallback(TrainerCallback):
+    """Gives free memory back to the system before an update, if the process has grown by `above` bytes since.
+
+    glibc keeps what is freed in its heap, which activations of ever other lengths fragment: left to itself, a training
+    process takes half as much again as it ever uses at one time. Pages given back once an update cost little.
+    """
+
+    def __init__(self, above: int = 512 << 20) -> None:
+        self.above = above
+        self._least: int | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not resident.measurable():
+            return
+        now = resident.resident()
+        if self._least is not None and now >= self._least + self.above:
+            give_back()
+            now = self._least = resident.resident()
+        self._least = now if self._least is None else min(self._least, now)
 
 
 def read_log(path: str) -> list[dict[str, Any]]:

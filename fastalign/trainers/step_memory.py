@@ -15,9 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from . import resident
 from .allocator import map_large_blocks
-
-_CLEAR = Path("/proc/self/clear_refs")
 
 
 def measure(model: Path, pairs: Path, batch_size: int) -> dict[str, int] | None:
@@ -34,12 +33,6 @@ def measure(model: Path, pairs: Path, batch_size: int) -> dict[str, int] | None:
     return found
 
 
-def _status(field: str) -> int:
-    """A field of /proc/self/status, in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
-
-
 def _trainer(model: str, pairs: str, batch_size: int, fused: bool, folder: str) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -54,7 +47,7 @@ def _trainer(model: str, pairs: str, batch_size: int, fused: bool, folder: str) 
 
 
 def main(model: str, pairs: str, batch_size: str, fused: str) -> None:
-    if not _CLEAR.exists():
+    if not resident.measurable():
         return
     map_large_blocks(128 << 10)  # later passes would else be served from what earlier ones left behind, unseen
     with tempfile.TemporaryDirectory() as folder:
@@ -66,10 +59,10 @@ def main(model: str, pairs: str, batch_size: str, fused: str) -> None:
         for last in (False, False, True):  # the first two leave the gradients, thread stacks and tables behind
             gc.collect()
             if last:
-                _CLEAR.write_text("5")
-                before = _status("VmRSS")
+                resident.reset_peak()
+                before = resident.resident()
             trainer.compute_loss(trainer.model, dict(batch)).backward()
-        print(max(0, _status("VmHWM") - before))
+        print(max(0, resident.peak() - before))
 
 
 if __name__ == "__main__":
