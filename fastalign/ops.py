@@ -185,7 +185,7 @@ def _save(ctx, logits, labels, ref_logits, options, outputs) -> None:
 
 def _gradient(ctx, *grads):
     logits, labels, ref_logits, saved, entropy, kl = ctx.saved_tensors
-    g_logps, g_lse, g_entropy, g_kl, g_mean = [*grads, *[None] * (5 - len(grads))]
+    g_logps, g_lse, g_entropy, g_kl, g_mean = grads + (None,) * (5 - len(grads))
     grads = (g_logps, g_lse, None if entropy is None else g_entropy, None if kl is None else g_kl, g_mean)
     return gradient(logits, labels, ref_logits, saved, entropy, kl, grads, ctx.options, ctx.inplace)
 
