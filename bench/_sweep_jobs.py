@@ -35,7 +35,8 @@ class Point(Case):
     hidden: int = 0
 
     def to_dict(self) -> dict[str, object]:
-        return {name: value for name, value in super().to_dict().items() if value not in (0, None)}
+        whole = super().to_dict()
+        return {name: value for name, value in whole.items() if value or name not in ("list_length", "hidden")}
 
 
 def _flat(function: Callable[[Tensor, Tensor], Tensor]) -> Function:

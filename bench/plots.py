@@ -46,7 +46,7 @@ def _groups(results: Record) -> dict[str, list[Record]]:
         groups[title + (f", {case['threads']} threads" if case.get("threads") else "")].append(case)
     # A line needs two points: GAE alone has one.
     kept = {title: cases for title, cases in groups.items() if cases[0]["suite"] != "gae" or len(cases) > 1}
-    return {title: sorted(cases, key=lambda case: (_axis(case), case["rows"])) for title, cases in kept.items()}
+    return {title: sorted(cases, key=lambda case: (_axis(case), case["rows"])) for title, cases in sorted(kept.items())}
 
 
 def _png(figure: Any) -> bytes:
