@@ -41,6 +41,8 @@ def packed_sequences(
     )
     if position_ids is not None and position_ids.numel() != flat.numel():
         raise ValueError(f"position_ids must be [{flat.numel()}] as labels are; got {list(position_ids.shape)}")
+    if position_ids is not None and int(bounds[0]):
+        raise ValueError(f"position_ids must begin with 0; got {int(position_ids.reshape(-1)[0])}")
     ends = [int(bounds[0]), int(bounds[-1])] if bounds.numel() > 1 else []
     if ends != [0, flat.numel()] or bool((bounds.diff() < 0).any()):
         raise ValueError(f"cu_seqlens must rise from 0 to the {flat.numel()} tokens of labels; got {bounds.tolist()}")

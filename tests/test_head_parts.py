@@ -205,6 +205,8 @@ BAD_PACKS = {
     "cu_seqlens must rise": (ValueError, {"cu_seqlens": torch.tensor([0, 3, 2, 6])}),
     "to the 6 tokens": (ValueError, {"cu_seqlens": torch.tensor([0, 5])}),
     "position_ids must be": (ValueError, {"position_ids": torch.tensor([0, 1])}),
+    "position_ids must begin with 0; got 3": (ValueError, {"position_ids": torch.tensor([3, 4, 0, 1, 2, 3])}),
+    "position_ids must begin with 0; got 1": (ValueError, {"position_ids": torch.arange(1, 7)}),
 }
 
 

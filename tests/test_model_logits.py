@@ -213,6 +213,18 @@ def test_logits_of_which_the_configuration_does_not_speak_are_refused():
     assert torch.isfinite(logits_of(model, rows, fused=False).stats(rows["labels"]).logps).all()
 
 
+@pytest.mark.parametrize("names", [("llama", "granite"), ("gemma2", "llama")], ids=" against ".join)
+def test_a_reference_that_scales_or_caps_otherwise(names):
+    rows, (policy, reference) = batch(), map(tiny, names)
+    found = []
+    for fused in (True, False):
+        ours, theirs = (logits_of(model, rows, fused=fused) for model in (policy, reference))
+        stats, own = ours.with_reference(theirs, rows["labels"])
+        found.append((ours.stats(rows["labels"], kl=True, ref_logits=theirs).kl, stats.kl, own.logps))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
 def test_a_compiled_model_answers():
     rows, model = batch(), tiny("llama")
     want = losses.SFTLoss()(logits_of(model, rows), rows["labels"]).loss

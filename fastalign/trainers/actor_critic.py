@@ -21,6 +21,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from .data.collate import Batch
 from .lora import is_adapted
 from .model_logits import Answer, ModelLogits, Request, run_model
+from .run import load
 
 VALUE_FOLDER, VALUE_HEAD = "value_model", "value_head.safetensors"
 _POLICY, _CRITIC, _HEAD = "policy.", "critic.", "value_head."
@@ -154,7 +155,7 @@ def with_values(policy: Any, source: str, dtype: torch.dtype) -> ActorCritic:
         return ActorCritic(policy, copy.deepcopy(policy.base_model))
     inner = os.path.join(source, VALUE_FOLDER)
     own = os.path.isdir(inner)
-    model = ActorCritic(policy, AutoModel.from_pretrained(inner if own else source, dtype=dtype))
+    model = ActorCritic(policy, load("value_model", AutoModel, inner if own else source, dtype=dtype))
     if own:
         model.load_head(source)
     return model

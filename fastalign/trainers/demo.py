@@ -42,8 +42,10 @@ def claim(path: Path, mark: str, settings: dict[str, Any], what: str, *, overwri
         own: names that such a run leaves in its folder; nothing else is ever removed.
 
     Raises:
-        ValueError: the folder holds something else, or a run with other settings.
+        ValueError: it is no folder, or holds something else, or a run with other settings.
     """
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"output_dir must be a folder; {str(path)!r} is none")
     if path.exists() and any(path.iterdir()):
         if not (path / mark).exists():
             raise ValueError(f"output_dir must be empty or hold an earlier {what}; {str(path)!r} is neither")

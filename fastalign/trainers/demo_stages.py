@@ -25,7 +25,7 @@ from .eval.estimates import estimate
 from .eval.gold import agreement, fit_gold, load_independent
 from .eval.policy import measure
 from .eval.sampling import Sample, Sampling, sample
-from .run import start_point, train
+from .run import load, load_tokenizer, start_point, train
 from .sft import SFTConfig, SFTTrainer
 
 OWN = ("stages", "base", "sft", "dpo", "pairs.jsonl", "eval_pairs.jsonl", "results.json", "curves.png")
@@ -108,7 +108,7 @@ class Demo:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         source = {"scratch": lambda: folder, "smollm2": demo_models.smollm2}.get(config.model, lambda: config.model)()
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+        model, tokenizer = load("model", AutoModelForCausalLM, str(source)), load_tokenizer(None, str(source))
         return {"source": str(source), "parameters": model.num_parameters(), "vocabulary": len(tokenizer)}
 
     def sft(self) -> dict[str, Any]:

@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,7 +38,7 @@ from .eval.sampling import Sample, compare_policies, sample
 from .eval.scorers import Judge, load_judge
 from .eval.winrate import win_rate
 from .run import pad_id
-from .sample import DrawConfig, load, read_prompts
+from .sample import DrawConfig, load, output_path, read_prompts
 
 _COMPLETIONS = ("completion", "chosen")
 _COLUMNS = (
@@ -192,6 +190,7 @@ def _cell(value: Any) -> str:
 def main(argv: list[str]) -> int:
     """The `fastalign eval` command."""
     config = arguments.parse(EvalConfig, argv, command="eval", needs=("models", "dataset"))
+    path = output_path(config.output)
     result = evaluate(config)
     names = [n for n in _COLUMNS if any(figure.get(n) is not None for figure in result.values())]
     console = Console(width=None if Console().is_terminal else 160)
@@ -199,8 +198,7 @@ def main(argv: list[str]) -> int:
     for model, figure in result.items():
         table.add_row(model, *(_cell(figure.get(n)) for n in names))
     console.print(table)
-    if config.output is not None:
-        path = Path(os.path.expanduser(config.output))
+    if path is not None:
         write_json(path, json.loads(json.dumps(result)))
         print(f"figures in {path}")
     return 0

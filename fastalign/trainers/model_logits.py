@@ -185,7 +185,7 @@ class ModelLogits:
 
         The gradient of logits that are formed nevertheless is written over them: nobody else has them.
         """
-        if not self.fused or (ref_logits is not None and not ref_logits.fused):
+        if not self._fused_with(ref_logits):
             reference = None if ref_logits is None else ref_logits.logits()
             self.answer = self._call(None)
             logits: Any = self.answer.logits
@@ -207,12 +207,20 @@ class ModelLogits:
             (own statistics with the entropy and the exact KL to the reference, the reference's own).
         """
         more: dict[str, Any] = {"kl": True, "entropy": True, "temperature": temperature}
-        if not (self.fused and reference.fused):
+        if not self._fused_with(reference):
             logits = reference.logits()
             theirs = token_stats(logits, labels, temperature=temperature)
             return token_stats(self.logits(), labels, ref_logits=logits, **more), theirs
         theirs = reference._ask(labels, {"temperature": temperature}, head=True)
         return self._ask(labels, {**more, **_reference(reference.answer.head)}), theirs
+
+    def _fused_with(self, reference: ModelLogits | None) -> bool:
+        """Whether neither model's logits are formed: heads side by side must scale and cap their logits alike."""
+        if reference is None or not (self.fused and reference.fused):
+            return self.fused and reference is None
+        ours, theirs = _answering(self._model), _answering(reference._model)
+        alike = ours is not None and theirs is not None
+        return alike and (ours.scale, ours.softcap) == (theirs.scale, theirs.softcap)  # type: ignore[union-attr]
 
     def _ask(self, labels: Tensor, options: Mapping[str, Any], *, head: bool = False) -> TokenStats:
         """Statistics from one forward pass, which is kept as `answer`."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from ..losses._common import check_range
 from .arguments import key
 from .config import CommonConfig, check_choice, check_positive
 
@@ -24,13 +25,15 @@ _POSITIVE = (
     "logging_steps",
 )
 _NOT_NEGATIVE = ("top_k", "warmup_steps", "weight_decay", "max_grad_norm", "kl_coef", "entropy_coef")
-_EVERY = (
-    "total_episodes",
-    "eval_steps",
-    "save_steps",
-    "save_total_limit",
-    "ptx_batch_size",
-)
+_EVERY = ("total_episodes", "eval_steps", "save_steps", "save_total_limit", "ptx_batch_size")
+_RANGES: dict[str, tuple[float, bool]] = {
+    "cliprange": (0, False),
+    "cliprange_high": (0, False),
+    "dual_clip": (1, True),
+    "missing_eos_penalty": (0, False),
+    "ptx_coef": (0, False),
+}
+"""Lower bounds, and whether they are out of range themselves, of what the losses would refuse after a whole rollout."""
 
 
 @dataclass
@@ -129,6 +132,9 @@ class PolicyConfig(CommonConfig, EpisodeConfig):
         for name in _NOT_NEGATIVE:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
+        for name, (low, open_low) in _RANGES.items():
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), low, open_low=open_low)
         check_choice("kl_in", self.kl_in, ("reward", "loss"))
         check_choice("kl_estimator", self.kl_estimator, ("k1", "k2", "k3", "exact"))
         if not 0 < self.top_p <= 1:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from .. import rl
-from ..losses._common import masked_mean
+from ..losses._common import check_range, masked_mean
 from ..losses.policy import PPOLoss
 from .actor_critic import ActorCritic, with_values
 from .arguments import key
@@ -71,6 +71,11 @@ class PPOConfig(PolicyConfig):
         check_choice("kl_controller", self.kl_controller, ("fixed", "adaptive"))
         for name in ("penalty_coef", "penalty_target", "trpo_delta", "trpo_cg_iterations", "target", "horizon"):
             check_positive(name, getattr(self, name))
+        for name in ("gamma", "lam"):
+            check_range(name, getattr(self, name), 0, 1)
+        for name in ("vf_coef", "trpo_damping", "init_kl_coef", "cliprange_value"):
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), 0)
         if self.kl_controller == "adaptive" and not (self.init_kl_coef or self.kl_coef):
             raise ValueError("kl_controller=adaptive needs a kl_coef (or init_kl_coef) above 0; got 0")
         if self.objective != "clip" and self.kl_in == "loss":

@@ -95,9 +95,24 @@ def read_prompts(source: str, limit: int) -> list[Any]:
     return prompts
 
 
+def output_path(given: str | None) -> Path | None:
+    """Where to write, its folder made before anything slow begins. ValueError if there is no such place."""
+    if given is None:
+        return None
+    path = Path(os.path.expanduser(given))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output must be a file in a folder that can be made; got {given!r}: {error}") from error
+    if path.is_dir():
+        raise ValueError(f"output must be a file; {given!r} is a folder")
+    return path
+
+
 def main(argv: list[str]) -> int:
     """The `fastalign sample` command."""
     config = arguments.parse(SampleConfig, argv, command="sample", needs=("model",))
+    path = output_path(config.output)
     prompts: list[Any] = [config.prompt]
     if config.dataset is not None:
         prompts = read_prompts(config.dataset, config.limit)
@@ -108,11 +123,9 @@ def main(argv: list[str]) -> int:
         json.dumps({"prompt": p, "completions": [s.text for s in each], "finished": [s.finished for s in each]})
         for p, each in zip(prompts, drawn, strict=True)
     ]
-    if config.output is None:
+    if path is None:
         print("\n".join(lines))
         return 0
-    path = Path(os.path.expanduser(config.output))
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{len(lines)} rows in {path}")
     return 0

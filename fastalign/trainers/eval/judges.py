@@ -61,7 +61,8 @@ class HumanLabels:
     `preference` is first, second or tie. Several rows of one pair (several people; either order) are averaged.
 
     Raises:
-        ValueError: a row that is not of that form, named by its number; or, when asked, a pair that nobody labelled.
+        ValueError: no such file; a row that is not of that form, named by its number; or, when asked, a pair that
+            nobody labelled.
     """
 
     positional = False
@@ -69,7 +70,10 @@ class HumanLabels:
     def __init__(self, path: str) -> None:
         self.path = path
         self._labels: dict[tuple[str, str, str], list[float]] = {}
-        for number, line in enumerate(Path(os.path.expanduser(path)).read_text(encoding="utf-8").splitlines()):
+        file = Path(os.path.expanduser(path))
+        if not file.is_file():
+            raise ValueError(f"judge must be an existing file of labels; there is no {path!r}")
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines()):
             if line.strip():
                 prompt, first, second, value = _label(line, path, number)
                 self._labels.setdefault((prompt, first, second), []).append(value)
