@@ -52,9 +52,8 @@ def origin(results: dict[str, Any], path: Path) -> str:
     m = results["machine"]
     others = [path.with_suffix(end) for end in (".png", ".html", ".csv") if path.with_suffix(end).exists()]
     links = ", ".join(f"[{p.suffix[1:]}](bench/results/{p.name})" for p in (*others, path))
-    cpu = f"; {results['cpu_seconds'] / 60:.0f} minutes of one core in all" if "cpu_seconds" in results else ""
     seeds = f"seeds 0 to {results['seeds'] - 1}; " if results.get("seeds", 1) > 1 else "seed 0; "
-    return f"({links}; `{results['command']}`; {seeds}{m['date'][:10]}; {m['cpu']}, {m['cores']} cores{cpu})"
+    return f"({links}; `{results['command']}`; {seeds}{m['date'][:10]}; {m['cpu']}, {m['cores']} cores)"
 
 
 def span(values: Iterable[float], digits: int = 2) -> str:

@@ -34,7 +34,7 @@ from ..trainers.eval.policy import measure
 from . import plots, report
 from .config import StudyConfig
 from .envelope import BUDGETS, Point, difference, envelope, over_seeds
-from .ground import Ground
+from .ground import Ground, ground_of
 from .methods import METHODS, Job
 from .study import run_study, save, seed_of
 from .watch import Watch
@@ -79,7 +79,7 @@ def cells(config: FrontierConfig) -> list[str]:
 
 def run_cell(root: Path, config: FrontierConfig, name: str) -> dict[str, Any]:
     """Trains one method at one coefficient and one seed; its points."""
-    ground = Ground(root, config, seed_of(name))
+    ground = ground_of(root, config, seed_of(name))
     if name.startswith(f"frontier/{BEST_OF}"):
         return {"method": BEST_OF, "coefficient": 0.0, "seed": ground.seed, "points": best_of_points(ground)}
     method, value, _ = name.removeprefix("frontier/").rsplit("-", 2)

@@ -51,6 +51,7 @@ class Ground:
     # ------------------------------------------------------------------------------------------------------ making
     def prepare(self) -> dict[str, Any]:
         """Runs the stages that are not done: each is kept, so a run that was cut off goes on. Returns their results."""
+        _kept.clear()
         self.demo.config.output_dir = str(self.path)
         place = Workplace(self.demo.config, Console(quiet=True))
         stages: dict[str, Callable[[], dict[str, Any]]] = {
@@ -170,3 +171,15 @@ class Ground:
         """Likelihood of twice as many held-out reviews as there are prompts."""
         texts = [r.text for r in self.demo.reviews[1][: 2 * self.config.eval_prompts]]
         return likelihood(model, self.tokenizer, completions_of(texts), max_length=160)
+
+
+_kept: dict[tuple[Path, int, str], Ground] = {}
+
+
+def ground_of(root: Path, config: StudyConfig, seed: int) -> Ground:
+    """The ground of a cell: where the cell before it in this process had the same, that one, with all it has loaded."""
+    key = (root, seed, json.dumps(config.settings(), sort_keys=True))
+    if key not in _kept:
+        _kept.clear()
+        _kept[key] = Ground(root, config, seed)
+    return _kept[key]

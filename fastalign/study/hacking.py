@@ -30,7 +30,7 @@ from ..trainers.eval.policy import Measured, measure
 from ..trainers.eval.winrate import length_matched, tally
 from . import frontier, plots, report
 from .frontier import FrontierConfig
-from .ground import Ground
+from .ground import Ground, ground_of
 from .methods import Job, train_pairs
 from .study import run_study, save
 from .watch import Watch
@@ -78,7 +78,7 @@ def run_cell(root: Path, config: HackingConfig, name: str) -> dict[str, Any]:
     if name.startswith("frontier/"):
         return frontier.run_cell(root, config, name)
     bonus, beta, alpha, seed = (float(x) for x in name.removeprefix("hacking/length-").split("-"))
-    ground = Ground(root, config, int(seed))
+    ground = ground_of(root, config, int(seed))
     watch, work = Watch(ground), root / name / "work"
     shutil.rmtree(work, ignore_errors=True)
     rows = length_biased(ground, bonus)

@@ -118,7 +118,7 @@ def _explore(job: Job, trainer: Any) -> None:
     for step in range(1, trainer.total_steps + 1):
         trainer.step()
         if step in steps:
-            job.watch.look(step, trainer.inner.policy)
+            job.watch.look(step, trainer.inner.policy, end=step == steps[-1])
 
 
 def reward_of(scorer: Scorer) -> Callable[[list[str], list[str]], list[float]]:

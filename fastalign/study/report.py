@@ -117,7 +117,7 @@ def write_frontier(results: dict[str, Any], folder: Path) -> None:
         "text, exact over the vocabulary.</p>",
         image(folder / "frontier.png", "gold reward against KL"),
         "<p>Right: the best policy of each seed within a KL budget, chosen by one half of the prompts and counted by "
-        "the other; bands are 95 % intervals over seeds. Dashed and dotted: best of n samples of the fine-tuned model, "
+        "the other; bars are 95 % intervals over seeds. Dashed and dotted: best of n samples of the fine-tuned model, "
         "against the bound log n &minus; (n &minus; 1)/n on its KL.</p>",
         table("Gold reward within a KL budget, mean over seeds [95 %]", heads, best),
         table("Differences within seeds, mean [95 %]", heads, gaps) if gaps else "",

@@ -27,7 +27,7 @@ from ..trainers.eval.gold import Scorer, fit_gold
 from ..trainers.eval.policy import Measured, measure
 from . import plots, report
 from .config import StudyConfig
-from .ground import Ground
+from .ground import Ground, ground_of
 from .methods import METHODS, Job
 from .study import run_study, save, seed_of
 from .watch import Watch
@@ -48,7 +48,7 @@ class Elsewhere(Watch):
         super().__init__(ground)
         self.changes: dict[str, dict[str, Any]] = {}
 
-    def look(self, step: int, policy: Any) -> None:
+    def look(self, step: int, policy: Any, *, end: bool) -> None:
         self.changes = {domain: self._change(domain, policy) for domain in DOMAINS}
 
     def _change(self, domain: str, policy: Any) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def run_cell(root: Path, config: TransferConfig, name: str) -> dict[str, Any]:
     """Trains one policy on movie reviews; the changes in every domain."""
     method, value, _ = name.removeprefix("transfer/").rsplit("-", 2)
     # One evaluation alone, at the end.
-    ground = Ground(root, dataclasses.replace(config, evaluations=1), seed_of(name))
+    ground = ground_of(root, dataclasses.replace(config, evaluations=1), seed_of(name))
     watch, work = Elsewhere(ground), root / name / "work"
     shutil.rmtree(work, ignore_errors=True)
     METHODS[method].train(Job(ground, float(value), work, watch))

@@ -17,8 +17,9 @@ class Watch:
 
     Attributes:
         points: one for each look: `step`, the figures of `eval.policy.measure` with the scorers gold, proxy and
-            independent, the alignment tax (nats a token on held-out reviews), and `halves`: the mean gold reward on
-            every second prompt and on the others, so that what is chosen by one half can be reported on the other.
+            independent, and `halves`: the mean gold reward on every second prompt and on the others, so that what is
+            chosen by one half can be reported on the other; at the end also the alignment tax, `tax` (nats a token on
+            held-out reviews).
     """
 
     def __init__(self, ground: Ground) -> None:
@@ -26,8 +27,8 @@ class Watch:
         self.points: list[dict[str, Any]] = []
         self.last: Measured | None = None
 
-    def look(self, step: int, policy: Any) -> None:
-        """Adds the point of this step."""
+    def look(self, step: int, policy: Any, *, end: bool) -> None:
+        """Adds the point of this step; `end` says that the run ends here."""
         ground, config = self.ground, self.ground.config
         found = measure(
             policy,
@@ -40,9 +41,11 @@ class Watch:
             seed=ground.seed + 1,
         )
         by_prompt = found.scores["gold"].mean(1)
-        tax = alignment_tax(ground.held_out_likelihood, ground.likelihood_of(policy))
         halves = [float(np.mean(by_prompt[i::2])) for i in (0, 1)]
-        self.points.append({"step": step, **found.figures, "tax": tax._asdict(), "halves": halves})
+        self.points.append({"step": step, **found.figures, "halves": halves})
+        if end:
+            tax = alignment_tax(ground.held_out_likelihood, ground.likelihood_of(policy))
+            self.points[-1]["tax"] = tax._asdict()
         self.last = found
 
 
@@ -55,8 +58,8 @@ class WatchCallback(TrainerCallback):
     """Looks at the marked updates of a transformers Trainer."""
 
     def __init__(self, watch: Watch, steps: list[int]) -> None:
-        self.watch, self.steps = watch, set(steps)
+        self.watch, self.steps = watch, steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step in self.steps:
-            self.watch.look(state.global_step, model)
+            self.watch.look(state.global_step, model, end=state.global_step == self.steps[-1])
