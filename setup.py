@@ -25,6 +25,7 @@ MSVC = sys.platform == "win32"
 HEADERS = [
     f"kernels/{name}.h"
     for name in (
+        "approximations",
         "gae_args",
         "gae_cpu",
         "objectives",
@@ -86,7 +87,7 @@ CUDA_HEADERS = [
         for name in ("approximations", "gae_args", "gae_cuda", "launch_cuda", "objectives", "simd_types")
     ),
     *(f"kernels/{name}.h" for name in ("token_args", "token_stats", "token_stats_cuda")),
-    *(f"kernels/token_{name}_cuda.cuh" for name in ("gradient", "memory", "rows", "vectors")),
+    *(f"kernels/token_{name}_cuda.cuh" for name in ("gradient", "memory", "rows", "short", "vectors")),
     "csrc/arguments.h",
 ]
 

@@ -19,21 +19,37 @@ from fastalign._backends import cuda
 LONGEST = 256000
 _MANGLED = {"float32": "If", "bfloat16": "INS_8BFloat16E", "float16": "INS_4HalfE"}
 KINDS = {"forward": "forward_kernel", "backward": "backward_kernel", "objective": "objective_kernel"}
+_SHORT_VOCAB = 4096
 
 
-def usage(arch: str, kernel: str, dtype: str) -> dict[str, int]:
+def rows_of(vocab: int) -> int:
+    """Rows to simulate: where eight share a block, as many blocks as elsewhere."""
+    return 8 * ROWS if vocab <= _SHORT_VOCAB else ROWS
+
+
+def kernel_of(kind: str, dtype: str, vocab: int) -> tuple[str, str]:
+    """(name, what its mangled name ends in) of the plain variant that serves a vocabulary."""
+    row_bytes = vocab * getattr(torch, dtype).itemsize
+    if cuda._cuda and row_bytes <= cuda._cuda.short_bytes:
+        return f"short_{KINDS[kind]}", f"Lb{int(row_bytes <= cuda._cuda.one_tile_bytes)}E"
+    return KINDS[kind], ""
+
+
+def usage(arch: str, kind: str, dtype: str, vocab: int) -> dict[str, int]:
     """Registers, spilled bytes and static shared memory of the plain variant of a kernel, from the build."""
     table = json.loads(cuda._cuda.usage)[arch] if cuda._cuda else {}
-    pattern = rf"\d{kernel}{re.escape(_MANGLED[dtype])}Lb0ELNS_4ModeE0E"
+    kernel, last = kernel_of(kind, dtype, vocab)
+    pattern = rf"\d{kernel}{re.escape(_MANGLED[dtype])}Lb0ELNS_4ModeE0E{last}"
     return next((entry for name, entry in table.items() if re.search(pattern, name)), {})
 
 
 def _calls(vocab: int, dtype: torch.dtype) -> dict[str, Any]:
     """Kind → a function of no arguments that launches it, on tensors of its own."""
     generator = torch.Generator().manual_seed(0)
-    logits = torch.empty(ROWS, vocab).normal_(0, 4, generator=generator).to(dtype)
-    labels = torch.randint(0, vocab, (ROWS,), generator=generator)
-    out, row = torch.empty_like(logits), torch.ones(ROWS)
+    rows = rows_of(vocab)
+    logits = torch.empty(rows, vocab).normal_(0, 4, generator=generator).to(dtype)
+    labels = torch.randint(0, vocab, (rows,), generator=generator)
+    out, row = torch.empty_like(logits), torch.ones(rows)
     results: list[Any] = []
     options = (-100, 1.0, 0.0)
 
@@ -53,18 +69,18 @@ def _calls(vocab: int, dtype: torch.dtype) -> dict[str, Any]:
 def _row(kind: str, arch: str, dtype: str, vocab: int, launches: list[Launch]) -> Row:
     """Where the objective took two launches, their traffic is added up and the tighter margin stands."""
     two = len(launches) > 1
-    known = usage(arch, KINDS["backward" if two else kind], dtype)
+    known = usage(arch, "backward" if two else kind, dtype, vocab)
     shared = known.get("shared_bytes")
     reads = writes = bound = margin = None
     if launches:
-        logits = ROWS * vocab * getattr(torch, dtype).itemsize
+        logits = rows_of(vocab) * vocab * getattr(torch, dtype).itemsize
         sized = [b for launch in launches for b in launch.stats.raw["buffers"] if b["size"] == logits]
         reads, writes = (sum(b[key] for b in sized) / logits for key in ("read_bytes", "write_bytes"))
         bound, margin = min((limits(launch.stats) for launch in launches), key=lambda found: found[1])
         shared = None if shared is None else shared + max(launch.shared for launch in launches)
     name = "objective_two_read" if two else kind
     registers, spills = known.get("registers"), known.get("spill_bytes")
-    kernel = "forward_kernel + backward_kernel" if two else KINDS[kind]
+    kernel = "forward_kernel + backward_kernel" if two else kernel_of(kind, dtype, vocab)[0]
     return Row("cuda", kernel, name, arch, dtype, vocab, registers, spills, shared, 16, reads, writes, bound, margin)
 
 

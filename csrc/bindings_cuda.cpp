@@ -65,6 +65,8 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("scale", &scale);
     m.def("gae_float32", &gae_rows<float>);
     m.def("gae_float64", &gae_rows<double>);
+    m.attr("short_bytes") = cuda::kShort;
+    m.attr("one_tile_bytes") = cuda::kOneTile;
     m.attr("architectures") = FA_CUDA_ARCHITECTURES;
     m.attr("usage") = FA_CUDA_USAGE;  // JSON: architecture, kernel, registers and the like, from the assembler
 }

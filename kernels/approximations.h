@@ -1,11 +1,39 @@
-// The few functions of one element that the CUDA kernels need beyond the hardware's own. They compile for the host too,
-// where the tests hold them against float64.
+// What every compiled backend computes with, and the few functions that the CUDA kernels need beyond the hardware's
+// own. All compile for the host too, where the tests hold them against float64.
 #pragma once
+#include <cmath>
+#include <cstdint>
 #include <cstring>
 
-#include "token_stats.h"
+#ifdef __CUDACC__
+#define FA_HD __host__ __device__ inline
+#define FA_MEMBER __host__ __device__
+#else
+// static: each instruction set keeps its own copy, none of which may serve another processor.
+#define FA_HD static inline
+#define FA_MEMBER
+#endif
 
 namespace fastalign {
+
+constexpr double kLog2e = 1.4426950408889634074;
+constexpr double kLn2 = 0.69314718055994530942;
+
+// tanh(x) = x + x^3 (c3 + c5 x^2 + .. + c11 x^8) for |x| < 0.6, relative error below 3e-7.
+constexpr float kTanh3 = -0.333332986f, kTanh5 = 0.133319244f, kTanh7 = -0.0537838265f, kTanh9 = 0.0207959563f,
+                kTanh11 = -0.00589514058f;
+
+// 2^x as fast as the place allows: float on the device is for sums that are merged there, before the final step.
+FA_HD double power_of_two(double x) { return exp2(x); }
+FA_HD float power_of_two(float x) {
+#ifdef __CUDA_ARCH__
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return exp2f(x);
+#endif
+}
 
 // The larger of the two, NaN if x is one.
 FA_HD float max_or_nan(float x, float low) {
@@ -28,13 +56,16 @@ FA_HD float reciprocal(float x) {
 #endif
 }
 
-// 2^n of the integer n that t holds in its last bits, biased by 127.
-FA_HD float power_of_integer(float t) {
+FA_HD uint32_t bits_of(float x) {
     uint32_t bits;
-    memcpy(&bits, &t, sizeof bits);
-    bits <<= 23;
-    memcpy(&t, &bits, sizeof t);
-    return t;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+FA_HD float float_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
 }
 
 // 2^u without the special-function unit, for a share of the elements, as that unit is the first to run out where 16-bit
@@ -49,8 +80,72 @@ FA_HD float exp2_polynomial(float u) {
     p = fmaf(p, f, 0.24022235f);
     p = fmaf(p, f, 0.693147063f);
     p = fmaf(p, f, 1.0f);
-    return p * power_of_integer(t);
+    return p * float_of(bits_of(t) << 23);  // t holds i + 127 in its last bits
 }
+
+// ln(s), error below 5e-9, for s of 0 or at least the smallest normal number: s = 2^i (1 + g), g in [-0.293, 0.415),
+// ln(1 + g) = g - g^2 / 2 + g^3 q(g), q by a polynomial in float32. A fifth of the instructions of the float64 log.
+FA_HD double natural_log_of(float s) {
+    constexpr uint32_t kRootHalf = 0x3f3504f3u;
+    const int32_t exponent = static_cast<int32_t>(bits_of(s) - kRootHalf) >> 23;
+    const float g = float_of(bits_of(s) - (static_cast<uint32_t>(exponent) << 23)) - 1.0f;
+    float q = fmaf(-0.0763121024f, g, 0.128549263f);
+    q = fmaf(q, g, -0.132078886f);
+    q = fmaf(q, g, 0.141900063f);
+    q = fmaf(q, g, -0.166165233f);
+    q = fmaf(q, g, 0.200016156f);
+    q = fmaf(q, g, -0.25001061f);
+    q = fmaf(q, g, 0.333333284f);
+    const double wide = g, rest = fma(wide * wide, -0.5, static_cast<double>(g * g * g * q));
+    const double log = fma(static_cast<double>(exponent), kLn2, wide + rest);
+    if (s > 0 && s <= 3.402823466e38f) return log;
+    return s == 0 ? -INFINITY : s;  // infinity and NaN stay what they are
+}
+
+// ln(x); on the device x was a float32 sum.
+FA_HD double natural_log(double x) {
+#ifdef __CUDA_ARCH__
+    return natural_log_of(static_cast<float>(x));
+#else
+    return kLn2 * log2(x);
+#endif
+}
+
+// 2^x for a factor of float32 accuracy, such as a row's; on the device without float64's long way.
+FA_HD double power_of_row(double x) {
+#ifdef __CUDA_ARCH__
+    return exp2_polynomial(static_cast<float>(x < 126 ? x : 126));
+#else
+    return exp2(x);
+#endif
+}
+
+// (x - pivot) * scale in one operation, fma(x, by, -at), where `at` is pivot * scale rounded: all of a row's powers are
+// relative to at / scale then, a number as good as the pivot. A pivot near the end of float32's range (masked logits)
+// is scaled down instead, as the product would overflow; its neighbours differ from it by so much that their powers are
+// 1 or 0 by either scale.
+struct Exponent {
+    float by, at;
+
+    FA_MEMBER float of(float x) const { return fmaf(x, by, -at); }
+};
+
+FA_HD bool fits_exponent(float pivot, float scale) { return fabsf(pivot * scale) < 1e37f; }
+
+FA_HD Exponent exponent(float pivot, float scale) {
+    const float by = fits_exponent(pivot, scale) ? scale : 1.0f / 256;
+    return {by, pivot * by};
+}
+
+// The number that powers by an Exponent are relative to, in the logits' own units.
+struct ExactPivot {
+    float scale;
+    double inverse;  // 1 / scale
+
+    FA_MEMBER double operator()(float pivot) const {
+        return fits_exponent(pivot, scale) ? static_cast<double>(pivot * scale) * inverse : static_cast<double>(pivot);
+    }
+};
 
 // tanh: its series below 0.6 (the quotient would cancel there), 1 - 2 / (e^2x + 1) beyond. The CPU's, in one lane.
 FA_HD float tanh_of(float x) {

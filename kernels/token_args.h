@@ -82,32 +82,53 @@ FA_HD Stats wanted(Stats o, Mode mode) {
     return o;
 }
 
-FA_HD void write_row(const PerRow<float>& out, float* saved, int64_t row, const Stats& o) {
+// The same of gradients.
+FA_HD Grads wanted(Grads d, Mode mode) {
+    if (mode != kReference) d.kl = 0;
+    if (mode == kPlain) d.entropy = d.mean = 0;
+    return d;
+}
+
+// What the forward keeps of a row for the backward; one access on devices.
+struct alignas(16) Saved {
+    float m, r, ref_m, ref_r;
+};
+
+FA_HD Saved& saved_row(float* saved, int64_t row) { return reinterpret_cast<Saved*>(saved)[row]; }
+FA_HD const Saved& saved_row(const float* saved, int64_t row) { return reinterpret_cast<const Saved*>(saved)[row]; }
+
+// `mode`: the least that has all outputs that are not null.
+FA_HD void write_row(const PerRow<float>& out, float* saved, int64_t row, const Stats& o, Mode mode = kReference) {
     out.logps[row] = o.logps, out.lse[row] = o.lse;
-    if (out.entropy) out.entropy[row] = o.entropy;
-    if (out.kl) out.kl[row] = o.kl;
-    if (out.mean) out.mean[row] = o.mean;
-    if (!saved) return;
-    saved += 4 * row;
-    saved[0] = o.m, saved[1] = o.r, saved[2] = o.ref_m, saved[3] = o.ref_r;
+    if (mode != kPlain && out.entropy) out.entropy[row] = o.entropy;
+    if (mode == kReference && out.kl) out.kl[row] = o.kl;
+    if (mode != kPlain && out.mean) out.mean[row] = o.mean;
+    if (saved) saved_row(saved, row) = {o.m, o.r, o.ref_m, o.ref_r};
 }
 
 FA_HD float at_row(const float* p, int64_t row) { return p ? p[row] : 0.0f; }
 
-// The gradient of a live row from what the forward saved and the gradients of its statistics.
-FA_HD Coefficients row_coefficients(const BackwardArgs& a, int64_t row) {
-    const float* saved = a.saved + 4 * row;
-    const Stats o{0, 0, at_row(a.entropy, row), at_row(a.kl, row), 0, saved[0], saved[1], saved[2], saved[3]};
-    const Grads d{at_row(a.grads.logps, row), at_row(a.grads.lse, row), at_row(a.grads.entropy, row),
-                  at_row(a.grads.kl, row), at_row(a.grads.mean, row)};
-    return coefficients(o, d, a.temperature, a.inv_temperature, static_cast<double>(a.vocab));
+// The gradient of a live row from what the forward saved and the gradients of its statistics, of which `mode` says what
+// there may be: plain has a mean's all the same, as it costs nothing.
+template <class Exact = AsGiven>
+FA_HD Coefficients row_coefficients(const BackwardArgs& a, int64_t row, Mode mode = kReference, Exact exact = {}) {
+    const bool moments = mode != kPlain, ref = mode == kReference;
+    const Saved saved = saved_row(a.saved, row);
+    const Stats o{
+        0,           0,          moments ? at_row(a.entropy, row) : 0, ref ? at_row(a.kl, row) : 0, 0, saved.m, saved.r,
+        saved.ref_m, saved.ref_r};
+    const Grads d{at_row(a.grads.logps, row), at_row(a.grads.lse, row), moments ? at_row(a.grads.entropy, row) : 0,
+                  ref ? at_row(a.grads.kl, row) : 0, at_row(a.grads.mean, row)};
+    return coefficients(o, d, a.temperature, a.inv_temperature, static_cast<double>(a.vocab), exact);
 }
 
 // The same under an objective, from the statistics just found.
-FA_HD Coefficients row_coefficients(const ObjectiveArgs& a, int64_t row, const Stats& o) {
+template <class Exact = AsGiven>
+FA_HD Coefficients row_coefficients(const ObjectiveArgs& a, int64_t row, const Stats& o, Mode mode = kReference,
+                                    Exact exact = {}) {
     const TokenInputs t{a.weight[row], at_row(a.old_logps, row), at_row(a.advantages, row), at_row(a.ref_logps, row)};
-    const Grads d = objective_gradient(a.options, o, t);
-    return coefficients(o, d, a.temperature, a.inv_temperature, static_cast<double>(a.vocab));
+    const Grads d = wanted(objective_gradient(a.options, o, t), mode);
+    return coefficients(o, d, a.temperature, a.inv_temperature, static_cast<double>(a.vocab), exact);
 }
 
 // Tokens whose loss does not move (a clipped PPO ratio) are written without being read.

@@ -4,23 +4,58 @@
 
 namespace fastalign::cuda {
 
+// A row's coefficients, what its powers are relative to, and whether all are 0: then it is written without being read.
+struct Slope {
+    Coefficients c;
+    Exponent u, v;
+    bool none;
+};
+
+template <Mode kMode>
+__device__ inline Slope slope_of(const Coefficients& c, const Prepare& k) {
+    const Exponent u = exponent(c.pivot, k.scale);
+    return {c, u, kMode == kReference ? exponent(c.ref_pivot, k.scale) : u, no_gradient(c)};
+}
+
+// What the gradient of a row is taken from: the gradients of its statistics, or an objective on them, which is then all
+// there but for what `BackwardArgs` names as well.
+struct Slopes : BackwardArgs {
+    bool under_objective;
+    ObjectiveArgs objective;
+
+    template <Mode kMode>
+    __device__ Slope of(int64_t row, const Prepare& k) const {
+        if (!under_objective) return slope_of<kMode>(row_coefficients(*this, row, kMode, k.exact()), k);
+        const PerRow<float>& o = objective.out;
+        const Saved m = saved_row(saved, row);
+        const Stats stats{
+            o.logps[row], o.lse[row], at_row(o.entropy, row), at_row(o.kl, row), at_row(o.mean, row), m.m, m.r,
+            m.ref_m,      m.ref_r};
+        return slope_of<kMode>(row_coefficients(objective, row, stats, kMode, k.exact()), k);
+    }
+};
+
 // What is left of an element once the row's coefficients are known; see token_stats.h.
 template <bool kCap, Mode kMode>
-__device__ inline float gradient(float x, float z, const Coefficients& c, const Prepare& k) {
+__device__ inline float gradient(float x, float z, const Slope& slope, float kappa, const Prepare& k) {
+    const Coefficients& c = slope.c;
     float squash = 1;
     if constexpr (kCap) {
         const float th = tanh_of(x * k.inv_cap);
         squash = 1 - th * th;
         x = k.cap * th;
     }
-    const float u = (x - c.pivot) * k.scale, e = power_of_two(u);
     float dx;
     if constexpr (kMode == kPlain) {
-        dx = fmaf(e, c.a, c.kappa);
+        dx = fmaf(power_of_two(slope.u.of(x)), c.a, kappa);
     } else {
-        float slope = fmaf(c.b, u, c.a);
-        if constexpr (kMode == kReference) slope = fmaf(-c.g, (capped<kCap>(z, k) - c.ref_pivot) * k.scale, slope);
-        dx = (e == 0 ? 0 : e * slope) + c.kappa;  // 0 * inf: a token of probability 0 has no gradient
+        const float u = max_or_nan(slope.u.of(x), -256.0f), e = power_of_two(u);  // a probability of 0 has no gradient
+        float by = fmaf(c.b, u, c.a);
+        if constexpr (kMode == kReference) {
+            by = fmaf(-c.g, slope.v.of(capped<kCap>(z, k)), by);
+            by = e == 0 ? 0 : by;  // 0 * inf
+        }
+        dx = fmaf(e, by, kappa);
     }
     return kCap ? dx * squash : dx;
 }
@@ -32,7 +67,7 @@ __device__ inline int first_aligned(const T* out, int count) {
     return before < count ? before : count;
 }
 
-template <class T>
+template <class Team, class T>
 __device__ inline void fill(T* out, int count, float value) {
     float many[kWidth<T>];
 #pragma unroll
@@ -40,94 +75,81 @@ __device__ inline void fill(T* out, int count, float value) {
     const Pack v = pack<T>(many);
     const int head = first_aligned(out, count), vectors = (count - head) / kWidth<T>;
     const int tail = head + vectors * kWidth<T>;
-    if (static_cast<int>(threadIdx.x) < head) Words<T>::store(out + threadIdx.x, value);
-    for (int i = threadIdx.x; i < vectors; i += blockDim.x) store_pack(out + head + i * kWidth<T>, v);
-    if (static_cast<int>(threadIdx.x) < count - tail) Words<T>::store(out + tail + threadIdx.x, value);
-}
-
-// Those of elements [at, at + kWidth) that lie before `count`.
-template <class T>
-__device__ inline void store_edge(T* out, int at, int count, const Pack& v) {
-    using Bits = typename Words<T>::Bits;
-    constexpr int kPerWord = Words<T>::kPerWord;
-    if (at + kWidth<T> <= count) return store_pack(out + at, v);
-#pragma unroll
-    for (int i = 0; i < kWidth<T>; ++i) {
-        const Bits bits = static_cast<Bits>(v.w[i / kPerWord] >> (i % kPerWord * 16));
-        if (at + i < count) reinterpret_cast<Bits*>(out)[at + i] = bits;
-    }
+    if (Team::thread() < head) Words<T>::store(out + Team::thread(), value);
+    for (int i = Team::thread(); i < vectors; i += Team::threads()) store_pack(out + head + i * kWidth<T>, v);
+    if (Team::thread() < count - tail) Words<T>::store(out + tail + Team::thread(), value);
 }
 
 template <class T, bool kCap, Mode kMode, int kCount>
-__device__ inline void tile_gradient(Pack (&v)[kCount], const Pack (&z)[kCount], const Coefficients& c,
-                                     const Prepare& k) {
+__device__ inline void tile_gradient(Pack (&v)[kCount], const Pack (&z)[kCount], const Slope& slope, const Prepare& k) {
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
         float x[kWidth<T>], y[kWidth<T>] = {};
         unpack<T>(v[u], x);
         if constexpr (kMode == kReference) unpack<T>(z[u], y);
 #pragma unroll
-        for (int i = 0; i < kWidth<T>; ++i) x[i] = gradient<kCap, kMode>(x[i], y[i], c, k);
+        for (int i = 0; i < kWidth<T>; ++i) x[i] = gradient<kCap, kMode>(x[i], y[i], slope, slope.c.kappa, k);
         v[u] = pack<T>(x);
     }
 }
 
-// A row's coefficients, and whether all are 0: then it is written without being read.
-struct Slope {
-    Coefficients c;
-    bool none;
-
-    Slope() = default;
-    __device__ Slope(const Coefficients& c) : c(c), none(no_gradient(c)) {}
-};
-
 // Writes the gradient of the first `count` elements of x, of which `label` (or none: -1) is the target. `Rows` is a
 // Source, perhaps of the very memory that is written, or a Staged. No barrier: what a thread overwrites only it reads.
-template <class T, bool kCap, Mode kMode, class Rows>
+template <class Team, class T, bool kCap, Mode kMode, class Rows>
 __device__ inline void write_gradient(Rows x, Rows z, T* out, int count, int label, const Slope& slope,
                                       const Prepare& k) {
     constexpr int kCount = kTile<kMode>, kSpan = 32 * kCount;
     constexpr bool kReads = kMode == kReference;
-    if (slope.none) return fill(out, count, 0.0f);
-    const Coefficients c = slope.c;
-    const int thread = threadIdx.x, lane = thread % 32, head = first_aligned(out, count);
-    const int label_vector = static_cast<int>(static_cast<unsigned>(label - head) / kWidth<T>);
-    const int owner = label < head ? label : (label_vector / kSpan & (blockDim.x / 32 - 1)) * 32 + label_vector % 32;
-    float at_label = 0;
-    if (thread == owner) {  // with its delta added before the one rounding to T
-        Coefficients with_delta = c;
-        with_delta.kappa += c.delta;
-        at_label = gradient<kCap, kMode>(x.at(label), kMode == kReference ? z.at(label) : 0.0f, with_delta, k);
+    if (slope.none) return fill<Team>(out, count, 0.0f);
+    const int warp = Team::thread() / 32, lane = Team::thread() % 32, head = first_aligned(out, count);
+    const int vectors = static_cast<int>(static_cast<unsigned>(count - head) / kWidth<T>),
+              tail = head + vectors * kWidth<T>;
+    // Single elements: those before and after the whole vectors, by the first warp's lanes; and the target, whose delta
+    // is added before the one rounding to T, by the last lane of the warp that has its vector.
+    const bool in_vector = head <= label && label < tail;
+    const int target_tile = static_cast<int>(static_cast<unsigned>(label - head) / (kWidth<T> * kSpan));
+    const bool has_target = in_vector && warp == (target_tile & (Team::threads() / 32 - 1));
+    float at_target = 0;
+    if (warp == 0 || has_target) {
+        int i = label;
+        bool mine = has_target && lane == 31;
+        if (warp == 0 && !mine && (head > 0 || tail < count)) {
+            i = lane < kWidth<T> ? lane : tail + lane - kWidth<T>;
+            mine = lane < kWidth<T> ? lane < head : lane < 2 * kWidth<T> && i < count;
+        }
+        if (mine) {
+            const float kappa = slope.c.kappa + (i == label ? slope.c.delta : 0);
+            at_target = gradient<kCap, kMode>(x.at(i), kReads ? z.at(i) : 0.0f, slope, kappa, k);
+            if (lane < 31) Words<T>::store(out + i, at_target);
+        }
+        __syncwarp();  // the target's logit has been read before its vector is written, perhaps over it
     }
-    if (thread < head) {
-        const float zi = kMode == kReference ? z.at(thread) : 0.0f;
-        Words<T>::store(out + thread, gradient<kCap, kMode>(x.at(thread), zi, c, k));
-    }
-    const int rest = count - head;
-    x = x.part(head, rest);
-    if constexpr (kReads) z = z.part(head, rest);
+    x = x.part(head, tail - head);
+    if constexpr (kReads) z = z.part(head, tail - head);
     T* body = out + head;
     const auto inner = [&](int first) {
         Pack v[kCount], y[kCount];
         x.load(v, first);
         if constexpr (kReads) z.load(y, first);
-        tile_gradient<T, kCap, kMode>(v, y, c, k);
+        tile_gradient<T, kCap, kMode>(v, y, slope, k);
         T* to = body + (first + lane) * kWidth<T>;
 #pragma unroll
         for (int u = 0; u < kCount; ++u) store_pack(to + 32 * u * kWidth<T>, v[u]);
     };
     const auto edge = [&](int first) {
-#pragma unroll 1
-        for (int u = 0; u < kCount; ++u) {
-            Pack v[1], y[1];
-            x.load_edge(v, first + 32 * u);
-            if constexpr (kReads) z.load_edge(y, first + 32 * u);
-            tile_gradient<T, kCap, kMode>(v, y, c, k);
-            store_edge(body, (first + lane + 32 * u) * kWidth<T>, rest, v[0]);
-        }
+        Pack v[kCount], y[kCount];
+        x.load_edge(v, first);
+        if constexpr (kReads) z.load_edge(y, first);
+        tile_gradient<T, kCap, kMode>(v, y, slope, k);
+        T* to = body + (first + lane) * kWidth<T>;
+#pragma unroll
+        for (int u = 0; u < kCount; ++u)
+            if (first + lane + 32 * u < vectors) store_pack(to + 32 * u * kWidth<T>, v[u]);
     };
-    for_tiles<T, kSpan, kReads>(x, z, inner, edge);
-    if (thread == owner) Words<T>::store(out + label, at_label);
+    for_tiles<Team, T, kSpan, kReads>(x, z, inner, edge);
+    if (!has_target) return;
+    __syncwarp();  // the target's vector is written before the target
+    if (lane == 31) Words<T>::store(out + label, at_target);
 }
 
 }  // namespace fastalign::cuda

@@ -36,15 +36,30 @@ __device__ inline float lifted(float pivot, const Pack (&v)[kCount], float headr
     return largest > pivot + headroom ? largest : pivot;
 }
 
-// Adds a tile to a thread's sums. `at`: the first element of v[0]; v[u] lies 32 vectors after v[u - 1]. At an edge,
-// elements from `length` on are padding of -inf, which capping and the mean must not see.
-template <class T, bool kCap, Mode kMode, bool kEdge, int kCount>
-__device__ inline void add_tile(FloatSums& a, const Pack (&v)[kCount], const Pack (&z)[kCount], int at, int length,
-                                const Prepare& k) {
-    const float headroom = kHeadroom<kMode> * k.inv_scale;
-    const float pivot = lifted<T, kCap>(a.pivot, v, headroom, k);
-    const float ref_pivot = kMode == kReference ? lifted<T, kCap>(a.ref_pivot, z, headroom, k) : a.ref_pivot;
-    if (pivot != a.pivot || ref_pivot != a.ref_pivot) rebase(a, pivot, ref_pivot, k.scale);
+// A thread's sums, and what its elements' powers are relative to.
+struct ThreadSums : FloatSums {
+    Exponent u, v;
+
+    __device__ ThreadSums(const FloatSums& sums, const Prepare& k)
+        : FloatSums(sums), u(exponent(pivot, k.scale)), v(exponent(ref_pivot, k.scale)) {}
+
+    // Carries the sums to pivots not below their own.
+    template <Mode kMode>
+    __device__ void lift(float to, float ref_to, float scale) {
+        const Exponent next = exponent(to, scale), ref_next = kMode == kReference ? exponent(ref_to, scale) : v;
+        move_sums<kMode != kPlain, kMode == kReference>(
+            static_cast<FloatSums&>(*this), to, ref_to, pivot == to ? 0 : exponent_move(u, next),
+            kMode != kReference || ref_pivot == ref_to ? 0 : exponent_move(v, ref_next));
+        u = next, v = ref_next;
+    }
+};
+
+// Adds a tile to a thread's sums, whose pivots are not far below its elements. `at`: the first element of v[0]; v[u]
+// lies 32 vectors after v[u - 1]. At an edge, elements from `length` on are padding of -inf, which capping and the mean
+// must not see.
+template <class T, bool kCap, Mode kMode, bool kEdge, bool kPolynomial, int kCount>
+__device__ inline void add_powers(ThreadSums& a, const Pack (&v)[kCount], const Pack (&z)[kCount], int at, int length,
+                                  const Prepare& k) {
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
         float x[kWidth<T>], y[kWidth<T>], s = 0, w = 0, kl = 0, t = 0, total = 0;
@@ -55,32 +70,44 @@ __device__ inline void add_tile(FloatSums& a, const Pack (&v)[kCount], const Pac
             const bool real = !kEdge || at + 32 * u * kWidth<T> + i < length;
             const float raw = capped<kCap>(x[i], k);
             if constexpr (kMode != kPlain) total += real ? raw : 0;
-            float d = (kCap && !real ? -INFINITY : raw) - pivot;
+            const float p = a.u.of(kCap && !real ? -INFINITY : raw);
             if constexpr (kMode == kPlain) {
-                s += by_polynomial<T, kMode>(i) ? exp2_polynomial(d * k.scale) : power_of_two(d * k.scale);
+                s += kPolynomial && by_polynomial<T, kMode>(i) ? exp2_polynomial(p) : power_of_two(p);
             } else {
                 // -inf would turn a probability of 0 into NaN; at -256 its power is 0 as well.
-                const float p = max_or_nan(d * k.scale, -256.0f), e = power_of_two(p);
+                const float low = max_or_nan(p, -256.0f), e = power_of_two(low);
                 s += e;
-                w = fmaf(e, p, w);
+                w = fmaf(e, low, w);
                 if constexpr (kMode == kReference) {
-                    const float ref = capped<kCap>(y[i], k);
-                    const float q = ((kCap && !real ? -INFINITY : ref) - ref_pivot) * k.scale;
+                    const float q = a.v.of(kCap && !real ? -INFINITY : capped<kCap>(y[i], k));
                     t += power_of_two(q);
-                    kl += e == 0 ? 0 : e * (p - q);
+                    kl = fmaf(e, e == 0 ? 0 : low - q, kl);
                 }
             }
         }
-        a.s += s, a.w += w, a.k += kl, a.t += t, a.total += total;
+        a.s += s;
+        if constexpr (kMode != kPlain) a.w += w, a.total += total;
+        if constexpr (kMode == kReference) a.k += kl, a.t += t;
     }
+}
+
+// The same, lifting the pivots where the tile lies far above them.
+template <class T, bool kCap, Mode kMode, bool kEdge, bool kPolynomial, int kCount>
+__device__ inline void add_tile(ThreadSums& a, const Pack (&v)[kCount], const Pack (&z)[kCount], int at, int length,
+                                const Prepare& k) {
+    const float headroom = kHeadroom<kMode> * k.inv_scale;
+    const float pivot = lifted<T, kCap>(a.pivot, v, headroom, k);
+    const float ref_pivot = kMode == kReference ? lifted<T, kCap>(a.ref_pivot, z, headroom, k) : a.ref_pivot;
+    if (pivot != a.pivot || ref_pivot != a.ref_pivot) a.lift<kMode>(pivot, ref_pivot, k.scale);
+    add_powers<T, kCap, kMode, kEdge, kPolynomial>(a, v, z, at, length, k);
 }
 
 // Calls inner(first) and edge(first) for this warp's tiles of x, in order; inner for those that x (and z, of the same
 // length) hold as whole vectors of memory.
-template <class T, int kSpan, bool kBoth, class Rows, class Inner, class Edge>
+template <class Team, class T, int kSpan, bool kBoth, class Rows, class Inner, class Edge>
 __device__ inline void for_tiles(const Rows& x, const Rows& z, const Inner& inner, const Edge& edge) {
-    const int step = blockDim.x / 32 * kSpan, vectors = vectors_of<T>(x.length);
-    int first = threadIdx.x / 32 * kSpan, end = x.end();
+    const int step = Team::threads() / 32 * kSpan, vectors = vectors_of<T>(x.length);
+    int first = Team::thread() / 32 * kSpan, end = x.end();
     bool at_edge = x.cut_at_start();
     if constexpr (kBoth) end = min(end, z.end()), at_edge = at_edge || z.cut_at_start();
     at_edge = at_edge && first == 0;
@@ -94,28 +121,40 @@ __device__ inline void for_tiles(const Rows& x, const Rows& z, const Inner& inne
     }
 }
 
-// The sums of a thread over its tiles of a row. `Rows` is a Source or a Staged.
-template <class T, bool kCap, Mode kMode, class Rows>
+// The sums of a thread over its tiles of a row. `Rows` is a Source or a Staged. `kPolynomial`: where the logits are
+// only read, and the special-function unit would be the next to run out.
+template <class Team, class T, bool kCap, Mode kMode, bool kPolynomial, class Rows>
 __device__ inline FloatSums thread_sums(const Rows& x, const Rows& z, const Prepare& k) {
     constexpr int kCount = kTile<kMode>;
     constexpr bool kReads = kMode == kReference;
     constexpr bool kPaddingShows = kCap || kMode != kPlain;  // a plain sum takes -inf for what it is
     const int lane = threadIdx.x % 32;
-    FloatSums a = no_sums();
+    ThreadSums a(no_sums(), k);
     const auto inner = [&](int first) {
         Pack v[kCount], y[kCount];
         x.load(v, first);
         if constexpr (kReads) z.load(y, first);
-        add_tile<T, kCap, kMode, false>(a, v, y, (first + lane) * kWidth<T>, x.length, k);
+        add_tile<T, kCap, kMode, false, kPolynomial>(a, v, y, (first + lane) * kWidth<T>, x.length, k);
     };
     const auto edge = [&](int first) {
         Pack v[kCount], y[kCount];
         x.load_edge(v, first);
         if constexpr (kReads) z.load_edge(y, first);
-        add_tile<T, kCap, kMode, kPaddingShows>(a, v, y, (first + lane) * kWidth<T>, x.length, k);
+        add_tile<T, kCap, kMode, kPaddingShows, kPolynomial>(a, v, y, (first + lane) * kWidth<T>, x.length, k);
     };
-    for_tiles<T, 32 * kCount, kReads>(x, z, inner, edge);
+    for_tiles<Team, T, 32 * kCount, kReads>(x, z, inner, edge);
     return a;
+}
+
+template <class T>
+__device__ inline Source<T> row_of(const void* p, const RowLayout& layout, int64_t row, int64_t vocab) {
+    return {static_cast<const T*>(p) + layout.offset(row), static_cast<int>(vocab)};
+}
+
+template <class T, Mode kMode>
+__device__ inline Source<T> reference_of(const TokenArgs& a, int64_t row) {
+    if constexpr (kMode == kReference) return row_of<T>(a.ref_logits, a.ref_layout, row, a.vocab);
+    else return {nullptr, 0};
 }
 
 // ------------------------------------------------------------------------------------------------- merging
@@ -134,10 +173,43 @@ __device__ inline float warp_add(float x) {
 // Every lane gets the sum over the warp, to the same bits.
 template <Mode kMode>
 __device__ inline FloatSums warp_sums(FloatSums a, float scale) {
-    rebase(a, warp_max(a.pivot), kMode == kReference ? warp_max(a.ref_pivot) : a.ref_pivot, scale);
+    const float pivot = warp_max(a.pivot), ref_pivot = kMode == kReference ? warp_max(a.ref_pivot) : a.ref_pivot;
+    const auto move = [&](float from, float to) {
+        return from == to ? 0 : exponent_move(exponent(from, scale), exponent(to, scale));
+    };
+    move_sums<kMode != kPlain, kMode == kReference>(a, pivot, ref_pivot, move(a.pivot, pivot),
+                                                    move(a.ref_pivot, ref_pivot));
     a.s = warp_add(a.s);
     if constexpr (kMode != kPlain) a.w = warp_add(a.w), a.total = warp_add(a.total);
     if constexpr (kMode == kReference) a.k = warp_add(a.k), a.t = warp_add(a.t);
+    return a;
+}
+
+// The sums of a row that is one tile of a warp, relative to its own maximum; for modes without a reference.
+template <class T, bool kCap, Mode kMode>
+__device__ inline FloatSums tile_sums(const Pack (&v)[kTile<kMode>], int length, const Prepare& k) {
+    FloatSums start = no_sums();
+    start.pivot = fmaxf(start.pivot, warp_max(capped<kCap>(maximum<T>(v), k)));
+    ThreadSums a(start, k);
+    const int at = static_cast<int>(threadIdx.x % 32) * kWidth<T>;
+    add_powers<T, kCap, kMode, kCap || kMode != kPlain, false>(a, v, v, at, length, k);
+    a.s = warp_add(a.s);
+    if constexpr (kMode != kPlain) a.w = warp_add(a.w), a.total = warp_add(a.total);
+    return a;
+}
+
+// Leaves what a mode has of the sums in shared memory.
+template <Mode kMode>
+__device__ inline void keep_sums(FloatSums& to, const FloatSums& a) {
+    to.pivot = a.pivot, to.s = a.s;
+    if constexpr (kMode != kPlain) to.w = a.w, to.total = a.total;
+    if constexpr (kMode == kReference) to.k = a.k, to.ref_pivot = a.ref_pivot, to.t = a.t;
+}
+
+template <Mode kMode>
+__device__ inline FloatSums kept_sums(const FloatSums& from) {
+    FloatSums a = no_sums();
+    keep_sums<kMode>(a, from);
     return a;
 }
 
@@ -147,17 +219,25 @@ __device__ inline FloatSums block_sums(FloatSums a, FloatSums* parts, float scal
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     a = warp_sums<kMode>(a, scale);
     if (warps == 1) return a;
-    if (lane == 0) parts[warp] = a;
+    if (lane == 0) keep_sums<kMode>(parts[warp], a);
     __syncthreads();  // every warp's part is written before the first warp reads them
-    if (warp == 0) a = warp_sums<kMode>(lane < warps ? parts[lane] : no_sums(), scale);
+    if (warp == 0) a = warp_sums<kMode>(lane < warps ? kept_sums<kMode>(parts[lane]) : no_sums(), scale);
     return a;
 }
 
 // The statistics of a live row from the sums over all of it. `logit` is the target's, as it lies in memory.
 template <bool kCap, Mode kMode, class Args>
 __device__ inline Stats row_stats(const Args& a, const FloatSums& s, float logit, const Prepare& k) {
-    const Sums sums{s.pivot, s.s, s.w, s.k, s.ref_pivot, s.t, s.total};
+    const ExactPivot exact = k.exact();
+    const Sums sums{exact(s.pivot), s.s, s.w, s.k, exact(s.ref_pivot), s.t, s.total};
     return wanted(finish(sums, capped<kCap>(logit, k), a.inv_temperature, static_cast<double>(a.vocab)), kMode);
+}
+
+// The same, with the target's logit from memory.
+template <class T, bool kCap, Mode kMode, class Args>
+__device__ inline Stats stats_of(const Args& a, int64_t row, int64_t label, const FloatSums& s, const Prepare& k) {
+    const float logit = row_of<T>(a.logits, a.layout, row, a.vocab).at(static_cast<int>(label));
+    return row_stats<kCap, kMode>(a, s, logit, k);
 }
 
 // What a label asks for. One that is neither a row's element nor ignored cannot be reported from here without stopping

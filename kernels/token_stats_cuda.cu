@@ -1,28 +1,20 @@
 // Token statistics in CUDA: forward, backward, and both in one launch with an objective between them.
 //
 // One template per kernel, for every element type, with or without soft-capping, in three modes (see token_args.h).
-// Forward and backward give a row to a block and read it once. The one-launch objective keeps the row in shared memory
-// between its forward and its backward, spread over a cluster of blocks that exchange their sums through distributed
-// shared memory; where a row does not fit, a forward and a backward do its work in two reads.
+// Forward and backward give a row to a block and read it once; short rows go to warps, see token_short_cuda.cuh. The
+// one-launch objective keeps the row in shared memory between its forward and its backward, spread over a cluster of
+// blocks that exchange their sums through distributed shared memory; where a row does not fit, a forward and a backward
+// do its work in two reads.
+#include <type_traits>
+
 #include "launch_cuda.h"
-#include "token_gradient_cuda.cuh"
+#include "token_short_cuda.cuh"
 
 namespace fastalign::cuda {
 
-template <class T>
-__device__ inline Source<T> row_of(const void* p, const RowLayout& layout, int64_t row, int64_t vocab) {
-    return {static_cast<const T*>(p) + layout.offset(row), static_cast<int>(vocab)};
-}
-
-template <class T, Mode kMode>
-__device__ inline Source<T> reference_of(const TokenArgs& a, int64_t row) {
-    if constexpr (kMode == kReference) return row_of<T>(a.ref_logits, a.ref_layout, row, a.vocab);
-    else return {nullptr, 0};
-}
-
 // ------------------------------------------------------------------------------------------------- forward
 template <class T, bool kCap, Mode kMode>
-__global__ void __launch_bounds__(kMaxThreads, 4)
+__global__ void __launch_bounds__(kMaxThreads, kMode == kReference ? 3 : 4)
     forward_kernel(const __grid_constant__ ForwardArgs a, const __grid_constant__ Prepare k) {
     __shared__ FloatSums parts[kMaxThreads / 32];
     for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
@@ -34,33 +26,16 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
         }
         const Source<T> x = row_of<T>(a.logits, a.layout, row, a.vocab), z = reference_of<T, kMode>(a, row);
         const float logit = threadIdx.x == 0 ? x.at(static_cast<int>(label)) : 0.0f;
-        const FloatSums sums = block_sums<kMode>(thread_sums<T, kCap, kMode>(x, z, k), parts, k.scale);
-        if (threadIdx.x == 0) write_row(a.out, a.saved, row, row_stats<kCap, kMode>(a, sums, logit, k));
+        const FloatSums sums = block_sums<kMode>(thread_sums<BlockTeam, T, kCap, kMode, true>(x, z, k), parts, k.scale);
+        if (threadIdx.x == 0) write_row(a.out, a.saved, row, row_stats<kCap, kMode>(a, sums, logit, k), kMode);
         __syncthreads();  // the first warp has read `parts` before the next row's are written
     }
 }
 
 // ------------------------------------------------------------------------------------------------- backward
-// What the gradient of a row is taken from: the gradients of its statistics, or an objective on them, which is then all
-// there but for what `BackwardArgs` names as well.
-struct Slopes : BackwardArgs {
-    bool under_objective;
-    ObjectiveArgs objective;
-
-    __device__ Slope of(int64_t row) const {
-        if (!under_objective) return row_coefficients(*this, row);
-        const PerRow<float>& o = objective.out;
-        const float* m = saved + 4 * row;
-        const Stats stats{
-            o.logps[row], o.lse[row], at_row(o.entropy, row), at_row(o.kl, row), at_row(o.mean, row), m[0], m[1],
-            m[2],         m[3]};
-        return row_coefficients(objective, row, stats);
-    }
-};
-
 // A row is shared by `splits` blocks, each of which writes `span` elements.
 template <class T, bool kCap, Mode kMode>
-__global__ void __launch_bounds__(kMaxThreads, kCap&& kMode != kPlain ? 2 : 3)
+__global__ void __launch_bounds__(kMaxThreads, kMode != kPlain ? 2 : 3)
     backward_kernel(const __grid_constant__ Slopes a, const __grid_constant__ Prepare k, int splits, int span) {
     __shared__ Slope shared;
     const int64_t items = a.rows * splits;
@@ -71,16 +46,16 @@ __global__ void __launch_bounds__(kMaxThreads, kCap&& kMode != kPlain ? 2 : 3)
         T* out = static_cast<T*>(a.out_gradient) + a.out_layout.offset(row) + begin;
         const Row kind = row_kind(a, label);
         if (kind != Row::kLive) {
-            fill(out, count, kind == Row::kBad ? NAN : 0.0f);
+            fill<BlockTeam>(out, count, kind == Row::kBad ? NAN : 0.0f);
             continue;
         }
-        if (threadIdx.x == 0) shared = a.of(row);
+        if (threadIdx.x == 0) shared = a.of<kMode>(row, k);
         __syncthreads();  // `shared` is written before the block reads it
         const Source<T> x = row_of<T>(a.logits, a.layout, row, a.vocab).part(begin, count);
         Source<T> z = reference_of<T, kMode>(a, row);
         if constexpr (kMode == kReference) z = z.part(begin, count);
         const int at = static_cast<int>(label) - begin;
-        write_gradient<T, kCap, kMode>(x, z, out, count, 0 <= at && at < count ? at : -1, shared, k);
+        write_gradient<BlockTeam, T, kCap, kMode>(x, z, out, count, 0 <= at && at < count ? at : -1, shared, k);
         __syncthreads();  // the block has read `shared` before the next row's is written
     }
 }
@@ -107,19 +82,25 @@ struct Cluster {
 #endif
     }
 
-    // What lies at the address of `own` in block `of`.
+    // The sums at the address of `own` in block `of`.
+    template <Mode kMode>
     __device__ FloatSums read(const FloatSums& own, int of) const {
-        FloatSums result = own;
+        FloatSums a = no_sums();
+        a.pivot = word(own.pivot, of), a.s = word(own.s, of);
+        if constexpr (kMode != kPlain) a.w = word(own.w, of), a.total = word(own.total, of);
+        if constexpr (kMode == kReference)
+            a.k = word(own.k, of), a.ref_pivot = word(own.ref_pivot, of), a.t = word(own.t, of);
+        return a;
+    }
+
+    static __device__ float word(const float& own, int of) {
+        float result = own;
 #if __CUDA_ARCH__ >= 900
-        if (size == 1) return result;
         unsigned remote;
         asm("mapa.shared::cluster.u32 %0, %1, %2;"
             : "=r"(remote)
             : "r"(static_cast<unsigned>(__cvta_generic_to_shared(&own))), "r"(of));
-        float* word = reinterpret_cast<float*>(&result);
-#pragma unroll
-        for (unsigned i = 0; i < sizeof(FloatSums) / sizeof(float); ++i)
-            asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(word[i]) : "r"(remote + 4 * i) : "memory");
+        asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(result) : "r"(remote) : "memory");
 #endif
         return result;
     }
@@ -128,7 +109,7 @@ struct Cluster {
 // A row in one read, by the blocks of a cluster: each stages `span` elements in shared memory, adds them up, learns the
 // others' sums, and writes the gradient of its own.
 template <class T, bool kCap, Mode kMode>
-__global__ void __launch_bounds__(kMaxThreads, 3)
+__global__ void __launch_bounds__(kMaxThreads, kCap&& kMode == kMoments ? 2 : 3)
     objective_kernel(const __grid_constant__ ObjectiveArgs a, const __grid_constant__ Prepare k, int log_blocks,
                      int span) {
     extern __shared__ __align__(16) char staged[];
@@ -136,44 +117,46 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
     __shared__ Slope shared;
     const Cluster cluster(log_blocks);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int begin = cluster.rank * span, rest = static_cast<int>(a.vocab) - begin;
-    const int count = rest < 0 ? 0 : rest < span ? rest : span;
+    int begin = cluster.rank * span;
+    const int rest = static_cast<int>(a.vocab) - begin;
+    int count = rest < 0 ? 0 : rest < span ? rest : span;
+    asm("" : "+r"(count), "+r"(begin));  // or the compiler finds them anew at each use
     for (int64_t row = cluster.index; row < a.rows; row += cluster.count) {
         const int64_t label = a.label(row);
         const Row kind = row_kind(a, label);
         T* out = static_cast<T*>(a.out_gradient) + a.out_layout.offset(row) + begin;
         if (kind != Row::kLive) {
             if (threadIdx.x == 0 && cluster.rank == 0) write_row(a.out, nullptr, row, empty_stats(kind));
-            fill(out, count, kind == Row::kBad ? NAN : 0.0f);
+            fill<BlockTeam>(out, count, kind == Row::kBad ? NAN : 0.0f);
             continue;
         }
         const Source<T> source = row_of<T>(a.logits, a.layout, row, a.vocab), ref = reference_of<T, kMode>(a, row);
-        const Staged<T> x = Staged<T>::copy(staged, source.base + begin, count);
+        const Staged<T> x = Staged<T>::template copy<BlockTeam>(staged, source.base + begin, count);
         Staged<T> z = x;
         if constexpr (kMode == kReference)
-            z = Staged<T>::copy(staged + staged_bytes(span, sizeof(T)), ref.base + begin, count);
+            z = Staged<T>::template copy<BlockTeam>(staged + staged_bytes(span, sizeof(T)), ref.base + begin, count);
         const float logit = threadIdx.x == 0 ? source.at(static_cast<int>(label)) : 0.0f;
         wait_for_copies();
         __syncthreads();  // every thread's copies and paddings are in shared memory before any thread reads them
-        FloatSums sums = block_sums<kMode>(thread_sums<T, kCap, kMode>(x, z, k), parts, k.scale);
-        if (threadIdx.x == 0) own = sums;
+        FloatSums sums = block_sums<kMode>(thread_sums<BlockTeam, T, kCap, kMode, false>(x, z, k), parts, k.scale);
+        if (threadIdx.x == 0) keep_sums<kMode>(own, sums);
         // Every block's `own` is written before a block reads it; and, for a gradient that goes over the logits, the
         // target's logit has been read by all before any block writes.
         cluster.arrive();
         cluster.wait();
         if (warp == 0) {
             if (cluster.size > 1)
-                sums = warp_sums<kMode>(lane < cluster.size ? cluster.read(own, lane) : no_sums(), k.scale);
+                sums = warp_sums<kMode>(lane < cluster.size ? cluster.read<kMode>(own, lane) : no_sums(), k.scale);
             if (lane == 0) {
                 const Stats o = row_stats<kCap, kMode>(a, sums, logit, k);
-                if (cluster.rank == 0) write_row(a.out, nullptr, row, o);
-                shared = row_coefficients(a, row, o);
+                if (cluster.rank == 0) write_row(a.out, nullptr, row, o, kMode);
+                shared = slope_of<kMode>(row_coefficients(a, row, o, kMode, k.exact()), k);
             }
         }
         cluster.arrive();
         __syncthreads();  // `shared` is written before the block reads it
         const int at = static_cast<int>(label) - begin;
-        write_gradient<T, kCap, kMode>(x, z, out, count, 0 <= at && at < count ? at : -1, shared, k);
+        write_gradient<BlockTeam, T, kCap, kMode>(x, z, out, count, 0 <= at && at < count ? at : -1, shared, k);
         // No block leaves, or writes the next row's `own`, while another may still read this one's.
         cluster.wait();
         __syncthreads();  // the block has read `staged`, `parts` and `shared` before the next row's are written
@@ -206,8 +189,9 @@ __global__ void __launch_bounds__(kMaxThreads) scale_kernel(T* data, int64_t cou
 namespace {
 
 Prepare prepare(const TokenArgs& a) {
-    return {a.softcap != 0 ? static_cast<float>(1 / a.softcap) : 0.0f, static_cast<float>(a.softcap),
-            static_cast<float>(kLog2e / a.temperature), static_cast<float>(a.temperature / kLog2e)};
+    const float scale = static_cast<float>(kLog2e / a.temperature);
+    return {a.softcap != 0 ? static_cast<float>(1 / a.softcap) : 0.0f, static_cast<float>(a.softcap), scale,
+            static_cast<float>(a.temperature / kLog2e), 1.0 / scale};
 }
 
 template <class Element, bool kCapped, Mode kWanted>
@@ -246,6 +230,30 @@ int element_size(const TokenArgs& a) { return a.dtype == DType::kFloat32 ? 4 : 2
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The variants that have kernels for short rows.
+template <class V>
+constexpr bool kHasShort = V::kMode == kPlain && !V::kCap;
+static_assert(kOneTile == 32 * kBytes * kTile<kPlain>);
+
+// Blocks of as many rows as leave a block for each multiprocessor. A row's numbers do not depend on it.
+Shape short_shape(int64_t rows, int64_t shared_per_row) {
+    constexpr int64_t kEnough = 128;
+    int64_t held = 1;
+    while (held < kMaxThreads / 32 && rows >= 2 * held * kEnough) held *= 2;
+    return {ceil_div(rows, held), static_cast<int>(32 * held), held * shared_per_row};
+}
+
+// Calls run(whether a row is one tile of a warp) if rows are short; returns whether they are.
+template <class V, class Run>
+bool if_short(const TokenArgs& a, const Run& run) {
+    const int64_t bytes = a.vocab * element_size(a);
+    if constexpr (kHasShort<V>) {
+        if (bytes <= kOneTile) return run(std::true_type{}), true;
+        if (bytes <= kShort) return run(std::false_type{}), true;
+    }
+    return false;
+}
+
 int attribute(cudaDeviceAttr which, const char* name, const Place& place) {
     int value = 0;
     check(cudaDeviceGetAttribute(&value, which, place.device), name, place);
@@ -283,6 +291,11 @@ void forward(const ForwardArgs& a, const Place& place) {
                                                : kPlain,
                  [&](auto v) {
                      using V = decltype(v);
+                     if (if_short<V>(a, [&](auto one) {
+                             launch(kName, short_forward_kernel<typename V::T, V::kCap, V::kMode, one.value>,
+                                    short_shape(a.rows, 0), place, a, prepare(a));
+                         }))
+                         return;
                      const Shape shape{a.rows, threads_for(a.vocab, element_size(a), kTile<V::kMode>)};
                      launch(kName, forward_kernel<typename V::T, V::kCap, V::kMode>, shape, place, a, prepare(a));
                  });
@@ -298,6 +311,11 @@ void launch_backward(const char* name, const Slopes& a, Mode mode, const Place& 
     splits = ceil_div(a.vocab, span);
     with_variant(a, mode, [&](auto v) {
         using V = decltype(v);
+        if (if_short<V>(a, [&](auto one) {
+                launch(name, short_backward_kernel<typename V::T, V::kCap, V::kMode, one.value>, short_shape(a.rows, 0),
+                       place, a, prepare(a));
+            }))
+            return;
         const Shape shape{a.rows * splits, threads_for(span, element_size(a), kTile<V::kMode>)};
         launch(name, backward_kernel<typename V::T, V::kCap, V::kMode>, shape, place, a, prepare(a),
                static_cast<int>(splits), static_cast<int>(span));
@@ -337,6 +355,12 @@ void objective(const ObjectiveArgs& a, const Place& place) {
     }
     with_variant(a, mode, [&](auto v) {
         using V = decltype(v);
+        if (if_short<V>(a, [&](auto one) {
+                const int64_t bytes = one.value ? 0 : staged_bytes(a.vocab, element_size(a));
+                launch(kName, short_objective_kernel<typename V::T, V::kCap, V::kMode, one.value>,
+                       short_shape(a.rows, bytes), place, a, prepare(a), static_cast<int>(bytes));
+            }))
+            return;
         const Shape shape{a.rows * s.blocks, threads_for(s.span, element_size(a), kTile<V::kMode>), s.shared, s.blocks};
         launch(kName, objective_kernel<typename V::T, V::kCap, V::kMode>, shape, place, a, prepare(a), s.log_blocks,
                s.span);

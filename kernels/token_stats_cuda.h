@@ -12,6 +12,10 @@ struct Place {
 
 constexpr int64_t kMaxVocab = int64_t{1} << 30;  // positions within a row are 32-bit
 
+// Rows up to kShort bytes get a warp each, in the variants that have kernels for it; up to kOneTile bytes, what a warp
+// loads at once, they stay in its registers.
+constexpr int64_t kShort = 8192, kOneTile = 2048;
+
 void forward(const ForwardArgs& args, const Place& place);
 void backward(const BackwardArgs& args, const Place& place);
 void objective(const ObjectiveArgs& args, const Place& place);

@@ -11,6 +11,17 @@ namespace fastalign::cuda {
 constexpr int kBytes = 16;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+// Who shares a row: the threads of a block; or, where rows are short, those of a warp, whose neighbours in the block
+// have rows of their own.
+struct BlockTeam {
+    static __device__ int thread() { return threadIdx.x; }
+    static __device__ int threads() { return blockDim.x; }
+};
+struct WarpTeam {
+    static __device__ int thread() { return threadIdx.x % 32; }
+    static __device__ int threads() { return 32; }
+};
+
 struct Pack {
     uint32_t w[4];
 };
@@ -128,10 +139,24 @@ __device__ inline float maximum(const Pack (&v)[kCount]) {
     return fmaxf(x[0], x[1]);
 }
 
+// The vector whose elements' bits kWidth lanes hold, from `lane` on; every lane gets it.
+template <class T>
+__device__ inline Pack vector_of_lanes(uint32_t bits, int lane) {
+    constexpr int kPerWord = Words<T>::kPerWord;
+    if constexpr (kPerWord == 2) bits |= __shfl_down_sync(kAllLanes, bits, 1) << 16;
+    Pack v;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v.w[i] = __shfl_sync(kAllLanes, bits, lane + i * kPerWord);
+    return v;
+}
+
 // ------------------------------------------------------------------------------------------------- logits
 // What a call does to every logit before anything else; scale = log2(e) / T.
 struct Prepare {
     float inv_cap, cap, scale, inv_scale;
+    double exact_inv_scale;  // of the scale as it is rounded
+
+    __device__ ExactPivot exact() const { return {scale, exact_inv_scale}; }
 };
 
 template <bool kCap>

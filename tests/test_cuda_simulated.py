@@ -220,8 +220,35 @@ def test_a_row_does_not_depend_on_where_it_lies(cuda_simulator, vocab):
     assert torch.equal(objective[1], alone[1].expand(9, -1))
 
 
+@pytest.mark.parametrize("vocab", [40, 1000, 1001, 3003])
+def test_a_short_row_does_not_depend_on_its_block(cuda_simulator, vocab):
+    """Bit for bit, with one, two or eight rows to a block, among others that are hidden or refused."""
+    rows = 2100
+    row = (torch.randn(1, vocab, generator=torch.Generator().manual_seed(1)) * 4).bfloat16()
+    labels = torch.full((rows,), 3)
+    labels[5::7], labels[6::11] = -100, vocab
+    live = labels == 3
+    results = []
+    for count in (1, 600, rows):
+        x, here, chosen = row.repeat(count, 1), labels[:count], live[:count]
+        x[~chosen] = math.nan
+        leaf = x.clone().requires_grad_()
+        with cuda_simulator() as launches, cuda_simulator.raising():
+            stats = fa.token_stats(leaf, here)
+            (gradient,) = torch.autograd.grad(stats.logps.sum(), leaf)
+            found, direct = token_objective(x, here, torch.ones(count), Objective("sft"))
+        assert {launch.block for launch in launches} == {32 * {1: 1, 600: 4, rows: 8}[count]}
+        results.append([t.detach()[chosen] for t in (stats.logps, stats.lse, gradient, found.logps, direct)])
+        for t in (gradient, direct):
+            assert not t[here == -100].any()
+            assert torch.isnan(t[here == vocab]).all()
+    for some in results[1:]:
+        for one, many in zip(results[0], some, strict=True):
+            assert torch.equal(one.expand_as(many), many)
+
+
 def test_in_place_is_the_same(cuda_simulator):
-    for vocab in (1003, 20011):
+    for vocab in (1000, 1003, 4003, 20011):
         x, _, labels, weights = problem(4, vocab, torch.bfloat16)
         with cuda_simulator(), cuda_simulator.raising():
             gradients = []
@@ -250,8 +277,8 @@ def test_layouts(cuda_simulator):
 
 def test_more_rows_than_blocks(cuda_simulator):
     """Blocks and clusters that take one row after another, as for more rows than a grid has room for."""
-    for vocab in (300, 70000):
-        x, _, labels, weights = problem(7, vocab, torch.bfloat16)
+    for rows, vocab in ((7, 300), (300, 301), (300, 1300), (7, 70000)):
+        x, _, labels, weights = problem(rows, vocab, torch.bfloat16)
         with cuda_simulator(check_races=True, check_uninit=True, most_blocks=4) as launches, cuda_simulator.raising():
             few = [*two_steps(x, None, labels, weights), *one_step(x, None, labels, weights)]
         with cuda_simulator():

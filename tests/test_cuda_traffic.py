@@ -14,10 +14,11 @@ KERNELS = ("forward", "backward", "objective")
 
 def launch(simulator, vocab, dtype, misaligned=0):
     """Forward, backward and one-launch objective of the same logits; kernel → launches."""
-    x = torch.empty(ROWS * vocab + misaligned).normal_(0, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
-    x = x[misaligned:].view(ROWS, vocab)
-    out, row = torch.empty_like(x), torch.ones(ROWS)
-    labels = torch.randint(0, vocab, (ROWS,), generator=torch.Generator().manual_seed(1))
+    rows = ROWS if vocab > 4096 else 8 * ROWS * 2  # eight short rows to a block
+    x = torch.empty(rows * vocab + misaligned).normal_(0, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = x[misaligned:].view(rows, vocab)
+    out, row = torch.empty_like(x), torch.ones(rows)
+    labels = torch.randint(0, vocab, (rows,), generator=torch.Generator().manual_seed(1))
     options = (-100, 1.0, 0.0)
     with simulator() as launches, simulator.raising():
         saved = cuda.forward(x, labels, None, *options, False, False)[5]
@@ -41,11 +42,15 @@ def margin(one):
 @pytest.mark.parametrize(
     ("vocab", "dtype", "misaligned"),
     [
+        (1000, torch.bfloat16, 0),
+        (4096, torch.bfloat16, 0),
         (32000, torch.bfloat16, 0),
+        (50257, torch.bfloat16, 0),
         (50257, torch.bfloat16, 1),
         (128256, torch.bfloat16, 0),
         (128256, torch.float16, 3),
         (151936, torch.float32, 0),
+        (151937, torch.bfloat16, 0),
         (256000, torch.bfloat16, 0),
     ],
 )
