@@ -162,7 +162,8 @@ class Build(build_ext):
         codes = [f"arch={compute},code={arch}" for arch, compute in CUDA_TARGETS.items()]
         codes.append(f"arch={CUDA_PTX},code={CUDA_PTX}")
         flags = ["-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden,-g0"]
-        flags += [part for code in codes for part in ("-gencode", code)] + ["--threads", str(os.cpu_count())]
+        flags += [part for code in codes for part in ("-gencode", code)]
+        flags += ["--threads", str(os.cpu_count())]  # architectures side by side
         objects, log = [], ""
         for source in CUDA_SOURCES:
             objects.append(str(folder / f"{Path(source).stem}.o"))

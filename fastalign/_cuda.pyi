@@ -38,3 +38,5 @@ class _Gae(Protocol):
 
 gae_float32: _Gae
 gae_float64: _Gae
+one_tile_bytes: int
+short_bytes: int

@@ -24,7 +24,7 @@ def bench(tmp_path):
     """A bench/ of its own, so that nothing is written to the real one; runs studies.py there."""
     folder = tmp_path / "bench"
     (folder / "results").mkdir(parents=True)
-    for name in ("studies.py", "report.py"):
+    for name in ("studies.py", "report.py", "_results.py"):
         shutil.copyfile(ROOT / "bench" / name, folder / name)
 
     def run(*arguments):
