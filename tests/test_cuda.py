@@ -29,7 +29,7 @@ MODES = ("plain", "moments", "reference")
 def usage():
     """Architecture → kernel → what the assembler said when the package was built."""
     if cuda._cuda is None:
-        pytest.skip("the package was built without nvcc")
+        pytest.skip("needs a package built with nvcc")
     return json.loads(cuda._cuda.usage)
 
 
@@ -58,7 +58,7 @@ def test_no_kernel_spills_or_outgrows_its_registers(usage, arch):
 
 def test_the_module_imports_without_driver_and_device():
     if cuda._cuda is None:
-        pytest.skip("the package was built without nvcc")
+        pytest.skip("needs a package built with nvcc")
     code = "import fastalign._cuda as c; print(c.architectures)"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -74,9 +74,9 @@ def test_the_module_imports_without_driver_and_device():
 def test_a_call_without_a_driver_says_so():
     """The static runtime looks for a driver when it is first used; without one the call fails and touches nothing."""
     if cuda._cuda is None:
-        pytest.skip("the package was built without nvcc")
+        pytest.skip("needs a package built with nvcc")
     if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
+        pytest.skip("needs a machine without a CUDA device")
     with pytest.raises(RuntimeError, match=r"fastalign scale on cuda:0: cudaError\w+"):
         cuda._cuda.scale(0, 0, 8, 0, 0, 0)
     cuda._cuda.scale(0, 0, 0, 0, 0, 0)  # nothing to do: no device is asked for

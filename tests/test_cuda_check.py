@@ -48,7 +48,7 @@ def test_the_sanitizer_is_run_with_each_tool(gpu_check, monkeypatch, tmp_path):
 
 def test_it_says_what_is_missing():
     if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
+        pytest.skip("needs a machine without a CUDA device")
     done = subprocess.run(
         [sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False, cwd=tempfile.gettempdir()
     )

@@ -158,7 +158,7 @@ class TestReviews:
         try:
             rows = reviews.load_reviews()
         except fetch.FetchError as error:
-            pytest.skip(f"the corpus is not here and cannot be fetched: {error}")
+            pytest.skip(f"needs the network or the cached corpus: {error}")
         assert len(rows) == 10_603
         assert all(-4 <= r.rating <= 4 and len(r.ratings) >= 10 for r in rows[:500])
         train, held_out = reviews.split_reviews(rows, 2_605, seed=0)

@@ -71,7 +71,7 @@ def test_stored_kwise():
 @pytest.mark.parametrize("center", [None, 0.01], ids=["free", "centred"])
 def test_equals_trl(margin, center):
     """TRL's own `RewardTrainer.compute_loss`, run on a model that returns the scores it is given."""
-    trl = pytest.importorskip("trl")
+    trl = pytest.importorskip("trl", reason="needs trl (the extra `dev`)")
     scores = rand(10, scale=2).requires_grad_()
     accelerator = SimpleNamespace(gather=lambda t: t, gather_for_metrics=lambda t: t)
     trainer = SimpleNamespace(
