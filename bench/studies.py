@@ -52,7 +52,8 @@ def origin(results: dict[str, Any], path: Path) -> str:
     m = results["machine"]
     others = [path.with_suffix(end) for end in (".png", ".html", ".csv") if path.with_suffix(end).exists()]
     links = ", ".join(f"[{p.suffix[1:]}](bench/results/{p.name})" for p in (*others, path))
-    seeds = f"seeds 0 to {results['seeds'] - 1}; " if results.get("seeds", 1) > 1 else "seed 0; "
+    first, count = results["first_seed"], results["seeds"]
+    seeds = f"seeds {first} to {first + count - 1}; " if count > 1 else f"seed {first}; "
     return f"({links}; `{results['command']}`; {seeds}{m['date'][:10]}; {m['cpu']}, {m['cores']} cores)"
 
 

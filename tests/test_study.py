@@ -132,6 +132,7 @@ class TestConfig:
             ("quick", "full"): "one of --quick and --full",
             ("max_seconds",): "max_seconds must be at least 0",
             ("seeds",): "seeds must be above 0",
+            ("first_seed",): "first_seed must be at least 0",
         }.items():
             with pytest.raises(ValueError, match=message):
                 StudyConfig(**{name: True if len(options) == 2 else -1 for name in options})
@@ -141,9 +142,10 @@ class TestConfig:
     def test_the_command_that_is_written_down_makes_the_same_settings(self):
         from fastalign.trainers.arguments import parse
 
-        config = frontier.FrontierConfig(seeds=4, methods=["dpo", "grpo"], prompts=9, processes=1, output_dir="x")
+        chosen = ["dpo", "grpo"]
+        config = frontier.FrontierConfig(seeds=4, first_seed=2, methods=chosen, prompts=9, processes=1, output_dir="x")
         again = parse(frontier.FrontierConfig, written(config).split(), command="study frontier")
-        assert (again.settings(), again.seeds, again.methods) == (config.settings(), 4, ["dpo", "grpo"])
+        assert (again.settings(), list(again.all_seeds), again.methods) == (config.settings(), [2, 3, 4, 5], chosen)
 
     def test_command_line(self, capsys):
         assert cli.main(["study"]) == 0
@@ -182,7 +184,7 @@ def test_frontier_end_to_end(made_up_corpus, monkeypatch):
     for name, method in METHODS.items():
         monkeypatch.setitem(METHODS, name, method._replace(quick=method.quick[:1]))
     out = made_up_corpus / "study"
-    options = {"output_dir": str(out), "seeds": 1, "processes": 1, **SMALL}
+    options = {"output_dir": str(out), "seeds": 1, "first_seed": 4, "processes": 1, **SMALL}
     assert frontier.run_frontier(frontier.FrontierConfig(**options, max_seconds=1e-6)) is None
     assert not (out / "frontier.json").exists()
     assert frontier.run_frontier(frontier.FrontierConfig(**options, methods=["dpo"])) is not None

@@ -10,7 +10,7 @@ from ..trainers.arguments import key
 from ..trainers.config import check_positive
 from ..trainers.demo_config import DemoConfig
 
-_ANY = ("seeds", "processes", "max_seconds", "output_dir", "overwrite", "quick", "full", "methods")
+_ANY = ("seeds", "first_seed", "processes", "max_seconds", "output_dir", "overwrite", "quick", "full", "methods")
 """Keys that say which cells are run and how, not what a cell is: they may change from one call to the next."""
 
 
@@ -23,6 +23,7 @@ class StudyConfig:
     quick: bool = key(False, "Sizes for minutes on two cores, with a small model from scratch")
     full: bool = key(False, "Sizes for a GPU and hours, with a real 135M-parameter model and the papers' sweeps")
     seeds: int = key(3, "Repetitions, each with its own split, model, samples and draws")
+    first_seed: int = key(0, "The first of them; the others follow it")
     processes: int = key(2, "Cells trained side by side")
     max_seconds: float = key(0, "Start no further cell after so many seconds (the same command goes on); 0: never stop")
     model: str = key("", "scratch, smollm2, or the folder of a causal language model", group="Model and data")
@@ -65,8 +66,15 @@ class StudyConfig:
                 check_positive(f.name, value)
         if self.samples_per_prompt < 2:
             raise ValueError(f"samples_per_prompt must be at least 2, to make pairs; got {self.samples_per_prompt}")
+        if self.first_seed < 0:
+            raise ValueError(f"first_seed must be at least 0; got {self.first_seed}")
         if self.max_seconds < 0:
             raise ValueError(f"max_seconds must be at least 0; got {self.max_seconds}")
+
+    @property
+    def all_seeds(self) -> range:
+        """The repetitions' seeds."""
+        return range(self.first_seed, self.first_seed + self.seeds)
 
     def settings(self) -> dict[str, Any]:
         """What a cell's result depends on."""
@@ -81,7 +89,7 @@ class StudyConfig:
         return DemoConfig(seed=seed, eval_samples=self.eval_samples, **{name: getattr(self, name) for name in names})
 
 
-_OPEN = ("max_seconds", "min_gap", "missing_eos_penalty", "length_alpha")
+_OPEN = ("first_seed", "max_seconds", "min_gap", "missing_eos_penalty", "length_alpha")
 _QUICK: dict[str, Any] = {
     "model": "scratch",
     "vocab_size": 4000,

@@ -71,7 +71,7 @@ class FrontierConfig(StudyConfig):
 def cells(config: FrontierConfig) -> list[str]:
     """Names of all cells; seed by seed, so that a run that is cut off has whole seeds."""
     names = []
-    for seed in range(config.seeds):
+    for seed in config.all_seeds:
         names.append(f"frontier/{BEST_OF}-{seed}")
         names += [f"frontier/{m}-{value:g}-{seed}" for m in config.chosen for value in config.sweep(m)]
     return names

@@ -69,7 +69,7 @@ class HackingConfig(FrontierConfig):
 def cells(config: HackingConfig) -> list[str]:
     """The frontier's cells along `PATHS`, and one for each alpha and seed."""
     own = f"hacking/length-{config.length_bonus:g}-{config.beta:g}"
-    mine = [f"{own}-{alpha:g}-{seed}" for seed in range(config.seeds) for alpha in config.alphas]
+    mine = [f"{own}-{alpha:g}-{seed}" for seed in config.all_seeds for alpha in config.alphas]
     return frontier.cells(config) + mine
 
 

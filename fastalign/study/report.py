@@ -51,10 +51,14 @@ def origin(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in m["versions"].items() if number)
     commit = (m["commit"] or "unknown")[:12] + (" with uncommitted changes" if m["dirty"] else "")
     where = f"{m['cpu']}, {m['cores']} cores" + (f", {m['accelerator']}" if m["accelerator"] else "")
+    first, last = results["first_seed"], results["first_seed"] + results["seeds"] - 1
+    seeds = f"seeds {first} to {last}" if last > first else f"seed {first}"
+    call = results["call"]
     return (
-        f"<p>Command: <code>{escape(results['command'])}</code>; {results['seeds']} seeds; {escape(m['date'])}; "
+        f"<p>Command: <code>{escape(results['command'])}</code>; {seeds}; {escape(m['date'])}; "
         f"commit {escape(commit)}; {escape(where)}; {escape(versions)}; all cells together took "
-        f"{results['seconds']:.0f} s, {results['cpu_seconds']:.0f} s of them the processor's.</p>"
+        f"{results['seconds']:.0f} s, {results['cpu_seconds']:.0f} s of them the processor's; the command's last call ran "
+        f"{call['cells']} of {len(results['grounds']) + len(results['cells'])} in {call['seconds']:.0f} s.</p>"
     )
 
 

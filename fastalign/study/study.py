@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ..trainers.checkpoints import write_json
 from ..trainers.demo import claim
-from .cells import Runner, Work, read
+from .cells import Runner, Work, done, read
 from .config import StudyConfig
 from .ground import Ground
 from .machine import machine
@@ -48,9 +48,11 @@ def run_study(
     config.output_dir = os.path.expanduser(config.output_dir)
     root, settings = Path(config.output_dir), config.settings()
     claim(root, "study.json", settings, "study", overwrite=config.overwrite, own=OWN)
-    deadline = time.monotonic() + config.max_seconds if config.max_seconds else None
+    start = time.monotonic()
+    deadline = start + config.max_seconds if config.max_seconds else None
     runner = Runner(root, config, config.processes, deadline, console)
-    grounds = [f"grounds/seed-{seed}" for seed in range(config.seeds)]
+    grounds = [f"grounds/seed-{seed}" for seed in config.all_seeds]
+    todo = [name for name in [*grounds, *cells] if not done(root, name)]
     for title, names, run in (("grounds", grounds, prepare_ground), ("cells", list(cells), work)):
         console.print(f"[bold]{title}[/]: {len(names)}", highlight=False)
         left = runner.run(names, run)
@@ -64,6 +66,8 @@ def run_study(
         "machine": machine(PACKAGES),
         "settings": settings,
         "seeds": config.seeds,
+        "first_seed": config.first_seed,
+        "call": {"seconds": time.monotonic() - start, "cells": len(todo)},
         "grounds": {name: read(root, name) for name in grounds},
         "cells": found,
         **{kind: sum(read(root, name)[kind] for name in [*grounds, *found]) for kind in ("seconds", "cpu_seconds")},

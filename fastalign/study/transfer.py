@@ -88,7 +88,7 @@ class Elsewhere(Watch):
 def cells(config: TransferConfig) -> list[str]:
     """One for each policy, at the middle of its sweep, and seed."""
     names = []
-    for seed in range(config.seeds):
+    for seed in config.all_seeds:
         for method in POLICIES:
             sweep = METHODS[method].full if config.full else METHODS[method].quick
             names.append(f"transfer/{method}-{sweep[len(sweep) // 2]:g}-{seed}")

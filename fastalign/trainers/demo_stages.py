@@ -166,11 +166,10 @@ class Demo:
         )
         rows, held = (str(self.path / f"{name}.jsonl") for name in ("pairs", "eval_pairs"))
         trainer = DPOTrainer(model, args, rows, held, tokenizer)
-        before = trainer.evaluate()
         result = self._train(trainer, "dpo")
         model.save_pretrained(self.path)
         tokenizer.save_pretrained(self.path)
-        return {**result, "before": before}
+        return result
 
     def compare(self) -> dict[str, Any]:
         """Samples from both models on held-out prompts with the same seed, and scores them."""
