@@ -96,8 +96,10 @@ def frontier(results: dict[str, Any]) -> str:
 
 def hacking(results: dict[str, Any]) -> str:
     """DPO-R over its alpha on preferences for length."""
-    names = ("words_change", "gold_change", "win_rate", "win_rate_matched", "finished", "gold_length", "learned_length")
-    heads = ["alpha of DPO-R", "words, change", "gold, change", "wins by gold", "among equally long", "texts that end"]
+    names = ("words_change", "words_from_dpo", "gold_change", "win_rate", "win_rate_matched", "finished")
+    names = (*names, "gold_length", "learned_length")
+    heads = ["alpha of DPO-R", "words, change", "less DPO's", "gold, change", "wins by gold", "among equally long"]
+    heads += ["texts that end", "gold with length", "learned with length"]
     rows = [[a, *(interval(row[n]) for n in names)] for a, row in results["summary"].items()]
     best = [c["points"][-1] for c in results["cells"].values() if c.get("method") == "best-of-n"]
     text = (
@@ -105,7 +107,7 @@ def hacking(results: dict[str, Any]) -> str:
         if best
         else ""
     )
-    return "\n\n".join([table([*heads, "gold with length", "learned with length"], rows), text])
+    return "\n\n".join([table(heads, rows), text])
 
 
 def transfer(results: dict[str, Any]) -> str:

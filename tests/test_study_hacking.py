@@ -52,11 +52,12 @@ def test_hacking_and_transfer_end_to_end(made_up_corpus, monkeypatch):
         monkeypatch.setitem(METHODS, name, method._replace(quick=method.quick[:1]))
     monkeypatch.setattr(hacking.HackingConfig, "alphas", (0.0, 1.0))
     out = made_up_corpus / "study"
-    config = hacking.HackingConfig(output_dir=str(out), **SMALL)
+    config = hacking.HackingConfig(output_dir=str(out), length_bonus=0.3, nll_weight=0.02, **SMALL)
     found = hacking.run_hacking(config)
     plain, penalised = (found["summary"][alpha] for alpha in ("0", "1"))
     assert plain["longer_chosen"]["mean"] > 0.7
     assert plain["words_change"]["low"] > 0
+    assert penalised["words_from_dpo"]["mean"] < 0
     assert penalised["words_change"]["high"] < plain["words_change"]["low"]
     rows = hacking.length_biased(Ground(out, config, 0), 1e6)
     assert all(len(row["chosen"].split()) >= len(row["rejected"].split()) for row in rows)

@@ -38,7 +38,9 @@ from .watch import Watch
 PATHS = ["dpo", "ppo-learned"]
 """Methods of the frontier along which the two rewards are followed."""
 
+_OWN = ("length_bonus", "beta", "nll_weight")
 _CHANGES = ("words_change", "gold_change", "win_rate", "win_rate_matched")
+_SHOWN = ("finished", "gold_length", "learned_length", "longer_chosen")
 _SHARES = ("finished", "finished_before", "gold_length", "learned_length")
 
 
@@ -46,29 +48,33 @@ _SHARES = ("finished", "finished_before", "gold_length", "learned_length")
 class HackingConfig(FrontierConfig):
     """Learned reward against gold reward, and outputs that grow, under preferences for length."""
 
-    length_bonus: float = key(0.3, "What the biased labelers add to the gold reward for each word", group="Loss")
+    length_bonus: float = key(0.1, "What the biased labelers add to the gold reward for each word", group="Loss")
     beta: float = key(0.1, "DPO's beta on their preferences", group="Loss")
+    nll_weight: float = key(
+        0.2, "Weight there of the chosen texts' NLL; without it small models stop ending their texts", group="Loss"
+    )
 
     def __post_init__(self) -> None:
         self.methods = list(PATHS)
         check_positive("length_bonus", self.length_bonus)
         check_positive("beta", self.beta)
+        check_positive("nll_weight", self.nll_weight)
         super().__post_init__()
 
     @property
     def alphas(self) -> tuple[float, ...]:
         """DPO-R's alpha in nats a token; 0 is DPO."""
-        return (0.0, 0.02, 0.05, 0.1, 0.2, 0.5) if self.full else (0.0, 0.05, 0.2)
+        return (0.0, 0.02, 0.05, 0.1, 0.2, 0.3) if self.full else (0.0, 0.1, 0.2, 0.3)
 
     def settings(self) -> dict[str, Any]:
-        """Those of the frontier: the cells of this study have its own two in their names."""
-        return {k: v for k, v in super().settings().items() if k not in ("length_bonus", "beta")}
+        """Those of the frontier: the cells of this study have its own three in their names."""
+        return {k: v for k, v in super().settings().items() if k not in _OWN}
 
 
 # -------------------------------------------------------------------------------------------------------------- cells
 def cells(config: HackingConfig) -> list[str]:
     """The frontier's cells along `PATHS`, and one for each alpha and seed."""
-    own = f"hacking/length-{config.length_bonus:g}-{config.beta:g}"
+    own = "hacking/length-" + "-".join(f"{getattr(config, name):g}" for name in _OWN)
     mine = [f"{own}-{alpha:g}-{seed}" for seed in config.all_seeds for alpha in config.alphas]
     return frontier.cells(config) + mine
 
@@ -77,12 +83,13 @@ def run_cell(root: Path, config: HackingConfig, name: str) -> dict[str, Any]:
     """A cell of the frontier, or DPO-R at one alpha on the preferences of labelers who like length."""
     if name.startswith("frontier/"):
         return frontier.run_cell(root, config, name)
-    bonus, beta, alpha, seed = (float(x) for x in name.removeprefix("hacking/length-").split("-"))
+    bonus, beta, nll_weight, alpha, seed = (float(x) for x in name.removeprefix("hacking/length-").split("-"))
     ground = ground_of(root, config, int(seed))
     watch, work = Watch(ground), root / name / "work"
     shutil.rmtree(work, ignore_errors=True)
     rows = length_biased(ground, bonus)
-    train_pairs(Job(ground, alpha, work, watch), rows, beta=beta, length_alpha=alpha)
+    loss = {"beta": beta, "length_alpha": alpha, "loss_type": "rpo", "nll_weight": nll_weight}
+    train_pairs(Job(ground, alpha, work, watch), rows, **loss)
     shutil.rmtree(work, ignore_errors=True)
     before = measure(
         ground.reference,
@@ -139,13 +146,19 @@ def _correlation(scores: np.ndarray, words: np.ndarray) -> float:
 
 # ------------------------------------------------------------------------------------------------------------ results
 def summarise(results: dict[str, Any], alphas: Sequence[float]) -> dict[str, dict[str, Any]]:
-    """Alpha → each figure's mean over seeds with its interval; with one seed alone, that seed's over prompts."""
+    """Alpha → each figure's mean over seeds with its interval; with one seed alone, that seed's over prompts.
+
+    `words_from_dpo` is the change of length less that of alpha 0, seed by seed.
+    """
     out = {}
+    dpo = {c["seed"]: c["words_change"]["mean"] for c in results["cells"].values() if c.get("alpha") == 0}
     for alpha in alphas:
         own = [c for c in results["cells"].values() if c.get("alpha") == alpha]
         row: dict[str, Any] = {}
         for name in _CHANGES:
             row[name] = own[0][name] if len(own) == 1 else estimate(np.array([c[name]["mean"] for c in own]))._asdict()
+        from_dpo = [c["words_change"]["mean"] - dpo[c["seed"]] for c in own]
+        row["words_from_dpo"] = estimate(np.array(from_dpo))._asdict()
         for name in (*_SHARES, "longer_chosen"):
             row[name] = estimate(np.array([c[name] for c in own]))._asdict()
         out[f"{alpha:g}"] = row
@@ -154,9 +167,17 @@ def summarise(results: dict[str, Any], alphas: Sequence[float]) -> dict[str, dic
 
 def write_report(results: dict[str, Any], folder: Path) -> None:
     """`hacking.html` beside `hacking.png`."""
-    heads = ["alpha", "words, change", "gold, change", "wins by gold", "wins among equally long", "texts that end"]
+    heads = [
+        "alpha",
+        "words, change",
+        "the same less DPO's",
+        "gold, change",
+        "wins by gold",
+        "wins among equally long",
+        "texts that end",
+    ]
     heads += ["gold with length", "learned with length", "longer side chosen in the data"]
-    names = (*_CHANGES, "finished", "gold_length", "learned_length", "longer_chosen")
+    names = ("words_change", "words_from_dpo", *_CHANGES[1:], *_SHOWN)
     rows = [[alpha, *(report.interval(row[n]) for n in names)] for alpha, row in results["summary"].items()]
     parts = [
         "<p>Above: what was meant and what was followed. The gold reward, and the reward learned from comparisons "
@@ -164,7 +185,8 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
         "DPO on pairs by the gold reward; runs thin, means over seeds thick. Best-of-n by the learned reward is the "
         "yardstick, at its bound on the KL. Where the learned reward rises and the gold reward does not, the policy "
         "follows the learned reward's mistakes. Below: DPO on preferences of labelers who like long answers (each word "
-        "adds to what they think of a text), and DPO-R over its alpha, with 95 % intervals.</p>",
+        "adds to what they think of a text), and DPO-R over its alpha, with 95 % intervals; both with a small "
+        "likelihood term, without which a small model stops ending its texts whatever the preferences.</p>",
         report.image(folder / "hacking.png", "over-optimisation and length"),
         report.table("DPO-R on preferences for length; alpha 0 is DPO. Mean over seeds [95 %]", heads, rows),
         "<p>Correlations are Spearman's with the number of words, over the texts sampled at the end. Equally long: "

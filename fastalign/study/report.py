@@ -57,8 +57,8 @@ def origin(results: dict[str, Any]) -> str:
     return (
         f"<p>Command: <code>{escape(results['command'])}</code>; {seeds}; {escape(m['date'])}; "
         f"commit {escape(commit)}; {escape(where)}; {escape(versions)}; all cells together took "
-        f"{results['seconds']:.0f} s, {results['cpu_seconds']:.0f} s of them the processor's; the command's last call ran "
-        f"{call['cells']} of {len(results['grounds']) + len(results['cells'])} in {call['seconds']:.0f} s.</p>"
+        f"{results['seconds']:.0f} s, {results['cpu_seconds']:.0f} s of them the processor's; the last call "
+        f"ran {call['cells']} of {len(results['grounds']) + len(results['cells'])} in {call['seconds']:.0f} s.</p>"
     )
 
 
