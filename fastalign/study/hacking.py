@@ -64,7 +64,7 @@ class HackingConfig(FrontierConfig):
     @property
     def alphas(self) -> tuple[float, ...]:
         """DPO-R's alpha in nats a token; 0 is DPO."""
-        return (0.0, 0.02, 0.05, 0.1, 0.2, 0.3) if self.full else (0.0, 0.1, 0.2, 0.3)
+        return (0.0, 0.02, 0.05, 0.1, 0.2, 0.3) if self.full else (0.0, 0.1, 0.3)
 
     def settings(self) -> dict[str, Any]:
         """Those of the frontier: the cells of this study have its own three in their names."""

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ..trainers.checkpoints import write_json
 from ..trainers.demo import claim
-from .cells import Runner, Work, done, read
+from .cells import Cell, Runner, Work, done, read
 from .config import StudyConfig
 from .ground import Ground
 from .machine import machine
@@ -53,12 +53,14 @@ def run_study(
     runner = Runner(root, config, config.processes, deadline, console)
     grounds = [f"grounds/seed-{seed}" for seed in config.all_seeds]
     todo = [name for name in [*grounds, *cells] if not done(root, name)]
-    for title, names, run in (("grounds", grounds, prepare_ground), ("cells", list(cells), work)):
-        console.print(f"[bold]{title}[/]: {len(names)}", highlight=False)
-        left = runner.run(names, run)
-        if left:
-            console.print(f"time is up with {left} {title} to go; the same command goes on from here")
-            return None
+    console.print(f"cells: {len(grounds) + len(cells)}, {len(todo)} of them to run", highlight=False)
+    left = runner.run(
+        [Cell(name, prepare_ground) for name in grounds]
+        + [Cell(name, work, needs=f"grounds/seed-{seed_of(name)}") for name in cells]
+    )
+    if left:
+        console.print(f"time is up with {left} cells to go; the same command goes on from here")
+        return None
     found = {name: read(root, name) for name in cells}
     return {
         "study": command,

@@ -16,6 +16,7 @@ from ..config import check_positive
 from ..data.chat import Messages
 from ..data.collate import IGNORE, pad
 from ..data.encode import Encoder
+from ..draw import continuations
 from ..model_logits import logits_of
 from ..run import pad_id
 
@@ -71,12 +72,6 @@ class Sampling:
                 f"got {self.temperature}, {self.top_k} and {self.top_p}"
             )
 
-    def options(self) -> dict[str, Any]:
-        """What transformers' generate is told; what the model's own generation config says does not count."""
-        draw = {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        how = draw if self.temperature else {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-        return {"max_new_tokens": self.max_new_tokens, "repetition_penalty": 1.0, **how}
-
 
 def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends a text: the tokenizer's, and those of the model's generation config (ends of turns)."""
@@ -110,15 +105,19 @@ def sample(
     step = max(1, how.batch_size // per_prompt)
     for start in tqdm(range(0, len(rows), step), desc=desc):
         batch = pad([(ids, []) for ids in rows[start : start + step]], fill, "left")
-        drawn = model.generate(
-            input_ids=batch["input_ids"].to(model.device).repeat_interleave(per_prompt, 0),
-            attention_mask=batch["attention_mask"].to(model.device).repeat_interleave(per_prompt, 0),
-            use_cache=True,
+        inputs = {name: batch[name].repeat_interleave(per_prompt, 0) for name in ("input_ids", "attention_mask")}
+        numbers = torch.rand(len(inputs["input_ids"]), how.max_new_tokens, dtype=torch.float64)
+        tails = continuations(
+            model,
+            inputs,
+            numbers if how.temperature else None,
+            max_new_tokens=how.max_new_tokens,
             pad_token_id=fill,
             eos_token_id=ends or None,
-            **how.options(),
+            temperature=how.temperature,
+            top_k=how.top_k,
+            top_p=how.top_p,
         )
-        tails = drawn[:, batch["input_ids"].shape[1] :].tolist()
         for i, ids in enumerate(rows[start : start + step]):
             mine = tails[i * per_prompt : (i + 1) * per_prompt]
             out.append([_cut(ids, tail, ends, tokenizer) for tail in mine])
