@@ -137,7 +137,7 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
         wanted = self.args.share_prompts if isinstance(self.args, GroupsConfig) else False
         if wanted is False or (wanted is None and (self.args.device.type != "cpu" or not self.args.fused_head)):
             return False
-        found = prompt_sharing(self.model) if self.args.fused_head else "it needs fused_head"
+        found = prompt_sharing(self.model, anew=True) if self.args.fused_head else "it needs fused_head"
         if wanted and isinstance(found, str):
             raise ValueError(f"share_prompts must be false here: {found}")
         return not isinstance(found, str)
