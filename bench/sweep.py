@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import random
 import sys
 import time
@@ -49,6 +50,7 @@ LOGITS_JOBS = {"logps": "forward", "sft": "both", "cross_entropy": "both", "dpo"
 SUITES = (*LOGITS_JOBS, "pro", "gae", "head")
 _SHORT, _CALLS = 1e-3, 50
 _LEAST, _MOST = 3, 25
+_KINDS = ("difference", "gradient_difference")  # of a result, and of the logits' gradient
 
 
 # --------------------------------------------------------------------------------------------------------------- grid
@@ -82,31 +84,44 @@ def measure(point: Point, options: Options, seconds: float) -> dict[str, Any]:
         names = head.available(head.COMPARABLE, shape.objective)
         return head.measure(shape, names, _LEAST, options.seed, with_errors=False) | {"threads": point.threads}
     problem, runs = contenders(point, options)
-    longest, fastest, difference = _once(runs)
+    longest, fastest, checks = _once(runs)
     if problem is not None:
         spare = torch.empty_like(problem.logits).zero_()
         runs |= {"read": prepare_read(problem), "copy": prepare_copy(problem, spare)}
     calls = max(1, min(_CALLS, int(_SHORT / fastest)))
     rounds = max(_LEAST, min(_MOST, int(seconds / (longest * calls))))
     samples = interleave(runs, rounds=rounds, calls=calls, seed=options.seed)
-    return point.to_dict() | {"calls": calls} | _rows(point, samples) | {"checks": {"difference": difference}}
+    return point.to_dict() | {"calls": calls} | _rows(point, samples) | {"checks": checks}
 
 
-def _once(runs: dict[str, Callable[[], Callable[[], object]]]) -> tuple[float, float, float]:
+def _once(runs: dict[str, Callable[[], Callable[[], object]]]) -> tuple[float, float, dict[str, float]]:
     """Seconds that one round takes, and its fastest run, after a first one that compiles; and how far the others'
-    results are from ours."""
-    taken, difference, ours = [], 0.0, None
+    results and gradients are from ours at most, these as a share of the largest."""
+    taken: list[float] = []
+    checks, ours = {"difference": 0.0}, ()
     for name in sorted(runs, key=lambda name: name != OURS):
         result = runs[name]()()
-        result = result[0] if isinstance(result, tuple) else result
-        ours = result.detach() if name == OURS else ours
-        difference = max(difference, float((result.detach() - ours).abs().max()))
+        result = tuple(t.detach() for t in (result if isinstance(result, tuple) else (result,)) if t is not None)
+        ours = result if name == OURS else ours
+        pairs = zip(_KINDS, result, ours, strict=False) if name != OURS else ()
+        for kind, got, want in pairs:
+            share = float(want.abs().max()) or 1.0 if kind == "gradient_difference" else 1.0
+            checks[kind] = max(checks.get(kind, 0.0), _apart(got, want) / share)
         del result
         run = runs[name]()
         start = time.perf_counter()
         run()
         taken.append(time.perf_counter() - start)
-    return sum(taken), min(taken), difference
+    return sum(taken), min(taken), checks
+
+
+def _apart(got: torch.Tensor, want: torch.Tensor) -> float:
+    """The largest difference, sequence by sequence, since whole gradients are large; infinite where there is a NaN."""
+    if got.shape != want.shape:
+        raise ValueError(f"results must have one shape; got {list(got.shape)} and {list(want.shape)}")
+    parts = zip(got, want, strict=True) if got.dim() > 1 else [(got, want)]
+    found = torch.stack([(a.double() - b.double()).abs().max() for a, b in parts]).max()
+    return math.inf if torch.isnan(found) else float(found)
 
 
 def _rows(point: Point, samples: dict[str, list[float]]) -> dict[str, Any]:

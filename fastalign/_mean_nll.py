@@ -26,13 +26,13 @@ class _MeanNLL(torch.autograd.Function):
         ctx.count, ctx.options, ctx.inplace = count, options, inplace
         # Divided on the host: a number takes part in a tensor operation for more than a small batch's kernel costs.
         mean = (0.0 - logps.sum().item()) / count if count else math.nan
-        return torch.full((), mean, dtype=logps.dtype)
+        return logps.new_full((), mean)
 
     @staticmethod
     def backward(ctx, g_loss):
         logits, labels, saved = ctx.saved_tensors
         per_token = g_loss.item() / ctx.count if ctx.count else 0.0
-        g_logps = torch.full(labels.shape, -per_token, dtype=saved.dtype)
+        g_logps = saved.new_full(labels.shape, -per_token)
         if torch.is_grad_enabled():  # a second derivative is wanted: the operator's node refuses it
             g_logps.requires_grad_()
         grads = (g_logps, None, None, None, None)

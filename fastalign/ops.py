@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _backends
 from ._extras import of_logits
-from ._op_checks import as_softcap, check, check_types, shape_of, unit_stride
+from ._op_checks import as_saved, as_softcap, check, check_types, shape_of, unit_stride
 
 
 class TokenStats(NamedTuple):
@@ -203,6 +203,8 @@ def gradient(logits, labels, ref_logits, saved, entropy, kl, grads, options, inp
         torch.ops.fastalign.token_stats_backward_(*args)
         return args[0]
     # What the forward made needs no second check, and two rounds of the dispatcher cost as much as a small gradient.
+    if not as_saved(logits, labels, ref_logits, saved, entropy, kl):
+        _check_backward(*args)
     out = args[0] if inplace and _dense(logits) else torch.empty_like(logits, memory_format=torch.contiguous_format)
     _kernel_backward(out, *args)
     if not inplace:

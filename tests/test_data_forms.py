@@ -86,7 +86,8 @@ class TestSources:
         monkeypatch.setattr(files, "load_dataset", load_dataset)
         assert read_rows("some/name")["completion"] == ["b", "d"]
         assert read_rows("some/name:test")["completion"] == ["d"]
-        assert asked == ["some/name", "some/name"]
+        assert read_rows("some/name-v0.2:test")["completion"] == ["d"]  # no file's ending
+        assert asked == ["some/name", "some/name", "some/name-v0.2"]
 
     def test_unreachable_hub_is_one_plain_error(self, monkeypatch):
         def load_dataset(name):

@@ -49,6 +49,17 @@ def test_it_is_the_road_taken():
     assert "MeanNLL" not in type(fa.cross_entropy(x, y, label_smoothing=0.1).grad_fn).__name__
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_everything_stays_where_the_logits_are(loss):
+    """Under `torch.set_default_device` too; meta stands for an accelerator."""
+    x, y = torch.randn(3, 5), torch.tensor([0, 4, 2])
+    found = outcome(loss, x, y)
+    with torch.device("meta"):
+        elsewhere = outcome(loss, x, y)
+    for got, want in zip(elsewhere, found, strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("loss", ["mean", "sft"])
 def test_differentiated_once_and_refused_twice(loss):
     x, y = torch.randn(3, 5, requires_grad=True), torch.tensor([0, 4, 2])

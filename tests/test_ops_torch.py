@@ -262,3 +262,15 @@ def test_one_openmp_runtime_in_the_process():
     options = {"capture_output": True, "text": True, "check": True, "cwd": tempfile.gettempdir()}
     out = subprocess.run([sys.executable, "-c", code], **options)
     assert out.stdout.strip() == "1"
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.half, lambda t: t[:1]], ids=["half", "short"])
+@pytest.mark.parametrize("loss", [lambda x, y: fa.token_logps(x, y).sum(), fa.cross_entropy], ids=["logps", "mean"])
+def test_saved_tensors_that_a_hook_changed_are_refused(loss, change):
+    """They reach the kernel as raw pointers."""
+    x, labels = problem()
+    own = (len(labels), 4)  # what the forward keeps of each row
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: change(t) if t.shape == own else t, lambda t: t):
+        total = loss(x, labels)
+    with pytest.raises(ValueError, match=r"saved must be torch.float32 \[6, 4\] on cpu; got torch.float"):
+        total.backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +16,12 @@ import transformers
 from fastalign.trainers.callbacks import LOG_NAME, read_log
 from fastalign.trainers.data.collate import pad
 from fastalign.trainers.dpo import DPOConfig, DPOTrainer
-from fastalign.trainers.model_logits import logits_of, prompt_sharing
+from fastalign.trainers.model_logits import Request, ask, logits_of, prompt_sharing
 from fastalign.trainers.pro import PROConfig, PROTrainer
-from fastalign.trainers.shared_prompts import PromptSharing, share
+from fastalign.trainers.shared_prompts import PromptSharing, _size, share
 
 _DECODER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+_NEO = {"hidden_size": 32, "num_layers": 2, "num_heads": 4}
 MODELS = {
     "Llama": {**_DECODER, "num_key_value_heads": 2},
     "Qwen2": {**_DECODER, "num_key_value_heads": 2},
@@ -38,11 +40,16 @@ CASES = {
 
 def build(name: str, **options) -> torch.nn.Module:
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(vocab_size=101, **{**MODELS.get(name, _DECODER), **options})
+    sizes = {"GPTNeo": _NEO, **MODELS}.get(name, _DECODER)
+    config = getattr(transformers, f"{name}Config")(vocab_size=101, **{**sizes, **options})
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     config.update(ends)
     model = f"{name}LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
     return getattr(transformers, model)(config).double().train()
+
+
+def neo(second: str, **options) -> torch.nn.Module:
+    return build("GPTNeo", attention_types=[[["global", second], 1]], **options)
 
 
 def test_layout_by_hand():
@@ -76,10 +83,30 @@ def test_log_probs_and_gradients_are_those_of_the_plain_pass(name, case, attenti
         torch.testing.assert_close(shared, plain, rtol=1e-5, atol=1e-6 * float(plain.abs().max()))
 
 
+def test_hidden_states_that_are_handed_out_lie_as_the_batch_does():
+    policy, reference = build("Llama"), build("Llama")
+    with torch.no_grad():
+        for weight in reference.parameters():
+            weight.mul_(1.5)
+    sequences, groups = CASES["pairs"]
+    batch, found = pad(sequences, 0), []
+    for given in (None, torch.tensor(groups)):
+        ours, theirs = (logits_of(model, batch, groups=given) for model in (policy, reference))
+        stats, ref = ours.with_reference(theirs, batch["labels"])
+        found.append([stats.logps, stats.kl, stats.entropy, ref.logps])
+        hidden = ask(policy, batch, Request(batch["labels"], hidden=True), given).hidden
+        assert hidden.shape[:2] == batch["input_ids"].shape
+    for plain, shared in zip(*found, strict=True):
+        assert torch.equal(plain, shared)
+
+
 def test_who_cannot_says_why():
     assert "sliding_window=64" in prompt_sharing(build("Mistral", sliding_window=64, num_key_value_heads=2))
     assert isinstance(prompt_sharing(build("Mistral", sliding_window=None, num_key_value_heads=2)), PromptSharing)
     assert "layers of sliding_attention" in prompt_sharing(build("Gemma2", sliding_window=8, head_dim=8))
+    assert "layers of local" in prompt_sharing(neo("local", window_size=8))
+    with pytest.raises(ValueError, match="the configuration must say hidden_size; got None"):
+        _size(SimpleNamespace(), "hidden_size")
     bloom = transformers.BloomConfig(vocab_size=101, hidden_size=32, n_layer=1, n_head=4)
     assert "takes no position_ids" in prompt_sharing(transformers.BloomForCausalLM(bloom))
 
@@ -91,6 +118,22 @@ def test_a_model_that_turns_out_otherwise_is_refused():
     model.model.forward = lambda *args, position_ids=None, **kwargs: body(*args, **kwargs)
     assert "gives other hidden states" in prompt_sharing(model)
     assert all(module.training for module in model.modules())
+
+
+def test_a_row_is_no_longer_than_a_table_of_its_mask():
+    batch, groups = pad([(PROMPT, [1, 2, 3, 4]), (PROMPT, [5, 6, 7, 8])], 0), torch.tensor([0, 0])
+    for positions, fits in ((16, False), (20, True)):
+        model = neo("global", max_position_embeddings=positions)
+        assert (prompt_sharing(model)(model, batch, groups) is not None) is fits
+        assert torch.isfinite(logits_of(model, batch, groups=groups).stats(batch["labels"]).logps).all()
+
+
+def test_work_is_estimated_without_embeddings():
+    """Which no token is multiplied with; tied ones are there once."""
+    for tied in (False, True):
+        model = build("Llama", tie_word_embeddings=tied)
+        body = sum(p.numel() for p in model.model.parameters()) - model.model.embed_tokens.weight.numel()
+        assert prompt_sharing(model)._per_token == body
 
 
 def test_only_where_it_pays():
@@ -145,6 +188,15 @@ def test_trainers_learn_the_same_from_fewer_tokens(
         for name in ("loss", "grad_norm", "num_tokens"):
             if name in plain:
                 assert shared[name] == pytest.approx(plain[name], rel=2e-4, abs=1e-5), name
+
+
+def test_each_trainer_looks_at_the_model_as_it_is_then(tiny_model, tiny_tokenizer, tmp_path):
+    model, options = tiny_model(), {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
+    DPOTrainer(model, DPOConfig(**options), PAIRS, None, tiny_tokenizer)
+    made = DPOTrainer(model, DPOConfig(**options, lora_rank=2, lora_dropout=0.5), PAIRS, None, tiny_tokenizer)
+    batch, groups = pad([(PROMPT, [1]), (PROMPT, [2])], 0), torch.tensor([0, 0])
+    assert prompt_sharing(made.model)(made.model.eval(), batch, groups) is not None
+    assert prompt_sharing(made.model)(made.model.train(), batch, groups) is None
 
 
 def test_asking_for_what_cannot_be_is_refused(tiny_model, tiny_tokenizer, tmp_path):

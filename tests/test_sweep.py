@@ -2,10 +2,12 @@
 
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 
@@ -72,8 +74,24 @@ def test_everyone_computes_the_same(sweep, tmp_path):
         assert len(case["variants"]) >= 3
         assert case["ratios"].keys() == {"fastalign"}
         assert 0 <= case["checks"]["difference"] < 1e-5
+        assert case["suite"] == "logps" or 0 <= case["checks"]["gradient_difference"] < 1e-5
         assert case["threads"] == 1
         assert all(len(row["seconds"]) >= 3 for row in case["variants"].values())
+
+
+@pytest.mark.parametrize("wrong", ["gradient_difference", "difference"])
+def test_whoever_computes_something_else_is_seen(sweep, module, monkeypatch, wrong):
+    """A gradient that half of the vocabulary does not get; a result that is NaN."""
+    jobs, by = module("_sweep_jobs"), math.nan if wrong == "difference" else 1.0
+
+    def peer(logits, labels, ref_logps):
+        kept = torch.cat([logits[..., :16], logits[..., 16:].detach()], -1)
+        return by * torch.nn.functional.cross_entropy(kept.flatten(0, -2), labels.flatten())
+
+    both = {"fastalign": jobs._FIXED["sft"]["fastalign"], "eager": module("_variants").Variant(lambda: peer)}
+    monkeypatch.setitem(jobs._FIXED, "sft", both)
+    point = jobs.Point("sft", "both", 8, 33, "float32", 1)
+    assert sweep.measure(point, module("_suite").Options(threads=1, device="cpu"), 0.001)["checks"][wrong] > 0.1
 
 
 @pytest.mark.parametrize("suite", ["pro", "gae"])

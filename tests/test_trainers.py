@@ -209,6 +209,12 @@ class TestDPO:
             with pytest.raises(ValueError, match="processing_class must be the model's tokenizer; got None"):
                 trainer(tiny_model(), config(**options), PAIRS)
 
+    def test_several_gpus_need_several_processes(self, tiny_model, tiny_tokenizer, options):
+        args = DPOConfig(**options)
+        args._n_gpu = 2  # as on a machine with two, without a launcher
+        with pytest.raises(ValueError, match="one device; got 2 GPUs: start it with torchrun"):
+            DPOTrainer(tiny_model(), args, PAIRS, processing_class=tiny_tokenizer)
+
 
 class _StopAt(TrainerCallback):
     def __init__(self, step: int) -> None:

@@ -119,6 +119,22 @@ def test_removed_without_a_trace(causal_model):
     assert model.loss_function is loss
 
 
+def test_removed_beneath_what_was_put_around_it(causal_model):
+    from accelerate.utils import convert_outputs_to_fp32
+
+    model = causal_model("Llama")
+    want, loss = step(model), model.loss_function
+    handle = apply_fused_loss(model)
+    model.forward = convert_outputs_to_fp32(model.forward)  # as accelerate does for mixed precision
+    assert "logits" not in model(input_ids=IDS, labels=LABELS)
+    handle.remove()
+    handle.remove()
+    assert model(input_ids=IDS, labels=LABELS).logits.shape[:2] == IDS.shape
+    assert "forward" not in model.lm_head.__dict__
+    assert model.loss_function is loss
+    agree(step(model), want, 0.0)
+
+
 def test_a_copy_has_its_own(causal_model):
     model = causal_model("Llama")
     with apply_fused_loss(model):

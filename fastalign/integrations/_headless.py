@@ -41,18 +41,22 @@ class Headless:
         self._own = [(module, module.__dict__.get("forward")) for module in (model, self.head)]
         self.__signature__ = inspect.signature(model.forward)
         # The head's is swapped for good, and not at each call, which a compiler could not follow.
-        self._running = False
+        self._running, self._there = False, True
         model.forward = self
         self.head.forward = self._head  # type: ignore[method-assign, assignment]
 
     def remove(self) -> None:
-        """Gives the model its own forward back; nothing happens the second time."""
-        if self.model.__dict__.get("forward") is not self:
-            return
-        for module, forward in self._own:
-            del module.forward
-            if forward is not None:
-                module.forward = forward
+        """Gives the model its own forward back; nothing happens the second time.
+
+        Where something was put around this one since (accelerate does for mixed precision), it stays beneath that and
+        is the model's own forward from now on.
+        """
+        self._there = False
+        for (module, forward), ours in zip(self._own, (self, self._head), strict=True):
+            if module.__dict__.get("forward") == ours:
+                del module.forward
+                if forward is not None:
+                    module.forward = forward
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the model's own forward, whose logits mean nothing; `take` gives the head in their place."""

@@ -82,7 +82,7 @@ class FusedLoss(Headless):
 
     def remove(self) -> None:
         """Gives the model its own forward and loss function back; nothing happens the second time."""
-        if self.model.__dict__.get("forward") is self:
+        if self._there:
             del self.model._loss_function
         super().remove()
 
@@ -96,7 +96,7 @@ class FusedLoss(Headless):
         """The model's forward."""
         labels = self.__signature__.bind_partial(*args, **kwargs).arguments.get("labels", kwargs.get("labels"))
         wanted = self.return_logits if return_logits is None else return_logits
-        if labels is None or (not torch.is_grad_enabled() if wanted is None else wanted):
+        if not self._there or labels is None or (not torch.is_grad_enabled() if wanted is None else wanted):
             return self._forward(*args, **kwargs)
         output = self.run(*args, **kwargs)
         if self.hidden is not None:

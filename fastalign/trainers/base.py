@@ -82,7 +82,8 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
         optimizers: as in transformers.
 
     Raises:
-        ValueError: no processing_class; what a row, the model or the configuration has wrong.
+        ValueError: no processing_class; several GPUs in one process; what a row, the model or the configuration has
+            wrong.
     """
 
     args: TrainingConfig
@@ -102,6 +103,11 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
     ) -> None:
         if processing_class is None:
             raise ValueError("processing_class must be the model's tokenizer; got None")
+        if args.n_gpu > 1:  # transformers would take torch.nn.DataParallel, whose replicas share one forward and head
+            raise ValueError(
+                f"a process must train on one device; got {args.n_gpu} GPUs: start it with torchrun or accelerate "
+                "launch, or choose one with CUDA_VISIBLE_DEVICES"
+            )
         self.check_model(model, args, processing_class)
         self._means = {"train": Means(), "eval": Means()}
         self._partial: str | None = None
@@ -137,7 +143,7 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
         wanted = self.args.share_prompts if isinstance(self.args, GroupsConfig) else False
         if wanted is False or (wanted is None and (self.args.device.type != "cpu" or not self.args.fused_head)):
             return False
-        found = prompt_sharing(self.model) if self.args.fused_head else "it needs fused_head"
+        found = prompt_sharing(self.model, anew=True) if self.args.fused_head else "it needs fused_head"
         if wanted and isinstance(found, str):
             raise ValueError(f"share_prompts must be false here: {found}")
         return not isinstance(found, str)

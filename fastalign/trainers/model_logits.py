@@ -96,12 +96,15 @@ def _answering(model: Any) -> _Answering | None:
         return None
 
 
-def prompt_sharing(model: Any) -> PromptSharing | str:
-    """How the model runs prompts once, or why it cannot. Found out once, before anything wraps the model."""
+def prompt_sharing(model: Any, *, anew: bool = False) -> PromptSharing | str:
+    """How the model runs prompts once, or why it cannot. Found out once, before anything wraps the model.
+
+    anew: once more, since the model may have changed: new adapters, with dropout or without, another attention.
+    """
     forward = _answering(model)
     if forward is None:
         return "its head is not known"
-    if forward.sharing is None:
+    if forward.sharing is None or anew:
         try:
             kind: Any = type(forward.model)
             if "position_ids" not in _inputs(kind):
@@ -249,8 +252,9 @@ def ask(model: nn.Module, batch: Mapping[str, Tensor], request: Request | None, 
     """One forward pass of a language model; over a prompt once for all the sequences of a group, where that pays."""
     if request is None:
         return Answer(logits=model_logits(model, batch))
-    # A reference's hidden states lie as the batch does, and so must the model's own beside them.
-    if groups is not None and request.labels is not None and "ref_hidden" not in request.options:
+    # Hidden states that are handed out lie as the batch does, and so must those of a policy and its reference.
+    handed_out = request.labels is None or request.head or request.hidden
+    if groups is not None and not handed_out and "ref_hidden" not in request.options:
         sharing = prompt_sharing(model)
         shared = sharing(model, batch, groups) if isinstance(sharing, PromptSharing) else None
         if shared is not None:

@@ -22,8 +22,8 @@ from ..integrations._lm_head import unwrapped
 
 _WORTH = 0.95  # of the plain pass's estimated work: below it, sharing is used
 _ATTENTION = ("sdpa", "eager")  # that take a mask of [B, 1, T, T]
-_WINDOWS = ("sliding_window", "attention_chunk_size")
-_FULL = "full_attention"
+_WINDOWS = ("sliding_window", "attention_chunk_size", "keep_window_size")
+_FULL = ("full_attention", "global")
 Batch = Mapping[str, Tensor]
 
 
@@ -59,15 +59,17 @@ class PromptSharing:
             for module in inner.modules()
             for name, value in vars(module).items()
         )
-        embedded = inner.get_input_embeddings().weight.numel() + (
-            0 if inner.get_output_embeddings() is None else inner.get_output_embeddings().weight.numel()
-        )
-        self._per_token = max(1, sum(p.numel() for p in inner.parameters()) - embedded)
-        self._per_pair = 2 * self.config.num_hidden_layers * self.config.hidden_size
+        # Of a model that keeps its causal mask as a table: a row may be no longer.
+        tables = [b.shape[-1] for b in inner.buffers() if b.dtype == torch.bool and b.shape[-1:] == b.shape[-2:-1]]
+        self._longest = min(tables, default=None)
+        ends = (inner.get_input_embeddings(), inner.get_output_embeddings())
+        embedded = {id(end.weight): end.weight.numel() for end in ends if end is not None}  # one where they are tied
+        self._per_token = max(1, sum(p.numel() for p in inner.parameters()) - sum(embedded.values()))
+        self._per_pair = 2 * _size(self.config, "num_hidden_layers") * _size(self.config, "hidden_size")
         self._try(inner, hidden_states)
 
     def __call__(self, model: nn.Module, batch: Batch, groups: Tensor) -> Shared | None:
-        """The batch in fewer tokens; None where that would not pay, or where dropout is at work.
+        """The batch in fewer tokens; None where that would not pay or not fit, or where dropout is at work.
 
         Args:
             batch: right-padded input_ids, attention_mask and position_ids, [N, T].
@@ -79,6 +81,8 @@ class PromptSharing:
         mask = batch["attention_mask"]
         count, length = mask.shape
         own, wide = found.inputs["input_ids"].shape
+        if self._longest is not None and wide > self._longest:
+            return None
         # Without padding attention skips what is above the diagonal.
         pairs = count * length * length * (1.0 if bool((mask == 0).any()) else 0.5)
         plain = count * length * self._per_token + pairs * self._per_pair
@@ -118,12 +122,20 @@ class PromptSharing:
 
 def _window(config: Any) -> str | None:
     """What in a configuration says that some layer does not see the whole sequence."""
-    kinds = {kind for kind in getattr(config, "layer_types", None) or () if kind != _FULL}
-    if kinds:
+    # The second is GPT-Neo's name; its window_size is of its local layers.
+    kinds = {kind for name in ("layer_types", "attention_layers") for kind in getattr(config, name, None) or ()}
+    if kinds := kinds.difference(_FULL):
         return f"layers of {', '.join(sorted(kinds))}"
     if getattr(config, "use_sliding_window", True) is False:
         return None
     return next((f"{name}={getattr(config, name)}" for name in _WINDOWS if getattr(config, name, None)), None)
+
+
+def _size(config: Any, name: str) -> int:
+    value = getattr(config, name, None)
+    if not isinstance(value, int):
+        raise ValueError(f"the configuration must say {name}; got {value}")
+    return value
 
 
 @contextmanager

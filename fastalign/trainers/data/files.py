@@ -117,7 +117,8 @@ def _kind(path: str) -> str | None:
         if not os.path.isfile(path):
             raise ValueError(f"dataset must be an existing file; there is no {path!r}")
         return kind
-    if os.path.exists(path) or kind or path.startswith((".", "/")) or path.count("/") > 1:
+    named = kind and not kind[1:].isdigit()  # a hub's names may end in versions: owner/pairs-v0.2
+    if os.path.exists(path) or named or path.startswith((".", "/")) or path.count("/") > 1:
         raise ValueError(f"dataset must be a folder, or a file ending in {', '.join(_LOADERS)}; got {path!r}")
     return None
 
