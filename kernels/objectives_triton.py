@@ -193,7 +193,7 @@ def objective_kernel(
     )
     LINEAR: tl.constexpr = KL_TERM == EXACT
     if FITS:
-        write_edges(x_row, z_row, out_row, head, c, V, scale, cap, inv_cap, T, VEC, SOFTCAP, SLOPE, LINEAR, MEAN)
+        write_edges(xs, zs, out_row, head, c, V, scale, cap, inv_cap, T, VEC, SOFTCAP, SLOPE, LINEAR, MEAN)
         write_registers(xs, zs, out_row, head, c, V, scale, cap, inv_cap, T, VEC, ALIGNED, SOFTCAP, SLOPE, LINEAR, MEAN)
     else:
         write_gradient(

@@ -76,8 +76,8 @@ def write_label_gradient(
 
 @triton.jit
 def write_edges(
-    x_row,
-    z_row,
+    xs,
+    zs,
     out_row,
     head,
     c,
@@ -92,13 +92,11 @@ def write_edges(
     KL: tl.constexpr,
     MEAN: tl.constexpr,
 ):
-    """The gradient of the pieces' edges, one by one; reading them once more is cheaper than taking stripes apart."""
+    """The gradient of the pieces' edges, one by one."""
     if has_edges(head, V, VEC):
-        at, live = edge_elements(head, V, T, VEC)
-        x = prepare(tl.load(x_row + at, live, other=0.0), live, cap, inv_cap, SOFTCAP)
-        z = x
-        if KL:
-            z = prepare(tl.load(z_row + at, live, other=0.0), live, cap, inv_cap, SOFTCAP)
+        at, live = edge_elements(head, V, len(xs[0]), T, VEC)
+        x = prepare(xs[1], live, cap, inv_cap, SOFTCAP)
+        z = prepare(zs[1], live, cap, inv_cap, SOFTCAP)
         dx = gradient(x, z, None, c, scale, inv_cap, SLOPE, KL, MEAN, SOFTCAP)
         tl.store(out_row + at, dx.to(out_row.dtype.element_ty), live)
 
@@ -122,14 +120,14 @@ def write_registers(
     KL: tl.constexpr,
     MEAN: tl.constexpr,
 ):
-    """The gradient of the bodies of a row in registers, stripes `xs` and `zs` that `load_row` made."""
+    """The gradient of the bodies of a row in registers, which `load_row` made `xs` and `zs` of."""
     outs, vectors = body_pointers(out_row, head, V, ALIGNED, T, VEC)
     element = out_row.dtype.element_ty
     slot = team_slots(T)
-    for r in tl.static_range(len(xs)):
+    for r in tl.static_range(len(xs[0])):
         live = slot + r * TEAM < vectors
-        x = prepare(xs[r], live, cap, inv_cap, SOFTCAP)
-        z = prepare(zs[r], live, cap, inv_cap, SOFTCAP)
+        x = prepare(xs[0][r], live, cap, inv_cap, SOFTCAP)
+        z = prepare(zs[0][r], live, cap, inv_cap, SOFTCAP)
         dx = gradient(x, z, None, c, scale, inv_cap, SLOPE, KL, MEAN, SOFTCAP)
         tl.store(outs + r * TEAM * VEC, dx.to(element), live)
 

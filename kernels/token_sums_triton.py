@@ -22,6 +22,7 @@ from .token_formulas_triton import missed, pivot_at
 from .token_layout_triton import (
     TEAM,
     body_pointers,
+    has_edge,
     has_edges,
     in_row,
     load_stripes,
@@ -30,6 +31,7 @@ from .token_layout_triton import (
     prepare,
     row_head,
     team_slots,
+    with_edges,
 )
 
 SAMPLE = tl.constexpr(64)  # first elements of a long row, of which the largest may be its pivot
@@ -138,16 +140,17 @@ def totals(
 
 # ---------------------------------------------------------------------------------------------------------- whole rows
 @triton.jit
-def largest(stripes, cap, inv_cap, SOFTCAP: tl.constexpr):
+def largest(row, cap, inv_cap, SOFTCAP: tl.constexpr):
     """The prepared maximum of a row in registers; soft-capping keeps the order."""
-    top = tl.max(stripes[0].to(tl.float32), 1)
-    for r in tl.static_range(1, len(stripes)):
+    stripes, edges = row
+    top = tl.max(edges, 1)
+    for r in tl.static_range(len(stripes)):
         top = tl.maximum(top, tl.max(stripes[r].to(tl.float32), 1))
     return prepare(tl.max(top, 0), True, cap, inv_cap, SOFTCAP)
 
 
 @triton.jit
-def sum_pair(
+def stripe_terms(
     r: tl.constexpr,
     xs,
     zs,
@@ -165,16 +168,35 @@ def sum_pair(
     KL: tl.constexpr,
     MEAN: tl.constexpr,
 ):
-    """Stripe r and the one half the row further on."""
-    R: tl.constexpr = len(xs)
+    """What stripe r, and the edges of the pieces that have a place in it, add to the sums."""
+    R: tl.constexpr = len(xs[0])
+    x = xs[0][r].to(tl.float32)
+    z = zs[0][r].to(tl.float32)
+    if has_edge(r, head, V, R, T, VEC):
+        x = with_edges(x, xs[1], r, head, V, R, T, VEC)
+        if KL:
+            z = with_edges(z, zs[1], r, head, V, R, T, VEC)
     live = in_row(r, head, V, R, T, VEC)
-    x = prepare(xs[r], live, cap, inv_cap, SOFTCAP)
-    z = prepare(zs[r], live, cap, inv_cap, SOFTCAP)
-    a = terms(x, z, live, at, ref_at, zero, ENTROPY, KL, MEAN)
-    live = in_row(r + R // 2, head, V, R, T, VEC)
-    x = prepare(xs[r + R // 2], live, cap, inv_cap, SOFTCAP)
-    z = prepare(zs[r + R // 2], live, cap, inv_cap, SOFTCAP)
-    return add(a, terms(x, z, live, at, ref_at, zero, ENTROPY, KL, MEAN), ENTROPY, KL, MEAN)
+    x = prepare(x, live, cap, inv_cap, SOFTCAP)
+    z = prepare(z, live, cap, inv_cap, SOFTCAP)
+    return terms(x, z, live, at, ref_at, zero, ENTROPY, KL, MEAN)
+
+
+@triton.jit
+def sum_pair(
+    r: tl.constexpr,
+    row,
+    T: tl.constexpr,
+    VEC: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    KL: tl.constexpr,
+    MEAN: tl.constexpr,
+):
+    """Stripe r and the one half the row further on."""
+    a = stripe_terms(r, *row, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
+    b = stripe_terms(r + len(row[0][0]) // 2, *row, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
+    return add(a, b, ENTROPY, KL, MEAN)
 
 
 @triton.jit
@@ -194,22 +216,23 @@ def sum_registers(
     KL: tl.constexpr,
     MEAN: tl.constexpr,
 ):
-    """(the five sums, pivot, the reference's pivot) of a row in registers, 2, 4 or 8 stripes `xs` and `zs`.
+    """(the five sums, pivot, the reference's pivot) of a row in registers: 2, 4 or 8 stripes and their edges.
 
     Stripes are added in halves too (see `total_of`): then a row's place rotates all of its elements, and no sum.
     """
+    R: tl.constexpr = len(xs[0])
     at = pivot_at(largest(xs, cap, inv_cap, SOFTCAP), scale)
     ref_at = at
     if KL:
         ref_at = pivot_at(largest(zs, cap, inv_cap, SOFTCAP), scale)
-    here = (xs, zs, head, V, at, ref_at, zero, cap, inv_cap)
-    sums = sum_pair(0, *here, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
-    if len(xs) == 8:
-        sums = add(sums, sum_pair(2, *here, T, VEC, SOFTCAP, ENTROPY, KL, MEAN), ENTROPY, KL, MEAN)
-    if len(xs) > 2:
-        odd = sum_pair(1, *here, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
-        if len(xs) == 8:
-            odd = add(odd, sum_pair(3, *here, T, VEC, SOFTCAP, ENTROPY, KL, MEAN), ENTROPY, KL, MEAN)
+    row = (xs, zs, head, V, at, ref_at, zero, cap, inv_cap)
+    sums = sum_pair(0, row, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
+    if R == 8:
+        sums = add(sums, sum_pair(2, row, T, VEC, SOFTCAP, ENTROPY, KL, MEAN), ENTROPY, KL, MEAN)
+    if R > 2:
+        odd = sum_pair(1, row, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
+        if R == 8:
+            odd = add(odd, sum_pair(3, row, T, VEC, SOFTCAP, ENTROPY, KL, MEAN), ENTROPY, KL, MEAN)
         sums = add(sums, odd, ENTROPY, KL, MEAN)
     return totals(sums, head, V, T, VEC, ENTROPY, KL, MEAN), at, ref_at
 
