@@ -153,11 +153,13 @@ def objective_kernel(
     zero = finite(x_label)
     if FITS:
         head = row_head(x_row, V, VEC)
-        xs = load_row(x_row, head, V, True, R, T, VEC)
-        zs = xs
+        xs, x_edges = load_row(x_row, head, V, True, R, T, VEC)
+        zs, z_edges = xs, x_edges
         if KL:
-            zs = load_row(z_row, head, V, ALIGNED, R, T, VEC)
-        sums, at, ref_at = sum_registers(xs, zs, head, V, zero, scale, cap, inv_cap, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
+            zs, z_edges = load_row(z_row, head, V, ALIGNED, R, T, VEC)
+        sums, at, ref_at, xs = sum_registers(
+            xs, zs, x_row, x_label, head, V, zero, scale, cap, inv_cap, T, VEC, SOFTCAP, ENTROPY, KL, MEAN
+        )
     else:
         sums, at, ref_at = sum_row(
             *(x_row, z_row, x_label, z_label, V, zero, scale, cap, inv_cap),
@@ -193,7 +195,7 @@ def objective_kernel(
     )
     LINEAR: tl.constexpr = KL_TERM == EXACT
     if FITS:
-        write_edges(xs, zs, out_row, head, c, V, scale, cap, inv_cap, T, VEC, SOFTCAP, SLOPE, LINEAR, MEAN)
+        write_edges(x_edges, z_edges, out_row, head, c, V, scale, cap, inv_cap, R, T, VEC, SOFTCAP, SLOPE, LINEAR, MEAN)
         write_registers(xs, zs, out_row, head, c, V, scale, cap, inv_cap, T, VEC, ALIGNED, SOFTCAP, SLOPE, LINEAR, MEAN)
     else:
         write_gradient(

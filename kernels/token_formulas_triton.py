@@ -27,6 +27,12 @@ def missed(at, top, FAR_OFF: tl.constexpr):
     return (tl.abs(top - pivot) * scale > FAR_OFF) & (top > float("-inf"))
 
 
+@triton.jit
+def lost(s, FAR_OFF: tl.constexpr):
+    """The same of a row whose maximum is not known, by its sum s; NaN is lost too."""
+    return ~((tl.exp2(-FAR_OFF) <= s) & (s <= tl.exp2(FAR_OFF)))
+
+
 # ---------------------------------------------------------------------------------------------------------- statistics
 @triton.jit
 def _log(s):

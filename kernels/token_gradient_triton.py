@@ -76,8 +76,8 @@ def write_label_gradient(
 
 @triton.jit
 def write_edges(
-    xs,
-    zs,
+    x_edges,
+    z_edges,
     out_row,
     head,
     c,
@@ -85,6 +85,7 @@ def write_edges(
     scale,
     cap,
     inv_cap,
+    R: tl.constexpr,
     T: tl.constexpr,
     VEC: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -94,9 +95,9 @@ def write_edges(
 ):
     """The gradient of the pieces' edges, one by one."""
     if has_edges(head, V, VEC):
-        at, live = edge_elements(head, V, len(xs[0]), T, VEC)
-        x = prepare(xs[1], live, cap, inv_cap, SOFTCAP)
-        z = prepare(zs[1], live, cap, inv_cap, SOFTCAP)
+        at, live = edge_elements(head, V, R, T, VEC)
+        x = prepare(x_edges, live, cap, inv_cap, SOFTCAP)
+        z = prepare(z_edges, live, cap, inv_cap, SOFTCAP)
         dx = gradient(x, z, None, c, scale, inv_cap, SLOPE, KL, MEAN, SOFTCAP)
         tl.store(out_row + at, dx.to(out_row.dtype.element_ty), live)
 
@@ -124,10 +125,10 @@ def write_registers(
     outs, vectors = body_pointers(out_row, head, V, ALIGNED, T, VEC)
     element = out_row.dtype.element_ty
     slot = team_slots(T)
-    for r in tl.static_range(len(xs[0])):
+    for r in tl.static_range(len(xs)):
         live = slot + r * TEAM < vectors
-        x = prepare(xs[0][r], live, cap, inv_cap, SOFTCAP)
-        z = prepare(zs[0][r], live, cap, inv_cap, SOFTCAP)
+        x = prepare(xs[r], live, cap, inv_cap, SOFTCAP)
+        z = prepare(zs[r], live, cap, inv_cap, SOFTCAP)
         dx = gradient(x, z, None, c, scale, inv_cap, SLOPE, KL, MEAN, SOFTCAP)
         tl.store(outs + r * TEAM * VEC, dx.to(element), live)
 

@@ -49,10 +49,11 @@ def prepare(x, live, cap, inv_cap, SOFTCAP: tl.constexpr):
 @triton.jit
 def row_pointer(pointer, row, inner, outer_stride, inner_stride):
     """Start of a row; the leading dimensions of a tensor are two at most, of which the last has size `inner`."""
-    outer = row * 0
-    if row >= inner:  # not where rows are evenly spaced, which spares the division
+    offset = row.to(tl.int64) * inner_stride
+    if row >= inner:  # not where rows are evenly spaced
         outer = row // inner
-    return pointer + (outer.to(tl.int64) * outer_stride + (row - outer * inner).to(tl.int64) * inner_stride)
+        offset = outer.to(tl.int64) * outer_stride + (row - outer * inner).to(tl.int64) * inner_stride
+    return pointer + offset
 
 
 @triton.jit
@@ -206,14 +207,20 @@ def with_edges(stripe, edges, r: tl.constexpr, head, V, R: tl.constexpr, T: tl.c
 
 @triton.jit
 def load_row(row, head, V, ALIGNED: tl.constexpr, R: tl.constexpr, T: tl.constexpr, VEC: tl.constexpr):
-    """(R stripes of the pieces' bodies, `edge_elements`), which hold a row; -inf where there is no element."""
+    """(R stripes that hold a row, what `edge_elements` names), in float32; -inf where there is no element."""
     pointers, vectors = body_pointers(row, head, V, ALIGNED, T, VEC)
     stripes = load_stripes(pointers, vectors, R, T, VEC)
-    edges = tl.full([T, 1], float("-inf"), tl.float32).to(row.dtype.element_ty)
+    edges = tl.full([T, 1], float("-inf"), tl.float32)
     if has_edges(head, V, VEC):
         element, live = edge_elements(head, V, R, T, VEC)
-        edges = tl.load(row + element, live, other=float("-inf"))
-    return stripes, edges.to(tl.float32)
+        edges = tl.load(row + element, live, other=float("-inf")).to(tl.float32)
+    whole = ()
+    for r in tl.static_range(R):
+        stripe = stripes[r].to(tl.float32)
+        if has_edge(r, head, V, R, T, VEC):
+            stripe = with_edges(stripe, edges, r, head, V, R, T, VEC)
+        whole = whole + (stripe,)  # type: ignore[assignment]  # noqa: RUF005 (Triton cannot unpack)
+    return whole, edges
 
 
 # ------------------------------------------------------------------------------------------------------ configurations

@@ -134,11 +134,13 @@ def forward_kernel(
     zero = finite(x_label)
     if FITS:
         head = row_head(x_row, V, VEC)
-        xs = load_row(x_row, head, V, True, R, T, VEC)
+        xs, _ = load_row(x_row, head, V, True, R, T, VEC)
         zs = xs
         if KL:
-            zs = load_row(z_row, head, V, ALIGNED, R, T, VEC)
-        sums, at, ref_at = sum_registers(xs, zs, head, V, zero, scale, cap, inv_cap, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
+            zs, _ = load_row(z_row, head, V, ALIGNED, R, T, VEC)
+        sums, at, ref_at, _ = sum_registers(
+            xs, zs, x_row, x_label, head, V, zero, scale, cap, inv_cap, T, VEC, SOFTCAP, ENTROPY, KL, MEAN
+        )
     else:
         z_label = x_label
         if KL:

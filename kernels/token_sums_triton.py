@@ -18,20 +18,19 @@ spelled out, so that no bit depends on the place at which the compiler meets a f
 import triton
 import triton.language as tl
 
-from .token_formulas_triton import missed, pivot_at
+from .token_formulas_triton import lost, missed, pivot_at
 from .token_layout_triton import (
     TEAM,
     body_pointers,
-    has_edge,
     has_edges,
     in_row,
+    load_row,
     load_stripes,
     nothing,
     pieces,
     prepare,
     row_head,
     team_slots,
-    with_edges,
 )
 
 SAMPLE = tl.constexpr(64)  # first elements of a long row, of which the largest may be its pivot
@@ -140,17 +139,16 @@ def totals(
 
 # ---------------------------------------------------------------------------------------------------------- whole rows
 @triton.jit
-def largest(row, cap, inv_cap, SOFTCAP: tl.constexpr):
+def largest(stripes, cap, inv_cap, SOFTCAP: tl.constexpr):
     """The prepared maximum of a row in registers; soft-capping keeps the order."""
-    stripes, edges = row
-    top = tl.max(edges, 1)
-    for r in tl.static_range(len(stripes)):
-        top = tl.maximum(top, tl.max(stripes[r].to(tl.float32), 1))
+    top = tl.max(stripes[0], 1)
+    for r in tl.static_range(1, len(stripes)):
+        top = tl.maximum(top, tl.max(stripes[r], 1))
     return prepare(tl.max(top, 0), True, cap, inv_cap, SOFTCAP)
 
 
 @triton.jit
-def stripe_terms(
+def sum_pair(
     r: tl.constexpr,
     xs,
     zs,
@@ -168,23 +166,20 @@ def stripe_terms(
     KL: tl.constexpr,
     MEAN: tl.constexpr,
 ):
-    """What stripe r, and the edges of the pieces that have a place in it, add to the sums."""
-    R: tl.constexpr = len(xs[0])
-    x = xs[0][r].to(tl.float32)
-    z = zs[0][r].to(tl.float32)
-    if has_edge(r, head, V, R, T, VEC):
-        x = with_edges(x, xs[1], r, head, V, R, T, VEC)
-        if KL:
-            z = with_edges(z, zs[1], r, head, V, R, T, VEC)
+    """Stripe r and the one half the row further on."""
+    R: tl.constexpr = len(xs)
     live = in_row(r, head, V, R, T, VEC)
-    x = prepare(x, live, cap, inv_cap, SOFTCAP)
-    z = prepare(z, live, cap, inv_cap, SOFTCAP)
-    return terms(x, z, live, at, ref_at, zero, ENTROPY, KL, MEAN)
+    x = prepare(xs[r], live, cap, inv_cap, SOFTCAP)
+    z = prepare(zs[r], live, cap, inv_cap, SOFTCAP)
+    a = terms(x, z, live, at, ref_at, zero, ENTROPY, KL, MEAN)
+    live = in_row(r + R // 2, head, V, R, T, VEC)
+    x = prepare(xs[r + R // 2], live, cap, inv_cap, SOFTCAP)
+    z = prepare(zs[r + R // 2], live, cap, inv_cap, SOFTCAP)
+    return add(a, terms(x, z, live, at, ref_at, zero, ENTROPY, KL, MEAN), ENTROPY, KL, MEAN)
 
 
 @triton.jit
-def sum_pair(
-    r: tl.constexpr,
+def sum_stripes(
     row,
     T: tl.constexpr,
     VEC: tl.constexpr,
@@ -193,16 +188,28 @@ def sum_pair(
     KL: tl.constexpr,
     MEAN: tl.constexpr,
 ):
-    """Stripe r and the one half the row further on."""
-    a = stripe_terms(r, *row, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
-    b = stripe_terms(r + len(row[0][0]) // 2, *row, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
-    return add(a, b, ENTROPY, KL, MEAN)
+    """The five sums of a row in registers: 2, 4 or 8 stripes and their edges.
+
+    Stripes are added in halves too (see `total_of`): then a row's place rotates all of its elements, and no sum.
+    """
+    R: tl.constexpr = len(row[0])
+    sums = sum_pair(0, *row, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
+    if R == 8:
+        sums = add(sums, sum_pair(2, *row, T, VEC, SOFTCAP, ENTROPY, KL, MEAN), ENTROPY, KL, MEAN)
+    if R > 2:
+        odd = sum_pair(1, *row, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
+        if R == 8:
+            odd = add(odd, sum_pair(3, *row, T, VEC, SOFTCAP, ENTROPY, KL, MEAN), ENTROPY, KL, MEAN)
+        sums = add(sums, odd, ENTROPY, KL, MEAN)
+    return totals(sums, row[2], row[3], T, VEC, ENTROPY, KL, MEAN)
 
 
 @triton.jit
 def sum_registers(
     xs,
     zs,
+    x_row,
+    x_label,
     head,
     V,
     zero,
@@ -216,25 +223,26 @@ def sum_registers(
     KL: tl.constexpr,
     MEAN: tl.constexpr,
 ):
-    """(the five sums, pivot, the reference's pivot) of a row in registers: 2, 4 or 8 stripes and their edges.
+    """(the five sums, pivot, the reference's pivot) of a row in registers.
 
-    Stripes are added in halves too (see `total_of`): then a row's place rotates all of its elements, and no sum.
+    Relative to the target, a plain sum is one over its probability, and seldom too large: the maximum, for which all
+    threads would have to meet, is looked for in the other rows alone.
     """
-    R: tl.constexpr = len(xs[0])
-    at = pivot_at(largest(xs, cap, inv_cap, SOFTCAP), scale)
-    ref_at = at
-    if KL:
-        ref_at = pivot_at(largest(zs, cap, inv_cap, SOFTCAP), scale)
-    row = (xs, zs, head, V, at, ref_at, zero, cap, inv_cap)
-    sums = sum_pair(0, row, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
-    if R == 8:
-        sums = add(sums, sum_pair(2, row, T, VEC, SOFTCAP, ENTROPY, KL, MEAN), ENTROPY, KL, MEAN)
-    if R > 2:
-        odd = sum_pair(1, row, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
-        if R == 8:
-            odd = add(odd, sum_pair(3, row, T, VEC, SOFTCAP, ENTROPY, KL, MEAN), ENTROPY, KL, MEAN)
-        sums = add(sums, odd, ENTROPY, KL, MEAN)
-    return totals(sums, head, V, T, VEC, ENTROPY, KL, MEAN), at, ref_at
+    if ENTROPY or KL:
+        at = pivot_at(largest(xs, cap, inv_cap, SOFTCAP), scale)
+        ref_at = at
+        if KL:
+            ref_at = pivot_at(largest(zs, cap, inv_cap, SOFTCAP), scale)
+        sums = sum_stripes((xs, zs, head, V, at, ref_at, zero, cap, inv_cap), T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
+    else:
+        at = pivot_at(x_label, scale)
+        sums = sum_stripes((xs, zs, head, V, at, at, zero, cap, inv_cap), T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
+        if lost(sums[0], FAR_PLAIN):
+            xs, _ = load_row(x_row, head, V, True, len(xs), T, VEC)
+            at = pivot_at(largest(xs, cap, inv_cap, SOFTCAP), scale)
+            sums = sum_stripes((xs, zs, head, V, at, at, zero, cap, inv_cap), T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
+        ref_at = at
+    return sums, at, ref_at, xs
 
 
 # ---------------------------------------------------------------------------------------------------------- longer rows
