@@ -28,7 +28,8 @@ from .token_stats_triton import (
     scalars,
     store_statistics,
 )
-from .token_sums_triton import sum_registers, sum_row
+from .token_sums_triton import sum_registers
+from .token_walk_triton import sum_row
 
 SFT, REINFORCE, SURROGATE, CLIP, CISPO = (tl.constexpr(i) for i in range(5))
 _, K1, K2, K3, EXACT = (tl.constexpr(i) for i in range(5))
@@ -157,9 +158,7 @@ def objective_kernel(
         zs, z_edges = xs, x_edges
         if KL:
             zs, z_edges = load_row(z_row, head, V, ALIGNED, R, T, VEC)
-        sums, at, ref_at, xs = sum_registers(
-            xs, zs, x_row, x_label, head, V, zero, scale, cap, inv_cap, T, VEC, SOFTCAP, ENTROPY, KL, MEAN
-        )
+        sums, at, ref_at = sum_registers(xs, zs, head, V, zero, scale, cap, inv_cap, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
     else:
         sums, at, ref_at = sum_row(
             *(x_row, z_row, x_label, z_label, V, zero, scale, cap, inv_cap),

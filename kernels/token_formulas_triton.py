@@ -6,8 +6,13 @@ import triton.language as tl
 
 from .token_layout_triton import LN2, LOG2E, nothing
 
-
 # --------------------------------------------------------------------------------------------------------------- pivots
+# How far, in powers of two, the maximum may lie from the pivot. Plain sums only have to stay finite; entropy and KL are
+# differences of numbers of the size of log(sum), so theirs must stay near the maximum to keep its digits.
+FAR_PLAIN = tl.constexpr(32.0)
+FAR = tl.constexpr(16.0)
+
+
 @triton.jit
 def pivot_at(top, scale):
     """(pivot, scale, pivot * scale) such that 2^(x * scale - pivot * scale) is at most about 1 for x up to `top`.
@@ -28,9 +33,9 @@ def missed(at, top, FAR_OFF: tl.constexpr):
 
 
 @triton.jit
-def lost(s, FAR_OFF: tl.constexpr):
-    """The same of a row whose maximum is not known, by its sum s; NaN is lost too."""
-    return ~((tl.exp2(-FAR_OFF) <= s) & (s <= tl.exp2(FAR_OFF)))
+def lost(s):
+    """The same of a row whose maximum is not known, by its plain sum s; NaN is lost too."""
+    return ~((tl.exp2(-FAR_PLAIN) <= s) & (s <= tl.exp2(FAR_PLAIN)))
 
 
 # ---------------------------------------------------------------------------------------------------------- statistics
