@@ -49,11 +49,10 @@ def prepare(x, live, cap, inv_cap, SOFTCAP: tl.constexpr):
 @triton.jit
 def row_pointer(pointer, row, inner, outer_stride, inner_stride):
     """Start of a row; the leading dimensions of a tensor are two at most, of which the last has size `inner`."""
-    offset = row.to(tl.int64) * inner_stride
-    if row >= inner:  # not where rows are evenly spaced
+    outer = row * 0
+    if row >= inner:  # not where rows are evenly spaced, which spares the division
         outer = row // inner
-        offset = outer.to(tl.int64) * outer_stride + (row - outer * inner).to(tl.int64) * inner_stride
-    return pointer + offset
+    return pointer + (outer.to(tl.int64) * outer_stride + (row - outer * inner).to(tl.int64) * inner_stride)
 
 
 @triton.jit
