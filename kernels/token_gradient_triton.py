@@ -158,7 +158,6 @@ def write_gradient(
     In place too: a thread writes where it has read and nowhere else.
     """
     low = float("-inf")
-    low = float("-inf")
     head = row_head(x_row, V, VEC)
     edge_at, edge = edge_offsets(head, V, T, VEC)
     if has_edges(head, V, VEC):
