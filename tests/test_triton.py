@@ -211,7 +211,7 @@ def test_every_statistic_in_the_compiled_code(dtype):
 @pytest.mark.parametrize("vocab", [1001, 40001])
 def test_a_row_knows_nothing_of_its_place_in_the_compiled_code(dtype, everything, vocab):
     """Equal rows of an odd length start at every offset from a 16-byte boundary, and have equal bits: statistics,
-    gradients and the objective in one launch; in registers and in a walk; of a likely target and of one so unlikely that
+    gradients and the objective in one launch; in registers and in a walk; of a likely target and one so unlikely that
     its row is summed twice."""
     pytest.importorskip("ptxsim", reason="needs the PTX simulator ptxsim")
     from fastalign.kernels import objectives_triton, token_stats_triton
