@@ -35,6 +35,7 @@ from .data.chat import is_chat, render
 from .data.collate import IGNORE, Batch, pad
 from .data.encode import Encoder
 from .data.files import Rows, load_rows, named, text_of
+from .eval.sampling import Sampling
 from .lora import is_adapted
 from .model_logits import ModelLogits
 from .run import pad_id
@@ -46,17 +47,6 @@ class Prompt(NamedTuple):
     ids: list[int]
     text: str
     columns: Mapping[str, Any]
-
-
-class Sampling(NamedTuple):
-    """How responses are drawn; `seed` with a step and a response's number decides each of them."""
-
-    response_length: int
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    batch_size: int = 64
-    seed: int = 0
 
 
 @dataclass
@@ -162,23 +152,25 @@ def generate(
     prompts: Sequence[Prompt],
     keys: Sequence[tuple[int, ...]],
     sampling: Sampling,
+    seed: int = 0,
 ) -> list[Episode]:
-    """One response per prompt, in the prompts' order; `keys[i]` (whole numbers) says which response of all it is."""
+    """One response per prompt, in the prompts' order.
+
+    `keys[i]` (whole numbers) says which response of all it is, which with the seed decides its draws.
+    """
     fill, eos = pad_id(tokenizer), tokenizer.eos_token_id
     warpers: list[Any] = [TemperatureLogitsWarper(float(sampling.temperature))] if sampling.temperature != 1 else []
     warpers += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
     warpers += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
     config = GenerationConfig(
-        max_new_tokens=sampling.response_length, do_sample=False, use_cache=True, pad_token_id=fill, eos_token_id=eos
+        max_new_tokens=sampling.max_new_tokens, do_sample=False, use_cache=True, pad_token_id=fill, eos_token_id=eos
     )
     episodes: dict[int, Episode] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     with _plain_generation(policy):
         for start in range(0, len(order), sampling.batch_size):
             chosen = order[start : start + sampling.batch_size]
-            draws = [
-                np.random.default_rng((sampling.seed, 2, *keys[i])).random(sampling.response_length) for i in chosen
-            ]
+            draws = [np.random.default_rng((seed, 2, *keys[i])).random(sampling.max_new_tokens) for i in chosen]
             batch = pad([(prompts[i].ids, []) for i in chosen], fill, "left")
             width = batch["input_ids"].shape[1]
             draw = _Draw(torch.from_numpy(np.stack(draws)).to(policy.device), width)

@@ -50,14 +50,14 @@ class Sampling:
 
     Attributes:
         max_new_tokens: longest continuation.
-        temperature: divides the logits; 0 takes the likeliest token each time.
+        batch_size: continuations drawn at once.
+        temperature: divides the logits; 0 takes the likeliest token each time (`sample` only).
         top_k: only the k likeliest tokens; 0: all.
         top_p: only the likeliest tokens that together have this probability; 1: all.
-        batch_size: continuations drawn at once.
     """
 
     max_new_tokens: int
-    batch_size: int
+    batch_size: int = 64
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
