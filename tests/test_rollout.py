@@ -16,10 +16,10 @@ from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from fastalign.trainers import rollout
 from fastalign.trainers.actor_critic import ActorCritic, policy_logits, with_values
-from fastalign.trainers.draw import Draw
+from fastalign.trainers.draw import Draw, Sampling
 from fastalign.trainers.model_logits import logits_of
 from fastalign.trainers.policy_rewards import FunctionReward, ModelReward, load_function
-from fastalign.trainers.rollout import Episode, Prompt, Sampling, fill_in, generate, load_prompts, prompt_order
+from fastalign.trainers.rollout import Episode, Prompt, fill_in, generate, load_prompts, prompt_order
 
 TEXTS = ["the movie", "a", "a great film and great fun", "a dull film ,"]
 
@@ -71,7 +71,7 @@ class TestSampling:
             assert ids(again) == ids(together)
         backwards = generate(sharp, tiny_tokenizer, prompts[::-1], keys(prompts)[::-1], Sampling(8))
         assert ids(backwards[::-1]) == ids(together)
-        assert ids(generate(sharp, tiny_tokenizer, prompts, keys(prompts), Sampling(8, seed=1))) != ids(together)
+        assert ids(generate(sharp, tiny_tokenizer, prompts, keys(prompts), Sampling(8), seed=1)) != ids(together)
         other = generate(sharp, tiny_tokenizer, prompts, [(1, i) for i in range(4)], Sampling(8))
         assert ids(other) != ids(together)
 

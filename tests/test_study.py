@@ -248,9 +248,9 @@ def test_spread_is_that_within_prompts(tmp_path):
     )
 
 
-def test_a_folder_of_other_settings_is_refused(tmp_path):
+def test_a_folder_of_other_settings_is_refused(made_up_corpus):
     def run(**options):
-        config = StudyConfig(output_dir=str(tmp_path / "s"), seeds=1, processes=1, max_seconds=1e-6, **options)
+        config = StudyConfig(output_dir=str(made_up_corpus / "s"), seeds=1, processes=1, max_seconds=1e-6, **options)
         return run_study("frontier", config, [], count, Console(quiet=True))
 
     assert run() is None

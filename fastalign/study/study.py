@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ..trainers.checkpoints import write_json
 from ..trainers.demo import claim
+from ..trainers.demo_stages import Demo
 from .cells import Cell, Runner, Work, done, read
 from .config import StudyConfig
 from .ground import Ground
@@ -47,7 +48,8 @@ def run_study(
     """
     config.output_dir = os.path.expanduser(config.output_dir)
     root, settings = Path(config.output_dir), config.settings()
-    claim(root, "study.json", settings, "study", overwrite=config.overwrite, own=OWN)
+    check = Demo(config.demo(config.first_seed), root).check
+    claim(root, "study.json", settings, "study", overwrite=config.overwrite, own=OWN, check=check)
     start = time.monotonic()
     deadline = start + config.max_seconds if config.max_seconds else None
     runner = Runner(root, config, config.processes, deadline, console)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,36 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from .config import check_positive
 from .lora import is_adapted
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How continuations are drawn; by default from the model's own distribution.
+
+    Attributes:
+        max_new_tokens: longest continuation.
+        batch_size: continuations drawn at once.
+        temperature: divides the logits; 0 takes the likeliest token each time.
+        top_k: only the k likeliest tokens; 0: all.
+        top_p: only the likeliest tokens that together have this probability; 1: all.
+    """
+
+    max_new_tokens: int
+    batch_size: int = 64
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch_size"):
+            check_positive(name, getattr(self, name))
+        if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                "temperature and top_k must be at least 0 and top_p in (0, 1]; "
+                f"got {self.temperature}, {self.top_k} and {self.top_p}"
+            )
 
 
 class Draw(LogitsProcessor):
@@ -61,34 +91,28 @@ def _plain_generation(model: Any) -> Iterator[None]:
 def continuations(
     model: Any,
     batch: dict[str, Tensor],
-    uniforms: Tensor | None,
-    *,
-    max_new_tokens: int,
+    uniforms: Tensor,
+    how: Sampling,
     pad_token_id: int,
     eos_token_id: int | Sequence[int] | None,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
 ) -> list[list[int]]:
     """The tokens that follow each prompt, with padding behind their end. No other option of generation applies.
 
     Args:
         model: a causal language model of transformers.
         batch: `input_ids` and `attention_mask`, [B, T], padded on the left.
-        uniforms: [B, max_new_tokens] float64 in [0, 1), a number for each token; None takes the likeliest token.
-        temperature: divides the logits, above 0.
-        top_k: only the k likeliest tokens; 0: all.
-        top_p: only the likeliest tokens that together have this probability; 1: all.
+        uniforms: [B, how.max_new_tokens] float64 in [0, 1), a number for each token; not used at temperature 0.
+        how: the draws; its batch size is the caller's affair.
     """
     width = batch["input_ids"].shape[1]
     processors: list[Any] = []
-    if uniforms is not None:
-        processors += [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
-        processors += [TopKLogitsWarper(top_k)] if top_k else []
-        processors += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    if how.temperature:
+        processors += [TemperatureLogitsWarper(float(how.temperature))] if how.temperature != 1 else []
+        processors += [TopKLogitsWarper(how.top_k)] if how.top_k else []
+        processors += [TopPLogitsWarper(how.top_p)] if how.top_p < 1 else []
         processors.append(Draw(uniforms.to(model.device), width))
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=how.max_new_tokens,
         do_sample=False,
         use_cache=True,
         pad_token_id=pad_token_id,

@@ -26,7 +26,7 @@ from .data.chat import is_chat, render
 from .data.collate import IGNORE, Batch, pad
 from .data.encode import Encoder
 from .data.files import Rows, load_rows, named, text_of
-from .draw import continuations
+from .draw import Sampling, continuations
 from .model_logits import ModelLogits
 from .run import pad_id
 
@@ -37,17 +37,6 @@ class Prompt(NamedTuple):
     ids: list[int]
     text: str
     columns: Mapping[str, Any]
-
-
-class Sampling(NamedTuple):
-    """How responses are drawn; `seed` with a step and a response's number decides each of them."""
-
-    response_length: int
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    batch_size: int = 64
-    seed: int = 0
 
 
 @dataclass
@@ -125,25 +114,20 @@ def generate(
     prompts: Sequence[Prompt],
     keys: Sequence[tuple[int, ...]],
     sampling: Sampling,
+    seed: int = 0,
 ) -> list[Episode]:
-    """One response per prompt, in the prompts' order; `keys[i]` (whole numbers) says which response of all it is."""
+    """One response per prompt, in the prompts' order.
+
+    `keys[i]` (whole numbers) says which response of all it is, which with the seed decides its draws.
+    """
     fill, eos = pad_id(tokenizer), tokenizer.eos_token_id
     episodes: dict[int, Episode] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     for start in range(0, len(order), sampling.batch_size):
         chosen = order[start : start + sampling.batch_size]
-        draws = [np.random.default_rng((sampling.seed, 2, *keys[i])).random(sampling.response_length) for i in chosen]
-        tails = continuations(
-            policy,
-            pad([(prompts[i].ids, []) for i in chosen], fill, "left"),
-            torch.from_numpy(np.stack(draws)),
-            max_new_tokens=sampling.response_length,
-            pad_token_id=fill,
-            eos_token_id=eos,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-        )
+        draws = [np.random.default_rng((seed, 2, *keys[i])).random(sampling.max_new_tokens) for i in chosen]
+        batch = pad([(prompts[i].ids, []) for i in chosen], fill, "left")
+        tails = continuations(policy, batch, torch.from_numpy(np.stack(draws)), sampling, fill, eos)
         for i, tail in zip(chosen, tails, strict=True):
             episodes[i] = _episode(prompts[i], tail, eos, tokenizer)
     return [episodes[i] for i in range(len(prompts))]
