@@ -76,6 +76,17 @@ def kl_agreement(cells: Iterable[dict[str, Any]]) -> str:
     )
 
 
+def endings(cells: Iterable[dict[str, Any]]) -> str:
+    """Shares of texts that end by themselves: before training, and at the runs' ends by method."""
+    before = [c["points"][0]["figures"]["finished"] for c in cells if c["method"] not in METHODS]
+    after: dict[str, list[float]] = {}
+    for c in cells:
+        if c["method"] in METHODS:
+            after.setdefault(METHODS[c["method"]], []).append(c["points"][-1]["finished"])
+    shares = "; ".join(f"{name} {span(values)}" for name, values in after.items())
+    return f"Share of texts that end by themselves: {span(before)} before; at the ends of the runs {shares}."
+
+
 def frontier(results: dict[str, Any]) -> str:
     """Envelopes, differences, and what all methods of a seed started from."""
     summary, cells = results["summary"], results["cells"].values()
@@ -91,6 +102,7 @@ def frontier(results: dict[str, Any]) -> str:
         f"The fine-tuned models have a gold reward of {span(starts)}; {pairs} pairs a seed; the learned reward is "
         f"right on {accuracy} of held-out pairs. {kl_agreement(cells)}"
     )
+    text = f"{text} {endings(cells)}"
     return "\n\n".join([best, table(heads, rows), text] if rows else [best, text])
 
 

@@ -57,6 +57,7 @@ def test_results_are_taken_and_told(bench):
     folder, run = bench
     point = {"kl": estimate(2.0), "kl_k1": {"mean": 2.3, "se": 0.1}, "kl_k3": {"mean": 2.19, "se": 0.1}}
     point["kl"]["se"] = 0.0
+    point["finished"] = 0.5
     results = {
         "study": "frontier",
         "command": "fastalign study frontier --quick true",
@@ -67,7 +68,7 @@ def test_results_are_taken_and_told(bench):
             f"grounds/seed-{i}": {"proxy": {"accuracy": 0.7 + i / 10}, "samples": {"pairs": 50 + i}} for i in (0, 1)
         },
         "cells": {
-            "a": {"method": "best-of-n", "seed": 0, "points": [{"gold": 0.25}]},
+            "a": {"method": "best-of-n", "seed": 0, "points": [{"gold": 0.25, "figures": {"finished": 0.75}}]},
             "b": {"method": "dpo", "seed": 0, "points": [point]},
         },
         "summary": {
@@ -101,6 +102,7 @@ def test_results_are_taken_and_told(bench):
         "`fastalign study frontier --quick true`; seeds 3 to 4; 2031-02-03; Some CPU, 7 cores",
         "right on 0.70 to 0.80 of held-out pairs",
         "gold reward of 0.25; 50 to 51 pairs a seed",
+        "end by themselves: 0.75 before; at the ends of the runs DPO 0.50.",
         "Of 1 policies, 0 (k1) and 1 (k3) have a sampled KL",
         "[png](bench/results/frontier-2031-02-03.png), [json](bench/results/frontier-2031-02-03.json)",
     ):
