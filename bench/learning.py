@@ -135,7 +135,6 @@ def reward_trainer(job: Job, reviews: Sequence[Review], rows: Any, eval_rows: An
         max_length=160,
         save_strategy="no",
         logging_steps=50,
-        overwrite_output_dir=True,
         seed=job.seed,
         **options,
     )
@@ -192,8 +191,8 @@ def fine_tuned(job: Job) -> tuple[Demo, Workplace]:
     if path.exists() and not job.resume:
         shutil.rmtree(path)
     config = DemoConfig(output_dir=str(path), seed=job.seed, **job.size.demo)
-    place = Workplace(config, Console(stderr=True))
-    demo = Demo(config, place.path)
+    demo = Demo(config, path)
+    place = Workplace(demo, Console(stderr=True))
     place.stage("base", "Tokenizer and base model", demo.base)
     place.stage("sft", "Supervised fine-tuning", demo.sft)
     return demo, place
@@ -240,7 +239,6 @@ def pro(job: Job) -> dict[str, Any]:
         max_length=160,
         save_strategy="no",
         logging_steps=20,
-        overwrite_output_dir=True,
         seed=job.seed,
     )
     PROTrainer(model, args, rows, None, tokenizer).train()

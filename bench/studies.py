@@ -52,8 +52,8 @@ def origin(results: dict[str, Any], path: Path) -> str:
     m = results["machine"]
     others = [path.with_suffix(end) for end in (".png", ".html", ".csv") if path.with_suffix(end).exists()]
     links = ", ".join(f"[{p.suffix[1:]}](bench/results/{p.name})" for p in (*others, path))
-    first, count = results["first_seed"], results["seeds"]
-    seeds = f"seeds {first} to {first + count - 1}; " if count > 1 else f"seed {first}; "
+    first, count = results.get("first_seed", 0), results.get("seeds", 1)
+    seeds = f"seeds {first} to {first + count - 1}; " if count > 1 else ""
     return f"({links}; `{results['command']}`; {seeds}{m['date'][:10]}; {m['cpu']}, {m['cores']} cores)"
 
 
@@ -124,10 +124,26 @@ def transfer(results: dict[str, Any]) -> str:
     )
 
 
+def labelers(results: dict[str, Any]) -> str:
+    """How far people agree, and how far a scorer agrees with those it learned from and with others."""
+    alphas = ", ".join(f"{name} {d['interval']:.2f}" for name, d in results["domains"].items())
+    both, known, new = (
+        interval({key: 100 * value for key, value in results[name].items()}, 1)
+        for name in ("pairwise_agreement", "known_labelers", "new_labelers")
+    )
+    return (
+        f"Krippendorff's alpha (interval): {alphas}. Two people agree on which of two movie reviews is better in "
+        f"{both} % of the cases in which both have a preference. TF-IDF with ridge regression agrees with people whose "
+        f"ratings of other texts it learned from in {known} % of their preferences, with people whom it never saw in "
+        f"{new} %."
+    )
+
+
 STUDIES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "frontier": ("Gold reward of the best policy within a KL budget, mean over seeds [95 %]", frontier),
     "hacking": ("Labelers who like length, mean over seeds [95 %]", hacking),
     "transfer": ("Policies trained on movie reviews, in other domains, mean over seeds [95 %]", transfer),
+    "labelers": ("People's ratings [95 %]", labelers),
 }
 
 

@@ -28,7 +28,8 @@ from .token_stats_triton import (
     scalars,
     store_statistics,
 )
-from .token_sums_triton import sum_registers, sum_row
+from .token_sums_triton import sum_registers
+from .token_walk_triton import sum_row
 
 SFT, REINFORCE, SURROGATE, CLIP, CISPO = (tl.constexpr(i) for i in range(5))
 _, K1, K2, K3, EXACT = (tl.constexpr(i) for i in range(5))
@@ -153,10 +154,10 @@ def objective_kernel(
     zero = finite(x_label)
     if FITS:
         head = row_head(x_row, V, VEC)
-        xs = load_row(x_row, head, V, True, R, T, VEC)
-        zs = xs
+        xs, x_edges = load_row(x_row, head, V, True, R, T, VEC)
+        zs, z_edges = xs, x_edges
         if KL:
-            zs = load_row(z_row, head, V, ALIGNED, R, T, VEC)
+            zs, z_edges = load_row(z_row, head, V, ALIGNED, R, T, VEC)
         sums, at, ref_at = sum_registers(xs, zs, head, V, zero, scale, cap, inv_cap, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
     else:
         sums, at, ref_at = sum_row(
@@ -193,7 +194,7 @@ def objective_kernel(
     )
     LINEAR: tl.constexpr = KL_TERM == EXACT
     if FITS:
-        write_edges(x_row, z_row, out_row, head, c, V, scale, cap, inv_cap, T, VEC, SOFTCAP, SLOPE, LINEAR, MEAN)
+        write_edges(x_edges, z_edges, out_row, head, c, V, scale, cap, inv_cap, R, T, VEC, SOFTCAP, SLOPE, LINEAR, MEAN)
         write_registers(xs, zs, out_row, head, c, V, scale, cap, inv_cap, T, VEC, ALIGNED, SOFTCAP, SLOPE, LINEAR, MEAN)
     else:
         write_gradient(

@@ -76,8 +76,8 @@ def write_label_gradient(
 
 @triton.jit
 def write_edges(
-    x_row,
-    z_row,
+    x_edges,
+    z_edges,
     out_row,
     head,
     c,
@@ -85,6 +85,7 @@ def write_edges(
     scale,
     cap,
     inv_cap,
+    R: tl.constexpr,
     T: tl.constexpr,
     VEC: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -92,13 +93,11 @@ def write_edges(
     KL: tl.constexpr,
     MEAN: tl.constexpr,
 ):
-    """The gradient of the pieces' edges, one by one; reading them once more is cheaper than taking stripes apart."""
+    """The gradient of the pieces' edges, one by one."""
     if has_edges(head, V, VEC):
-        at, live = edge_elements(head, V, T, VEC)
-        x = prepare(tl.load(x_row + at, live, other=0.0), live, cap, inv_cap, SOFTCAP)
-        z = x
-        if KL:
-            z = prepare(tl.load(z_row + at, live, other=0.0), live, cap, inv_cap, SOFTCAP)
+        at, live = edge_elements(head, V, R, T, VEC)
+        x = prepare(x_edges, live, cap, inv_cap, SOFTCAP)
+        z = prepare(z_edges, live, cap, inv_cap, SOFTCAP)
         dx = gradient(x, z, None, c, scale, inv_cap, SLOPE, KL, MEAN, SOFTCAP)
         tl.store(out_row + at, dx.to(out_row.dtype.element_ty), live)
 
@@ -122,7 +121,7 @@ def write_registers(
     KL: tl.constexpr,
     MEAN: tl.constexpr,
 ):
-    """The gradient of the bodies of a row in registers, stripes `xs` and `zs` that `load_row` made."""
+    """The gradient of the bodies of a row in registers, which `load_row` made `xs` and `zs` of."""
     outs, vectors = body_pointers(out_row, head, V, ALIGNED, T, VEC)
     element = out_row.dtype.element_ty
     slot = team_slots(T)
@@ -158,7 +157,6 @@ def write_gradient(
 
     In place too: a thread writes where it has read and nowhere else.
     """
-    low = float("-inf")
     low = float("-inf")
     head = row_head(x_row, V, VEC)
     edge_at, edge = edge_offsets(head, V, T, VEC)

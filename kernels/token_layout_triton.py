@@ -170,51 +170,56 @@ def has_edge(r: tl.constexpr, head, V, R: tl.constexpr, T: tl.constexpr, VEC: tl
 
 
 @triton.jit
-def edge_elements(head, V, T: tl.constexpr, VEC: tl.constexpr):
-    """([T, 1] elements of the edges, counted from the start of the row; which exist). Threads 0 to VEC - 1 of a team
-    meet those before the body, the next ones those after it."""
+def edge_elements(head, V, R: tl.constexpr, T: tl.constexpr, VEC: tl.constexpr):
+    """([T, 1] elements of the edges, counted from the start of the row; which exist): one for each of some threads.
+
+    Of a team's threads, the second VEC have the elements before the body, the last of them at their end, and the third
+    VEC those after it; the fourth VEC have none. Where both belong to the last of the team's R * TEAM vectors of
+    places, the second VEC have both, as that vector does. So a vector of places finds its elements in one run.
+    """
     begin, length, _ = pieces(V, T, VEC)
     own_head = tl.minimum(head, length)
+    rest = tl.maximum(length - head, 0)
     slot = team_slots(T)
-    after = own_head + (length - own_head) // VEC * VEC + slot - VEC
-    return begin + tl.where(slot < VEC, slot, after), tl.where(slot < VEC, slot < own_head, after < length)
+    before = slot - 2 * VEC + own_head
+    is_before = (slot < 2 * VEC) & (before >= 0)
+    after = slot - tl.where(rest // VEC == R * TEAM - 1, VEC, 2 * VEC)
+    is_after = (after >= 0) & (after < rest % VEC)
+    return begin + tl.where(is_before, before, length - rest % VEC + after), is_before | is_after
 
 
 @triton.jit
 def with_edges(stripe, edges, r: tl.constexpr, head, V, R: tl.constexpr, T: tl.constexpr, VEC: tl.constexpr):
     """Stripe r with the elements of `edge_elements` in their places."""
     _, length, _ = pieces(V, T, VEC)
-    own_head = tl.minimum(head, length)
-    place = places(r, T, VEC)
-    lane = tl.arange(0, VEC)[None, :]
-    live = (place < length - own_head) & (place >= (length - own_head) // VEC * VEC)
-    source = lane + VEC + place * 0
+    vectors = tl.maximum(length - head, 0) // VEC
+    slot = team_slots(T)
+    first = tl.where(slot + r * TEAM == vectors, 2 * VEC, 3 * VEC)
     if r == R - 1:
-        before = place + own_head >= R * TEAM * VEC
-        source = tl.where(before, lane + own_head - VEC, source)
-        live = live | before
+        first = tl.where(slot == TEAM - 1, VEC, first)
     teams: tl.constexpr = T // TEAM
+    source = tl.reshape(first | tl.arange(0, VEC)[None, :], [teams, TEAM, VEC])
     spread = tl.reshape(tl.broadcast_to(edges, [T, VEC]), [teams, TEAM, VEC])
-    found = tl.reshape(tl.gather(spread, tl.reshape(source, [teams, TEAM, VEC]), 1), [T, VEC])
-    return tl.where(live, found, stripe)
+    found = tl.reshape(tl.gather(spread, source, 1), [T, VEC])
+    return tl.where(slot + r * TEAM < vectors, stripe, found)
 
 
 @triton.jit
 def load_row(row, head, V, ALIGNED: tl.constexpr, R: tl.constexpr, T: tl.constexpr, VEC: tl.constexpr):
-    """R stripes that hold a row; -inf where there is no element."""
+    """(R stripes that hold a row, what `edge_elements` names), in float32; -inf where there is no element."""
     pointers, vectors = body_pointers(row, head, V, ALIGNED, T, VEC)
     stripes = load_stripes(pointers, vectors, R, T, VEC)
-    edges = tl.full([T, 1], float("-inf"), tl.float32).to(row.dtype.element_ty)
+    edges = tl.full([T, 1], float("-inf"), tl.float32)
     if has_edges(head, V, VEC):
-        element, live = edge_elements(head, V, T, VEC)
-        edges = tl.load(row + element, live, other=float("-inf"))
+        element, live = edge_elements(head, V, R, T, VEC)
+        edges = tl.load(row + element, live, other=float("-inf")).to(tl.float32)
     whole = ()
     for r in tl.static_range(R):
-        stripe = stripes[r]
+        stripe = stripes[r].to(tl.float32)
         if has_edge(r, head, V, R, T, VEC):
             stripe = with_edges(stripe, edges, r, head, V, R, T, VEC)
         whole = whole + (stripe,)  # type: ignore[assignment]  # noqa: RUF005 (Triton cannot unpack)
-    return whole
+    return whole, edges
 
 
 # ------------------------------------------------------------------------------------------------------ configurations

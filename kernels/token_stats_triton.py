@@ -26,7 +26,8 @@ from .token_layout_triton import (
     tile,
 )
 from .token_results import new_saved, new_statistics
-from .token_sums_triton import sum_registers, sum_row
+from .token_sums_triton import sum_registers
+from .token_walk_triton import sum_row
 
 # Neither values nor alignments of arguments are compiled in: kernels find the 16-byte boundaries of rows by themselves.
 _SCALARS = ("x_outer", "x_inner", "z_outer", "z_inner", "out_outer", "out_inner", "inner", "V", "ignore_index")
@@ -134,10 +135,10 @@ def forward_kernel(
     zero = finite(x_label)
     if FITS:
         head = row_head(x_row, V, VEC)
-        xs = load_row(x_row, head, V, True, R, T, VEC)
+        xs, _ = load_row(x_row, head, V, True, R, T, VEC)
         zs = xs
         if KL:
-            zs = load_row(z_row, head, V, ALIGNED, R, T, VEC)
+            zs, _ = load_row(z_row, head, V, ALIGNED, R, T, VEC)
         sums, at, ref_at = sum_registers(xs, zs, head, V, zero, scale, cap, inv_cap, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
     else:
         z_label = x_label

@@ -1,4 +1,5 @@
-"""Sums over one row of logits in Triton, and the statistics that come of them.
+"""Sums over one row of logits in Triton, and those of a row that fits into registers; `token_walk_triton.py` has the
+longer ones.
 
 The formulas and the names (u, v, s, w, t, k, total, pivot) are those of `token_stats.h`. A program (a block of T
 threads) owns a row; teams of 32 threads own pieces of it, and walk over them in stripes [T, VEC]: one vector of VEC
@@ -8,8 +9,8 @@ elements, 16 bytes, for each thread.
   thread holds VEC bins, and which ones follows from the row's start: where that is off a 16-byte boundary, the bins are
   rotated by up to VEC - 1 places. What meets in a bin, and in which order, does not change, as adding 0 changes
   nothing; and `total_of` adds up the bins in an order that no rotation changes.
-* All elements have one pivot: of a row in registers its maximum, of a longer one the largest of its target and first
-  elements. Where that proves to lie too far from the maximum, the row is read once more, relative to the maximum.
+* All elements have one pivot: the maximum, or what is known of the row before all of it has been seen. Where that
+  proves to lie too far from the maximum, the row is summed once more, relative to the maximum.
 
 Triton reads the types in the signatures of kernels, so annotations must not be lazy here. Fused multiply-adds are
 spelled out, so that no bit depends on the place at which the compiler meets a formula.
@@ -18,26 +19,14 @@ spelled out, so that no bit depends on the place at which the compiler meets a f
 import triton
 import triton.language as tl
 
-from .token_formulas_triton import missed, pivot_at
+from .token_formulas_triton import lost, pivot_at
 from .token_layout_triton import (
     TEAM,
-    body_pointers,
-    has_edges,
     in_row,
-    load_stripes,
     nothing,
     pieces,
     prepare,
-    row_head,
-    team_slots,
 )
-
-SAMPLE = tl.constexpr(64)  # first elements of a long row, of which the largest may be its pivot
-
-# How far, in powers of two, the maximum may lie from the pivot. Plain sums only have to stay finite; entropy and KL are
-# differences of numbers of the size of log(sum), so theirs must stay near the maximum to keep its digits.
-FAR_PLAIN = tl.constexpr(32.0)
-FAR = tl.constexpr(16.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------- sums
@@ -140,9 +129,9 @@ def totals(
 @triton.jit
 def largest(stripes, cap, inv_cap, SOFTCAP: tl.constexpr):
     """The prepared maximum of a row in registers; soft-capping keeps the order."""
-    top = tl.max(stripes[0].to(tl.float32), 1)
+    top = tl.max(stripes[0], 1)
     for r in tl.static_range(1, len(stripes)):
-        top = tl.maximum(top, tl.max(stripes[r].to(tl.float32), 1))
+        top = tl.maximum(top, tl.max(stripes[r], 1))
     return prepare(tl.max(top, 0), True, cap, inv_cap, SOFTCAP)
 
 
@@ -178,6 +167,40 @@ def sum_pair(
 
 
 @triton.jit
+def sum_stripes(
+    xs,
+    zs,
+    head,
+    V,
+    at,
+    ref_at,
+    zero,
+    cap,
+    inv_cap,
+    T: tl.constexpr,
+    VEC: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    KL: tl.constexpr,
+    MEAN: tl.constexpr,
+):
+    """The five sums of a row in registers, 2, 4 or 8 stripes `xs` and `zs`.
+
+    Stripes are added in halves too (see `total_of`): then a row's place rotates all of its elements, and no sum.
+    """
+    here = (xs, zs, head, V, at, ref_at, zero, cap, inv_cap)
+    sums = sum_pair(0, *here, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
+    if len(xs) == 8:
+        sums = add(sums, sum_pair(2, *here, T, VEC, SOFTCAP, ENTROPY, KL, MEAN), ENTROPY, KL, MEAN)
+    if len(xs) > 2:
+        odd = sum_pair(1, *here, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
+        if len(xs) == 8:
+            odd = add(odd, sum_pair(3, *here, T, VEC, SOFTCAP, ENTROPY, KL, MEAN), ENTROPY, KL, MEAN)
+        sums = add(sums, odd, ENTROPY, KL, MEAN)
+    return totals(sums, head, V, T, VEC, ENTROPY, KL, MEAN)
+
+
+@triton.jit
 def sum_registers(
     xs,
     zs,
@@ -194,190 +217,23 @@ def sum_registers(
     KL: tl.constexpr,
     MEAN: tl.constexpr,
 ):
-    """(the five sums, pivot, the reference's pivot) of a row in registers, 2, 4 or 8 stripes `xs` and `zs`.
+    """(the five sums, pivot, the reference's pivot) of a row in registers.
 
-    Stripes are added in halves too (see `total_of`): then a row's place rotates all of its elements, and no sum.
+    Of a short row, the pivot of a plain sum is `zero`, the target: the sum is then one over the target's probability,
+    and rarely too large. Only there is the maximum looked for, for which all elements would have to meet beforehand. (A
+    longer row would need more registers for its second sum than leave room for a second program.)
     """
-    at = pivot_at(largest(xs, cap, inv_cap, SOFTCAP), scale)
+    BY_TARGET: tl.constexpr = len(xs) <= 4 and not (ENTROPY or KL)
+    top = zero if BY_TARGET else largest(xs, cap, inv_cap, SOFTCAP)
+    at = pivot_at(top, scale)
     ref_at = at
     if KL:
         ref_at = pivot_at(largest(zs, cap, inv_cap, SOFTCAP), scale)
-    here = (xs, zs, head, V, at, ref_at, zero, cap, inv_cap)
-    sums = sum_pair(0, *here, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
-    if len(xs) == 8:
-        sums = add(sums, sum_pair(2, *here, T, VEC, SOFTCAP, ENTROPY, KL, MEAN), ENTROPY, KL, MEAN)
-    if len(xs) > 2:
-        odd = sum_pair(1, *here, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
-        if len(xs) == 8:
-            odd = add(odd, sum_pair(3, *here, T, VEC, SOFTCAP, ENTROPY, KL, MEAN), ENTROPY, KL, MEAN)
-        sums = add(sums, odd, ENTROPY, KL, MEAN)
-    return totals(sums, head, V, T, VEC, ENTROPY, KL, MEAN), at, ref_at
-
-
-# ---------------------------------------------------------------------------------------------------------- longer rows
-@triton.jit
-def add_edge(
-    sums,
-    tops,
-    head,
-    V,
-    x_row,
-    z_row,
-    at,
-    ref_at,
-    zero,
-    cap,
-    inv_cap,
-    AFTER: tl.constexpr,
-    T: tl.constexpr,
-    VEC: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    KL: tl.constexpr,
-    MEAN: tl.constexpr,
-):
-    """Adds the elements before the pieces' bodies, or after them: (sums, raw maxima of x and z)."""
-    begin, length, _ = pieces(V, T, VEC)
-    own_head = tl.minimum(head, length)
-    vectors = (length - own_head) // VEC
-    lane = tl.arange(0, VEC)[None, :]
-    if AFTER:
-        at_edge = own_head + vectors * VEC + lane
-        live = (team_slots(T) == vectors % TEAM) & (at_edge < length)
-    else:
-        at_edge = own_head - VEC + lane
-        live = (team_slots(T) == TEAM - 1) & (at_edge >= 0)
-    raw_x = tl.load(x_row + (begin + at_edge), live, other=float("-inf"))
-    raw_z = raw_x
-    if KL:
-        raw_z = tl.load(z_row + (begin + at_edge), live, other=float("-inf"))
-    x = prepare(raw_x, live, cap, inv_cap, SOFTCAP)
-    z = prepare(raw_z, live, cap, inv_cap, SOFTCAP)
-    sums = add(sums, terms(x, z, live, at, ref_at, zero, ENTROPY, KL, MEAN), ENTROPY, KL, MEAN)
-    return sums, higher(tops, raw_x, raw_z, KL)
-
-
-@triton.jit
-def higher(tops, raw_x, raw_z, KL: tl.constexpr):
-    """[T] maxima of raw logits and the reference's, raised by a stripe."""
-    top, ref_top = tops
-    top = tl.maximum(top, tl.max(raw_x.to(tl.float32), 1))
-    if KL:
-        ref_top = tl.maximum(ref_top, tl.max(raw_z.to(tl.float32), 1))
-    return top, ref_top
-
-
-@triton.jit
-def sample_top(row, V, x_label, cap, inv_cap, T: tl.constexpr, SOFTCAP: tl.constexpr):
-    """The largest of a row's first elements and its target, prepared."""
-    i = tl.arange(0, T)
-    x = tl.load(row + i, i < tl.minimum(V, SAMPLE), other=float("-inf"))
-    return tl.maximum(prepare(tl.max(x.to(tl.float32), 0), True, cap, inv_cap, SOFTCAP), x_label)
-
-
-@triton.jit
-def walk(
-    x_row,
-    z_row,
-    V,
-    at,
-    ref_at,
-    zero,
-    cap,
-    inv_cap,
-    R: tl.constexpr,
-    T: tl.constexpr,
-    VEC: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    KL: tl.constexpr,
-    MEAN: tl.constexpr,
-):
-    """(the sums of the bins, the raw maximum, the reference's) of a row of any length, in one read. The next R stripes
-    are on their way while R stripes are added."""
-    head = row_head(x_row, V, VEC)
-    edges = has_edges(head, V, VEC)
-    _, _, span = pieces(V, T, VEC)
-    sums = no_sums(T, VEC)
-    low = tl.full([T], float("-inf"), tl.float32)
-    tops = (low, low)
-    xs, vectors = body_pointers(x_row, head, V, True, T, VEC)
-    next_x = load_stripes(xs, vectors, R, T, VEC)
-    if KL:
-        zs, _ = body_pointers(z_row, head, V, ALIGNED, T, VEC)
-        next_z = load_stripes(zs, vectors, R, T, VEC)
-    if edges:
-        sums, tops = add_edge(
-            *(sums, tops, head, V, x_row, z_row, at, ref_at, zero, cap, inv_cap),
-            *(False, T, VEC, SOFTCAP, ENTROPY, KL, MEAN),
-        )
-    slot = team_slots(T)
-    for start in range(0, (span - head) // VEC, R * TEAM):
-        raw_x = next_x
-        raw_z = raw_x
-        xs += R * TEAM * VEC
-        next_x = load_stripes(xs, vectors - start - R * TEAM, R, T, VEC)
-        if KL:
-            raw_z = next_z
-            zs += R * TEAM * VEC
-            next_z = load_stripes(zs, vectors - start - R * TEAM, R, T, VEC)
-        for r in tl.static_range(R):
-            live = slot + r * TEAM < vectors - start
-            x = prepare(raw_x[r], live, cap, inv_cap, SOFTCAP)
-            z = prepare(raw_z[r], live, cap, inv_cap, SOFTCAP)
-            tops = higher(tops, raw_x[r], raw_z[r], KL)
-            sums = add(sums, terms(x, z, live, at, ref_at, zero, ENTROPY, KL, MEAN), ENTROPY, KL, MEAN)
-    if edges:
-        sums, tops = add_edge(
-            *(sums, tops, head, V, x_row, z_row, at, ref_at, zero, cap, inv_cap),
-            *(True, T, VEC, SOFTCAP, ENTROPY, KL, MEAN),
-        )
-    return sums, tl.max(tops[0], 0), tl.max(tops[1], 0)
-
-
-@triton.jit
-def sum_row(
-    x_row,
-    z_row,
-    x_label,
-    z_label,
-    V,
-    zero,
-    scale,
-    cap,
-    inv_cap,
-    R: tl.constexpr,
-    T: tl.constexpr,
-    VEC: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    KL: tl.constexpr,
-    MEAN: tl.constexpr,
-):
-    """(the five sums, pivot, the reference's pivot) of a row of any length, in one read unless the pivot was missed."""
-    at = pivot_at(sample_top(x_row, V, x_label, cap, inv_cap, T, SOFTCAP), scale)
-    ref_at = at
-    if KL:
-        ref_at = pivot_at(sample_top(z_row, V, z_label, cap, inv_cap, T, SOFTCAP), scale)
-    FAR_OFF: tl.constexpr = FAR if ENTROPY or KL else FAR_PLAIN
-    sums = no_sums(T, VEC)
-    again = V > 0
-    length = V
-    while again:
-        sums, top, ref_top = walk(
-            *(x_row, z_row, length, at, ref_at, zero, cap, inv_cap),
-            *(R, T, VEC, ALIGNED, SOFTCAP, ENTROPY, KL, MEAN),
-        )
-        top = prepare(top, True, cap, inv_cap, SOFTCAP)
-        again = missed(at, top, FAR_OFF)
-        if KL:
-            ref_top = prepare(ref_top, True, cap, inv_cap, SOFTCAP)
-            again = again | missed(ref_at, ref_top, FAR_OFF)
-        if again:
-            length = tl.where(top == top, V, 0)  # V, but unknown to the compiler, which would keep too much at hand
-            at = pivot_at(top, scale)
-            if KL:
-                ref_at = pivot_at(ref_top, scale)
-    return totals(sums, row_head(x_row, V, VEC), V, T, VEC, ENTROPY, KL, MEAN), at, ref_at
+    row = (xs, zs, head, V)
+    sums = sum_stripes(*row, at, ref_at, zero, cap, inv_cap, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
+    if BY_TARGET:
+        if lost(sums[0]):
+            at = pivot_at(largest(xs, cap, inv_cap, SOFTCAP), scale)
+            sums = sum_stripes(*row, at, at, zero, cap, inv_cap, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
+        ref_at = at
+    return sums, at, ref_at

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import os
 import random
 import shutil
 import sys
@@ -13,6 +14,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
+
+# Workers of `pytest -n` share the cores: one thread each, before torch counts them. Tests of threads set their own.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

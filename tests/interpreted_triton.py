@@ -249,6 +249,24 @@ def test_a_pivot_that_is_missed():
             torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=2e-6)
 
 
+@each_dtype
+@pytest.mark.parametrize("vocab", [3, 700, 1001])
+def test_a_target_far_from_the_rest(dtype, vocab):
+    """Short rows, whose plain sums are relative to their target: it is far below the maximum, far below by all but a
+    little, -inf, NaN, or all there is."""
+    x = torch.randn(7, vocab, generator=torch.Generator().manual_seed(vocab))
+    labels = torch.tensor([1, 0, 2, 1, 0, 2, 1])
+    x[0, 1], x[1, 0], x[2, 2] = -200.0, -22.0, -21.0
+    x[3, 1], x[4, 0], x[5, :] = -torch.inf, torch.nan, -torch.inf
+    x[6, [0, 2]], x[6, 1] = -torch.inf, 3.0
+    x = x.to(dtype)
+    with fa.use_backend("eager"):
+        want = fa.token_stats(x.double(), labels)
+    got = fa.token_stats(x, labels)
+    torch.testing.assert_close(got.logps.double(), want.logps, rtol=1e-6, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(got.lse.double(), want.lse, rtol=1e-6, atol=2e-6, equal_nan=True)
+
+
 def test_bad_labels_are_named():
     with pytest.raises(ValueError, match=r"labels must be in \[0, 8\).*got 9 at flat position 1"):
         fa.token_logps(torch.zeros(2, 8), torch.tensor([1, 9]))

@@ -42,6 +42,7 @@ device_module = _load("_device")
 
 def _python(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    environment.pop("PYTEST_XDIST_WORKER", None)  # pytest-benchmark measures nothing where tests run side by side
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8", check=False

@@ -62,24 +62,30 @@ class TestDemo:
         config = small(made_up_corpus / "one", sft_epochs=1, dpo_epochs=1)
         whole = demo.run_demo(small(made_up_corpus / "two", sft_epochs=1, dpo_epochs=1))
         with monkeypatch.context() as patch:
-            patch.setattr(demo.demo_stages.Demo, "dpo", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(demo.Demo, "dpo", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 demo.run_demo(config)
-        monkeypatch.setattr(demo.demo_stages.Demo, "sft", lambda self: pytest.fail("a finished stage ran again"))
+        monkeypatch.setattr(demo.Demo, "sft", lambda self: pytest.fail("a finished stage ran again"))
         resumed = demo.run_demo(config)
         assert resumed["compare"]["gold_scores"] == whole["compare"]["gold_scores"]
 
     def test_foreign_folder_and_other_settings_are_refused(self, made_up_corpus):
+        def claim(name, **options):
+            config = small(made_up_corpus / name, **options)
+            return demo.Workplace(demo.Demo(config, Path(config.output_dir)), demo.Console(quiet=True))
+
         (made_up_corpus / "foreign").mkdir()
         (made_up_corpus / "foreign" / "thesis.txt").write_text("mine")
-        console = demo.Console(quiet=True)
         with pytest.raises(ValueError, match="must be empty or hold an earlier demo"):
-            demo.Workplace(small(made_up_corpus / "foreign", overwrite=True), console)
-        demo.Workplace(small(made_up_corpus / "mine"), console)
+            claim("foreign", overwrite=True)
+        claim("mine")
         with pytest.raises(ValueError, match=r"other settings \(seed differ"):
-            demo.Workplace(small(made_up_corpus / "mine", seed=1), console)
-        demo.Workplace(small(made_up_corpus / "mine", seed=1, overwrite=True), console)
+            claim("mine", seed=1)
+        claim("mine", seed=1, overwrite=True)
         assert (made_up_corpus / "foreign" / "thesis.txt").read_text() == "mine"
+        (made_up_corpus / "mine" / "demo.json").write_text("[1")
+        with pytest.raises(ValueError, match=r"demo.json' must hold a run's settings; it cannot be read"):
+            claim("mine", overwrite=True)
 
 
 class TestFetch:

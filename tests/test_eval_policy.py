@@ -14,12 +14,13 @@ pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
 pytest.importorskip("sklearn", reason="needs scikit-learn (the extra `train`)")
 
 from fastalign.trainers.demo_models import small_model
+from fastalign.trainers.draw import Sampling
 from fastalign.trainers.eval import policy as policy_figures
 from fastalign.trainers.eval.best_of_n import best_of_n, best_of_n_kl
 from fastalign.trainers.eval.diversity import self_bleu
 from fastalign.trainers.eval.estimates import bootstrap, estimate
 from fastalign.trainers.eval.perplexity import alignment_tax, likelihood
-from fastalign.trainers.eval.sampling import Sample, Sampling, compare_policies
+from fastalign.trainers.eval.sampling import Sample, compare_policies
 
 LETTERS, LENGTH = 4, 3
 

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer, GPT2ForSequenceClassification, set_seed
 from fastalign import cli
 from fastalign.trainers.data.encode import Encoder
 from fastalign.trainers.data.tokenize import tokenize_lists
-from fastalign.trainers.eval.sampling import Sampling, sample
+from fastalign.trainers.draw import Sampling
+from fastalign.trainers.eval.sampling import sample
 from fastalign.trainers.eval.scorers import load_judge
 from fastalign.trainers.evaluate import EvalConfig, evaluate
 from fastalign.trainers.sample import read_prompts

@@ -50,8 +50,9 @@ elif point == "old one half removed":
 elif point == "in a step":
     at("training_step", 4)
 elif point == "while saving the end":
-    checkpoints.os.replace = lambda a, b: die() if b.endswith("model.safetensors") and PARTIAL in a else real(a, b)
-    PARTIAL, real = checkpoints.PARTIAL, os.rename
+    checkpoints.os.replace = lambda a, b: die() if at_end(str(a), str(b)) else real(a, b)
+    at_end = lambda a, b: b.endswith("model.safetensors") and checkpoints.PARTIAL in a
+    real = os.rename
 sys.exit(run.run("dpo", dpo.DPOConfig, dpo.DPOTrainer, sys.argv[2:]))
 """
 POINTS = (

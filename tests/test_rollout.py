@@ -16,9 +16,10 @@ from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from fastalign.trainers import rollout
 from fastalign.trainers.actor_critic import ActorCritic, policy_logits, with_values
+from fastalign.trainers.draw import Draw, Sampling
 from fastalign.trainers.model_logits import logits_of
 from fastalign.trainers.policy_rewards import FunctionReward, ModelReward, load_function
-from fastalign.trainers.rollout import Episode, Prompt, Sampling, fill_in, generate, load_prompts, prompt_order
+from fastalign.trainers.rollout import Episode, Prompt, fill_in, generate, load_prompts, prompt_order
 
 TEXTS = ["the movie", "a", "a great film and great fun", "a dull film ,"]
 
@@ -52,14 +53,14 @@ class TestSampling:
         generator = torch.Generator().manual_seed(0)
         scores = torch.tensor([1.0, -torch.inf, 0.0, 2.0, -3.0, -torch.inf])
         uniforms = torch.rand(40_000, 1, generator=generator, dtype=torch.float64)
-        drawn = rollout._Draw(uniforms, 3)(torch.zeros(40_000, 3), scores.repeat(40_000, 1)).argmax(-1)
+        drawn = Draw(uniforms, 3)(torch.zeros(40_000, 3), scores.repeat(40_000, 1)).argmax(-1)
         p = scores.softmax(-1)
         share = torch.bincount(drawn, minlength=6) / 40_000
         assert ((share - p).abs() <= 5 * (p * (1 - p) / 40_000).sqrt()).all()
 
     def test_extreme_uniform_numbers_draw_possible_tokens(self):
         scores = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]]).repeat(2, 1)
-        draw = rollout._Draw(torch.tensor([[0.0], [1.0]], dtype=torch.float64), 0)
+        draw = Draw(torch.tensor([[0.0], [1.0]], dtype=torch.float64), 0)
         assert draw(torch.zeros(2, 0), scores).argmax(-1).tolist() == [1, 2]
 
     def test_responses_do_not_depend_on_batch_padding_or_global_seed(self, sharp, tiny_tokenizer, prompts):
@@ -70,7 +71,7 @@ class TestSampling:
             assert ids(again) == ids(together)
         backwards = generate(sharp, tiny_tokenizer, prompts[::-1], keys(prompts)[::-1], Sampling(8))
         assert ids(backwards[::-1]) == ids(together)
-        assert ids(generate(sharp, tiny_tokenizer, prompts, keys(prompts), Sampling(8, seed=1))) != ids(together)
+        assert ids(generate(sharp, tiny_tokenizer, prompts, keys(prompts), Sampling(8), seed=1)) != ids(together)
         other = generate(sharp, tiny_tokenizer, prompts, [(1, i) for i in range(4)], Sampling(8))
         assert ids(other) != ids(together)
 

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from fastalign import cli
 from fastalign.study import frontier
-from fastalign.study.cells import Runner, read
+from fastalign.study.cells import Cell, Runner, read
 from fastalign.study.config import StudyConfig
 from fastalign.study.envelope import Point, difference, envelope, over_seeds
 from fastalign.study.ground import Ground
@@ -61,14 +61,18 @@ def work(tmp_path, monkeypatch):
     del sys.modules["cell_work"]
 
 
+def cells(names, work):
+    return [Cell(name, work) for name in names]
+
+
 class TestRunner:
     def runner(self, tmp_path, processes=1, deadline=None):
         return Runner(tmp_path, 3, processes, deadline, Console(quiet=True))
 
     def test_each_cell_is_run_once(self, tmp_path, capfd):
         names = [f"cells/c-{i}" for i in range(3)]
-        assert self.runner(tmp_path).run(names[:2], count) == 0
-        assert self.runner(tmp_path).run(names, count) == 0
+        assert self.runner(tmp_path).run(cells(names[:2], count)) == 0
+        assert self.runner(tmp_path).run(cells(names, count)) == 0
         assert (tmp_path / "calls.txt").read_text().split() == names
         assert read(tmp_path, names[0])["of"] == 3
         assert read(tmp_path, names[0])["seconds"] >= 0
@@ -78,22 +82,30 @@ class TestRunner:
     def test_two_processes_do_the_same(self, tmp_path, work):
         names = ["cells/a", "cells/broken", "cells/b"]
         with pytest.raises(ValueError, match=r"cell cells/broken failed: as it should"):
-            self.runner(tmp_path, 2).run(names, work)
+            self.runner(tmp_path, 2).run(cells(names, work))
         assert "cells/a" in (tmp_path / "calls.txt").read_text().split()
         assert read(tmp_path, "cells/a")["of"] == 3
 
     def test_none_is_started_after_the_deadline(self, tmp_path):
-        assert self.runner(tmp_path, deadline=time.monotonic() - 1).run(["a", "b"], count) == 2
+        assert self.runner(tmp_path, deadline=time.monotonic() - 1).run(cells(["a", "b"], count)) == 2
         assert not (tmp_path / "calls.txt").exists()
 
     def test_a_failure_leaves_the_finished_and_runs_again(self, tmp_path):
         with pytest.raises(ValueError, match=r"cell broken failed: as it should") as caught:
-            self.runner(tmp_path).run(["a", "broken", "b"], count)
+            self.runner(tmp_path).run(cells(["a", "broken", "b"], count))
         assert isinstance(caught.value.__cause__, ValueError)
         assert (tmp_path / "calls.txt").read_text().split() == ["a"]
         with pytest.raises(ValueError, match="broken"):
-            self.runner(tmp_path).run(["a", "broken"], count)
+            self.runner(tmp_path).run(cells(["a", "broken"], count))
         assert (tmp_path / "calls.txt").read_text().split() == ["a"]
+
+    @pytest.mark.parametrize("processes", [1, 2])
+    def test_none_is_started_before_what_it_needs(self, tmp_path, work, processes):
+        runner = self.runner(tmp_path, processes)
+        assert (
+            runner.run([Cell("late", work, needs="early"), Cell("never", work, needs="lost"), Cell("early", work)]) == 1
+        )
+        assert (tmp_path / "calls.txt").read_text().split() == ["early", "late"]
 
 
 class TestEnvelope:
@@ -236,9 +248,9 @@ def test_spread_is_that_within_prompts(tmp_path):
     )
 
 
-def test_a_folder_of_other_settings_is_refused(tmp_path):
+def test_a_folder_of_other_settings_is_refused(made_up_corpus):
     def run(**options):
-        config = StudyConfig(output_dir=str(tmp_path / "s"), seeds=1, processes=1, max_seconds=1e-6, **options)
+        config = StudyConfig(output_dir=str(made_up_corpus / "s"), seeds=1, processes=1, max_seconds=1e-6, **options)
         return run_study("frontier", config, [], count, Console(quiet=True))
 
     assert run() is None

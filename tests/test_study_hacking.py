@@ -52,7 +52,7 @@ def test_hacking_and_transfer_end_to_end(made_up_corpus, monkeypatch):
         monkeypatch.setitem(METHODS, name, method._replace(quick=method.quick[:1]))
     monkeypatch.setattr(hacking.HackingConfig, "alphas", (0.0, 1.0))
     out = made_up_corpus / "study"
-    config = hacking.HackingConfig(output_dir=str(out), length_bonus=0.3, nll_weight=0.02, **SMALL)
+    config = hacking.HackingConfig(output_dir=str(out), length_bonus=0.3, beta=0.5, nll_weight=0.02, **SMALL)
     found = hacking.run_hacking(config)
     plain, penalised = (found["summary"][alpha] for alpha in ("0", "1"))
     assert plain["longer_chosen"]["mean"] > 0.7

@@ -26,6 +26,20 @@ Work = Callable[[Path, Any, str], dict[str, Any]]
 """(root folder, the study's configuration, the cell's name) → the result. Other processes call it, so no lambda."""
 
 
+class Cell(NamedTuple):
+    """One cell.
+
+    Attributes:
+        name: its folder under the root.
+        work: what makes its result.
+        needs: name of a cell that must be done before, or none.
+    """
+
+    name: str
+    work: Work
+    needs: str = ""
+
+
 class Runner(NamedTuple):
     """How cells are run.
 
@@ -43,18 +57,20 @@ class Runner(NamedTuple):
     deadline: float | None
     console: Console
 
-    def run(self, names: Sequence[str], work: Work) -> int:
-        """Runs the cells that are not done; returns how many are left. What a cell raises is raised, after the others.
+    def run(self, cells: Sequence[Cell]) -> int:
+        """Runs the cells that are not done, each after what it needs; returns how many are left.
+
+        What a cell raises is raised when those that run beside it have ended.
 
         Raises:
             ValueError: what a cell was given is wrong, or a file cannot be had; its cause is the cell's own error.
             RuntimeError: a cell failed in any other way; the same.
         """
-        todo = [name for name in names if not done(self.root, name)]
+        todo = [cell for cell in cells if not done(self.root, cell.name)]
         if not todo:
             return 0
         start = _in_line if self.processes == 1 else _in_processes
-        finished, failed = start(self, todo, work)
+        finished, failed = start(self, todo)
         if failed is not None:
             name, cause = failed
             kind = ValueError if isinstance(cause, (ValueError, TypeError, OSError)) else RuntimeError
@@ -65,45 +81,54 @@ class Runner(NamedTuple):
         """Whether no further cell may be started."""
         return self.deadline is not None and time.monotonic() > self.deadline
 
+    def next(self, waiting: Sequence[Cell]) -> Cell | None:
+        """The first that lacks nothing it needs."""
+        return next((c for c in waiting if not c.needs or done(self.root, c.needs)), None)
+
     def tell(self, name: str, count: int, total: int) -> None:
         """One line for a finished cell."""
         seconds = read(self.root, name)["seconds"]
         self.console.print(f"   {count}/{total} {name} ({seconds:.0f} s)", highlight=False)
 
 
-def _in_line(runner: Runner, names: Sequence[str], work: Work) -> tuple[int, tuple[str, BaseException] | None]:
-    for count, name in enumerate(names):
-        if runner.late():
-            return count, None
+def _in_line(runner: Runner, cells: Sequence[Cell]) -> tuple[int, tuple[str, BaseException] | None]:
+    waiting = list(cells)
+    while waiting and not runner.late():
+        cell = runner.next(waiting)
+        if cell is None:
+            break
+        waiting.remove(cell)
         try:
-            run_cell(work, runner.root, runner.config, name)
+            run_cell(cell.work, runner.root, runner.config, cell.name)
         except Exception as error:
-            return count, (name, error)
-        runner.tell(name, count + 1, len(names))
-    return len(names), None
+            return len(cells) - len(waiting) - 1, (cell.name, error)
+        runner.tell(cell.name, len(cells) - len(waiting), len(cells))
+    return len(cells) - len(waiting), None
 
 
-def _in_processes(runner: Runner, names: Sequence[str], work: Work) -> tuple[int, tuple[str, BaseException] | None]:
+def _in_processes(runner: Runner, cells: Sequence[Cell]) -> tuple[int, tuple[str, BaseException] | None]:
     """Cells are handed out one by one, so that the deadline counts for each. A fresh process forks no threads."""
-    waiting, running = list(names), dict[Future, str]()
+    waiting, running = list(cells), dict[Future, str]()
     finished, failed = 0, None
     threads = max(1, (os.cpu_count() or 1) // runner.processes)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(runner.processes, spawn, initializer=_share, initargs=(threads,)) as pool:
-        while waiting or running:
-            while waiting and len(running) < runner.processes and failed is None and not runner.late():
-                name = waiting.pop(0)
-                running[pool.submit(run_cell, work, runner.root, runner.config, name)] = name
+        while True:
+            while len(running) < runner.processes and failed is None and not runner.late():
+                cell = runner.next(waiting)
+                if cell is None:
+                    break
+                waiting.remove(cell)
+                running[pool.submit(run_cell, cell.work, runner.root, runner.config, cell.name)] = cell.name
             if not running:
-                break
+                return finished, failed
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 name, error = running.pop(future), future.exception()
                 if error is not None:
                     failed = failed or (name, error)
                     continue
                 finished += 1
-                runner.tell(name, finished, len(names))
-    return finished, failed
+                runner.tell(name, finished, len(cells))
 
 
 def _share(threads: int) -> None:

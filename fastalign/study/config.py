@@ -100,7 +100,7 @@ _QUICK: dict[str, Any] = {
     "prompts": 1000,
     "max_new_tokens": 32,
     "eval_prompts": 150,
-    "evaluations": 4,
+    "evaluations": 3,
     "best_of": 16,
     "preference_updates": 48,
     "preference_batch_size": 32,

@@ -52,8 +52,7 @@ class Ground:
     def prepare(self) -> dict[str, Any]:
         """Runs the stages that are not done: each is kept, so a run that was cut off goes on. Returns their results."""
         _kept.clear()
-        self.demo.config.output_dir = str(self.path)
-        place = Workplace(self.demo.config, Console(quiet=True))
+        place = Workplace(self.demo, Console(quiet=True))
         stages: dict[str, Callable[[], dict[str, Any]]] = {
             "corpus": self.demo.corpus,
             "base": self.demo.base,
@@ -114,7 +113,6 @@ class Ground:
             max_length=160,
             save_strategy="no",
             logging_steps=1000,
-            overwrite_output_dir=True,
             disable_tqdm=True,
             seed=self.seed,
         )

@@ -51,7 +51,7 @@ class HackingConfig(FrontierConfig):
     length_bonus: float = key(0.1, "What the biased labelers add to the gold reward for each word", group="Loss")
     beta: float = key(0.1, "DPO's beta on their preferences", group="Loss")
     nll_weight: float = key(
-        0.2, "Weight there of the chosen texts' NLL; without it small models stop ending their texts", group="Loss"
+        0.05, "Weight there of the chosen texts' NLL; without it small models stop ending their texts", group="Loss"
     )
 
     def __post_init__(self) -> None:
@@ -64,7 +64,7 @@ class HackingConfig(FrontierConfig):
     @property
     def alphas(self) -> tuple[float, ...]:
         """DPO-R's alpha in nats a token; 0 is DPO."""
-        return (0.0, 0.02, 0.05, 0.1, 0.2, 0.3) if self.full else (0.0, 0.1, 0.2, 0.3)
+        return (0.0, 0.02, 0.05, 0.1, 0.2, 0.3) if self.full else (0.0, 0.1, 0.3)
 
     def settings(self) -> dict[str, Any]:
         """Those of the frontier: the cells of this study have its own three in their names."""
@@ -88,8 +88,9 @@ def run_cell(root: Path, config: HackingConfig, name: str) -> dict[str, Any]:
     watch, work = Watch(ground), root / name / "work"
     shutil.rmtree(work, ignore_errors=True)
     rows = length_biased(ground, bonus)
-    loss = {"beta": beta, "length_alpha": alpha, "loss_type": "rpo", "nll_weight": nll_weight}
-    train_pairs(Job(ground, alpha, work, watch), rows, **loss)
+    options = {"beta": beta, "length_alpha": alpha, "loss_type": "rpo", "nll_weight": nll_weight}
+    # A rate that falls to 0: what is compared is the end of each run, and at a constant rate lengths swing to the last.
+    train_pairs(Job(ground, alpha, work, watch), rows, lr_scheduler_type="cosine", **options)
     shutil.rmtree(work, ignore_errors=True)
     before = measure(
         ground.reference,

@@ -67,10 +67,10 @@ def _fit(job: Job, trainer: Any) -> None:
     trainer.train()
 
 
-def train_pairs(job: Job, rows: Any = None, **loss: Any) -> None:
-    """DPO and its relatives, on the ground's pairs or on other rows."""
+def train_pairs(job: Job, rows: Any = None, **options: Any) -> None:
+    """DPO and its relatives, on the ground's pairs or on other rows; options are those of the loss and of training."""
     model, tokenizer = job.ground.demo.load("sft")
-    args = DPOConfig(**_preference_arguments(job), **loss)
+    args = DPOConfig(**{**_preference_arguments(job), **options})
     rows = str(job.ground.file("pairs")) if rows is None else rows
     _fit(job, DPOTrainer(model, args, rows, None, tokenizer))
 

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from ..trainers.checkpoints import write_json
 from ..trainers.demo import claim
-from .cells import Runner, Work, done, read
+from ..trainers.demo_stages import Demo
+from .cells import Cell, Runner, Work, done, read
 from .config import StudyConfig
 from .ground import Ground
 from .machine import machine
@@ -47,18 +48,21 @@ def run_study(
     """
     config.output_dir = os.path.expanduser(config.output_dir)
     root, settings = Path(config.output_dir), config.settings()
-    claim(root, "study.json", settings, "study", overwrite=config.overwrite, own=OWN)
+    check = Demo(config.demo(config.first_seed), root).check
+    claim(root, "study.json", settings, "study", overwrite=config.overwrite, own=OWN, check=check)
     start = time.monotonic()
     deadline = start + config.max_seconds if config.max_seconds else None
     runner = Runner(root, config, config.processes, deadline, console)
     grounds = [f"grounds/seed-{seed}" for seed in config.all_seeds]
     todo = [name for name in [*grounds, *cells] if not done(root, name)]
-    for title, names, run in (("grounds", grounds, prepare_ground), ("cells", list(cells), work)):
-        console.print(f"[bold]{title}[/]: {len(names)}", highlight=False)
-        left = runner.run(names, run)
-        if left:
-            console.print(f"time is up with {left} {title} to go; the same command goes on from here")
-            return None
+    console.print(f"cells: {len(grounds) + len(cells)}, {len(todo)} of them to run", highlight=False)
+    left = runner.run(
+        [Cell(name, prepare_ground) for name in grounds]
+        + [Cell(name, work, needs=f"grounds/seed-{seed_of(name)}") for name in cells]
+    )
+    if left:
+        console.print(f"time is up with {left} cells to go; the same command goes on from here")
+        return None
     found = {name: read(root, name) for name in cells}
     return {
         "study": command,

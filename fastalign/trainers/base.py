@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..ops import sum_tokens
 from .callbacks import ConsoleCallback, GiveBackCallback, JsonlCallback
-from .checkpoints import PARTIAL, publish, rotate, write_folder
+from .checkpoints import PARTIAL, publish, rotate, seal, write_folder
 from .config import GroupsConfig, TrainingConfig
 from .data.collate import Batch, padding_last
 from .data.files import Rows, named
@@ -294,6 +294,7 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))
+            seal(written)
             publish(written, target)
             rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()

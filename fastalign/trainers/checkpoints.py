@@ -14,13 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .config import TrainingConfig
+from .config import CommonConfig
 
 PARTIAL = ".partial"
 """Folder inside the output folder for what is being written or removed; nothing in it is ever read."""
 
-_STATE = "trainer_state.json"
+_STATE, _FILES = "trainer_state.json", "files.json"
 _CONFIGS = {"config.json", "adapter_config.json"}
+_ANEW = (None, "false")  # values of resume_from_checkpoint
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -80,12 +81,14 @@ def rotate(output_dir: str, limit: int | None, best: str | None) -> None:
 
 def checkpoints(output_dir: str) -> list[str]:
     """Whole checkpoints, oldest first. The trainer's state is written last, so where it can be read all is there."""
-    found = []
-    for name in os.listdir(output_dir) if os.path.isdir(output_dir) else ():
-        match = _CHECKPOINT.fullmatch(name)
-        if match and _is_whole(os.path.join(output_dir, name)):
-            found.append((int(match[1]), os.path.join(output_dir, name)))
-    return [path for _, path in sorted(found)]
+    return [path for path in _folders(output_dir) if _is_whole(path)]
+
+
+def _folders(output_dir: str) -> list[str]:
+    """What bears a checkpoint's name, in the order of the steps."""
+    names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
+    steps = {name: int(match[1]) for name in names if (match := _CHECKPOINT.fullmatch(name))}
+    return [os.path.join(output_dir, name) for name in sorted(steps, key=lambda name: steps[name])]
 
 
 def _is_whole(path: str) -> bool:
@@ -97,28 +100,64 @@ def _is_whole(path: str) -> bool:
     return True
 
 
-def start_point(args: TrainingConfig) -> str | None:
-    """The checkpoint to continue from, or None to start anew.
+def seal(folder: str) -> None:
+    """Lists the files of a checkpoint that is about to be put in its place: `clear` removes no others."""
+    write_json(Path(folder) / _FILES, sorted(_files(folder)))
+
+
+def _files(folder: str) -> set[str]:
+    """Paths inside the folder of all that is not a folder itself."""
+    found = (os.path.join(place, name) for place, folders, names in os.walk(folder) for name in [*folders, *names])
+    return {os.path.relpath(path, folder) for path in found if os.path.islink(path) or not os.path.isdir(path)}
+
+
+def _foreign(path: str) -> list[str]:
+    """What stands under a checkpoint's name and is not what `seal` found there."""
+    if os.path.islink(path) or not os.path.isdir(path):
+        return [path]
+    try:
+        own = {_FILES, *json.loads(Path(path, _FILES).read_text(encoding="utf-8"))}
+    except (OSError, ValueError):
+        own = set()
+    return [os.path.join(path, name) for name in sorted(_files(path) - own)]
+
+
+def start_point(args: CommonConfig) -> str | None:
+    """The checkpoint to continue from, or None to start anew. Nothing is removed: see `clear`.
 
     Raises ValueError if the output folder is none, if it holds checkpoints and the configuration says neither to
-    continue nor to overwrite them, or if the checkpoint asked for is not whole.
+    continue nor to overwrite them, if these hold files that no run wrote, or if the checkpoint asked for is not whole.
     """
     output_dir = str(args.output_dir)
     if os.path.exists(output_dir) and not os.path.isdir(output_dir):
         raise ValueError(f"output_dir must be a folder; {output_dir!r} is none")
-    present = checkpoints(output_dir)
     wanted = args.resume_from_checkpoint
-    if wanted in (None, "false"):
-        if present and not args.overwrite_output_dir:
+    if wanted in _ANEW:
+        found = _folders(output_dir)
+        if found and not args.overwrite_output_dir:
             raise ValueError(
-                f"output_dir {output_dir!r} holds {os.path.basename(present[-1])}: continue it with "
+                f"output_dir {output_dir!r} holds {os.path.basename(found[-1])}: continue it with "
                 "--resume_from_checkpoint auto, or start anew with --overwrite_output_dir true"
             )
-        for path in present:
-            shutil.rmtree(path)
+        if foreign := [name for path in found for name in _foreign(path)]:
+            raise ValueError(
+                "overwrite_output_dir removes only checkpoints that fastalign wrote, and it did not write "
+                f"{foreign[0]!r}: move it away, or choose another output_dir"
+            )
         return None
+    present = checkpoints(output_dir)
     if wanted in ("auto", "true"):
         return present[-1] if present else None
     if not _is_whole(str(wanted)):
         raise ValueError(f"resume_from_checkpoint must be auto or a folder with a whole checkpoint; got {wanted!r}")
     return wanted
+
+
+def clear(args: CommonConfig) -> None:
+    """Removes the checkpoints that `start_point` let pass, of a run that starts anew; one process calls it.
+
+    To be called when the model, the data and all else that may be wrong has been loaded: nothing brings them back.
+    """
+    if args.overwrite_output_dir and args.resume_from_checkpoint in _ANEW:
+        for path in _folders(str(args.output_dir)):
+            remove(path)

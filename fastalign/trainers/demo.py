@@ -25,14 +25,24 @@ import datasets
 from rich.console import Console
 from transformers import logging as transformers_logging
 
-from . import arguments, demo_report, demo_stages
+from . import arguments, demo_report
 from .checkpoints import write_json
 from .demo_config import DemoConfig
+from .demo_stages import OWN, Demo, clear
 
 _MARK = "demo.json"
 
 
-def claim(path: Path, mark: str, settings: dict[str, Any], what: str, *, overwrite: bool, own: Sequence[str]) -> None:
+def claim(
+    path: Path,
+    mark: str,
+    settings: dict[str, Any],
+    what: str,
+    *,
+    overwrite: bool,
+    own: Sequence[str],
+    check: Callable[[], None],
+) -> None:
     """Marks a folder as that of a run with these settings, so that a later run with the same ones goes on there.
 
     Args:
@@ -40,42 +50,50 @@ def claim(path: Path, mark: str, settings: dict[str, Any], what: str, *, overwri
         what: what the folder is then said to hold.
         overwrite: remove an earlier run with other settings.
         own: names that such a run leaves in its folder; nothing else is ever removed.
+        check: raises if the run cannot begin; called before anything is removed or marked.
 
     Raises:
         ValueError: it is no folder, or holds something else, or a run with other settings.
     """
     if path.exists() and not path.is_dir():
         raise ValueError(f"output_dir must be a folder; {str(path)!r} is none")
-    if path.exists() and any(path.iterdir()):
+    known = path.exists() and any(path.iterdir())
+    if known:
         if not (path / mark).exists():
             raise ValueError(f"output_dir must be empty or hold an earlier {what}; {str(path)!r} is neither")
-        before = json.loads((path / mark).read_text(encoding="utf-8"))
+        before = _settings(path / mark)
         if before != settings and not overwrite:
             changed = sorted(k for k in settings if before.get(k) != settings[k])
             raise ValueError(
                 f"output_dir {str(path)!r} holds a {what} with other settings ({', '.join(changed)} differ): "
                 "choose another folder, or --overwrite true"
             )
-        if overwrite:
-            demo_stages.clear(path, own)
+    if overwrite or not known:
+        check()
+    if overwrite:
+        clear(path, own)
     path.mkdir(parents=True, exist_ok=True)
     write_json(path / mark, settings)
+
+
+def _settings(mark: Path) -> dict[str, Any]:
+    """What a run left of its settings."""
+    try:
+        return dict(json.loads(mark.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"output_dir: {str(mark)!r} must hold a run's settings; it cannot be read: {error}") from None
 
 
 class Workplace:
     """The output folder: runs stages in order, keeps each one's result as JSON, and skips those that are there."""
 
-    def __init__(self, config: DemoConfig, console: Console) -> None:
-        self.config, self.console = config, console
-        self.path = Path(os.path.expanduser(config.output_dir))
+    def __init__(self, demo: Demo, console: Console) -> None:
+        """Marks the folder as this demo's. ValueError if it holds something else, or a demo with other settings."""
+        self.console, self.path = console, demo.path
         self.results: dict[str, Any] = {}
         self.stages = 0
-        self._claim()
-
-    def _claim(self) -> None:
-        """Marks the folder as this demo's. ValueError if it holds something else, or a demo with other settings."""
-        settings = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in ("output_dir", "overwrite")}
-        claim(self.path, _MARK, settings, "demo", overwrite=self.config.overwrite, own=demo_stages.OWN)
+        settings = {k: v for k, v in dataclasses.asdict(demo.config).items() if k not in ("output_dir", "overwrite")}
+        claim(self.path, _MARK, settings, "demo", overwrite=demo.config.overwrite, own=OWN, check=demo.check)
 
     def stage(self, name: str, title: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The stage's result: as it was left by an earlier run, or by running it now."""
@@ -98,8 +116,8 @@ class Workplace:
 def run_demo(config: DemoConfig) -> dict[str, Any]:
     """All stages; returns what `results.json` holds."""
     console = Console(width=None if Console().is_terminal else 110)
-    place = Workplace(config, console)
-    demo = demo_stages.Demo(config, place.path)
+    demo = Demo(config, Path(os.path.expanduser(config.output_dir)))
+    place = Workplace(demo, console)
     place.stage("corpus", "Human-rated reviews, and the gold reward fitted on them", demo.corpus)
     place.stage("base", "Tokenizer and base model", demo.base)
     place.stage("sft", "Supervised fine-tuning", demo.sft)

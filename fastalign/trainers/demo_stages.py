@@ -21,10 +21,11 @@ from .data.reviews import Review, load_reviews, opening, split_reviews
 from .data.sampled import best_against_worst, ranked_samples
 from .demo_config import DemoConfig
 from .dpo import DPOConfig, DPOTrainer
+from .draw import Sampling
 from .eval.estimates import estimate
 from .eval.gold import agreement, fit_gold, load_independent
 from .eval.policy import measure
-from .eval.sampling import Sample, Sampling, sample
+from .eval.sampling import Sample, sample
 from .run import load, load_tokenizer, start_point, train
 from .sft import SFTConfig, SFTTrainer
 
@@ -86,6 +87,18 @@ class Demo:
         folder = self.path / name
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
 
+    def check(self) -> None:
+        """Loads what may not be there, the corpus and a model that is not made here: ValueError or OSError then."""
+        _ = self.reviews
+        if self.config.model != "scratch":
+            self._pretrained()
+
+    def _pretrained(self) -> tuple[str, Any, Any]:
+        """(folder or name, model, tokenizer) of a model that is not made here."""
+        name = self.config.model
+        source = str(demo_models.smollm2()) if name == "smollm2" else name
+        return source, load("model", AutoModelForCausalLM, source), load_tokenizer(None, source)
+
     # ----------------------------------------------------------------------------------------------------- stages
     def corpus(self) -> dict[str, Any]:
         """Fetches the corpus and fits the gold reward on its training part."""
@@ -107,9 +120,10 @@ class Demo:
             )
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        source = {"scratch": lambda: folder, "smollm2": demo_models.smollm2}.get(config.model, lambda: config.model)()
-        model, tokenizer = load("model", AutoModelForCausalLM, str(source)), load_tokenizer(None, str(source))
-        return {"source": str(source), "parameters": model.num_parameters(), "vocabulary": len(tokenizer)}
+            source = str(folder)
+        else:
+            source, model, tokenizer = self._pretrained()
+        return {"source": source, "parameters": model.num_parameters(), "vocabulary": len(tokenizer)}
 
     def sft(self) -> dict[str, Any]:
         """Fine-tunes on whole reviews: without a prompt, so that openings are learned as well."""

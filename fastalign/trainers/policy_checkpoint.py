@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from .checkpoints import PARTIAL, publish, write_json
+from .checkpoints import PARTIAL, publish, seal, write_json
 from .lora import is_adapted, merged
 
 _OPTIMIZER, _STATE = "optimizer.pt", "trainer_state.json"
@@ -102,6 +102,7 @@ def save_whole(trainer: Any, folder: str, *, resumable: bool = True) -> None:
         write_json(Path(partial) / _STATE, trainer.state_dict())
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        seal(partial)
         _sync(partial)
         publish(partial, folder)
     accelerator.wait_for_everyone()

@@ -9,7 +9,7 @@ from typing import Any
 from . import arguments
 from .data.files import check_sources
 from .policy_config import PolicyConfig
-from .run import start_point
+from .run import make_room, start_point
 
 
 def run_policy(command: str, config: type[PolicyConfig], trainer_class: Any, argv: list[str]) -> int:
@@ -18,6 +18,7 @@ def run_policy(command: str, config: type[PolicyConfig], trainer_class: Any, arg
     check_sources(args, ("dataset", "eval_dataset", "ptx_dataset"))
     checkpoint = start_point(args)
     trainer = trainer_class(None, args, args.dataset, args.eval_dataset)
+    make_room(trainer)
     metrics = trainer.train(checkpoint)
     trainer.save_model()
     if trainer.accelerator.is_main_process:

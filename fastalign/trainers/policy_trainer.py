@@ -33,6 +33,7 @@ from .callbacks import JsonlCallback
 from .checkpoints import PARTIAL, rotate, write_folder
 from .data.collate import Batch, pad
 from .data.files import Rows
+from .draw import Sampling
 from .lora import adapters_off, with_lora
 from .model_logits import Answer, ModelLogits, Request, ask, can_answer
 from .policy_checkpoint import RunState, load_training_state, save_policy, save_whole
@@ -49,7 +50,6 @@ from .policy_update import (
 from .rollout import (
     Episode,
     Prompt,
-    Sampling,
     describe,
     fill_in,
     generate,
@@ -234,9 +234,7 @@ class PolicyTrainer(ABC):
     def sampling(self) -> Sampling:
         """How responses are drawn."""
         args = self.args
-        return Sampling(
-            args.response_length, args.temperature, args.top_k, args.top_p, args.rollout_batch_size, args.seed
-        )
+        return Sampling(args.response_length, args.rollout_batch_size, args.temperature, args.top_k, args.top_p)
 
     def _sample(self, prompts: Sequence[Prompt], keys: Sequence[tuple[int, ...]]) -> list[Episode]:
         """Responses of all processes, in order of process; each process brings its own prompts."""
@@ -244,7 +242,7 @@ class PolicyTrainer(ABC):
         episodes: list[Episode] = []
         if prompts:
             with self._whole_weights() as model:
-                episodes = generate(model.policy, self.processing_class, prompts, keys, self.sampling())
+                episodes = generate(model.policy, self.processing_class, prompts, keys, self.sampling(), self.args.seed)
                 fill_in(
                     episodes,
                     functools.partial(policy_logits, model, values=model.has_values, args=self.args),

@@ -10,7 +10,6 @@ each token is drawn by inverting the distribution at a uniform number that belon
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -20,22 +19,14 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import PreTrainedTokenizerBase
 
 from ..rl.rewards import ShapedRewards
 from .data.chat import is_chat, render
 from .data.collate import IGNORE, Batch, pad
 from .data.encode import Encoder
 from .data.files import Rows, load_rows, named, text_of
-from .lora import is_adapted
+from .draw import Sampling, continuations
 from .model_logits import ModelLogits
 from .run import pad_id
 
@@ -46,17 +37,6 @@ class Prompt(NamedTuple):
     ids: list[int]
     text: str
     columns: Mapping[str, Any]
-
-
-class Sampling(NamedTuple):
-    """How responses are drawn; `seed` with a step and a response's number decides each of them."""
-
-    response_length: int
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    batch_size: int = 64
-    seed: int = 0
 
 
 @dataclass
@@ -127,34 +107,6 @@ def prompt_order(count: int, start: int, number: int, seed: int) -> list[int]:
 
 
 # ----------------------------------------------------------------------------------------------------------- sampling
-class _Draw(LogitsProcessor):
-    """Leaves one token possible: the one at which the cumulative probability passes the row's uniform number."""
-
-    def __init__(self, uniforms: Tensor, prompt_length: int) -> None:
-        self.uniforms, self.prompt_length = uniforms, prompt_length
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        # In float64: with float32 sums, a vocabulary's rare tokens would drown in rounding.
-        cumulative = scores.double().softmax(-1).cumsum(-1)
-        total = cumulative[:, -1:]
-        at = self.uniforms[:, input_ids.shape[1] - self.prompt_length, None] * total
-        below = torch.nextafter(total, torch.zeros_like(total))
-        token = torch.searchsorted(cumulative, torch.minimum(at, below), right=True)
-        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
-
-
-@contextlib.contextmanager
-def _plain_generation(model: Any) -> Iterator[None]:
-    """Sets the model's own generation settings aside: transformers fills gaps in the given ones from them."""
-    inner = model.get_base_model() if is_adapted(model) else model
-    before = inner.generation_config
-    inner.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        inner.generation_config = before
-
-
 @torch.no_grad()
 def generate(
     policy: Any,
@@ -162,34 +114,22 @@ def generate(
     prompts: Sequence[Prompt],
     keys: Sequence[tuple[int, ...]],
     sampling: Sampling,
+    seed: int = 0,
 ) -> list[Episode]:
-    """One response per prompt, in the prompts' order; `keys[i]` (whole numbers) says which response of all it is."""
+    """One response per prompt, in the prompts' order.
+
+    `keys[i]` (whole numbers) says which response of all it is, which with the seed decides its draws.
+    """
     fill, eos = pad_id(tokenizer), tokenizer.eos_token_id
-    warpers: list[Any] = [TemperatureLogitsWarper(float(sampling.temperature))] if sampling.temperature != 1 else []
-    warpers += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
-    warpers += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
-    config = GenerationConfig(
-        max_new_tokens=sampling.response_length, do_sample=False, use_cache=True, pad_token_id=fill, eos_token_id=eos
-    )
     episodes: dict[int, Episode] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-    with _plain_generation(policy):
-        for start in range(0, len(order), sampling.batch_size):
-            chosen = order[start : start + sampling.batch_size]
-            draws = [
-                np.random.default_rng((sampling.seed, 2, *keys[i])).random(sampling.response_length) for i in chosen
-            ]
-            batch = pad([(prompts[i].ids, []) for i in chosen], fill, "left")
-            width = batch["input_ids"].shape[1]
-            draw = _Draw(torch.from_numpy(np.stack(draws)).to(policy.device), width)
-            out = policy.generate(
-                input_ids=batch["input_ids"].to(policy.device),
-                attention_mask=batch["attention_mask"].to(policy.device),
-                generation_config=config,
-                logits_processor=LogitsProcessorList([*warpers, draw]),
-            )
-            for i, tail in zip(chosen, out[:, width:].tolist(), strict=True):
-                episodes[i] = _episode(prompts[i], tail, eos, tokenizer)
+    for start in range(0, len(order), sampling.batch_size):
+        chosen = order[start : start + sampling.batch_size]
+        draws = [np.random.default_rng((seed, 2, *keys[i])).random(sampling.max_new_tokens) for i in chosen]
+        batch = pad([(prompts[i].ids, []) for i in chosen], fill, "left")
+        tails = continuations(policy, batch, torch.from_numpy(np.stack(draws)), sampling, fill, eos)
+        for i, tail in zip(chosen, tails, strict=True):
+            episodes[i] = _episode(prompts[i], tail, eos, tokenizer)
     return [episodes[i] for i in range(len(prompts))]
 
 

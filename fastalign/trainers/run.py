@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from . import arguments
-from .checkpoints import checkpoints, start_point, write_json
+from .checkpoints import checkpoints, clear, start_point, write_json
 from .config import COMMON, TrainingConfig
 from .data.encode import Encoder
 from .data.files import check_sources, first_line
@@ -22,6 +22,7 @@ __all__ = [
     "load",
     "load_model",
     "load_tokenizer",
+    "make_room",
     "model_options",
     "pad_id",
     "run",
@@ -99,9 +100,18 @@ def run(command: str, config: type[TrainingConfig], trainer_class: Any, argv: li
     set_seed(args.seed)  # a fresh head is drawn while loading
     model, tokenizer = trainer_class.load(str(args.model), args)
     trainer = trainer_class(model, args, args.dataset, args.eval_dataset, tokenizer)
+    make_room(trainer)
     train(trainer, checkpoint)
     print(f"saved to {args.output_dir}")
     return 0
+
+
+def make_room(trainer: Any) -> None:
+    """Removes an earlier run's checkpoints, if so configured, now that the trainer stands in every process."""
+    trainer.accelerator.wait_for_everyone()
+    if trainer.accelerator.is_main_process:
+        clear(trainer.args)
+    trainer.accelerator.wait_for_everyone()
 
 
 def train(trainer: Any, checkpoint: str | None = None) -> dict[str, float]:

@@ -23,7 +23,8 @@ from .arguments import key
 from .config import DTYPES, check_choice, check_positive
 from .data.chat import check_messages, is_chat
 from .data.files import read_rows
-from .eval.sampling import Sampling, sample
+from .draw import Sampling
+from .eval.sampling import sample
 
 
 @dataclass

@@ -9,10 +9,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from ..data.chat import Messages
+from ..draw import Sampling
 from ..run import pad_id
 from .estimates import distinct, estimate
 from .gold import Scorer
-from .sampling import Sample, Sampling, compare_policies, sample
+from .sampling import Sample, compare_policies, sample
 
 
 class Measured(NamedTuple):

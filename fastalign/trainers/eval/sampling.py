@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from ..config import check_positive
 from ..data.chat import Messages
 from ..data.collate import IGNORE, pad
 from ..data.encode import Encoder
+from ..draw import Sampling, continuations
 from ..model_logits import logits_of
 from ..run import pad_id
 
@@ -42,40 +42,6 @@ class PolicyComparison(NamedTuple):
     """Sum over t of exp(-d) - 1 + d with d = log pi - log pi_ref: never negative, and the same mean once more."""
     tokens: Tensor
     """Number of tokens, the end among them."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How continuations are drawn; by default from the model's own distribution.
-
-    Attributes:
-        max_new_tokens: longest continuation.
-        temperature: divides the logits; 0 takes the likeliest token each time.
-        top_k: only the k likeliest tokens; 0: all.
-        top_p: only the likeliest tokens that together have this probability; 1: all.
-        batch_size: continuations drawn at once.
-    """
-
-    max_new_tokens: int
-    batch_size: int
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "batch_size"):
-            check_positive(name, getattr(self, name))
-        if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                "temperature and top_k must be at least 0 and top_p in (0, 1]; "
-                f"got {self.temperature}, {self.top_k} and {self.top_p}"
-            )
-
-    def options(self) -> dict[str, Any]:
-        """What transformers' generate is told; what the model's own generation config says does not count."""
-        draw = {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        how = draw if self.temperature else {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-        return {"max_new_tokens": self.max_new_tokens, "repetition_penalty": 1.0, **how}
 
 
 def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -110,15 +76,9 @@ def sample(
     step = max(1, how.batch_size // per_prompt)
     for start in tqdm(range(0, len(rows), step), desc=desc):
         batch = pad([(ids, []) for ids in rows[start : start + step]], fill, "left")
-        drawn = model.generate(
-            input_ids=batch["input_ids"].to(model.device).repeat_interleave(per_prompt, 0),
-            attention_mask=batch["attention_mask"].to(model.device).repeat_interleave(per_prompt, 0),
-            use_cache=True,
-            pad_token_id=fill,
-            eos_token_id=ends or None,
-            **how.options(),
-        )
-        tails = drawn[:, batch["input_ids"].shape[1] :].tolist()
+        inputs = {name: batch[name].repeat_interleave(per_prompt, 0) for name in ("input_ids", "attention_mask")}
+        numbers = torch.rand(len(inputs["input_ids"]), how.max_new_tokens, dtype=torch.float64)
+        tails = continuations(model, inputs, numbers, how, fill, ends or None)
         for i, ids in enumerate(rows[start : start + step]):
             mine = tails[i * per_prompt : (i + 1) * per_prompt]
             out.append([_cut(ids, tail, ends, tokenizer) for tail in mine])
