@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,6 +55,36 @@ def test_readme_is_up_to_date_with_the_trainers(tmp_path):
     command = [sys.executable, str(ROOT / "bench" / "trainers.py"), "--show", str(ROOT / "bench" / "results" / name)]
     subprocess.run([*command, "--update", str(readme)], check=True, cwd=tmp_path)
     assert readme.read_text(encoding="utf-8") == (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_what_a_trainer_does_before_a_step_counts(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
+    """As giving free memory back does, which is part of how little of it ours takes."""
+    pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
+    from fastalign.trainers import resident
+    from fastalign.trainers.callbacks import GiveBackCallback
+
+    if not resident.measurable():
+        pytest.skip("needs Linux's /proc")
+    spec = importlib.util.spec_from_file_location("bench_trainers_under_test", ROOT / "bench" / "trainers.py")
+    trainers = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(trainers)
+    tiny_model().save_pretrained(tmp_path / "m")
+    tiny_tokenizer.save_pretrained(tmp_path / "m")
+    row = {"prompt": "the movie is", "chosen": " good", "rejected": " bad"}
+    monkeypatch.setattr(trainers, "word_pairs", lambda *_: [row] * 2)
+    monkeypatch.setattr(GiveBackCallback, "on_step_begin", lambda *_, **__: time.sleep(0.5))
+    settings = {"model": str(tmp_path / "m"), "one": "fastalign", "folder": str(tmp_path), "ops": False, "until": None}
+    numbers = {
+        "pairs": 1,
+        "steps": 2,
+        "tokens": 64,
+        "seed": 0,
+        "threads": torch.get_num_threads(),
+        "learning_rate": 1e-5,
+    }
+    found = trainers.run_one(SimpleNamespace(**settings, **numbers))
+    assert len(found["steps"]) == len(found["losses"]) == 2
+    assert all(step["step"] > 0.5 and step["rest"] > 0.4 for step in found["steps"])
 
 
 def test_results_are_taken_and_told(bench):

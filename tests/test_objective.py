@@ -133,6 +133,19 @@ def test_gradient_against_float64(make, config):
     torch.testing.assert_close(one_grad.double(), exact_grad, rtol=1e-5, atol=float(2e-6 * exact_grad.abs().max()))
 
 
+@pytest.mark.parametrize("make", [policy, sft])
+def test_torchs_default_dtype_does_not_reach_the_kernel(make):
+    logits, module, args, extra = make((3, 5, 40), torch.float32, {})
+    _, want = step(logits, module(one_launch=True), args, extra)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        _, found = step(logits, module(one_launch=True), args, extra)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found, want)
+
+
 def test_upstream_gradient_scales():
     logits, module, args, extra = policy((3, 5, 40), torch.float32, {})
     _, once = step(logits, module(one_launch=True), args, extra)

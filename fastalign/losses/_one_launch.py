@@ -30,7 +30,7 @@ def token_weights(
 ) -> Tensor:
     """What each token's loss counts for in the scalar: the derivative of the (linear) normalisation. float32."""
     with torch.enable_grad():
-        x = torch.zeros(mask.shape, device=mask.device, requires_grad=True)
+        x = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device, requires_grad=True)
         (weight,) = torch.autograd.grad(normalize(x, mask, normalization, num_items, max_length), x)
     return weight
 
