@@ -21,6 +21,7 @@ pytest.importorskip("accelerate", reason="needs accelerate (the extra `train`)")
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastalign import cli
@@ -30,6 +31,8 @@ from fastalign.trainers.grpo import GRPOConfig, GRPOTrainer
 from fastalign.trainers.ppo import PPOConfig, PPOTrainer
 from fastalign.trainers.sft import SFTConfig, SFTTrainer
 
+SUPERVISED = ("sft", "dpo", "lora")
+PARTS = (*SUPERVISED, "ppo", "grpo")
 WORDS = ["the", "movie", "is", "good", "bad", "great", "dull", "film", "fun", "awful", "long", "and"]
 
 
@@ -48,11 +51,13 @@ def lengths(completions):
 
 
 def supervised(out: Path, part: str, processes: int, **extra):
-    """The trainer of `sft` or `dpo`: four rows an update, whatever the number of processes."""
-    config, trainer, rows = {"sft": (SFTConfig, SFTTrainer, SFT_ROWS), "dpo": (DPOConfig, DPOTrainer, PAIRS)}[part]
+    """The trainer of `sft`, `dpo` or `lora` (DPO of adapters): four rows an update, however many processes."""
+    config, trainer, rows = {"sft": (SFTConfig, SFTTrainer, SFT_ROWS)}.get(part, (DPOConfig, DPOTrainer, PAIRS))
     options = {"output_dir": str(out / part), "use_cpu": True, "learning_rate": 0.05, "lr_scheduler_type": "constant"}
     options |= {"per_device_train_batch_size": 4 // processes, "per_device_eval_batch_size": 2, "logging_steps": 1}
     options |= {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "disable_tqdm": True, "optim": "sgd"}
+    if part == "lora":  # whose second matrices start at zero, so that the first updates move little
+        options |= {"lora_rank": 2, "lora_merge": False, "learning_rate": 1.0}
     args = config(**{**options, **extra})
     base = out.parent / "base"
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -85,7 +90,7 @@ def policy(out: Path, part: str, processes: int, **extra):
 
 def run_part(out: Path, part: str, processes: int, start: Path | None = None, **extra) -> None:
     """Trains (from the checkpoint of another run, if one is given), evaluates, saves."""
-    build = supervised if part in ("sft", "dpo") else policy
+    build = supervised if part in SUPERVISED else policy
     trainer = build(out, part, processes, **extra)
     checkpoint = None if start is None else str(start / part / "checkpoint-2")
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -145,9 +150,6 @@ def start_two(*argv: str, env: dict[str, str] | None = None) -> None:
     start(["torch.distributed.run", "--nproc_per_node=2", "--standalone", __file__, *argv], env)
 
 
-PARTS = ("sft", "dpo", "ppo", "grpo")
-
-
 @pytest.fixture(scope="module")
 def runs(tiny_tokenizer, tmp_path_factory) -> Path:
     """A folder with every part run by one process (`one`), by two (`two`), and by two from one's checkpoint."""
@@ -188,7 +190,7 @@ class TestTwoProcesses:
         assert_same_numbers(log_of(runs / "one" / part), log_of(runs / "two" / part), rel=2e-3)
         torch.testing.assert_close(weights(runs / "two" / part), weights(runs / "one" / part), rtol=1e-3, atol=2e-4)
         metrics = [json.loads((runs / name / f"{part}.json").read_text()) for name in ("one", "two")]
-        loss = "eval_loss" if part in ("sft", "dpo") else "eval/score"
+        loss = "eval_loss" if part in SUPERVISED else "eval/score"
         assert metrics[1][loss] == pytest.approx(metrics[0][loss], rel=1e-3)
 
     def test_two_go_on_from_the_checkpoint_of_one(self, runs, part):
@@ -208,6 +210,9 @@ class TestShardedWeights:
         runs = sharded_runs
         assert_same_numbers(log_of(runs / "one" / part), log_of(runs / "sharded" / part), rel=2e-3)
         torch.testing.assert_close(weights(runs / "sharded" / part), weights(runs / "one" / part), rtol=1e-3, atol=2e-4)
+        if part == "lora":
+            saved = load_file(runs / "sharded" / part / "adapter_model.safetensors")
+            assert all(value.abs().max() > 2e-3 for name, value in saved.items() if "lora_B" in name)
 
     def test_checkpoints_interchange(self, sharded_runs, part):
         runs = sharded_runs
