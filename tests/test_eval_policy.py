@@ -177,3 +177,13 @@ class TestBootstrap:
         assert 0 <= found.low <= found.mean == 0.875 <= found.high <= 1
         assert found == bootstrap(wins.mean(1))
         assert math.isnan(bootstrap(np.array([1.0])).low)
+
+
+def test_models_are_as_before_after_an_exception(tiny_model):
+    """Every part of them: what was frozen in evaluation mode within a model that trains stays so."""
+    policy, reference = tiny_model().train(), tiny_model().eval()
+    policy.transformer.h[0].eval()
+    before = [m.training for model in (policy, reference) for m in model.modules()]
+    with pytest.raises(IndexError):
+        compare_policies(policy, reference, [Sample([10**6], [1], "", True)], 0)
+    assert [m.training for model in (policy, reference) for m in model.modules()] == before

@@ -36,6 +36,7 @@ from .data.collate import IGNORE, Batch, PreferenceCollator
 from .data.files import Rows
 from .data.tokenize import REFERENCE_COLUMNS, tokenize_preferences
 from .lora import adapters_off, is_adapted
+from .modes import evaluating
 from .run import disable_dropout, encoder, load_model, pad_id, run
 from .watch import PreferenceWatch
 
@@ -212,17 +213,14 @@ class DPOTrainer(AlignmentTrainer):
     def _compute_reference(self, reference: nn.Module, rows: Any) -> ref_cache.Columns:
         """Log-probabilities of every completion by the reference in evaluation mode."""
         size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
-        training = reference.training
-        reference.eval()
         columns: ref_cache.Columns = ([], [])
         loader = DataLoader(rows, batch_size=size, collate_fn=self.data_collator)  # type: ignore[arg-type]
         for batch in tqdm(loader, desc="reference log-probs", disable=self.args.disable_tqdm):
             batch = self._prepare_inputs(batch)
-            with self.accelerator.autocast(), adapters_off(reference):
+            with evaluating(reference), self.accelerator.autocast(), adapters_off(reference):
                 logps = self.sequence_logps(reference, batch)
             for column, half in zip(columns, logps.chunk(2), strict=True):
                 column += half.tolist()
-        reference.train(training)
         return columns
 
     def _reference_logps(self, model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor | None]:

@@ -11,14 +11,14 @@ attention under a mask, whose empty blocks are computed too; where that would ou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..integrations._lm_head import unwrapped
+from .modes import evaluating
 
 _WORTH = 0.95  # of the plain pass's estimated work: below it, sharing is used
 _ATTENTION = ("sdpa", "eager")  # that take a mask of [B, 1, T, T]
@@ -108,7 +108,7 @@ class PromptSharing:
         mask[1, 7:] = 0
         batch = {"input_ids": both, "attention_mask": mask, "position_ids": torch.arange(9, device=device).expand(2, 9)}
         found = share(batch, torch.zeros(2, dtype=torch.int64, device=device))
-        with _evaluating(model):
+        with evaluating(model):
             plain = hidden_states(batch)
             try:
                 shared = hidden_states(self._masked(found.inputs)).flatten(0, 1)[found.rows]
@@ -136,18 +136,6 @@ def _size(config: Any, name: str) -> int:
     if not isinstance(value, int):
         raise ValueError(f"the configuration must say {name}; got {value}")
     return value
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, every part of it afterwards as it was."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 def share(batch: Batch, groups: Tensor) -> Shared:

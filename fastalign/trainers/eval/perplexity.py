@@ -16,6 +16,7 @@ from ..data.encode import Encoder
 from ..data.files import Rows
 from ..data.tokenize import tokenize_sft
 from ..model_logits import logits_of
+from ..modes import evaluating
 from ..run import pad_id
 from .estimates import Estimate, estimate
 
@@ -53,15 +54,15 @@ def likelihood(
     collate = SFTCollator(pad_id(tokenizer))
     nats, tokens = np.zeros(len(tokenised)), np.zeros(len(tokenised))
     order = sorted(range(len(tokenised)), key=lambda i: tokenised[i]["length"])
-    was_training = model.training
-    model.eval()
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = collate([tokenised[i] for i in chosen])
-        batch = {name: value.to(model.device) for name, value in batch.items()}
-        nats[chosen] = -sum_tokens(logits_of(model, batch).stats(batch["labels"]).logps, torch.float64).cpu().numpy()
-        tokens[chosen] = (batch["labels"] != IGNORE).sum(-1).cpu().numpy()
-    model.train(was_training)
+    with evaluating(model):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = collate([tokenised[i] for i in chosen])
+            batch = {name: value.to(model.device) for name, value in batch.items()}
+            nats[chosen] = (
+                -sum_tokens(logits_of(model, batch).stats(batch["labels"]).logps, torch.float64).cpu().numpy()
+            )
+            tokens[chosen] = (batch["labels"] != IGNORE).sum(-1).cpu().numpy()
     return TextLikelihood(nats, tokens)
 
 

@@ -17,6 +17,7 @@ from ..data.collate import IGNORE, pad
 from ..data.encode import Encoder
 from ..draw import Sampling, continuations
 from ..model_logits import logits_of
+from ..modes import evaluating
 from ..run import pad_id
 
 
@@ -70,19 +71,17 @@ def sample(
     """`per_prompt` continuations of each prompt. Uses torch's global generator: seed it for the same samples again."""
     rows = prompt_ids(tokenizer, prompts)
     fill, ends = pad_id(tokenizer), end_ids(model, tokenizer)
-    was_training = model.training
-    model.eval()
     out: list[list[Sample]] = []
     step = max(1, how.batch_size // per_prompt)
-    for start in tqdm(range(0, len(rows), step), desc=desc):
-        batch = pad([(ids, []) for ids in rows[start : start + step]], fill, "left")
-        inputs = {name: batch[name].repeat_interleave(per_prompt, 0) for name in ("input_ids", "attention_mask")}
-        numbers = torch.rand(len(inputs["input_ids"]), how.max_new_tokens, dtype=torch.float64)
-        tails = continuations(model, inputs, numbers, how, fill, ends or None)
-        for i, ids in enumerate(rows[start : start + step]):
-            mine = tails[i * per_prompt : (i + 1) * per_prompt]
-            out.append([_cut(ids, tail, ends, tokenizer) for tail in mine])
-    model.train(was_training)
+    with evaluating(model):
+        for start in tqdm(range(0, len(rows), step), desc=desc):
+            batch = pad([(ids, []) for ids in rows[start : start + step]], fill, "left")
+            inputs = {name: batch[name].repeat_interleave(per_prompt, 0) for name in ("input_ids", "attention_mask")}
+            numbers = torch.rand(len(inputs["input_ids"]), how.max_new_tokens, dtype=torch.float64)
+            tails = continuations(model, inputs, numbers, how, fill, ends or None)
+            for i, ids in enumerate(rows[start : start + step]):
+                mine = tails[i * per_prompt : (i + 1) * per_prompt]
+                out.append([_cut(ids, tail, ends, tokenizer) for tail in mine])
     return out
 
 
@@ -109,24 +108,20 @@ def compare_policies(
     temperature divides both models' logits: that of the draws, so that the KL is that of what was drawn from.
     """
     check_positive("temperature", temperature)
-    modes = {model: model.training for model in (policy, reference)}
-    for model in modes:
-        model.eval()
     parts = []
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt_ids) + len(samples[i].ids))
-    for start in tqdm(range(0, len(order), batch_size), desc="comparing policies"):
-        chosen = [samples[i] for i in order[start : start + batch_size]]
-        batch = pad([(s.prompt_ids, s.ids) for s in chosen], fill)
-        batch = {name: value.to(policy.device) for name, value in batch.items()}
-        ours, theirs = logits_of(policy, batch), logits_of(reference, batch)
-        stats, ref = ours.with_reference(theirs, batch["labels"], temperature=temperature)
-        if stats.kl is None or stats.entropy is None:
-            raise RuntimeError("token_stats did not return the entropy and the KL that it was asked for")
-        k1, k3 = (kl_estimate(stats.logps, ref.logps, kind=kind) for kind in ("k1", "k3"))
-        tokens = (batch["labels"] != IGNORE).to(k1.dtype)
-        parts.append(torch.stack([x.sum(-1) for x in (k1, stats.kl, stats.entropy, k3, tokens)]))
-    for model, training in modes.items():
-        model.train(training)
+    with evaluating(policy, reference):
+        for start in tqdm(range(0, len(order), batch_size), desc="comparing policies"):
+            chosen = [samples[i] for i in order[start : start + batch_size]]
+            batch = pad([(s.prompt_ids, s.ids) for s in chosen], fill)
+            batch = {name: value.to(policy.device) for name, value in batch.items()}
+            ours, theirs = logits_of(policy, batch), logits_of(reference, batch)
+            stats, ref = ours.with_reference(theirs, batch["labels"], temperature=temperature)
+            if stats.kl is None or stats.entropy is None:
+                raise RuntimeError("token_stats did not return the entropy and the KL that it was asked for")
+            k1, k3 = (kl_estimate(stats.logps, ref.logps, kind=kind) for kind in ("k1", "k3"))
+            tokens = (batch["labels"] != IGNORE).to(k1.dtype)
+            parts.append(torch.stack([x.sum(-1) for x in (k1, stats.kl, stats.entropy, k3, tokens)]))
     back = torch.empty(len(order), dtype=torch.int64)
     back[torch.tensor(order)] = torch.arange(len(order))
     return PolicyComparison(*torch.cat(parts, 1).cpu()[:, back])
