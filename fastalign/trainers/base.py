@@ -267,6 +267,12 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
             logs["num_tokens"] = self.state.num_input_tokens_seen
         super().log(logs, start_time)
 
+    def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError as error:
+            raise ValueError(error.args[0]) from None
+
     # -------------------------------------------------------------------------------------------------- saving
     def _get_output_dir(self, trial: Any) -> str:
         return self._partial or super()._get_output_dir(trial)

@@ -123,8 +123,13 @@ class TrainingConfig(CommonConfig, TrainingArguments):
         CommonConfig.__post_init__(self)
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             check_positive(name, getattr(self, name))
-        if not self.learning_rate >= 0:
-            raise ValueError(f"learning_rate must be at least 0; got {self.learning_rate}")
+        for name in ("learning_rate", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
+        if self.max_steps != -1:  # which transformers takes for "as many as num_train_epochs makes"
+            check_positive("max_steps", self.max_steps)
+        for name in ("num_train_epochs", "logging_steps", "save_steps"):
+            check_positive(name, getattr(self, name))
         check_choice("train_sampling_strategy", self.train_sampling_strategy, STRATEGIES)
         check_choice("padding_side", self.padding_side, ("right", "left"))
         check_positive("max_length", self.max_length)
