@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -142,16 +143,21 @@ class TrainingConfig(CommonConfig, TrainingArguments):
         TrainingArguments.__post_init__(self)
 
 
-@dataclass
-class GroupsConfig(TrainingConfig):
-    """Keys of the commands whose rows hold several completions of one prompt."""
-
-    share_prompts: bool | None = key(
+def share_prompts_key() -> Any:
+    """The key of the commands that have several completions of one prompt."""
+    return key(
         None,
         "Run a prompt once for all of its completions, if the model can. By default on a CPU; it attends through a "
         "mask, which some of a GPU's attention kernels do not take",
         group="Training loop",
     )
+
+
+@dataclass
+class GroupsConfig(TrainingConfig):
+    """Keys of the commands whose rows hold several completions of one prompt."""
+
+    share_prompts: bool | None = share_prompts_key()
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

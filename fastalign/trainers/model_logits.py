@@ -23,6 +23,8 @@ from ..ops import TokenStats, token_stats
 from .shared_prompts import PromptSharing
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+GROUPS = "groups"
+"""Key of a batch, beside the model's inputs: see `ask`."""
 
 
 class Request(NamedTuple):
@@ -110,6 +112,24 @@ def prompt_sharing(model: Any) -> PromptSharing | str:
         except ValueError as error:
             forward.sharing = str(error)
     return forward.sharing
+
+
+def shares_prompts(model: Any, args: Any, device: torch.device) -> bool:
+    """Whether a trainer shares prompts: as configured; unless told, on a CPU where the model can.
+
+    Args:
+        model: not wrapped yet.
+        args: a configuration with `share_prompts` and `fused_head`.
+
+    Raises:
+        ValueError: it is told to, and the model cannot.
+    """
+    if args.share_prompts is False or (args.share_prompts is None and (device.type != "cpu" or not args.fused_head)):
+        return False
+    found = prompt_sharing(model) if args.fused_head else "it needs fused_head"
+    if args.share_prompts and isinstance(found, str):
+        raise ValueError(f"share_prompts must be false here: {found}")
+    return not isinstance(found, str)
 
 
 class _Answering(Headless):
@@ -249,8 +269,9 @@ def ask(model: nn.Module, batch: Mapping[str, Tensor], request: Request | None, 
     """One forward pass of a language model; over a prompt once for all the sequences of a group, where that pays."""
     if request is None:
         return Answer(logits=model_logits(model, batch))
-    # A reference's hidden states lie as the batch does, and so must the model's own beside them.
-    if groups is not None and request.labels is not None and "ref_hidden" not in request.options:
+    # A reference's hidden states lie as the batch does, and so must the model's own beside them, or given back.
+    plain = request.labels is None or request.hidden or "ref_hidden" in request.options
+    if groups is not None and not plain:
         sharing = prompt_sharing(model)
         shared = sharing(model, batch, groups) if isinstance(sharing, PromptSharing) else None
         if shared is not None:
