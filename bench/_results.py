@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+from pathlib import Path
 from typing import Any
 
 _KEYS = ("suite", "job", "rows", "vocab", "dtype", "threads", "list_length", "hidden", "objective")
@@ -26,6 +29,17 @@ def label(case: dict[str, Any]) -> str:
     """The case in words."""
     objective = f" {case['objective']}" if case.get("objective") else ""
     return f"{case['suite']}{objective} {case['job']}, {size(case)}"
+
+
+def results_file(path: str) -> dict[str, Any]:
+    """What a results file holds: the type of a command's argument."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"must be a file of results, as --json writes; {path!r}: {error}") from None
+    if not isinstance(found, dict) or "cases" not in found:
+        raise argparse.ArgumentTypeError(f"must be a file of results, as --json writes; {path!r} has no cases")
+    return found
 
 
 def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:

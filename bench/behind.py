@@ -11,13 +11,11 @@ of the call. Needs nothing but Python.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from _results import label, merged
+from _results import label, merged, results_file
 
 OURS = "fastalign"
 SHARE, SECONDS = 0.05, 10e-6
@@ -70,9 +68,8 @@ def text(results: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, nargs="+", help="later files' cases win")
-    given = parser.parse_args(argv)
-    results = merged([json.loads(path.read_text(encoding="utf-8")) for path in given.results])
+    parser.add_argument("results", type=results_file, nargs="+", help="later files' cases win")
+    results = merged(parser.parse_args(argv).results)
     print(text(results))
     return int(any(standing.behind for standing in standings(results)))
 

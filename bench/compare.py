@@ -10,13 +10,11 @@ slower that day slows both. Needs nothing but Python.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from _results import key, label
+from _results import key, label, results_file
 
 
 @dataclass(frozen=True)
@@ -59,16 +57,15 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("before", type=Path)
-    parser.add_argument("after", type=Path)
+    parser.add_argument("before", type=results_file)
+    parser.add_argument("after", type=results_file)
     parser.add_argument(
         "--ratio", type=float, default=1.1, help="how many times longer is allowed (default: %(default)s)"
     )
     arguments = parser.parse_args(argv)
     if not arguments.ratio > 0:
         parser.error(f"--ratio must be above 0; got {arguments.ratio}")
-    files = (arguments.before, arguments.after)
-    found = changes(*(json.loads(path.read_text(encoding="utf-8")) for path in files))
+    found = changes(arguments.before, arguments.after)
     failed = [change for change in found if not change.passes(arguments.ratio)]
     print("\n".join(change.line(arguments.ratio) for change in found))
     print(f"{len(found) - len(failed)} of {len(found)} within {arguments.ratio}x")

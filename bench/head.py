@@ -276,6 +276,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--shape", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    for name in ("tokens", "vocab", "hidden", "pairs", "rounds", "threads"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be above 0; got {getattr(args, name)}")
     torch.set_num_threads(args.threads)
     if args.peak:
         _peak(Shape(**json.loads(args.shape)), args.peak)

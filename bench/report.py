@@ -12,12 +12,11 @@ Needs nothing but Python, plots and pages matplotlib.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from _results import label, merged, size
+from _results import label, merged, results_file, size
 
 BEGIN = "<!-- benchmarks: written by bench/report.py -->"
 END = "<!-- end of benchmarks -->"
@@ -196,13 +195,15 @@ def update(text: str, block: str, begin: str = BEGIN, end: str = END) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, nargs="+", help="JSON written by `pytest bench --json`; later cases win")
+    parser.add_argument(
+        "results", type=results_file, nargs="+", help="JSON written by `pytest bench --json`; later cases win"
+    )
     parser.add_argument("--details", action="store_true", help="every variant instead of the README's table")
     parser.add_argument("--update", type=Path, metavar="FILE", help="rewrite the table between this file's markers")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write plots as PNG into this folder")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write table and plots to this file")
     arguments = parser.parse_args()
-    results = merged([json.loads(path.read_text(encoding="utf-8")) for path in arguments.results])
+    results = merged(arguments.results)
     if arguments.update:
         text = arguments.update.read_text(encoding="utf-8")
         arguments.update.write_text(update(text, table(results)), encoding="utf-8")

@@ -9,13 +9,11 @@ hold (a case that was not run) counts as missed. Needs nothing but Python.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 ROWS, VOCABS, DTYPES = 512, (128256, 32000), ("float32", "bfloat16")
@@ -190,11 +188,13 @@ def judge(results: dict[str, Any], wanted: list[Target] | None = None) -> list[V
 
 
 def main() -> int:
-    from report import merged  # beside this file, which is where Python looks when it is run
+    from _results import merged, results_file  # beside this file, which is where Python looks when it is run
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, nargs="+", help="JSON written by `pytest bench --json`; later cases win")
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in parser.parse_args().results]
+    parser.add_argument(
+        "results", type=results_file, nargs="+", help="JSON written by `pytest bench --json`; later cases win"
+    )
+    runs = parser.parse_args().results
     verdicts = judge(merged(runs) if len(runs) > 1 else runs[0])
     print(*verdicts, sep="\n")
     met = sum(verdict.met for verdict in verdicts)

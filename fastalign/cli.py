@@ -130,7 +130,9 @@ def usage() -> str:
 
 def _explain(error: ImportError) -> str:
     """The message for a missing package: which one, and what to install."""
-    name = (error.name or str(error)).partition(".")[0]
+    name = (error.name or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or not name.isidentifier():  # another library's own words
+        return " ".join(str(error).split())
     return f"the package {name!r} is missing; the commands need the extra: pip install 'fastalign[train]'"
 
 
@@ -167,8 +169,8 @@ def _answer(args: list[str]) -> int:
         return 0
     except BrokenPipeError:
         raise
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("fastalign"):
+    except ImportError as error:
+        if (error.name or "").startswith("fastalign") or os.environ.get("FASTALIGN_TRACEBACK"):
             raise
         print(f"fastalign {name}: error: {_explain(error)}", file=sys.stderr)
         return 1

@@ -73,3 +73,36 @@ def test_the_table(capsys):
     assert [line.split()[0] for line in lines[3:]] == ["eager", "keep", "recompute", "objective"]
     with pytest.raises(SystemExit):
         memory.main(["--batch", "1", "--length", "1"])
+
+
+SIZES = "--vocab 50 --hidden 8 --batch 1 --length 8"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "--model ./absent --batch 1 --length 8",
+            "--model must be a folder with config.json, or a hub's name; got './ab",
+        ),
+        (
+            "--model absent --batch 1 --length 8",
+            "--model must be a folder with config.json, or a hub's name; got 'absent",
+        ),
+        ("--model . --batch 1 --length 8", "--model must be a folder with config.json, or a hub's name; got '.'"),
+        ("--vocab 50 --batch 1 --length 8", "either --model, or --vocab and --hidden, must be given"),
+        (f"{SIZES} --model m", "either --model, or --vocab and --hidden, must be given"),
+        (f"{SIZES} --batch 0", "argument --batch: must be above 0; got 0"),
+        (f"{SIZES} --live 2", "argument --live: must be in (0, 1]; got 2"),
+        (f"{SIZES} --chunk_bytes -1", "argument --chunk_bytes: must be above 0; got -1"),
+    ],
+)
+def test_mistakes_name_the_argument(line, message, capsys, monkeypatch, tmp_path):
+    pytest.importorskip("transformers", reason="needs transformers (the extra `train`)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no hub is asked for 'absent'
+    with pytest.raises(SystemExit) as stopped:
+        memory.main(line.split())
+    assert stopped.value.code == 2
+    *_, last = capsys.readouterr().err.strip().splitlines()
+    assert message in last

@@ -1,6 +1,8 @@
 """What people get wrong on the command line: one line that names the argument, and no traceback."""
 
 import json
+import shutil
+import sys
 
 import pytest
 
@@ -31,7 +33,7 @@ MISTAKES = {
     f"{DPO} --dataset numbers.jsonl": "column 'chosen' must hold text; row 0 (from 0) has a int",
     f"{DPO} --dataset pairs.jsonl --model ./absent": "model must be a model's folder or a hub's name",
     f"{DPO} --dataset pairs.jsonl --model absent": "no folder 'absent', and no hub gave it",
-    f"{DPO} --dataset pairs.jsonl --model folder": "model 'folder' could not be loaded",
+    f"{DPO} --dataset pairs.jsonl --model folder": "model 'folder' could not be loaded: the folder has no config.json",
     f"{DPO} --dataset pairs.jsonl --tokenizer ./absent": "tokenizer must be a model's folder",
     f"{DPO} --dataset pairs.jsonl --ref_model ./absent": "ref_model must be a model's folder",
     f"{DPO} --dataset pairs.jsonl --model": "--model needs a value",
@@ -67,6 +69,26 @@ MISTAKES = {
     "demo --model ./absent --output_dir notes.txt": "output_dir must be a folder; 'notes.txt' is none",
     "sample --model m": "give either --prompt or --dataset",
     "doctor --model m --dataset absent.jsonl": "dataset must be an existing file",
+    f"{DPO} --dataset pairs.jsonl --model notes.txt": "there is no folder 'notes.txt'",
+    f"{DPO} --dataset pairs.jsonl --model damaged": "model 'damaged' could not be loaded: ",
+    f"{DPO} --dataset pairs.jsonl --model bare": "model 'bare' must hold a tokenizer's files",
+    f"{DPO} --dataset pairs.jsonl --tokenizer bare": "tokenizer 'bare' must hold a tokenizer's files",
+    f"{DPO} --dataset pairs.jsonl:test": "dataset 'pairs.jsonl' is one file, whose only split is train; got 'test'",
+    f"{DPO} --dataset pairs.jsonl --output_dir notes.txt/x": "output_dir must be a folder that can be made",
+    f"{DPO} --dataset pairs.jsonl --optim foo": "--optim must be adamw_torch | ",
+    f"{DPO} --dataset pairs.jsonl --lr_scheduler_type foo": "--lr_scheduler_type must be linear | cosine | ",
+    f"{DPO} --dataset pairs.jsonl --save_strategy foo": "--save_strategy must be no | steps | epoch | best; got",
+    f"{DPO} --dataset pairs.jsonl --max_steps 0": "max_steps must be above 0; got 0",
+    f"{DPO} --dataset pairs.jsonl --num_train_epochs -1": "num_train_epochs must be above 0; got -1",
+    f"{DPO} --dataset pairs.jsonl --weight_decay -1": "weight_decay must be at least 0; got -1",
+    f"{DPO} --dataset pairs.jsonl --logging_steps -1": "logging_steps must be above 0; got -1",
+    f'{DPO} --dataset pairs.jsonl --loss_type {{"sigmoid":"x"}}': "loss_type must be one of aot",
+    "ppo --model m --output_dir run --use_cpu --dataset pairs.jsonl --reward_fn broken.py:f": "reward_fn names 'broken",
+    "eval --models m --dataset pairs.jsonl --judge absent": "judge must be gold, the folder of a reward model, or",
+    "eval --models m --dataset pairs.jsonl --judge http://h/v1": "judge_model must be the chat model's name behind",
+    "demo --model m --output_dir notes.txt/x": "output_dir must be a folder that can be made",
+    "study labelers --labels absent.csv": "labels must be an existing file; there is no 'absent.csv'",
+    "study labelers --output_dir notes.txt": "output_dir must be a folder; 'notes.txt' is none",
 }
 
 
@@ -85,7 +107,12 @@ def folder(tiny_tokenizer, tmp_path_factory):
     (path / "done" / "checkpoint-3").mkdir(parents=True)
     (path / "done" / "checkpoint-3" / "trainer_state.json").write_text("{}")
     small_model(len(tiny_tokenizer), hidden_size=16, layers=1, seed=0).save_pretrained(path / "m")
+    for name in ("bare", "damaged"):
+        shutil.copytree(path / "m", path / name)
+    (path / "damaged" / "model.safetensors").write_bytes(b"damaged")
     tiny_tokenizer.save_pretrained(path / "m")
+    tiny_tokenizer.save_pretrained(path / "damaged")
+    (path / "broken.py").write_text("def f(\n")
     return path
 
 
@@ -98,3 +125,20 @@ def test_one_line_names_the_argument(line, folder, monkeypatch, capsys):
     assert last.startswith(f"fastalign {line.split()[0]}: error: ")
     assert MISTAKES[line] in last
     assert not (folder / "run").exists() or not list((folder / "run").glob("checkpoint-*"))
+
+
+def test_a_missing_package_of_an_option_is_named(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    line = f"{DPO} --dataset pairs.jsonl --output_dir flash --attn_implementation flash_attention_2"
+    assert cli.main(line.split()) == 1
+    *_, last = capsys.readouterr().err.strip().splitlines()
+    assert last.startswith("fastalign dpo: error: FlashAttention2")
+
+
+def test_a_metric_that_is_not_there_is_named(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    line = f"{DPO} --dataset pairs.jsonl --eval_dataset pairs.jsonl --output_dir best --max_steps 1 --disable_tqdm"
+    line += " --load_best_model_at_end --metric_for_best_model foo --eval_strategy epoch --save_strategy epoch"
+    assert cli.main(line.split()) == 2
+    assert "fastalign dpo: error: The `metric_for_best_model`" in capsys.readouterr().err

@@ -16,7 +16,9 @@ import transformers
 from fastalign.trainers.callbacks import LOG_NAME, read_log
 from fastalign.trainers.data.collate import pad
 from fastalign.trainers.dpo import DPOConfig, DPOTrainer
+from fastalign.trainers.grpo import GRPOConfig, GRPOTrainer
 from fastalign.trainers.model_logits import Request, ask, logits_of, prompt_sharing
+from fastalign.trainers.ppo import PPOConfig, PPOTrainer
 from fastalign.trainers.pro import PROConfig, PROTrainer
 from fastalign.trainers.shared_prompts import PromptSharing, _size, share
 
@@ -207,3 +209,84 @@ def test_asking_for_what_cannot_be_is_refused(tiny_model, tiny_tokenizer, tmp_pa
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="share_prompts must be false here: attn_implementation"):
         DPOTrainer(model, DPOConfig(**options), PAIRS, None, tiny_tokenizer)
+
+
+RESPONSES = {"per_device_train_batch_size": 8, "num_generations": 4, "response_length": 6, "total_episodes": 16}
+
+
+def policy_trainer(kind, model, tokenizer, folder, **options):
+    config, trainer = {"grpo": (GRPOConfig, GRPOTrainer), "ppo": (PPOConfig, PPOTrainer)}[kind]
+    given = {**RESPONSES, "output_dir": str(folder), "use_cpu": True, "disable_tqdm": True, "learning_rate": 1e-2}
+    rows = [{"prompt": "the movie is a great film and great fun" + " , and long" * i} for i in range(2)]
+    lengths = lambda completions: [len(text) % 7 - 3.0 for text in completions]  # noqa: E731
+    return trainer(model, config(**{**given, **options}), rows, None, tokenizer, reward=lengths)
+
+
+def counted(model, seen):
+    model.get_input_embeddings().register_forward_hook(lambda module, args, out: seen.append(args[0].numel()))
+    return model
+
+
+POLICIES = [
+    ("grpo", {}),
+    ("grpo", {"lora_rank": 2, "gradient_checkpointing": True}),
+    ("grpo", {"loss_type": "dapo", "temperature": 0.7, "kl_coef": 0.0}),
+    ("ppo", {"num_ppo_epochs": 1}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), POLICIES)
+def test_an_update_over_groups_has_the_plain_loss_and_gradient(kind, options, tiny_model, tiny_tokenizer, tmp_path):
+    seen, found, tokens = [], [], []
+    trainer = policy_trainer(kind, counted(tiny_model(), seen), tiny_tokenizer, tmp_path, **options)
+    updater, episodes = trainer._ready(), trainer.roll_out()
+    assert updater.grouped
+    trainer.advantages(episodes, trainer.shape(episodes, 0.0))
+    trainer.model.train()
+    for grouped in (False, True):
+        batch = updater.batch(episodes, grouped)
+        seen.clear()
+        trainer.model.zero_grad()
+        loss = updater.loss(batch, trainer.loss(), trainer.value_options(), 40, 40)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in trainer.model.parameters() if p.grad is not None)])
+        tokens.append(seen[0])
+    assert tokens[1] < 0.8 * tokens[0] == 0.8 * batch["input_ids"].numel()
+    assert len(found[0]) == len(found[1]) > 2
+    for one, other in zip(*found, strict=True):  # float32
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=2e-5 * float(one.abs().max()) + 1e-8)
+
+
+@pytest.mark.parametrize(("kind", "options"), POLICIES)
+def test_policies_learn_the_same_from_fewer_tokens(kind, options, tiny_model, tiny_tokenizer, tmp_path):
+    logs, tokens = [], []
+    for shared in (False, None):
+        seen, folder = [], tmp_path / str(shared)
+        made = policy_trainer(
+            kind, counted(tiny_model(), seen), tiny_tokenizer, folder, share_prompts=shared, **options
+        )
+        made.train()
+        logs.append(read_log(os.path.join(folder, LOG_NAME)))
+        tokens.append(sum(seen))
+    assert tokens[1] < tokens[0]
+    for plain, shared in zip(*logs, strict=True):
+        assert plain.keys() == shared.keys()
+        for name in plain.keys() - {"time", "eps"}:
+            assert shared[name] == pytest.approx(plain[name], rel=2e-3, abs=1e-4), name
+
+
+def test_what_gives_its_hidden_states_back_runs_as_it_is(tiny_model, tiny_tokenizer, tmp_path):
+    """An exact KL and values of the policy's own body need hidden states where the batch has its tokens."""
+    for kind, options in (("grpo", {"kl_estimator": "exact"}), ("ppo", {"value_model": "shared"})):
+        seen = []
+        trainer = policy_trainer(kind, counted(tiny_model(), seen), tiny_tokenizer, tmp_path, **options)
+        updater, episodes = trainer._ready(), trainer.roll_out()
+        trainer.advantages(episodes, trainer.shape(episodes, 0.0))
+        batch = updater.batch(episodes, True)
+        seen.clear()
+        updater.loss(batch, trainer.loss(), trainer.value_options(), 40, 40)
+        assert batch["input_ids"].numel() in seen
+        assert max(seen) == batch["input_ids"].numel()
+    with pytest.raises(ValueError, match="share_prompts must be false here: it needs fused_head"):
+        policy_trainer("grpo", tiny_model(), tiny_tokenizer, tmp_path, share_prompts=True, fused_head=False)
+    assert not policy_trainer("ppo", tiny_model(), tiny_tokenizer, tmp_path, num_generations=1)._grouped

@@ -23,6 +23,7 @@ from rich.table import Column, Table
 
 from ..trainers import arguments
 from ..trainers.arguments import key
+from ..trainers.checkpoints import make_folder
 from ..trainers.config import check_positive
 from ..trainers.data.reviews import DOMAINS, Review, load_reviews
 from ..trainers.eval.agreement import Rating, held_out_labelers, krippendorff_alpha, pairwise_agreement
@@ -123,10 +124,13 @@ def main(argv: list[str]) -> int:
         return 0
     console = Console(width=None if Console().is_terminal else 120)
     if config.labels is not None:
+        if not os.path.isfile(os.path.expanduser(config.labels)):
+            raise ValueError(f"labels must be an existing file; there is no {config.labels!r}")
         show_table(summarise(read_labels(config.labels)), console)
         return 0
-    results = run_labelers(config)
     path = Path(os.path.expanduser(config.output_dir)) / "labelers.json"
+    make_folder(str(path.parent))
+    results = run_labelers(config)
     save(path, results)
     show(results, console)
     print(f"figures in {path}")

@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from .data.collate import Batch
 from .lora import is_adapted
-from .model_logits import Answer, ModelLogits, Request, run_model
+from .model_logits import GROUPS, Answer, ModelLogits, Request, ask, run_model
 from .run import load
 
 VALUE_FOLDER, VALUE_HEAD = "value_model", "value_head.safetensors"
@@ -56,14 +56,15 @@ class ActorCritic(nn.Module):
         """Logits, or what is requested in their place, and values.
 
         Args:
-            batch: a padded batch.
+            batch: a padded batch; `groups` in it, [B], says which sequences have a prompt in common.
             values: ask for values, if there is a value function.
             request: of a policy that `can_answer`; None: `logits` is set.
         """
         values = values and self.has_values
         shared = values and self.shared
         if request is not None:
-            answer = run_model(self.policy, batch, request=request._replace(hidden=request.hidden or shared))
+            request = request._replace(hidden=request.hidden or shared)
+            answer = ask(self.policy, batch, request, batch.get(GROUPS))
         else:
             out = run_model(self.policy, batch, output_hidden_states=shared)
             answer = Answer(logits=out.logits, hidden=out.hidden_states[-1] if shared else None)
@@ -75,9 +76,9 @@ class ActorCritic(nn.Module):
         """[B, T], of a value function with a backbone of its own."""
         return self._value(run_model(self.critic, batch).last_hidden_state)
 
-    def _value(self, hidden: Tensor) -> Tensor:
-        if self.value_head is None:
-            raise RuntimeError("this model has no value function")
+    def _value(self, hidden: Tensor | None) -> Tensor:
+        if self.value_head is None or hidden is None:
+            raise RuntimeError("this model has no value function, or gave no hidden states for it")
         return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
 
     # ------------------------------------------------------------------------------------------------ on the disk

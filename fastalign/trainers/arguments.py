@@ -177,14 +177,20 @@ def _members(kind: Any) -> list[Any]:
     if typing.get_origin(kind) not in (typing.Union, types.UnionType):
         return [kind]
     order: dict[Any, int] = {dict: 0, bool: 1, int: 2, float: 3, list: 5, str: 4, type(None): 6}
-    return sorted(typing.get_args(kind), key=lambda k: order.get(typing.get_origin(k) or k, 3))
+    found = sorted(typing.get_args(kind), key=lambda k: order.get(typing.get_origin(k) or k, 3))
+    # Transformers writes `SchedulerType | str`, and takes of the texts only those that the enumeration has.
+    return [k for k in found if k is not str] if any(map(_is_enum, found)) else found
+
+
+def _is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, enum.Enum)
 
 
 def _name(kind: Any) -> str:
     base = typing.get_origin(kind) or kind
     if base is typing.Literal:
         return " or ".join(map(str, typing.get_args(kind)))
-    if isinstance(base, type) and issubclass(base, enum.Enum):
+    if _is_enum(base):
         names = [str(m.value) for m in base]
         return " | ".join(names[:6] + ["..."] * (len(names) > 6))
     return (
@@ -206,8 +212,11 @@ def _try(kind: Any, value: Any) -> Any:
             if str(choice).lower() == str(value).lower():
                 return choice
         raise ValueError
-    if isinstance(base, type) and issubclass(base, enum.Enum):
-        return base(value)
+    if _is_enum(base):
+        return value if isinstance(value, base) else base(value)
+    if base is dict and typing.get_args(kind):
+        _, each = typing.get_args(kind)
+        return {str(name): _try(each, entry) for name, entry in _to_dict(value).items()}
     if base in _SIMPLE:
         return _SIMPLE[base][1](value)
     return value

@@ -28,7 +28,7 @@ from .data.files import Rows, named
 from .data.sampler import UpdateSampler
 from .even import FILLER, EvenCollator, even
 from .lora import is_adapted, merged, with_lora
-from .model_logits import ModelLogits, can_answer, logits_of, prompt_sharing
+from .model_logits import ModelLogits, can_answer, logits_of, shares_prompts
 from .run import load_model, load_tokenizer
 from .sharding import WholeCheckpoints
 
@@ -125,7 +125,9 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
             self.add_callback(GiveBackCallback())
         if args.fused_head:
             can_answer(self.model)  # before it is wrapped
-        self._share_prompts = self._shares_prompts()
+        # Of the trainers, those whose rows hold several completions of a prompt have the key.
+        grouped = isinstance(args, GroupsConfig)
+        self._share_prompts = grouped and shares_prompts(self.model, args, self.args.device)
         for plain in (ProgressCallback, PrinterCallback):
             self.remove_callback(plain)
         self.add_callback(ConsoleCallback())
@@ -137,16 +139,6 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
     def _prepared(self, key: str, rows: Rows | None, args: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
         with named(key):
             return None if rows is None else self.prepare(rows, args, tokenizer)
-
-    def _shares_prompts(self) -> bool:
-        """As configured; unless told, on a CPU where the model can."""
-        wanted = self.args.share_prompts if isinstance(self.args, GroupsConfig) else False
-        if wanted is False or (wanted is None and (self.args.device.type != "cpu" or not self.args.fused_head)):
-            return False
-        found = prompt_sharing(self.model, anew=True) if self.args.fused_head else "it needs fused_head"
-        if wanted and isinstance(found, str):
-            raise ValueError(f"share_prompts must be false here: {found}")
-        return not isinstance(found, str)
 
     # ------------------------------------------------------------------------------------------- for subclasses
     def check_model(self, model: Any, args: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -272,6 +264,12 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
             logs.update(self._means["train"].pop(self._sum))
             logs["num_tokens"] = self.state.num_input_tokens_seen
         super().log(logs, start_time)
+
+    def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError as error:
+            raise ValueError(error.args[0]) from None
 
     # -------------------------------------------------------------------------------------------------- saving
     def _get_output_dir(self, trial: Any) -> str:

@@ -20,9 +20,21 @@ PARTIAL = ".partial"
 """Folder inside the output folder for what is being written or removed; nothing in it is ever read."""
 
 _STATE, _FILES = "trainer_state.json", "files.json"
-_CONFIGS = {"config.json", "adapter_config.json"}
+CONFIGS = {"config.json", "adapter_config.json"}
+"""Files of which a folder with a model, or with adapters of one, holds one."""
+
 _ANEW = (None, "false")  # values of resume_from_checkpoint
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def make_folder(output_dir: str) -> None:
+    """Makes the output folder, if it is not there. ValueError if it cannot be one."""
+    if os.path.exists(output_dir) and not os.path.isdir(output_dir):
+        raise ValueError(f"output_dir must be a folder; {output_dir!r} is none")
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output_dir must be a folder that can be made; got {output_dir!r}: {error}") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -44,8 +56,8 @@ def write_folder(folder: str, write: Callable[[str], None], *, is_writer: bool =
         shutil.rmtree(partial, ignore_errors=True)
     write(partial)
     if is_writer:
-        written = sorted(os.listdir(partial), key=lambda name: (name in _CONFIGS, name))
-        for name in _CONFIGS.intersection(os.listdir(folder)):
+        written = sorted(os.listdir(partial), key=lambda name: (name in CONFIGS, name))
+        for name in CONFIGS.intersection(os.listdir(folder)):
             os.remove(os.path.join(folder, name))
         for name in written:
             publish(os.path.join(partial, name), os.path.join(folder, name))
@@ -129,8 +141,7 @@ def start_point(args: CommonConfig) -> str | None:
     continue nor to overwrite them, if these hold files that no run wrote, or if the checkpoint asked for is not whole.
     """
     output_dir = str(args.output_dir)
-    if os.path.exists(output_dir) and not os.path.isdir(output_dir):
-        raise ValueError(f"output_dir must be a folder; {output_dir!r} is none")
+    make_folder(output_dir)
     wanted = args.resume_from_checkpoint
     if wanted in _ANEW:
         found = _folders(output_dir)

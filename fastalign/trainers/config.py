@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -123,8 +124,13 @@ class TrainingConfig(CommonConfig, TrainingArguments):
         CommonConfig.__post_init__(self)
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             check_positive(name, getattr(self, name))
-        if not self.learning_rate >= 0:
-            raise ValueError(f"learning_rate must be at least 0; got {self.learning_rate}")
+        for name in ("learning_rate", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
+        if self.max_steps != -1:  # which transformers takes for "as many as num_train_epochs makes"
+            check_positive("max_steps", self.max_steps)
+        for name in ("num_train_epochs", "logging_steps", "save_steps"):
+            check_positive(name, getattr(self, name))
         check_choice("train_sampling_strategy", self.train_sampling_strategy, STRATEGIES)
         check_choice("padding_side", self.padding_side, ("right", "left"))
         check_positive("max_length", self.max_length)
@@ -137,16 +143,21 @@ class TrainingConfig(CommonConfig, TrainingArguments):
         TrainingArguments.__post_init__(self)
 
 
-@dataclass
-class GroupsConfig(TrainingConfig):
-    """Keys of the commands whose rows hold several completions of one prompt."""
-
-    share_prompts: bool | None = key(
+def share_prompts_key() -> Any:
+    """The key of the commands that have several completions of one prompt."""
+    return key(
         None,
         "Run a prompt once for all of its completions, if the model can. By default on a CPU; it attends through a "
         "mask, which some of a GPU's attention kernels do not take",
         group="Training loop",
     )
+
+
+@dataclass
+class GroupsConfig(TrainingConfig):
+    """Keys of the commands whose rows hold several completions of one prompt."""
+
+    share_prompts: bool | None = share_prompts_key()
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

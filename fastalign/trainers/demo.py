@@ -26,7 +26,7 @@ from rich.console import Console
 from transformers import logging as transformers_logging
 
 from . import arguments, demo_report
-from .checkpoints import write_json
+from .checkpoints import make_folder, write_json
 from .demo_config import DemoConfig
 from .demo_stages import OWN, Demo, clear
 
@@ -72,7 +72,7 @@ def claim(
         check()
     if overwrite:
         clear(path, own)
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(str(path))
     write_json(path / mark, settings)
 
 

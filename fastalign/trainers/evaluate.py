@@ -75,6 +75,8 @@ class EvalConfig(DrawConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("against", self.against, ("first", "completion"))
+        if (self.judge or "").startswith(("http://", "https://")) and not self.judge_model:
+            raise ValueError(f"judge_model must be the chat model's name behind {self.judge}; got none")
         if self.reference is not None and not self.temperature > 0:
             raise ValueError(f"temperature must be above 0 where a KL is taken; got {self.temperature}")
         if not self.tie_margin >= 0:

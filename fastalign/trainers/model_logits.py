@@ -23,6 +23,8 @@ from ..ops import TokenStats, token_stats
 from .shared_prompts import PromptSharing
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+GROUPS = "groups"
+"""Key of a batch, beside the model's inputs: see `ask`."""
 
 
 class Request(NamedTuple):
@@ -113,6 +115,24 @@ def prompt_sharing(model: Any, *, anew: bool = False) -> PromptSharing | str:
         except ValueError as error:
             forward.sharing = str(error)
     return forward.sharing
+
+
+def shares_prompts(model: Any, args: Any, device: torch.device) -> bool:
+    """Whether a trainer shares prompts: as configured; unless told, on a CPU where the model can.
+
+    Args:
+        model: not wrapped yet.
+        args: a configuration with `share_prompts` and `fused_head`.
+
+    Raises:
+        ValueError: it is told to, and the model cannot.
+    """
+    if args.share_prompts is False or (args.share_prompts is None and (device.type != "cpu" or not args.fused_head)):
+        return False
+    found = prompt_sharing(model, anew=True) if args.fused_head else "it needs fused_head"
+    if args.share_prompts and isinstance(found, str):
+        raise ValueError(f"share_prompts must be false here: {found}")
+    return not isinstance(found, str)
 
 
 class _Answering(Headless):

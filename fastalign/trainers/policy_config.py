@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from ..losses._common import check_range
 from .arguments import key
-from .config import CommonConfig, check_choice, check_positive
+from .config import CommonConfig, check_choice, check_positive, share_prompts_key
 
 _POSITIVE = (
     "max_prompt_length",
@@ -100,6 +100,7 @@ class PolicyConfig(CommonConfig, EpisodeConfig):
     adam_epsilon: float = key(1e-8, "AdamW's epsilon", group="Training loop")
     max_grad_norm: float = key(1.0, "Gradients are cut to this norm; 0 for never", group="Training loop")
     bf16: bool = key(False, "Compute in bfloat16, keep the weights as they are", group="Training loop")
+    share_prompts: bool | None = share_prompts_key()
     gradient_checkpointing: bool = key(False, "Recompute activations: less memory, more time", group="Training loop")
     ptx_dataset: str | None = key(
         None, "Rows of prompt and completion whose likelihood is mixed into every update (PPO-ptx)", group="PPO-ptx"

@@ -125,7 +125,7 @@ def load_function(spec: str) -> RewardFunction:
         raise ValueError(f"reward_fn must be module:function or file.py:function; got {spec!r}")
     try:
         module = _load_file(place) if place.endswith(".py") else importlib.import_module(place)
-    except (ModuleNotFoundError, FileNotFoundError) as error:
+    except (ModuleNotFoundError, FileNotFoundError, SyntaxError) as error:
         raise ValueError(f"reward_fn names {place!r}, which cannot be imported: {error}") from None
     function = getattr(module, name, None)
     if not callable(function):

@@ -35,7 +35,7 @@ from .data.collate import Batch, pad
 from .data.files import Rows
 from .draw import Sampling
 from .lora import adapters_off, with_lora
-from .model_logits import Answer, ModelLogits, Request, ask, can_answer
+from .model_logits import GROUPS, Answer, ModelLogits, Request, ask, can_answer, shares_prompts
 from .policy_checkpoint import RunState, load_training_state, save_policy, save_whole
 from .policy_config import PolicyConfig
 from .policy_rewards import RewardFunction, load_reward
@@ -111,6 +111,7 @@ class PolicyTrainer(ABC):
         self.inner.policy = with_lora(policy, args, "CAUSAL_LM")  # type: ignore[arg-type]
         if args.fused_head:
             can_answer(self.inner.policy)  # before it is wrapped
+        self._grouped = args.num_generations > 1 and shares_prompts(self.inner.policy, args, self.accelerator.device)
         if args.gradient_checkpointing:
             self.inner.policy.gradient_checkpointing_enable()
         self._ptx: PretrainingStream | None = None
@@ -196,9 +197,8 @@ class PolicyTrainer(ABC):
             self.inner.reshard()  # the outermost module keeps its weights gathered after a forward
         self.scheduler = make_scheduler(args, self.optimizer.optimizer, updates)
         reference = self.reference_logits if args.needs_reference else None
-        self.updater = Updater(
-            args, self.accelerator, self.model, self.optimizer, self.scheduler, reference, self.fill, self._ptx
-        )
+        run = (self.model, self.optimizer, self.scheduler)
+        self.updater = Updater(args, self.accelerator, *run, reference, self.fill, self._ptx, self._grouped)
         if checkpoint is not None:
             load_training_state(self, checkpoint)
         return self.updater
@@ -209,7 +209,7 @@ class PolicyTrainer(ABC):
 
         def call(request: Request | None) -> Answer:
             with torch.no_grad(), self.accelerator.autocast(), adapters_off(model):
-                return ask(model, batch, request)
+                return ask(model, batch, request, batch.get(GROUPS))
 
         args = self.args
         return ModelLogits(call, model, batch["input_ids"].shape, fused=args.fused_head, chunk_bytes=args.chunk_bytes)
@@ -252,6 +252,7 @@ class PolicyTrainer(ABC):
                     temperature=self.args.temperature,
                     exact_kl=self.args.kl_estimator == "exact",
                     batch_size=self.args.rollout_batch_size,
+                    grouped=self._grouped,
                 )
             for episode, score in zip(episodes, self.reward(episodes).tolist(), strict=True):
                 episode.score = score

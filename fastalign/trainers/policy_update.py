@@ -26,7 +26,7 @@ from .data.encode import Encoder
 from .data.files import named
 from .data.tokenize import tokenize_sft
 from .model_logits import ModelLogits
-from .rollout import Episode, collate, spread
+from .rollout import Episode, collate, group_numbers, spread
 from .run import pad_id
 
 _SEQUENCE_MEANS = ("grpo", "dr_grpo")
@@ -77,6 +77,7 @@ class Updater:
         reference: a padded batch to what stands for the reference's logits; used where the loss holds an exact KL.
         fill: id to pad with.
         ptx: pretraining text to mix in, or None.
+        grouped: run a prompt once for all of its responses in a forward pass.
     """
 
     def __init__(
@@ -89,10 +90,11 @@ class Updater:
         reference: Callable[[Batch], ModelLogits] | None,
         fill: int,
         ptx: PretrainingStream | None,
+        grouped: bool = False,
     ) -> None:
         self.args, self.accelerator, self.model = args, accelerator, model
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.reference, self.fill, self.ptx = reference, fill, ptx
+        self.reference, self.fill, self.ptx, self.grouped = reference, fill, ptx, grouped
         self.means, self.ptx_means = Means(), Means()
         self.updates = 0
 
@@ -123,16 +125,21 @@ class Updater:
         items = len(chosen) if loss.config["normalization"] in _SEQUENCE_MEANS else tokens
         size = self.args.per_device_train_batch_size
         own = sorted(self.mine(chosen), key=lambda e: -len(e.prompt.ids) - len(e.ids))
+        if self.grouped:  # side by side, in the order of each group's longest
+            numbers = group_numbers(own)
+            own = [own[i] for i in sorted(range(len(own)), key=numbers.__getitem__)]
         parts = [own[start : start + size] for start in range(0, len(own), size)]
         self._pretraining()
         for number, part in enumerate(parts):
             with self._syncs(number == len(parts) - 1):
-                self.backward(self.loss(self.batch(part), loss, values, tokens, items))
+                self.backward(self.loss(self.batch(part, self.grouped), loss, values, tokens, items))
         return self.optimizer_step()
 
-    def batch(self, episodes: Sequence[Episode]) -> Batch:
+    def batch(self, episodes: Sequence[Episode], grouped: bool = False) -> Batch:
         """The episodes padded, with old log-probabilities, advantages and the rest where the labels are: [B, T]."""
-        batch = {name: x.to(self.accelerator.device) for name, x in collate(episodes, self.fill).items()}
+        batch = {
+            name: x.to(self.accelerator.device) for name, x in collate(episodes, self.fill, grouped=grouped).items()
+        }
         for name in ("logps", "advantages", "ref_logps", "values", "returns"):
             rows = [getattr(e, name) for e in episodes]
             if rows[0] is not None:

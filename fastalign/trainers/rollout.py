@@ -27,7 +27,7 @@ from .data.collate import IGNORE, Batch, pad
 from .data.encode import Encoder
 from .data.files import Rows, load_rows, named, text_of
 from .draw import Sampling, continuations
-from .model_logits import ModelLogits
+from .model_logits import GROUPS, ModelLogits
 from .run import pad_id
 
 
@@ -142,9 +142,19 @@ def _episode(prompt: Prompt, tail: list[int], eos: int | None, tokenizer: PreTra
 
 
 # ------------------------------------------------------------------------------------------------------------ scoring
-def collate(episodes: Sequence[Episode], fill: int) -> Batch:
-    """Prompt and response of each, padded on the right: see `data.collate.pad`. Labels are the response's tokens."""
-    return pad([(e.prompt.ids, e.ids) for e in episodes], fill)
+def collate(episodes: Sequence[Episode], fill: int, *, grouped: bool = False) -> Batch:
+    """Prompt and response of each, padded on the right: see `data.collate.pad`. Labels are the response's tokens.
+
+    grouped: say which of them have a prompt in common.
+    """
+    batch = pad([(e.prompt.ids, e.ids) for e in episodes], fill)
+    return {**batch, GROUPS: torch.tensor(group_numbers(episodes))} if grouped else batch
+
+
+def group_numbers(episodes: Sequence[Episode]) -> list[int]:
+    """The number of each one's prompt, in the order in which they come."""
+    numbers: dict[tuple[int, ...], int] = {}
+    return [numbers.setdefault(tuple(e.prompt.ids), len(numbers)) for e in episodes]
 
 
 def spread(rows: Sequence[Tensor], labels: Tensor) -> Tensor:
@@ -171,16 +181,18 @@ def fill_in(
     temperature: float = 1.0,
     exact_kl: bool = False,
     batch_size: int = 64,
+    grouped: bool = False,
 ) -> None:
     """Sets each episode's log-probabilities, entropies, values and, with a reference, its log-probabilities or KL.
 
     policy, reference: a padded batch to what stands for logits [B, T, V]; after its statistics the policy's `answer`
         holds the values. With exact_kl both distributions are compared whole.
+    grouped: run a prompt once for all of its responses in a batch.
     """
     order = sorted(range(len(episodes)), key=lambda i: len(episodes[i].prompt.ids) + len(episodes[i].ids))
     for start in range(0, len(order), batch_size):
         chosen = [episodes[i] for i in order[start : start + batch_size]]
-        batch = {name: value.to(device) for name, value in collate(chosen, fill).items()}
+        batch = {name: value.to(device) for name, value in collate(chosen, fill, grouped=grouped).items()}
         labels = batch["labels"]
         logits = policy(batch)
         ref_logits = None if reference is None else reference(batch)

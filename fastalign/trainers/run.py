@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from . import arguments
-from .checkpoints import checkpoints, clear, start_point, write_json
+from .checkpoints import CONFIGS, checkpoints, clear, start_point, write_json
 from .config import COMMON, TrainingConfig
 from .data.encode import Encoder
 from .data.files import check_sources, first_line
@@ -43,14 +43,18 @@ def load(key: str, kind: Any, path: str, **options: Any) -> Any:
     Raises:
         ValueError: nothing there, or nothing of this kind; naming the key.
     """
-    local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    local = path.startswith((".", "/", "~")) or path.count("/") > 1 or os.path.exists(path)
     if local and not os.path.isdir(path):
         raise ValueError(f"{key} must be a model's folder or a hub's name; there is no folder {path!r}")
     try:
         return kind.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
+    except ImportError:  # a package that an option needs: the command names it
+        raise
+    except Exception as error:  # each kind of damaged file raises its own
         if os.path.isdir(path):
-            raise ValueError(f"{key} {path!r} could not be loaded: {first_line(error)}") from error
+            empty = kind is not AutoTokenizer and not any(os.path.exists(os.path.join(path, n)) for n in CONFIGS)
+            said = "the folder has no config.json" if empty else first_line(error)
+            raise ValueError(f"{key} {path!r} could not be loaded: {said}") from error
         raise ValueError(
             f"{key} must be a model's folder or a hub's name; there is no folder {path!r}, and no hub gave it: "
             f"{first_line(error)}"
@@ -64,7 +68,11 @@ def load_model(path: str, args: Any, key: str = "model") -> PreTrainedModel:
 
 def load_tokenizer(path: str | None, model: str, key: str = "model") -> PreTrainedTokenizerBase:
     """The tokenizer in that folder, or beside the model, which `key` gave."""
-    return load(key if path is None else "tokenizer", AutoTokenizer, model if path is None else path)
+    key, path = (key, model) if path is None else ("tokenizer", path)
+    tokenizer = load(key, AutoTokenizer, path)
+    if not tokenizer("a", verbose=False)["input_ids"]:  # what transformers makes of a folder without its files
+        raise ValueError(f"{key} {path!r} must hold a tokenizer's files; the one there turns text into no tokens")
+    return tokenizer
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

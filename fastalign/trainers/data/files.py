@@ -100,6 +100,8 @@ def _read(source: Sequence[Mapping[str, Any]] | str) -> Dataset:
     kind = _kind(path)
     if kind is None:
         return _read_folder(path, split) if os.path.isdir(path) else _from_hub(path, split)
+    if split not in (None, "train"):
+        raise ValueError(f"dataset {path!r} is one file, whose only split is train; got {split!r}")
     try:
         return load_dataset(_LOADERS[kind], data_files=path, split="train", **_OPTIONS.get(kind, {}))
     except StopIteration:  # what an empty file of JSON lines comes to

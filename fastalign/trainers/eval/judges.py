@@ -127,4 +127,4 @@ def load_pair_judge(spec: str, *, tie_margin: float = 0.0, batch_size: int = 64,
         return ChatJudge(spec, model)
     if spec.endswith(".jsonl"):
         return HumanLabels(spec)
-    return ScoreJudge(load_judge(spec, batch_size=batch_size), tie_margin)
+    return ScoreJudge(load_judge(spec, batch_size=batch_size, key="judge"), tie_margin)

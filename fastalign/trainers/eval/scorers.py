@@ -25,33 +25,35 @@ Judge: TypeAlias = Callable[[Sequence[Prompt], Sequence[str]], np.ndarray]
 """(prompts, completions) → one score each; higher is better."""
 
 
-def load_judge(spec: str, *, batch_size: int = 64) -> Judge:
+def load_judge(spec: str, *, batch_size: int = 64, key: str = "reward") -> Judge:
     """The judge that a text names.
 
     Args:
         spec: `gold`; the folder of a sequence-classification model with one label; or `module:function`, a function of
             (prompts, completions) that returns a number for each pair.
         batch_size: texts that a reward model scores at once.
+        key: what gave the text.
 
     Raises:
-        ValueError: none of these.
+        ValueError: none of these; naming the key.
     """
     if spec == "gold":
         return _gold()
     if os.path.isdir(os.path.expanduser(spec)):
-        return reward_model(os.path.expanduser(spec), batch_size)
+        return reward_model(os.path.expanduser(spec), batch_size, key)
     module, colon, name = spec.partition(":")
     if colon and module and importlib.util.find_spec(module.partition(".")[0]):
         function = getattr(importlib.import_module(module), name, None)
         if callable(function):
-            return lambda prompts, completions: _checked(function(prompts, completions), len(completions), spec)
-    raise ValueError(f"reward must be gold, the folder of a reward model, or module:function; got {spec!r}")
+            called = f"{key} {spec!r}"
+            return lambda prompts, completions: _checked(function(prompts, completions), len(completions), called)
+    raise ValueError(f"{key} must be gold, the folder of a reward model, or module:function; got {spec!r}")
 
 
-def _checked(scores: Any, count: int, spec: str) -> np.ndarray:
+def _checked(scores: Any, count: int, called: str) -> np.ndarray:
     out = np.asarray(scores, dtype=np.float64)
     if out.shape != (count,) or not np.isfinite(out).all():
-        raise ValueError(f"reward {spec!r} must return {count} finite numbers; got shape {out.shape}")
+        raise ValueError(f"{called} must return {count} finite numbers; got shape {out.shape}")
     return out
 
 
@@ -67,12 +69,12 @@ def _gold() -> Judge:
     return judge
 
 
-def reward_model(path: str, batch_size: int) -> Judge:
+def reward_model(path: str, batch_size: int, key: str = "reward") -> Judge:
     """A saved reward model, asked as plain transformers asks it."""
-    model = load("reward", AutoModelForSequenceClassification, path).eval()
+    model = load(key, AutoModelForSequenceClassification, path).eval()
     if model.config.num_labels != 1:
-        raise ValueError(f"reward must be a model with one label; {path!r} has {model.config.num_labels}")
-    tokenizer = load_tokenizer(None, path, "reward")
+        raise ValueError(f"{key} must be a model with one label; {path!r} has {model.config.num_labels}")
+    tokenizer = load_tokenizer(None, path, key)
     return lambda prompts, completions: score_texts(model, tokenizer, prompts, completions, batch_size)
 
 
