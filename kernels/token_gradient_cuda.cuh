@@ -35,29 +35,30 @@ struct Slopes : BackwardArgs {
     }
 };
 
-// What is left of an element once the row's coefficients are known; see token_stats.h.
-template <bool kCap, Mode kMode>
+// What is left of an element once the row's coefficients are known; see token_stats.h. A probability of 0 has no
+// gradient: where it is one for -inf, the result is NaN without `kHoles`.
+template <class T, bool kCap, Mode kMode, bool kHoles = true>
 __device__ inline float gradient(float x, float z, const Slope& slope, float kappa, const Prepare& k) {
     const Coefficients& c = slope.c;
-    float squash = 1;
-    if constexpr (kCap) {
-        const float th = tanh_of(x * k.inv_cap);
-        squash = 1 - th * th;
-        x = k.cap * th;
-    }
+    // Under a cap it is the coefficients' signs that are turned, and not every element's.
+    constexpr float kSign = kCap ? -1.0f : 1.0f;
+    // Of x, or of what is left of it when it is capped.
+    const auto exponent_of = [&](const Exponent& u, float x) { return kCap ? fmaf(x, u.by * k.cap, -u.at) : u.of(x); };
+    if constexpr (kCap) x = tanh_in_gradient<T>(x, k), z = kMode == kReference ? tanh_in_gradient<T>(z, k) : z;
+    const float u = exponent_of(slope.u, x);
     float dx;
     if constexpr (kMode == kPlain) {
-        dx = fmaf(power_of_two(slope.u.of(x)), c.a, kappa);
+        dx = fmaf(power_of_two(u), kSign * c.a, kSign * kappa);
     } else {
-        const float u = max_or_nan(slope.u.of(x), -256.0f), e = power_of_two(u);  // a probability of 0 has no gradient
-        float by = fmaf(c.b, u, c.a);
+        const float low = kHoles ? max_or_nan(u, -256.0f) : u, e = power_of_two(low);
+        float by = fmaf(kSign * c.b, low, kSign * c.a);
         if constexpr (kMode == kReference) {
-            by = fmaf(-c.g, slope.v.of(capped<kCap>(z, k)), by);
-            by = e == 0 ? 0 : by;  // 0 * inf
+            by = fmaf(-kSign * c.g, exponent_of(slope.v, z), by);
+            if constexpr (kHoles) by = e == 0 ? 0 : by;
         }
-        dx = fmaf(e, by, kappa);
+        dx = fmaf(e, by, kSign * kappa);
     }
-    return kCap ? dx * squash : dx;
+    return kCap ? dx * fmaf(x, x, -1.0f) : dx;
 }
 
 // The first element from which 16-byte stores to [out, out + count) are aligned.
@@ -80,17 +81,36 @@ __device__ inline void fill(T* out, int count, float value) {
     if (Team::thread() < count - tail) Words<T>::store(out + tail + Team::thread(), value);
 }
 
-template <class T, bool kCap, Mode kMode, int kCount>
-__device__ inline void tile_gradient(Pack (&v)[kCount], const Pack (&z)[kCount], const Slope& slope, const Prepare& k) {
+// The gradient of vectors v; returns a number that is NaN if any of it is.
+template <class T, bool kCap, Mode kMode, bool kHoles, int kCount>
+__device__ inline float vectors_gradient(Pack (&out)[kCount], const Pack (&v)[kCount], const Pack (&z)[kCount],
+                                         const Slope& slope, const Prepare& k) {
+    float check = 0;
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
         float x[kWidth<T>], y[kWidth<T>] = {};
         unpack<T>(v[u], x);
         if constexpr (kMode == kReference) unpack<T>(z[u], y);
 #pragma unroll
-        for (int i = 0; i < kWidth<T>; ++i) x[i] = gradient<kCap, kMode>(x[i], y[i], slope, slope.c.kappa, k);
-        v[u] = pack<T>(x);
+        for (int i = 0; i < kWidth<T>; ++i)
+            x[i] = gradient<T, kCap, kMode, kHoles>(x[i], y[i], slope, slope.c.kappa, k);
+#pragma unroll
+        for (int i = 0; i < kWidth<T>; i += 2) check = fmaf(x[i], x[i + 1], check);
+        out[u] = pack<T>(x);
     }
+    return check;
+}
+
+// Holes are rare within rows: a tile there is taken to have none, and once more if its gradient says otherwise.
+template <class T, bool kCap, Mode kMode, bool kAtEdge, int kCount>
+__device__ inline void tile_gradient(Pack (&v)[kCount], const Pack (&z)[kCount], const Slope& slope, const Prepare& k) {
+    constexpr bool kMayHaveHoles = !kCap && kMode != kPlain;
+    Pack out[kCount];
+    const float check = vectors_gradient < T, kCap, kMode, kMayHaveHoles && kAtEdge > (out, v, z, slope, k);
+    if constexpr (kMayHaveHoles && !kAtEdge)
+        if (check != check) vectors_gradient<T, kCap, kMode, true>(out, v, z, slope, k);
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) v[u] = out[u];
 }
 
 // Writes the gradient of the first `count` elements of x, of which `label` (or none: -1) is the target. `Rows` is a
@@ -119,7 +139,7 @@ __device__ inline void write_gradient(Rows x, Rows z, T* out, int count, int lab
         }
         if (mine) {
             const float kappa = slope.c.kappa + (i == label ? slope.c.delta : 0);
-            at_target = gradient<kCap, kMode>(x.at(i), kReads ? z.at(i) : 0.0f, slope, kappa, k);
+            at_target = gradient<T, kCap, kMode>(x.at(i), kReads ? z.at(i) : 0.0f, slope, kappa, k);
             if (lane < 31) Words<T>::store(out + i, at_target);
         }
         __syncwarp();  // the target's logit has been read before its vector is written, perhaps over it
@@ -131,7 +151,7 @@ __device__ inline void write_gradient(Rows x, Rows z, T* out, int count, int lab
         Pack v[kCount], y[kCount];
         x.load(v, first);
         if constexpr (kReads) z.load(y, first);
-        tile_gradient<T, kCap, kMode>(v, y, slope, k);
+        tile_gradient<T, kCap, kMode, false>(v, y, slope, k);
         T* to = body + (first + lane) * kWidth<T>;
 #pragma unroll
         for (int u = 0; u < kCount; ++u) store_pack(to + 32 * u * kWidth<T>, v[u]);
@@ -140,7 +160,7 @@ __device__ inline void write_gradient(Rows x, Rows z, T* out, int count, int lab
         Pack v[kCount], y[kCount];
         x.load_edge(v, first);
         if constexpr (kReads) z.load_edge(y, first);
-        tile_gradient<T, kCap, kMode>(v, y, slope, k);
+        tile_gradient<T, kCap, kMode, true>(v, y, slope, k);
         T* to = body + (first + lane) * kWidth<T>;
 #pragma unroll
         for (int u = 0; u < kCount; ++u)

@@ -3,6 +3,8 @@
 // There is no pass for the maximum. A thread's pivot is the maximum of its first tile, and moves only when a tile lies
 // far above it: one comparison per tile in the usual case.
 #pragma once
+#include <type_traits>
+
 #include "token_args.h"
 #include "token_memory_cuda.cuh"
 
@@ -22,9 +24,10 @@ template <Mode kMode>
 constexpr float kHeadroom = kMode == kPlain ? 32.0f : 8.0f;
 
 // Of every eight elements in 16 bits one is a polynomial's: then the special-function unit keeps ahead of the memory.
-template <class T, Mode kMode>
+// Not under a soft-cap, which leaves that unit idle for longer.
+template <class T, bool kCap, Mode kMode>
 __device__ constexpr bool by_polynomial(int element) {
-    return sizeof(T) == 2 && kMode == kPlain && element == 7;
+    return sizeof(T) == 2 && !kCap && kMode == kPlain && element == 7;
 }
 
 __device__ inline FloatSums no_sums() { return {-FLT_MAX, 0, 0, 0, -FLT_MAX, 0, 0}; }
@@ -54,52 +57,102 @@ struct ThreadSums : FloatSums {
     }
 };
 
+// The power of two, relative to u, of a logit that is yet to be capped.
+template <bool kCap, bool kNear>
+__device__ inline float power_in_sum(float x, const Exponent& u, const Prepare& k) {
+    if constexpr (kCap && kNear) return fmaf(x, k.exponent(x), -u.at);
+    else return u.of(capped<kCap>(x, k));
+}
+
+// How a tile is taken. kWhole: all its elements are logits above -inf; kNear: and within Prepare::near; kHoles:
+// probabilities may be 0 because of -inf and weigh nothing, which kWhole would turn into NaN; kEdge: as well, and
+// elements from the row's length on are padding of -inf, which capping must not see.
+enum Tile { kNear, kWhole, kHoles, kEdge };
+template <Tile kTaken>
+using Taken = std::integral_constant<Tile, kTaken>;
+
 // Adds a tile to a thread's sums, whose pivots are not far below its elements. `at`: the first element of v[0]; v[u]
-// lies 32 vectors after v[u - 1]. At an edge, elements from `length` on are padding of -inf, which capping and the mean
-// must not see.
-template <class T, bool kCap, Mode kMode, bool kEdge, bool kPolynomial, int kCount>
+// lies 32 vectors after v[u - 1].
+template <class T, bool kCap, Mode kMode, Tile kTaken, bool kPolynomial, int kCount>
 __device__ inline void add_powers(ThreadSums& a, const Pack (&v)[kCount], const Pack (&z)[kCount], int at, int length,
                                   const Prepare& k) {
+    constexpr bool kClamps = kTaken == kHoles || kTaken == kEdge;
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
-        float x[kWidth<T>], y[kWidth<T>], s = 0, w = 0, kl = 0, t = 0, total = 0;
+        float x[kWidth<T>], y[kWidth<T>], s, w = 0, kl = 0, t;
         unpack<T>(v[u], x);
         if constexpr (kMode == kReference) unpack<T>(z[u], y);
+        const auto add = [](float& sum, float x, int i) { sum = i == 0 ? x : sum + x; };
 #pragma unroll
         for (int i = 0; i < kWidth<T>; ++i) {
-            const bool real = !kEdge || at + 32 * u * kWidth<T> + i < length;
-            const float raw = capped<kCap>(x[i], k);
-            if constexpr (kMode != kPlain) total += real ? raw : 0;
-            const float p = a.u.of(kCap && !real ? -INFINITY : raw);
+            const bool real = kTaken != kEdge || at + 32 * u * kWidth<T> + i < length;
+            const float power = power_in_sum<kCap, kTaken == kNear>(x[i], a.u, k);
+            float p = kCap && !real ? -INFINITY : power;
             if constexpr (kMode == kPlain) {
-                s += kPolynomial && by_polynomial<T, kMode>(i) ? exp2_polynomial(p) : power_of_two(p);
+                add(s, kPolynomial && by_polynomial<T, kCap, kMode>(i) ? exp2_polynomial(p) : power_of_two(p), i);
             } else {
-                // -inf would turn a probability of 0 into NaN; at -256 its power is 0 as well.
-                const float low = max_or_nan(p, -256.0f), e = power_of_two(low);
-                s += e;
-                w = fmaf(e, low, w);
+                if constexpr (kClamps) p = max_or_nan(p, -256.0f);  // its power is 0 as well
+                const float e = power_of_two(p);
+                add(s, e, i);
+                w = fmaf(e, p, w);
                 if constexpr (kMode == kReference) {
-                    const float q = a.v.of(kCap && !real ? -INFINITY : capped<kCap>(y[i], k));
-                    t += power_of_two(q);
-                    kl = fmaf(e, e == 0 ? 0 : low - q, kl);
+                    const float ref = power_in_sum<kCap, kTaken == kNear>(y[i], a.v, k);
+                    const float q = kCap && !real ? -INFINITY : ref;
+                    add(t, power_of_two(q), i);
+                    kl = fmaf(e, kClamps && e == 0 ? 0 : p - q, kl);
                 }
             }
         }
         a.s += s;
-        if constexpr (kMode != kPlain) a.w += w, a.total += total;
+        if constexpr (kMode != kPlain) a.w += w;
         if constexpr (kMode == kReference) a.k += kl, a.t += t;
     }
 }
 
-// The same, lifting the pivots where the tile lies far above them.
-template <class T, bool kCap, Mode kMode, bool kEdge, bool kPolynomial, int kCount>
+// The sum of a tile's logits that lie before `length`, for the mean, which few calls ask for.
+template <class T, bool kCap, int kCount>
+__device__ inline float total_of(const Pack (&v)[kCount], int at, int length, const Prepare& k) {
+    float total = 0;
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+        float x[kWidth<T>], part = 0;
+        unpack<T>(v[u], x);
+#pragma unroll
+        for (int i = 0; i < kWidth<T>; ++i) part += at + 32 * u * kWidth<T> + i < length ? capped<kCap>(x[i], k) : 0;
+        total += part;
+    }
+    return total;
+}
+
+// The powers and, where it is asked for, the total of a tile within a row; after lifting the pivots where it lies far
+// above them. Holes are rare: a tile is taken for whole, and once more if its sums say otherwise. Capped logits have
+// none.
+template <class T, bool kCap, Mode kMode, bool kAtEdge, bool kPolynomial, int kCount>
 __device__ inline void add_tile(ThreadSums& a, const Pack (&v)[kCount], const Pack (&z)[kCount], int at, int length,
                                 const Prepare& k) {
-    const float headroom = kHeadroom<kMode> * k.inv_scale;
-    const float pivot = lifted<T, kCap>(a.pivot, v, headroom, k);
-    const float ref_pivot = kMode == kReference ? lifted<T, kCap>(a.ref_pivot, z, headroom, k) : a.ref_pivot;
-    if (pivot != a.pivot || ref_pivot != a.ref_pivot) a.lift<kMode>(pivot, ref_pivot, k.scale);
-    add_powers<T, kCap, kMode, kEdge, kPolynomial>(a, v, z, at, length, k);
+    if (kMode != kPlain && k.mean) a.total += total_of<T, kCap>(v, at, length, k);
+    const auto add = [&](auto taken) { add_powers<T, kCap, kMode, taken.value, kPolynomial>(a, v, z, at, length, k); };
+    if (!(kCap && kMode == kPlain && k.centred)) {
+        const float headroom = kHeadroom<kMode> * k.inv_scale;
+        const float pivot = lifted<T, kCap>(a.pivot, v, headroom, k);
+        const float ref_pivot = kMode == kReference ? lifted<T, kCap>(a.ref_pivot, z, headroom, k) : a.ref_pivot;
+        if (pivot != a.pivot || ref_pivot != a.ref_pivot) a.lift<kMode>(pivot, ref_pivot, k.scale);
+    }
+    if constexpr (kCap) {  // by the tile's numbers alone, so that a row's do not depend on its alignment
+        if (all_near<T>(v, k) && (kMode != kReference || all_near<T>(z, k))) add(Taken<kNear>{});
+        else add(Taken<kAtEdge ? kEdge : kWhole>{});
+    } else if constexpr (kAtEdge) {
+        add(Taken<kEdge>{});
+    } else if constexpr (kMode == kPlain) {
+        add(Taken<kHoles>{});  // they add nothing
+    } else {
+        const ThreadSums before = a;
+        add(Taken<kWhole>{});
+        const float check = kMode == kReference ? a.w + a.k : a.w;
+        if (check == check) return;
+        a = before;
+        add(Taken<kHoles>{});
+    }
 }
 
 // Calls inner(first) and edge(first) for this warp's tiles of x, in order; inner for those that x (and z, of the same
@@ -129,7 +182,9 @@ __device__ inline FloatSums thread_sums(const Rows& x, const Rows& z, const Prep
     constexpr bool kReads = kMode == kReference;
     constexpr bool kPaddingShows = kCap || kMode != kPlain;  // a plain sum takes -inf for what it is
     const int lane = threadIdx.x % 32;
-    ThreadSums a(no_sums(), k);
+    FloatSums start = no_sums();
+    if (kCap && kMode == kPlain && k.centred) start.pivot = 0;
+    ThreadSums a(start, k);
     const auto inner = [&](int first) {
         Pack v[kCount], y[kCount];
         x.load(v, first);
@@ -192,7 +247,7 @@ __device__ inline FloatSums tile_sums(const Pack (&v)[kTile<kMode>], int length,
     start.pivot = fmaxf(start.pivot, warp_max(capped<kCap>(maximum<T>(v), k)));
     ThreadSums a(start, k);
     const int at = static_cast<int>(threadIdx.x % 32) * kWidth<T>;
-    add_powers<T, kCap, kMode, kCap || kMode != kPlain, false>(a, v, v, at, length, k);
+    add_powers<T, kCap, kMode, kCap || kMode != kPlain ? kEdge : kHoles, false>(a, v, v, at, length, k);
     a.s = warp_add(a.s);
     if constexpr (kMode != kPlain) a.w = warp_add(a.w), a.total = warp_add(a.total);
     return a;

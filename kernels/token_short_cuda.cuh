@@ -57,7 +57,7 @@ struct ShortSlope {
 
 template <class T, bool kCap, Mode kMode>
 __device__ inline ShortSlope short_slope(const Slope& slope, float logit, const Prepare& k) {
-    return {slope, gradient<kCap, kMode>(logit, 0, slope, slope.c.kappa + slope.c.delta, k)};
+    return {slope, gradient<T, kCap, kMode>(logit, 0, slope, slope.c.kappa + slope.c.delta, k)};
 }
 
 // The first `count` elements of a vector.
@@ -79,7 +79,7 @@ __device__ inline void write_tile(Pack (&v)[kTile<kMode>], T* out, int count, in
     if (found.slope.none) return fill<WarpTeam>(out, count, 0.0f);
     const int lane = threadIdx.x % 32, head = first_aligned(out, count);
     const int vectors = static_cast<int>(static_cast<unsigned>(count - head) / kWidth<T>);
-    tile_gradient<T, kCap, kMode>(v, v, found.slope, k);
+    tile_gradient<T, kCap, kMode, true>(v, v, found.slope, k);
     if (head > 0) {
         if (lane == 0) store_some(out, v[0], head);
         shift_down(v, head * static_cast<int>(sizeof(T)), v[0]);  // nothing is stored of what follows the last

@@ -188,10 +188,20 @@ __global__ void __launch_bounds__(kMaxThreads) scale_kernel(T* data, int64_t cou
 // ------------------------------------------------------------------------------------------------- host
 namespace {
 
-Prepare prepare(const TokenArgs& a) {
+Prepare prepare(const TokenArgs& a, const float* mean = nullptr) {
     const float scale = static_cast<float>(kLog2e / a.temperature);
-    return {a.softcap != 0 ? static_cast<float>(1 / a.softcap) : 0.0f, static_cast<float>(a.softcap), scale,
-            static_cast<float>(a.temperature / kLog2e), 1.0 / scale};
+    Prepare k{};
+    k.mean = mean != nullptr;
+    k.scale = scale, k.inv_scale = static_cast<float>(a.temperature / kLog2e), k.exact_inv_scale = 1.0 / scale;
+    if (a.softcap == 0) return k;
+    const double most = a.softcap * scale;
+    k.cap = static_cast<float>(a.softcap), k.inv_cap = static_cast<float>(1 / a.softcap);
+    k.per_cap = static_cast<float>(2 * kLog2e / a.softcap);
+    k.exponent = tanh_series(a.softcap, most);
+    // Where the series' last coefficients and powers are ordinary numbers.
+    k.near = 1e-3 < a.softcap && a.softcap < 1e3 && most < 1e3 ? TanhSeries::kEnd * k.cap : -1.0f;
+    k.centred = most < 100;
+    return k;
 }
 
 template <class Element, bool kCapped, Mode kWanted>
@@ -293,11 +303,12 @@ void forward(const ForwardArgs& a, const Place& place) {
                      using V = decltype(v);
                      if (if_short<V>(a, [&](auto one) {
                              launch(kName, short_forward_kernel<typename V::T, V::kCap, V::kMode, one.value>,
-                                    short_shape(a.rows, 0), place, a, prepare(a));
+                                    short_shape(a.rows, 0), place, a, prepare(a, a.out.mean));
                          }))
                          return;
                      const Shape shape{a.rows, threads_for(a.vocab, element_size(a), kTile<V::kMode>)};
-                     launch(kName, forward_kernel<typename V::T, V::kCap, V::kMode>, shape, place, a, prepare(a));
+                     launch(kName, forward_kernel<typename V::T, V::kCap, V::kMode>, shape, place, a,
+                            prepare(a, a.out.mean));
                  });
 }
 
@@ -358,12 +369,12 @@ void objective(const ObjectiveArgs& a, const Place& place) {
         if (if_short<V>(a, [&](auto one) {
                 const int64_t bytes = one.value ? 0 : staged_bytes(a.vocab, element_size(a));
                 launch(kName, short_objective_kernel<typename V::T, V::kCap, V::kMode, one.value>,
-                       short_shape(a.rows, bytes), place, a, prepare(a), static_cast<int>(bytes));
+                       short_shape(a.rows, bytes), place, a, prepare(a, a.out.mean), static_cast<int>(bytes));
             }))
             return;
         const Shape shape{a.rows * s.blocks, threads_for(s.span, element_size(a), kTile<V::kMode>), s.shared, s.blocks};
-        launch(kName, objective_kernel<typename V::T, V::kCap, V::kMode>, shape, place, a, prepare(a), s.log_blocks,
-               s.span);
+        launch(kName, objective_kernel<typename V::T, V::kCap, V::kMode>, shape, place, a, prepare(a, a.out.mean),
+               s.log_blocks, s.span);
     });
 }
 

@@ -27,7 +27,8 @@ struct Pack {
 };
 
 // ------------------------------------------------------------------------------------------------- element types
-// bits of -inf, in each element of a word; `unpack` and `pack` one word; `larger` by element, NaN may be lost.
+// bits of -inf, in each element of a word; `unpack` and `pack` one word; `larger` and `magnitude` by element, NaN may
+// be lost.
 template <class T>
 struct Words;
 
@@ -41,6 +42,7 @@ struct Words<float> {
     static __device__ uint32_t larger(uint32_t a, uint32_t b) {
         return __float_as_uint(fmaxf(__uint_as_float(a), __uint_as_float(b)));
     }
+    static __device__ uint32_t magnitude(uint32_t w) { return w & 0x7fffffffu; }
     static __device__ float load(const float* p) { return *p; }
     static __device__ void store(float* p, float x) { *p = x; }
 };
@@ -64,6 +66,7 @@ struct Words<BFloat16> {
         asm("max.bf16x2 %0, %1, %2;" : "=r"(w) : "r"(a), "r"(b));
         return w;
     }
+    static __device__ uint32_t magnitude(uint32_t w) { return w & 0x7fff7fffu; }
     static __device__ float load(const BFloat16* p) { return __uint_as_float(static_cast<uint32_t>(p->bits) << 16); }
     static __device__ void store(BFloat16* p, float x) {
         const float two[2] = {x, x};
@@ -91,6 +94,7 @@ struct Words<Half> {
         asm("max.f16x2 %0, %1, %2;" : "=r"(w) : "r"(a), "r"(b));
         return w;
     }
+    static __device__ uint32_t magnitude(uint32_t w) { return w & 0x7fff7fffu; }
     static __device__ float load(const Half* p) {
         float two[2];
         unpack(p->bits, two);
@@ -125,14 +129,15 @@ __device__ inline Pack pack(const float (&x)[kWidth<T>]) {
     return v;
 }
 
-// The largest element of a tile.
-template <class T, int kCount>
+// The largest element of a tile, or the largest magnitude.
+template <class T, bool kMagnitude = false, int kCount>
 __device__ inline float maximum(const Pack (&v)[kCount]) {
-    Pack m = v[0];
+    const auto word = [](uint32_t w) { return kMagnitude ? Words<T>::magnitude(w) : w; };
+    Pack m;
 #pragma unroll
-    for (int u = 1; u < kCount; ++u)
+    for (int u = 0; u < kCount; ++u)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) m.w[i] = Words<T>::larger(m.w[i], v[u].w[i]);
+        for (int i = 0; i < 4; ++i) m.w[i] = u == 0 ? word(v[0].w[i]) : Words<T>::larger(m.w[i], word(v[u].w[i]));
     const uint32_t one = Words<T>::larger(Words<T>::larger(m.w[0], m.w[1]), Words<T>::larger(m.w[2], m.w[3]));
     float x[2] = {0, -INFINITY};
     Words<T>::unpack(one, x);
@@ -155,6 +160,12 @@ __device__ inline Pack vector_of_lanes(uint32_t bits, int lane) {
 struct Prepare {
     float inv_cap, cap, scale, inv_scale;
     double exact_inv_scale;  // of the scale as it is rounded
+    // Soft-capping. Logits up to `near` in magnitude times their series are their capped ones times scale. `centred`:
+    // capped logits are so few powers of two from 0 that a plain sum needs no other pivot.
+    float per_cap, near;
+    TanhSeries exponent;
+    bool centred;
+    bool mean;  // whether the logits' mean is asked for
 
     __device__ ExactPivot exact() const { return {scale, exact_inv_scale}; }
 };
@@ -163,6 +174,19 @@ template <bool kCap>
 __device__ inline float capped(float x, const Prepare& k) {
     if constexpr (kCap) return k.cap * tanh_of(x * k.inv_cap);
     else return x;
+}
+
+// tanh(x / cap) for the gradient. Half of tanh_of's instructions where the gradient is rounded to 16 bits, beside which
+// an absolute error of 1e-7 does not show.
+template <class T>
+__device__ inline float tanh_in_gradient(float x, const Prepare& k) {
+    if constexpr (sizeof(T) == 4) return tanh_of(x * k.inv_cap);
+    else return fmaf(reciprocal(power_of_two(x * k.per_cap) + 1), -2.0f, 1.0f);
+}
+
+template <class T, int kCount>
+__device__ inline bool all_near(const Pack (&v)[kCount], const Prepare& k) {
+    return maximum<T, true>(v) <= k.near;
 }
 
 __device__ inline Pack minus_infinity(uint32_t word) { return {{word, word, word, word}}; }

@@ -18,6 +18,11 @@ void tanh_many(const float* x, float* y, int n) {
     for (int i = 0; i < n; ++i) y[i] = tanh_of(x[i]);
 }
 
+void tanh_series_many(const float* x, float* y, int n, double unit, double by) {
+    const TanhSeries series = tanh_series(unit, by);
+    for (int i = 0; i < n; ++i) y[i] = x[i] * series(x[i]);
+}
+
 void natural_log_many(const float* x, double* y, int n) {
     for (int i = 0; i < n; ++i) y[i] = natural_log_of(x[i]);
 }

@@ -3,6 +3,7 @@ the backend is unavailable, and the formulas that the kernels share with the hos
 
 import ctypes
 import json
+import math
 import os
 import re
 import shutil
@@ -155,6 +156,17 @@ def test_tanh(formulas):
     x = x.astype(np.float32)[x != 0]
     assert np.abs(through(formulas.tanh_many, x) / np.tanh(x.astype(np.float64)) - 1).max() < 3.5e-7
     assert through(formulas.tanh_many, [0.0, -np.inf, np.inf]).tolist() == [0, -1, 1]
+
+
+@pytest.mark.parametrize(("unit", "by"), [(1.0, 1.0), (30.0, 30 / math.log(2)), (1.1e-3, 0.5), (990.0, 990.0)])
+def test_tanh_series(formulas, unit, by):
+    """In the units that the kernels take it in, to the ends of the caps for which they do."""
+    x = np.concatenate([np.linspace(-0.6, 0.6, 1_000_000), np.logspace(-15, -1, 1000)]).astype(np.float32)
+    x = x * np.float32(unit)
+    y = np.empty_like(x)
+    pointers = (ctypes.c_void_p(t.ctypes.data) for t in (x, y))
+    formulas.tanh_series_many(*pointers, len(x), ctypes.c_double(unit), ctypes.c_double(by))
+    assert np.abs(y / (by * np.tanh(x.astype(np.float64) / unit)) - 1).max() < 2.5e-7
 
 
 def test_natural_log(formulas):

@@ -113,6 +113,7 @@ def test_every_vocabulary(cuda_simulator, dtype, vocab, misaligned):
         {"entropy": True},
         {"softcap": 5.0, "temperature": 0.7},
         {"softcap": 20.0, "entropy": True},
+        {"softcap": 100.0},
         {"temperature": 1.3, "entropy": True},
     ],
     ids=str,
@@ -214,10 +215,19 @@ def test_a_row_does_not_depend_on_where_it_lies(cuda_simulator, vocab):
         plain, single = fa.token_stats(rows, labels), fa.token_stats(row, labels[:1])
         objective = token_objective(rows, labels, torch.ones(9), Objective("sft"))
         alone = token_objective(row, labels[:1], torch.ones(1), Objective("sft"))
+        both = [
+            [
+                *fa.token_stats(x, y, softcap=12.0)[:2],
+                *token_objective(x, y, torch.ones(len(x)), Objective("sft"), softcap=12.0),
+            ]
+            for x, y in ((rows, labels), (row, labels[:1]))
+        ]
     for a, b in ((many.logps, one.logps), (many.entropy, one.entropy), (plain.lse, single.lse)):
         assert torch.equal(a, b.expand(9))
     assert torch.equal(objective[0].logps, alone[0].logps.expand(9))
     assert torch.equal(objective[1], alone[1].expand(9, -1))
+    for some, same in zip(*([lps, lse, stats.logps, gradient] for lps, lse, stats, gradient in both), strict=True):
+        assert torch.equal(some, same.expand_as(some))
 
 
 @pytest.mark.parametrize("vocab", [40, 1000, 1001, 3003])
