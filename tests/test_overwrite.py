@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,16 @@ def test_a_run_removes_the_checkpoints_of_the_one_before_and_nothing_else(comman
     assert command(overwrite_output_dir="true", **shorter) == 0
     assert [Path(f"out/checkpoint-{step}").is_dir() for step in (1, 2)] == [True, False]
     assert Path("out/notes.txt").read_text() == Path("out/checkpoint-mine/weights").read_text() == "mine"
+
+
+def test_a_model_without_checkpoints_is_not_written_over(command, capsys):
+    for step in (1, 2):
+        shutil.rmtree(f"out/checkpoint-{step}")
+    before = there()
+    assert command() == 2
+    assert "out' holds a model (config.json): choose another folder, or write over it with" in capsys.readouterr().err
+    assert there() == before
+    assert command(overwrite_output_dir="true") == 0
 
 
 def _write(path: str) -> None:

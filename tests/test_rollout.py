@@ -63,6 +63,15 @@ class TestSampling:
         draw = Draw(torch.tensor([[0.0], [1.0]], dtype=torch.float64), 0)
         assert draw(torch.zeros(2, 0), scores).argmax(-1).tolist() == [1, 2]
 
+    def test_a_response_beyond_the_positions_is_refused(self, tiny_model, tiny_tokenizer):
+        model = tiny_model()
+        limit = model.config.max_position_embeddings
+        long = [Prompt([5] * (limit - 2), "", {})]
+        with pytest.raises(
+            ValueError, match=rf"the model's {limit} positions; got a prompt of {limit - 2} tokens and up"
+        ):
+            generate(model, tiny_tokenizer, long, [(0, 0)], Sampling(20))
+
     def test_responses_do_not_depend_on_batch_padding_or_global_seed(self, sharp, tiny_tokenizer, prompts):
         together = generate(sharp, tiny_tokenizer, prompts, keys(prompts), Sampling(8, batch_size=4))
         torch.manual_seed(123)

@@ -138,7 +138,8 @@ def start_point(args: CommonConfig) -> str | None:
     """The checkpoint to continue from, or None to start anew. Nothing is removed: see `clear`.
 
     Raises ValueError if the output folder is none, if it holds checkpoints and the configuration says neither to
-    continue nor to overwrite them, if these hold files that no run wrote, or if the checkpoint asked for is not whole.
+    continue nor to overwrite them, if it holds a model alone that is not to be overwritten, if checkpoints hold files
+    that no run wrote, or if the checkpoint asked for is not whole.
     """
     output_dir = str(args.output_dir)
     make_folder(output_dir)
@@ -149,6 +150,12 @@ def start_point(args: CommonConfig) -> str | None:
             raise ValueError(
                 f"output_dir {output_dir!r} holds {os.path.basename(found[-1])}: continue it with "
                 "--resume_from_checkpoint auto, or start anew with --overwrite_output_dir true"
+            )
+        there = sorted(name for name in CONFIGS if os.path.exists(os.path.join(output_dir, name)))
+        if there and not args.overwrite_output_dir:
+            raise ValueError(
+                f"output_dir {output_dir!r} holds a model ({there[0]}): choose another folder, or write over it with "
+                "--overwrite_output_dir true"
             )
         if foreign := [name for path in found for name in _foreign(path)]:
             raise ValueError(

@@ -80,7 +80,9 @@ class CommonConfig:
         True, "Save a plain model with the adapters merged in at the end; false: the adapters alone", group="LoRA"
     )
     output_dir: str | None = key(None, "Folder for checkpoints, logs and the trained model")
-    overwrite_output_dir: bool = key(False, "Train from the start even if output_dir holds checkpoints")
+    overwrite_output_dir: bool = key(
+        False, "Train from the start, even over the checkpoints or the model in output_dir"
+    )
     resume_from_checkpoint: str | None = key(
         None, "Continue: 'auto' for the newest whole checkpoint, or its folder", bare=True
     )

@@ -103,6 +103,8 @@ def continuations(
         batch: `input_ids` and `attention_mask`, [B, T], padded on the left.
         uniforms: [B, how.max_new_tokens] float64 in [0, 1), a number for each token; not used at temperature 0.
         how: the draws; its batch size is the caller's affair.
+
+    Raises ValueError where a model with learned positions has too few of them.
     """
     width = batch["input_ids"].shape[1]
     processors: list[Any] = []
@@ -118,11 +120,20 @@ def continuations(
         pad_token_id=pad_token_id,
         eos_token_id=eos_token_id,
     )
-    with _plain_generation(model):
-        out = model.generate(
-            input_ids=batch["input_ids"].to(model.device),
-            attention_mask=batch["attention_mask"].to(model.device),
-            generation_config=config,
-            logits_processor=LogitsProcessorList(processors),
-        )
+    try:
+        with _plain_generation(model):
+            out = model.generate(
+                input_ids=batch["input_ids"].to(model.device),
+                attention_mask=batch["attention_mask"].to(model.device),
+                generation_config=config,
+                logits_processor=LogitsProcessorList(processors),
+            )
+    except IndexError as error:  # learned positions have run out; rotary ones go on, so this is not asked beforehand
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions is None or width + how.max_new_tokens <= positions:
+            raise
+        raise ValueError(
+            f"prompt and continuation must fit in the model's {positions} positions; got a prompt of {width} tokens "
+            f"and up to {how.max_new_tokens} new ones"
+        ) from error
     return out[:, width:].tolist()
