@@ -58,6 +58,10 @@ def check(
         )
 
 
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype is other.dtype and one.device == other.device
+
+
 def as_saved(
     logits: Tensor,
     labels: Tensor,
@@ -77,7 +81,7 @@ def as_saved(
         and logits.shape[:-1] == labels.shape
         and labels.dtype in _INDICES
         and labels.device == saved.device == device
-        and (ref_logits is None or (ref_logits.shape == logits.shape and ref_logits.dtype is logits.dtype))
+        and (ref_logits is None or _alike(ref_logits, logits))
         and all(t is None or (t.dtype is dtype and t.numel() == number) for t in (entropy, kl))
     )
 

@@ -274,3 +274,13 @@ def test_saved_tensors_that_a_hook_changed_are_refused(loss, change):
         total = loss(x, labels)
     with pytest.raises(ValueError, match=r"saved must be torch.float32 \[6, 4\] on cpu; got torch.float"):
         total.backward()
+
+
+def test_a_reference_that_a_hook_moved_is_refused():
+    """Elsewhere it has no memory that the kernel could read."""
+    logits, labels, ref = torch.randn(3, 9, requires_grad=True), torch.tensor([0, 4, 8]), torch.full((3, 9), 3.0)
+    moved = lambda t: t.to("meta") if t.shape == ref.shape and bool((t == 3).all()) else t  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, moved):
+        kl = fa.token_stats(logits, labels, kl=True, ref_logits=ref).kl
+    with pytest.raises(ValueError, match="ref_logits must be on the device of logits, cpu; got meta"):
+        kl.sum().backward()
