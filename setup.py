@@ -26,6 +26,7 @@ HEADERS = [
     f"kernels/{name}.h"
     for name in (
         "approximations",
+        "fresh_pages",
         "gae_args",
         "gae_cpu",
         "objectives",
@@ -199,7 +200,8 @@ class Build(build_ext):
             header = f"simd_{isa.removesuffix('_bf16')}.h"
             defines = [f"-DFA_ISA={isa}", f'-DFA_ISA_NAME="{isa}"', f'-DFA_SIMD_HEADER="{header}"']
             units.append(("kernels/token_stats_cpu.cpp", isa, [*defines, *flags]))
-        units += [("kernels/gae_cpu.cpp", "gae", []), ("csrc/bindings.cpp", "bindings", [])]
+        units += [("kernels/fresh_pages.cpp", "pages", []), ("kernels/gae_cpu.cpp", "gae", [])]
+        units += [("csrc/bindings.cpp", "bindings", [])]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(lambda unit: self.compile_one(ext, *unit), units))
         self.compiler.link_shared_object(
@@ -230,6 +232,7 @@ setup(
             sources=[
                 "csrc/bindings.cpp",
                 "kernels/cpu_dispatch.cpp",
+                "kernels/fresh_pages.cpp",
                 "kernels/gae_cpu.cpp",
                 "kernels/token_stats_cpu.cpp",
             ],

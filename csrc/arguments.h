@@ -83,7 +83,7 @@ inline ForwardArgs forward_args(const py::tuple& tokens, const py::tuple& output
 
 // per_row: saved, entropy, kl, and the gradients of logps, lse, entropy, kl, mean.
 inline BackwardArgs backward_args(const py::tuple& tokens, const py::tuple& per_row, Address out,
-                                  const py::tuple& out_strides, bool stream) {
+                                  const py::tuple& out_strides) {
     if (per_row.size() != 8) throw std::invalid_argument("per_row must have 8 fields");
     BackwardArgs a{};
     fill_tokens(a, tokens);
@@ -92,7 +92,6 @@ inline BackwardArgs backward_args(const py::tuple& tokens, const py::tuple& per_
     a.grads = {row(3), row(4), row(5), row(6), row(7)};
     a.out_gradient = at<void>(out);
     a.out_layout = Layout(py::cast<py::tuple>(tokens[2]), out_strides).rows;
-    a.stream = stream;
     return a;
 }
 
@@ -111,7 +110,7 @@ inline ObjectiveOptions objective_options(const py::tuple& t) {
 
 // inputs: weight, old_logps, advantages, ref_logps.
 inline ObjectiveArgs objective_args(const py::tuple& tokens, const py::tuple& options, const py::tuple& inputs,
-                                    const py::tuple& outputs, Address out, const py::tuple& out_strides, bool stream) {
+                                    const py::tuple& outputs, Address out, const py::tuple& out_strides) {
     if (inputs.size() != 4) throw std::invalid_argument("inputs must have 4 fields");
     ObjectiveArgs a{};
     fill_tokens(a, tokens);
@@ -121,7 +120,6 @@ inline ObjectiveArgs objective_args(const py::tuple& tokens, const py::tuple& op
     a.out = outputs_of(outputs), a.saved = address<float>(outputs, 5);
     a.out_gradient = at<void>(out);
     a.out_layout = Layout(py::cast<py::tuple>(tokens[2]), out_strides).rows;
-    a.stream = stream;
     return a;
 }
 

@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "../kernels/fresh_pages.h"
 #include "../kernels/gae_cpu.h"
 #include "../kernels/token_stats_cpu.h"
 #include "arguments.h"
@@ -22,33 +23,32 @@ std::int64_t token_stats_forward(const py::tuple& tokens, const py::tuple& outpu
     return bad;
 }
 
-// For a separate, dense result.
+// Runs the kernel; `fresh`: its result is large, dense, separate, and perhaps untouched.
 template <class Args>
-void advise(const Args& a) {
-    const int size = a.dtype == DType::kFloat32 ? 4 : 2;
-    advise_huge_pages(a.out_gradient, a.rows * a.vocab * size);
+void run_gradient(void (*kernel)(const Args&), Args& a, bool fresh) {
+    FreshPages pages(a.out_gradient, a.rows * a.vocab * (a.dtype == DType::kFloat32 ? 4 : 2));
+    if (fresh) a.fresh = &pages;
+    kernel(a);
 }
 
 std::int64_t token_stats_backward(const py::tuple& tokens, const py::tuple& per_row, Address out,
                                   const py::tuple& out_strides, bool fresh) {
-    const BackwardArgs a = backward_args(tokens, per_row, out, out_strides, fresh);
+    BackwardArgs a = backward_args(tokens, per_row, out, out_strides);
     py::gil_scoped_release release;
     // The operator can be called by itself, with labels that no forward has seen.
     const std::int64_t bad = find_bad_label(a);
     if (bad >= 0) return bad;
-    if (fresh) advise(a);
-    cpu_kernels().backward(a);
+    run_gradient(cpu_kernels().backward, a, fresh);
     return -1;
 }
 
 std::int64_t token_objective(const py::tuple& tokens, const py::tuple& options, const py::tuple& inputs,
                              const py::tuple& outputs, Address out, const py::tuple& out_strides, bool fresh) {
-    const ObjectiveArgs a = objective_args(tokens, options, inputs, outputs, out, out_strides, fresh);
+    ObjectiveArgs a = objective_args(tokens, options, inputs, outputs, out, out_strides);
     py::gil_scoped_release release;
     const std::int64_t bad = find_bad_label(a);
     if (bad >= 0) return bad;
-    if (fresh) advise(a);
-    cpu_kernels().objective(a);
+    run_gradient(cpu_kernels().objective, a, fresh);
     return -1;
 }
 

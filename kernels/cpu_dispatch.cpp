@@ -4,9 +4,6 @@
 
 #include "token_stats_cpu.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 #if defined(FA_HAVE_X86) && defined(_MSC_VER)
 #include <immintrin.h>
 #include <intrin.h>
@@ -98,17 +95,6 @@ int64_t find_bad_label(const TokenArgs& args) {
         if ((label < 0 || label >= args.vocab) && label != args.ignore_index) return i;
     }
     return -1;
-}
-
-void advise_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr uintptr_t kHuge = 1 << 21;
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHuge - 1);
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: failure is fine
-#else
-    (void)data, (void)bytes;
-#endif
 }
 
 }  // namespace fastalign

@@ -12,6 +12,8 @@ enum class DType { kFloat32, kBFloat16, kHalf };
 // What the caller wants of a row decides the inner loop: plain (logps, lse), moments (entropy, mean), or a reference.
 enum Mode { kPlain, kMoments, kReference };
 
+class FreshPages;  // of the CPU only
+
 // Where each row of a [..., V] tensor with dense rows starts, in elements. By value: it goes to devices as it is.
 struct RowLayout {
     static constexpr int kMaxDims = 8;
@@ -62,7 +64,7 @@ struct BackwardArgs : TokenArgs {
     PerRow<const float> grads;
     void* out_gradient;  // may be `logits`
     RowLayout out_layout;
-    bool stream;  // the result is far larger than the caches: write past them
+    FreshPages* fresh;  // not null: the result is far larger than the caches, and perhaps untouched
 };
 
 struct ObjectiveArgs : TokenArgs {
@@ -72,7 +74,7 @@ struct ObjectiveArgs : TokenArgs {
     float* saved;  // as the forward's; null: not wanted
     void* out_gradient;
     RowLayout out_layout;
-    bool stream;
+    FreshPages* fresh;
 };
 
 // What is not wanted of the statistics is 0.

@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "fresh_pages.h"
 #include "token_rows_cpu.h"
 
 namespace fastalign::FA_ISA {
@@ -90,7 +91,8 @@ class PowersApart : PowersWorker<T, Slopes> {
         const Coefficients c = this->slopes(row, r.finish(a, to_float(r.x[label]), sums, k));
         if (no_gradient(c)) return this->no_gradient_of(row);
         T* out = this->gradient_of(row);
-        const bool stream = a.stream && reinterpret_cast<uintptr_t>(out) % kStreamAlign == 0;
+        const bool past = a.fresh && a.fresh->before(out, a.vocab * sizeof(T));
+        const bool stream = past && reinterpret_cast<uintptr_t>(out) % kStreamAlign == 0;
         before_ = {out, c, label, label_gradient<T, false, kPlain>(r.x, nullptr, label, c, k), stream};
     }
 

@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "fresh_pages.h"
 #include "parallel.h"
 #include FA_SIMD_HEADER
 #include "probes_cpu.h"
@@ -75,7 +76,8 @@ void row_gradient(const Args& a, int64_t row, int64_t begin, int64_t end, const 
     const T* x = static_cast<const T*>(a.logits) + a.layout.offset(row);
     const T* z = kMode == kReference ? static_cast<const T*>(a.ref_logits) + a.ref_layout.offset(row) : nullptr;
     T* out = static_cast<T*>(a.out_gradient) + a.out_layout.offset(row);
-    write_gradient<T, kCap, kMode>(x, z, out, begin, end, a.label(row), c, k, a.stream);
+    const bool stream = a.fresh && a.fresh->before(out + begin, (end - begin) * sizeof(T));
+    write_gradient<T, kCap, kMode>(x, z, out, begin, end, a.label(row), c, k, stream);
 }
 
 template <class T, bool kCap, Mode kMode>

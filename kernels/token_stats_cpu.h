@@ -24,8 +24,4 @@ void set_cpu_kernels(const CpuKernels* kernels);
 // Flat position of the first label that is neither in [0, vocab) nor ignored, or -1.
 int64_t find_bad_label(const TokenArgs& args);
 
-// Asks for huge pages under a large buffer that nothing has touched yet: filling 4 KiB pages costs more than the
-// kernel.
-void advise_huge_pages(void* data, int64_t bytes);
-
 }  // namespace fastalign
