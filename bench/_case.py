@@ -59,7 +59,7 @@ def sequences(rows: int) -> int:
 
 
 class Problem:
-    """Inputs of a case, made once and used by every variant in turn.
+    """Inputs of a case, made once on its device and used by every variant in turn.
 
     `logits` [B, T, V] is normal with a standard deviation of 2. Some variants write over what they are given, so they
     all get `fresh()`: the same working buffer, refilled each time outside the timed region, for every variant alike,
@@ -69,14 +69,14 @@ class Problem:
     def __init__(self, case: Case, seed: int = 0, device: str = "cpu", batch: int | None = None):
         batch = sequences(case.rows) if batch is None else batch
         length = case.rows // batch
-        draw = torch.Generator().manual_seed(seed)
-        self.logits = torch.empty(batch, length, case.vocab, dtype=DTYPES[case.dtype], device=device)
+        draw, on = torch.Generator(device).manual_seed(seed), torch.device(device)
+        self.logits = torch.empty(batch, length, case.vocab, dtype=DTYPES[case.dtype], device=on)
         for sequence in self.logits:  # one at a time, since the draw is in float32
-            sequence.copy_(torch.randn(sequence.shape, generator=draw).mul_(2))
-        self.labels = torch.randint(case.vocab, (batch, length), generator=draw).to(device)
-        self.ref_logps = (-length * math.log(case.vocab) + 5 * torch.randn(batch, generator=draw)).to(device)
+            sequence.copy_(torch.randn(sequence.shape, generator=draw, device=on).mul_(2))
+        self.labels = torch.randint(case.vocab, (batch, length), generator=draw, device=on)
+        self.ref_logps = -length * math.log(case.vocab) + 5 * torch.randn(batch, generator=draw, device=on)
         # Gradients of the per-token results, exact in bfloat16: their rounding is nobody's error.
-        self.weights = torch.empty(batch, length).uniform_(-1, 1, generator=draw).bfloat16().float().to(device)
+        self.weights = torch.empty(batch, length, device=on).uniform_(-1, 1, generator=draw).bfloat16().float()
         self._work = self.logits.clone()
 
     def fresh(self) -> Tensor:

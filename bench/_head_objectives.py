@@ -31,23 +31,23 @@ class Shape:
 class Inputs:
     """Hidden states [2B, T, H] of both models, chosen first; heads [V, H]; labels, and the same with half a prompt."""
 
-    def __init__(self, shape: Shape, seed: int = 0):
+    def __init__(self, shape: Shape, seed: int = 0, device: str = "cpu"):
         self.shape = shape
-        draw = torch.Generator().manual_seed(seed)
+        draw = torch.Generator(device).manual_seed(seed)
         dtype = DTYPES[shape.dtype]
         rows, length = 2 * shape.pairs, shape.tokens // (2 * shape.pairs)
 
         def normal(*size: int) -> Tensor:
-            return torch.randn(size, generator=draw).to(dtype)
+            return torch.randn(size, generator=draw, device=device).to(dtype)
 
         self.hidden, self.ref_hidden = (normal(rows, length, shape.hidden) for _ in range(2))
         self.weight = normal(shape.vocab, shape.hidden).mul_(shape.hidden**-0.5)
         self.ref_weight = normal(shape.vocab, shape.hidden).mul_(shape.hidden**-0.5)
-        self.labels = torch.randint(shape.vocab, (rows, length), generator=draw)
+        self.labels = torch.randint(shape.vocab, (rows, length), generator=draw, device=device)
         self.half = self.labels.clone()
         self.half[:, : length // 2] = IGNORED
-        self.advantages = torch.randn(rows, generator=draw)
-        self.old_logps = torch.full((rows, length), -12.0)
+        self.advantages = torch.randn(rows, generator=draw, device=device)
+        self.old_logps = torch.full((rows, length), -12.0, device=device)
 
     def leaves(self, frozen: bool) -> list[Tensor]:
         return [self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_(not frozen)]

@@ -1,7 +1,7 @@
 """Checks for whoever has an NVIDIA GPU: numbers, CUDA graphs, and NVIDIA's own memory and race checkers.
 
-    python bench/gpu_check.py                    # numbers against float64, and a captured graph against a plain call
-    python bench/gpu_check.py --sanitize         # the same numbers under compute-sanitizer's four tools; minutes
+    python bench/gpu_check.py                    # everything that `--only` lists: numbers against float64, graphs, ...
+    python bench/gpu_check.py --sanitize         # numbers, options and gae under compute-sanitizer's four tools
     python bench/gpu_check.py --backend triton   # another backend
 
 compute-sanitizer comes with the CUDA toolkit. A tool that finds something prints it and fails the run. What is captured
@@ -15,20 +15,21 @@ import itertools
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from _gpu_checks import CHECKS, DTYPES, compare
 from torch import Tensor
 
 import fastalign as fa
 from fastalign import Objective, token_objective
 
 DEVICE = "cuda"
+SANITIZED = ("numbers", "options", "gae")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VOCABS = (1, 7, 1000, 32000, 50257, 128256, 256000)
-MARGIN = 1e-6
-"""Over eager PyTorch's own error: relative for a number above 1, absolute below."""
 
 
 def both(x: Tensor, labels: Tensor, weight: Tensor) -> list[Tensor]:
@@ -50,7 +51,7 @@ def inputs(rows: int, vocab: int, dtype: torch.dtype, seed: int = 0) -> tuple[Te
     return flat[1:].view(rows, vocab), labels, torch.rand(rows, generator=generator, device=DEVICE)
 
 
-def check_numbers(backend: str) -> None:
+def check_numbers(backend: str) -> str:
     for dtype, vocab in itertools.product(DTYPES, VOCABS):
         x, labels, weight = inputs(5, vocab, dtype)
         with fa.use_backend("eager"):
@@ -58,11 +59,8 @@ def check_numbers(backend: str) -> None:
             plain = both_by_eager(x, labels, weight)
         with fa.use_backend(backend):
             ours = both(x, labels, weight)
-        for e, p, o in zip((*exact, exact[-1]), (*plain, plain[-1]), ours, strict=True):
-            error, allowed = (o - e).abs().max(), (p - e).abs().max() + MARGIN * e.abs().max().clamp(min=1)
-            if not error <= allowed:
-                raise SystemExit(f"{dtype}, vocabulary {vocab}: error {error:.3g}, allowed {allowed:.3g}")
-    print(f"numbers: right for {len(DTYPES) * len(VOCABS)} cases")
+        compare(f"{dtype}, vocabulary {vocab}", [*exact, exact[-1]], [*plain, plain[-1]], ours)
+    return f"right for {len(DTYPES) * len(VOCABS)} cases"
 
 
 def both_by_eager(x: Tensor, labels: Tensor, weight: Tensor) -> list[Tensor]:
@@ -72,7 +70,7 @@ def both_by_eager(x: Tensor, labels: Tensor, weight: Tensor) -> list[Tensor]:
     return [stats.logps.detach(), stats.lse.detach(), gradient]
 
 
-def check_graph(backend: str) -> None:
+def check_graph(backend: str) -> str:
     """Captures one call, changes what its tensors hold, and replays it."""
     x, labels, weight = inputs(64, 50257, torch.bfloat16)
     with fa.use_backend(backend):
@@ -90,7 +88,7 @@ def check_graph(backend: str) -> None:
         expected = both(x, labels, weight)
     if not all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True)):
         raise SystemExit("a replayed graph gave other numbers than a plain call")
-    print("graph: captured and replayed, the same to the last bit")
+    return "captured and replayed, the same to the last bit"
 
 
 def sanitize(backend: str) -> None:
@@ -99,16 +97,18 @@ def sanitize(backend: str) -> None:
         raise SystemExit("compute-sanitizer is not on PATH; it comes with the CUDA toolkit")
     for tool in TOOLS:
         command = [checker, "--tool", tool, "--error-exitcode", "1", sys.executable, __file__, "--backend", backend]
-        print(" ".join([*command, "--only", "numbers"]), flush=True)
-        subprocess.run([*command, "--only", "numbers"], check=True)
+        command += ["--only", *SANITIZED]
+        print(" ".join(command), flush=True)
+        subprocess.run(command, check=True)
 
 
 def main() -> None:
-    checks: dict[str, Callable[[str], None]] = {"numbers": check_numbers, "graph": check_graph}
+    checks: dict[str, Callable[[str], str]] = {"numbers": check_numbers, "graph": check_graph}
+    checks |= {name: partial(check, DEVICE) for name, check in CHECKS.items()}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=("cuda", "triton"), default="cuda")
-    parser.add_argument("--only", choices=checks)
-    parser.add_argument("--sanitize", action="store_true", help="run the numbers under compute-sanitizer")
+    parser.add_argument("--only", choices=checks, nargs="+", help="these checks alone")
+    parser.add_argument("--sanitize", action="store_true", help="run numbers and options under compute-sanitizer")
     options = parser.parse_args()
     reason = fa.backends()[options.backend]
     if reason != "available":
@@ -116,8 +116,17 @@ def main() -> None:
     if options.sanitize:
         sanitize(options.backend)
         return
-    for name in [options.only] if options.only else checks:
-        checks[name](options.backend)
+    failed = []
+    for name in options.only or checks:
+        start = time.perf_counter()
+        try:
+            shown = checks[name](options.backend)
+        except SystemExit as error:  # the others are worth knowing too
+            failed.append(name)
+            shown = f"FAILED: {error}"
+        print(f"{options.backend} {name}: {shown} ({time.perf_counter() - start:.1f} s)", flush=True)
+    if failed:
+        raise SystemExit(f"{options.backend}: failed {', '.join(failed)}")
 
 
 if __name__ == "__main__":

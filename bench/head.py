@@ -1,12 +1,12 @@
 """A loss from hidden states, forward and backward: the fused head, its peers and the bare GEMMs.
 
     python bench/head.py [--objective dpo|sft|pro|ppo_kl] [--tokens 512] [--vocab 128256] [--hidden 1024]
-                         [--dtype bfloat16] [--pairs 2] [--rounds 5] [--json OUT]
+                         [--dtype bfloat16] [--pairs 2] [--rounds 5] [--device cpu|cuda] [--json OUT]
 
 All variants run interleaved, each once a round. `bare GEMMs` are the policy's logits, the reference's where there is
 one (dpo, ppo_kl), and the two gradients, formed and thrown away; `frozen` leaves the weight's gradient out. Peak memory
-beyond the inputs is measured in a fresh process for each variant. Errors are those of the gradients in the Euclidean
-norm, relative to float64.
+beyond the inputs is measured in a fresh process for each variant (on a GPU: by torch's allocator). Errors are those of
+the gradients in the Euclidean norm, relative to float64.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import _device
 import torch
 from _case import Case
 from _environment import environment
@@ -28,6 +29,7 @@ from _head_objectives import BETA, OBJECTIVES, Gradients, Inputs, Shape
 from _interleave import interleave, ratio, summary
 from _memory import ABOVE, peak_of
 from _suite import Options, peer_ratios
+from report import duration
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -103,13 +105,14 @@ def _cut() -> Callable[[Inputs], Gradients]:
     def run(x: Inputs) -> Gradients:
         leaves = x.leaves(False)
         # Its own kernels run on a GPU alone.
-        return _gradients(linear_cross_entropy(*leaves, x.labels, impl="torch_compile"), leaves)
+        implementation = "cce" if x.labels.is_cuda else "torch_compile"
+        return _gradients(linear_cross_entropy(*leaves, x.labels, impl=implementation), leaves)
 
     return run
 
 
 OURS, BARE, BARE_FROZEN = "fastalign", "bare GEMMs", "bare GEMMs, frozen head"
-TRL, LIGER, CUT = "TRL ChunkedLogProbFunction", "Liger FusedLinearDPOLoss", "cut-cross-entropy (torch_compile)"
+TRL, LIGER, CUT = "TRL ChunkedLogProbFunction", "Liger FusedLinearDPOLoss", "cut-cross-entropy"
 VARIANTS: dict[str, Callable[[], Callable[[Inputs], Any]]] = {
     BARE: lambda: lambda x: gemms(x, False),
     BARE_FROZEN: lambda: lambda x: gemms(x, True),
@@ -208,13 +211,24 @@ def _peak(shape: Shape, name: str) -> None:
     print(peak_of(lambda: lambda: function(x), warmup=1))
 
 
-def measure(shape: Shape, names: list[str], rounds: int, seed: int, with_errors: bool) -> dict[str, Any]:
+def device_peaks(shape: Shape, names: list[str], device: str) -> dict[str, int]:
+    """The same on an accelerator, whose allocator counts exactly: all in this process."""
+    x = Inputs(shape, device=device)
+    functions = {name: VARIANTS[name]() for name in names}
+    return {name: _device.peak_of(lambda f=f: lambda: f(x), device, warmup=1) for name, f in functions.items()}
+
+
+def measure(
+    shape: Shape, names: list[str], rounds: int, seed: int, with_errors: bool, device: str = "cpu"
+) -> dict[str, Any]:
     """The case's record, without peak memory. The bare GEMMs are its probe, and so its limit."""
-    x = Inputs(shape, seed)
+    x = Inputs(shape, seed, device)
     functions = {name: VARIANTS[name]() for name in names}
     wrong = errors(x, functions) if with_errors else {}
     contenders = {name: (lambda f=function: lambda: f(x)) for name, function in functions.items()}
-    seconds = interleave(contenders, rounds=rounds, warmup=1, seed=seed)
+    _device.warm_up(device)
+    clock = _device.seconds_of(device)
+    seconds = interleave(contenders, rounds=rounds, warmup=1, seed=seed, measure=clock)
     bare = {name: seconds.pop(name) for name in (BARE, BARE_FROZEN) if name in seconds}
     rows: dict[str, dict[str, Any]] = {}
     for name, samples in seconds.items():
@@ -253,7 +267,7 @@ def table(record: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for name, row in record["variants"].items():
-        times = f"{row['median'] * 1e3:,.0f} ms ({row['p10'] * 1e3:,.0f} to {row['p90'] * 1e3:,.0f})"
+        times = f"{duration(row['median'])} ({duration(row['p10'])} to {duration(row['p90'])})"
         over = f"{1 / row['of_limit']:.2f}x" if "of_limit" in row else "-"
         memory = f"{row['peak_bytes'] / 2**20:,.0f} MiB" if row.get("peak_bytes") is not None else "-"
         error = ", ".join(f"{row['error'][k]:.1e}" for k in ("hidden", "weight") if k in row["error"]) or "-"
@@ -266,6 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--objective", choices=OBJECTIVES, default="dpo")
     for name, kind in (("tokens", int), ("vocab", int), ("hidden", int), ("dtype", str), ("pairs", int)):
         parser.add_argument(f"--{name}", type=kind, default=getattr(Shape, name))
+    parser.add_argument("--device", choices=("cpu", "cuda", "xpu"), default=_device.automatic())
     parser.add_argument("--variants", default="", help="names, separated by ;")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -286,9 +301,12 @@ def main(argv: list[str] | None = None) -> int:
     shape = Shape(args.tokens, args.vocab, args.hidden, args.dtype, args.pairs, args.objective)
     names = available(tuple(n.strip() for n in args.variants.split(";") if n.strip()), shape.objective)
     with_errors = not args.no_errors and OBJECTIVES[shape.objective].logps_alone
-    record = measure(shape, names, args.rounds, args.seed, with_errors)
-    if not args.no_memory and resident.measurable():
-        for name, peak in peaks(shape, list(record["variants"]), args.threads).items():
+    record = measure(shape, names, args.rounds, args.seed, with_errors, args.device)
+    if not args.no_memory and (args.device != "cpu" or resident.measurable()):
+        variants = list(record["variants"])
+        on_cpu = args.device == "cpu"
+        found = peaks(shape, variants, args.threads) if on_cpu else device_peaks(shape, variants, args.device)
+        for name, peak in found.items():
             record["variants"][name]["peak_bytes"] = peak
     sizes = f"{shape.tokens} tokens, V = {shape.vocab:,}, H = {shape.hidden}, {shape.dtype}"
     print(f"{shape.objective}, {sizes}, {args.rounds} rounds\n")
@@ -296,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, reason in unavailable(shape.objective).items():
         print(f"{name}: {reason}")
     if args.json:
-        about = environment(Options(threads=args.threads, rounds=args.rounds, seed=args.seed))
+        about = environment(Options(threads=args.threads, rounds=args.rounds, seed=args.seed, device=args.device))
         about["unavailable"] = unavailable(shape.objective)
         Path(args.json).write_text(json.dumps({"schema": 1, "environment": about, "cases": [record]}, indent=1) + "\n")
     return 0

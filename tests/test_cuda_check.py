@@ -1,7 +1,7 @@
-"""bench/gpu_check.py, the check for whoever has a GPU, against stand-ins: a simulated device, a checker that only looks
-at what it is asked."""
+"""bench/gpu_check.py, the check for whoever has a GPU: on one, and where there is none against stand-ins: a simulated
+device, the CPU's kernels, a checker that only looks at what it is asked."""
 
-import importlib.util
+import importlib
 import os
 import subprocess
 import sys
@@ -11,27 +11,61 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastalign as fa
+
 SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "gpu_check.py"
+CHECKS = ("numbers", "graph", "options", "cases", "head", "gae", "sizes", "streams", "compiled")
+
+
+def load(name):
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
 
 
 @pytest.fixture
 def gpu_check(monkeypatch):
-    spec = importlib.util.spec_from_file_location("gpu_check_under_test", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load("gpu_check")
     monkeypatch.setattr(module, "DEVICE", "cpu")
     monkeypatch.setattr(module, "VOCABS", (1, 7, 1000, 2049))
     return module
 
 
-def test_right_numbers_pass_and_wrong_ones_do_not(cuda_simulator, gpu_check, monkeypatch, capsys):
+def test_right_numbers_pass_and_wrong_ones_do_not(cuda_simulator, gpu_check, monkeypatch):
     with cuda_simulator(), cuda_simulator.raising():
-        gpu_check.check_numbers("cuda")
-    assert "numbers: right for 12 cases" in capsys.readouterr().out
+        assert gpu_check.check_numbers("cuda") == "right for 12 cases"
     monkeypatch.setattr(gpu_check, "DTYPES", (torch.float32,))
-    monkeypatch.setattr(gpu_check, "MARGIN", -1.0)
+    monkeypatch.setattr(load("_gpu_checks"), "MARGIN", -1.0)
     with cuda_simulator(), cuda_simulator.raising(), pytest.raises(SystemExit, match="float32, vocabulary 1: error"):
         gpu_check.check_numbers("cuda")
+
+
+@pytest.mark.parametrize("name", ["options", "cases", "head", "gae", "sizes"])
+def test_a_check_passes_and_can_fail(monkeypatch, name):
+    """With the CPU's kernels: what is left for a GPU to show is the GPU."""
+    checks = load("_gpu_checks")
+    monkeypatch.setattr(checks, "LONG", 1 << 23)
+    monkeypatch.setattr(checks, "CASES", checks.CASES[::7])
+    assert checks.CHECKS[name]("cpu", "cpu")
+    monkeypatch.setattr(checks, "MARGIN", -1.0)
+    monkeypatch.setattr(checks, "token_objective", lambda x, *_: (None, torch.zeros_like(x)))
+    with pytest.raises(SystemExit, match=r"error|differ"):
+        checks.CHECKS[name]("cpu", "cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_a_gpu(backend, name):
+    if fa.backends()[backend] != "available":
+        pytest.skip(f"needs the backend {backend}: {fa.backends()[backend]}")
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--backend", backend, "--only", name],
+        capture_output=True, text=True, check=False, cwd=tempfile.gettempdir(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_sanitizer_is_run_with_each_tool(gpu_check, monkeypatch, tmp_path):
@@ -43,7 +77,10 @@ def test_the_sanitizer_is_run_with_each_tool(gpu_check, monkeypatch, tmp_path):
         gpu_check.sanitize("cuda")
     asked = [line.split() for line in (tmp_path / "asked").read_text().splitlines()]
     assert [line[1] for line in asked] == ["memcheck", "racecheck", "initcheck", "synccheck"]
-    assert all(line[2:4] == ["--error-exitcode", "1"] and line[-2:] == ["--only", "numbers"] for line in asked)
+    assert all(
+        line[2:4] == ["--error-exitcode", "1"] and line[-4:] == ["--only", "numbers", "options", "gae"]
+        for line in asked
+    )
 
 
 def test_it_says_what_is_missing():
