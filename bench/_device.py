@@ -12,6 +12,8 @@ import torch
 if TYPE_CHECKING:
     from _interleave import Prepare, Run
 
+_AHEAD = 10_000_000
+"""Cycles, some 6 ms: longer than Python takes to queue any of the calls."""
 ACCELERATORS = ("cuda", "xpu")  # torch calls AMD's devices cuda too
 
 
@@ -21,7 +23,11 @@ def automatic() -> str:
 
 
 def seconds_of(device: str) -> Callable[[Run, int], float] | None:
-    """A function (run, calls) → seconds a call by the device's own events; None where the host's clock will do."""
+    """A function (run, calls) → seconds a call by the device's own events; None where the host's clock will do.
+
+    The device is kept busy until the calls are queued, as it is in a training step: their own time is measured, not how
+    fast Python launches. That is `host_seconds`.
+    """
     if device not in ACCELERATORS:
         return None
     module = getattr(torch, device)
@@ -29,6 +35,8 @@ def seconds_of(device: str) -> Callable[[Run, int], float] | None:
     def measure(run: Run, calls: int) -> float:
         start, stop = (module.Event(enable_timing=True) for _ in range(2))
         module.synchronize()  # what the preparation left behind is not timed
+        if device == "cuda":
+            torch.cuda._sleep(_AHEAD)
         start.record()
         for _ in range(calls):
             result = run()
@@ -38,6 +46,23 @@ def seconds_of(device: str) -> Callable[[Run, int], float] | None:
         return start.elapsed_time(stop) / 1000 / calls
 
     return measure
+
+
+def host_seconds(run: Run, device: str, calls: int = 10) -> float:
+    """Seconds of the host that a call takes, the device being left behind: what Python and launches cost."""
+    module = getattr(torch, device)
+    for _ in range(5):
+        run()
+    module.synchronize()
+    if device == "cuda":
+        torch.cuda._sleep(10 * _AHEAD)
+    start = time.perf_counter()
+    for _ in range(calls):
+        result = run()
+    stop = time.perf_counter()
+    module.synchronize()
+    del result
+    return (stop - start) / calls
 
 
 def peak_of(prepare: Prepare, device: str, warmup: int = 2) -> int:

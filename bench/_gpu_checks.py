@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import product
+from math import isfinite
 from typing import Any
 
 import torch
@@ -114,7 +115,8 @@ def cases(device: str, backend: str) -> str:
                 ours.append(_relative(_loss_and_gradients(case.fused, inputs, case.leaves), exact))
         errors = (torch.tensor(rows, dtype=torch.float64).square().mean(0).sqrt().tolist() for rows in (ours, plain))
         for what, error, allowed in zip(("loss", *case.leaves), *errors, strict=True):
-            if not error <= allowed + MARGIN:
+            # In 16 bits the formula itself may overflow: then ours must be as good as the dtype.
+            if not error <= (allowed if isfinite(allowed) else torch.finfo(dtype).eps) + MARGIN:
                 raise SystemExit(f"{case.name}, {dtype}, {what}: relative error {error:.3g}, eager's {allowed:.3g}")
     return f"right for {len(CASES)} objectives in {len(DTYPES)} dtypes"
 

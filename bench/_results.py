@@ -44,7 +44,9 @@ def results_file(path: str) -> dict[str, Any]:
 
 def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """One set of results from several runs on one machine: a case is its last run's, the environment the last one's."""
-    if len({(run["environment"]["cpu"], run["environment"]["threads"]) for run in runs}) > 1:
-        raise ValueError("results must come from one machine with one number of threads; got several")
+    environments = [run["environment"] for run in runs]
+    places = {(env["cpu"], env["threads"], env.get("device", "cpu")) for env in environments}
+    if len(places) > 1:
+        raise ValueError("results must come from one machine, device and number of threads; got several")
     cases = {key(case): case for run in runs for case in run["cases"]}
     return {**runs[-1], "cases": list(cases.values())}

@@ -20,6 +20,9 @@ from _results import label, merged, results_file, size
 
 BEGIN = "<!-- benchmarks: written by bench/report.py -->"
 END = "<!-- end of benchmarks -->"
+DEVICE_BEGIN = "<!-- device benchmarks: written by bench/report.py -->"
+DEVICE_END = "<!-- end of device benchmarks -->"
+"""Results of an accelerator have a place of their own."""
 
 _TITLES = {
     ("logps", "forward"): "log-probs, forward",
@@ -86,10 +89,14 @@ def machine(results: dict[str, Any]) -> str:
     commit = f"commit {env['commit'][:12]}" if env["commit"] else "no commit"
     commit += " with uncommitted changes" if env["dirty"] else ""
     isa = f"{env['isa']} kernels" if env["isa"] else "no compiled kernels"
-    trl = f", TRL {env['versions']['trl']}" if env["versions"].get("trl") else ""
+    where = f"{env['cpu']}, {env['threads']} threads, {isa}"
+    if env.get("accelerator"):
+        where = f"{env['accelerator']['name']}, CUDA {env['accelerator']['cuda']}"
+    peers = {"trl": "TRL", "liger-kernel": "Liger"}
+    named = "".join(f", {peers[name]} {v}" for name, v in env["versions"].items() if v and name in peers)
     return (
-        f"{env['cpu']}, {env['threads']} threads, {isa} (backend `{env['backend']}`), torch {env['versions']['torch']}"
-        f"{trl}, {env['date'][:10]}, {commit}, {_rounds(results)} rounds"
+        f"{where} (backend `{env['backend']}`), torch {env['versions']['torch']}{named}, {env['date'][:10]}, {commit}, "
+        f"{_rounds(results)} rounds"
     )
 
 
@@ -131,13 +138,22 @@ _NOTES = (
     " of them; eager's in brackets. Error against float64: of the result (forward: largest, absolute) or of the "
     "gradient (norm of the error over norm), eager's in brackets."
 )
+_HOST_NOTES = (
+    " Times are the device's own, its queue being full as it is in training; host: what Python and launches take of "
+    "the host for one call, eager's in brackets."
+)
+
+
+def _host(row: dict[str, Any]) -> str:
+    return duration(row["host_seconds"]) if row.get("host_seconds") else "-"
 
 
 def table(results: dict[str, Any]) -> str:
     """The README's block, markers not included: one line per case and variant of ours."""
     cases = _measured(results)
     peers = list(dict.fromkeys(name for c in cases for name, row in c["variants"].items() if not row["ours"]))
-    head = ["job", "logits", "variant", "time", "of the limit", *peers, "peak", "error"]
+    on_device = any("host_seconds" in row for case in cases for row in case["variants"].values())
+    head = ["job", "logits", "variant", "time", "of the limit", *peers, "peak", "error", *["host"] * on_device]
     lines = [_line(head), _line(["---"] * 3 + ["---:"] * (len(head) - 3))]
     for case in cases:
         eager = case["variants"].get("eager", {})
@@ -154,12 +170,13 @@ def table(results: dict[str, Any]) -> str:
                         *(_times(ratios.get(peer)) for peer in peers),
                         f"{_peak(case, row)} ({_peak(case, eager)})",
                         f"{_error(case, row)} ({_error(case, eager)})",
+                        *[f"{_host(row)} ({_host(eager)})"] * on_device,
                     ]
                 )
             )
     parts = [machine(results)]
     if cases:
-        parts += ["\n".join(lines), *filter(None, [_rates(results)]), _NOTES]
+        parts += ["\n".join(lines), *filter(None, [_rates(results)]), _NOTES + _HOST_NOTES * on_device]
     return "\n\n".join(parts + _advantages(results) + _overhead(results))
 
 
@@ -177,6 +194,7 @@ def details(results: dict[str, Any]) -> str:
                 line += f"{row['rate'] / 1e9:6.1f} GB/s" if "rate" in row else " " * 11
                 line += f"  limit {_percent(row.get('of_limit')):>7}"
                 line += f"  peak {_peak(case, row):>7}  error {_error(case, row)}"
+                line += f"  host {_host(row)}" if "host_seconds" in row else ""
             for ours, ratios in case["ratios"].items():
                 if name in ratios:
                     line += f"  {_times(ratios[name])} {ours}"
@@ -206,7 +224,8 @@ def main() -> None:
     results = merged(arguments.results)
     if arguments.update:
         text = arguments.update.read_text(encoding="utf-8")
-        arguments.update.write_text(update(text, table(results)), encoding="utf-8")
+        markers = (DEVICE_BEGIN, DEVICE_END) if results["environment"].get("accelerator") else (BEGIN, END)
+        arguments.update.write_text(update(text, table(results), *markers), encoding="utf-8")
     elif arguments.plots or arguments.html:
         _draw(results, arguments.plots, arguments.html)
     else:

@@ -136,6 +136,9 @@ class _Accelerator:
     def synchronize(self):
         self.calls.append("synchronize")
 
+    def _sleep(self, cycles):
+        self.calls.append("sleep")
+
     def reset_peak_memory_stats(self):
         self.peak = self.bytes
 
@@ -162,8 +165,20 @@ def test_an_accelerator_is_timed_by_its_own_events(accelerator):
     contenders = {"a": lambda: lambda: accelerator.work(3.0, 0), "b": lambda: lambda: accelerator.work(5.0, 0)}
     seconds = interleave_module.interleave(contenders, rounds=4, calls=2, measure=measure)
     assert seconds == {"a": [pytest.approx(0.003)] * 4, "b": [pytest.approx(0.005)] * 4}
-    assert len(accelerator.calls) == 2 * 2 * (4 + 1)  # before and after each of the rounds, the warm-up among them
+    # In each of the rounds, the warm-up among them: emptied, kept busy while calls are queued, waited for.
+    assert accelerator.calls == ["synchronize", "sleep", "synchronize"] * 2 * (4 + 1)
     assert device_module.seconds_of("cpu") is None
+
+
+def test_the_hosts_time_is_taken_while_the_device_is_busy(accelerator, monkeypatch):
+    def run():
+        accelerator.calls.append("run")
+        clock[0] += 0.002
+
+    clock = [0.0]
+    monkeypatch.setattr(device_module.time, "perf_counter", lambda: clock[0])
+    assert device_module.host_seconds(run, "cuda", calls=4) == pytest.approx(0.002)
+    assert accelerator.calls == ["run"] * 5 + ["synchronize", "sleep"] + ["run"] * 4 + ["synchronize"]
 
 
 def test_an_accelerators_peak_is_what_the_run_adds(accelerator):

@@ -137,7 +137,8 @@ def log_of(folder: Path) -> list[dict]:
 
 def start(modules: list[str], env: dict[str, str] | None = None) -> None:
     """Runs `python -m` with these arguments; fails with what it printed. A hang ends after five minutes."""
-    surroundings = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    # Processes on the CPU, also where there is a GPU, of which two would need two.
+    surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
     command = [sys.executable, "-m", *modules]
     done = subprocess.run(
         command, cwd=tempfile.gettempdir(), env=surroundings, capture_output=True, text=True, timeout=300

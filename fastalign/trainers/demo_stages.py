@@ -44,7 +44,9 @@ def clear(path: Path, own: Sequence[str] = OWN) -> None:
 
 
 def peak_memory_mb() -> float:
-    """Largest resident memory of this process so far."""
+    """Most memory of this process so far: allocated on the GPU where one is used, resident where none is."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
