@@ -98,11 +98,15 @@ class LogitsSuite:
             measure=_device.seconds_of(options.device),
         )
         checks = self.checks(problem) if self.checks else {}
-        hosts = {}
-        if options.device in _device.ACCELERATORS and case.job != "backward":  # a graph is gone after one backward
+        accelerated = options.device in _device.ACCELERATORS
+        peaks, hosts = {}, {}
+        if accelerated and options.memory:  # its allocator counts exactly, whatever ran before
+            peaks = {name: _device.peak_of(prepare, options.device) for name, prepare in contenders.items()}
+        if accelerated and case.job != "backward":  # a graph is gone after one backward
             hosts = {name: _device.host_seconds(prepare(), options.device) for name, prepare in contenders.items()}
         del problem, contenders, probes, spare
-        peaks = peak_memory(case, options) if options.memory else {}
+        if options.memory and not accelerated:
+            peaks = peak_memory(case, options)
         record = _record(case, self.variants, seconds, errors, peaks)
         for name, host in hosts.items():
             record["variants"][name]["host_seconds"] = host
