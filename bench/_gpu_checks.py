@@ -1,4 +1,4 @@
-"""What `gpu_check.py` checks beside plain numbers and graphs: options, losses, the head, sizes, streams, advantages.
+"""What `gpu_check.py` checks beside plain numbers and graphs: options, losses, the head, sizes, streams, trainers.
 
 Each check takes (device, backend) and returns what it has shown in a line; a failure is a SystemExit that says where.
 """
@@ -11,6 +11,7 @@ from math import isfinite
 from typing import Any
 
 import torch
+from _gpu_trainers import trainers
 from fastalign.kernels import gae_eager
 from torch import Tensor
 from torch.nn import functional as F
@@ -260,4 +261,5 @@ CHECKS: dict[str, Callable[[str, str], str]] = {
     "sizes": sizes,
     "streams": streams,
     "compiled": compiled,
+    "trainers": trainers,
 }

@@ -14,7 +14,7 @@ import torch
 import fastalign as fa
 
 SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "gpu_check.py"
-CHECKS = ("numbers", "graph", "options", "cases", "head", "gae", "sizes", "streams", "compiled")
+CHECKS = ("numbers", "graph", "options", "cases", "head", "gae", "sizes", "streams", "compiled", "trainers")
 
 
 def load(name):
@@ -53,6 +53,51 @@ def test_a_check_passes_and_can_fail(monkeypatch, name):
     monkeypatch.setattr(checks, "token_objective", lambda x, *_: (None, torch.zeros_like(x)))
     with pytest.raises(SystemExit, match=r"error|differ"):
         checks.CHECKS[name]("cpu", "cpu")
+
+
+def test_the_check_of_the_trainers_passes_and_can_fail(monkeypatch, tmp_path):
+    pytest.importorskip("transformers", reason="needs transformers (the extra `train`)")
+    if torch.accelerator.is_available():
+        pytest.skip("needs a machine without an accelerator: commands take it")
+    trainers = load("_gpu_trainers")
+    assert "repeat and resume to the last bit" in load("_gpu_checks").CHECKS["trainers"]("cpu", "cpu")
+    bench = trainers.Bench(tmp_path, "cpu")
+    with pytest.raises(SystemExit, match="sft in still: not changed"):
+        bench.run("sft", "still", learning_rate=0.0)
+    monkeypatch.setattr(bench, "device", "meta")
+    with pytest.raises(SystemExit, match="is on cpu"):
+        bench.run("sft", "elsewhere", use_cpu=True)
+    monkeypatch.undo()
+    run = bench.run
+    monkeypatch.setattr(
+        bench, "run", lambda name, folder, **more: run(name, folder, seed=int("again" in folder), **more)
+    )
+    with pytest.raises(SystemExit, match="dpo, the same seed again: "):
+        bench.repeats("dpo")
+
+
+@pytest.mark.parametrize("kind", ["meta", "cpu"])
+def test_what_a_forward_pass_ran_on_is_seen(kind):
+    trainers, layer = load("_gpu_trainers"), torch.nn.Linear(2, 2)
+    with trainers.ran_on() as kinds:
+        layer.to(kind)(torch.zeros(2, device=layer.weight.device))
+    assert kinds == {kind}
+
+
+def test_trainers_and_commands_keep_to_a_device_that_is_not_the_cpu():
+    """On a stand-in, whose operations take no tensors of the CPU. In a process of its own: torch then has the device
+    for good."""
+    pytest.importorskip("transformers", reason="needs transformers (the extra `train`)")
+    if torch.accelerator.is_available():
+        pytest.skip("needs a machine without an accelerator, whose part the stand-in takes")
+    pytest.importorskip("torch.utils.backend_registration", reason="needs devices written in Python")
+    if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("needs devices written in Python (torch 2.10)")
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT.parents[1] / "tests" / "stand_in_device.py")],
+        capture_output=True, text=True, check=False, cwd=tempfile.gettempdir(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

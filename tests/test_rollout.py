@@ -63,9 +63,14 @@ class TestSampling:
         draw = Draw(torch.tensor([[0.0], [1.0]], dtype=torch.float64), 0)
         assert draw(torch.zeros(2, 0), scores).argmax(-1).tolist() == [1, 2]
 
-    def test_a_response_beyond_the_positions_is_refused(self, tiny_model, tiny_tokenizer):
+    @pytest.mark.parametrize("checks", [True, False])
+    def test_a_response_beyond_the_positions_is_refused(self, tiny_model, tiny_tokenizer, checks):
+        """On a device, too, that cannot say so without being lost to the process, as a GPU."""
         model = tiny_model()
         limit = model.config.max_position_embeddings
+        if not checks:
+            rows = model.transformer.wpe.weight
+            model.transformer.wpe.forward = lambda ids: rows[ids.clamp(max=limit - 1)]
         long = [Prompt([5] * (limit - 2), "", {})]
         with pytest.raises(
             ValueError, match=rf"the model's {limit} positions; got a prompt of {limit - 2} tokens and up"

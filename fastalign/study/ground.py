@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
@@ -23,16 +22,11 @@ from ..trainers.eval.perplexity import TextLikelihood, completions_of, likelihoo
 from ..trainers.eval.sampling import sample
 from ..trainers.eval.scorers import score_texts
 from ..trainers.reward import RewardConfig, RewardTrainer, load_reward_model
-from ..trainers.run import train
+from ..trainers.run import placed, train
 from .config import StudyConfig
 
 _LIST = 32
 """Texts in a list that the learned reward is trained on."""
-
-
-def placed(model: Any) -> Any:
-    """The model on the accelerator, if there is one."""
-    return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model
 
 
 class Ground:
@@ -68,7 +62,6 @@ class Ground:
         """Continuations of training prompts, scored: ranked lists (`lists.jsonl`) and pairs (`pairs.jsonl`)."""
         config = self.config
         model, tokenizer = self.demo.load("sft")
-        model = placed(model)
         set_seed(self.seed)
         prompts = self.demo.prompts(self.demo.reviews[0], config.prompts)
         how = self.demo.how
@@ -145,7 +138,7 @@ class Ground:
     @functools.cached_property
     def reference(self) -> Any:
         """The fine-tuned model, for KLs. Not to be trained: `demo.load("sft")` gives one of one's own."""
-        return placed(self.demo.load("sft")[0].eval().requires_grad_(False))
+        return self.demo.load("sft")[0].eval().requires_grad_(False)
 
     @functools.cached_property
     def tokenizer(self) -> Any:

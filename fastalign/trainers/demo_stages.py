@@ -26,7 +26,7 @@ from .eval.estimates import estimate
 from .eval.gold import agreement, fit_gold, load_independent
 from .eval.policy import measure
 from .eval.sampling import Sample, sample
-from .run import load, load_tokenizer, start_point, train
+from .run import load, load_tokenizer, placed, start_point, train
 from .sft import SFTConfig, SFTTrainer
 
 OWN = ("stages", "base", "sft", "dpo", "pairs.jsonl", "eval_pairs.jsonl", "results.json", "curves.png")
@@ -85,9 +85,10 @@ class Demo:
         return list(itertools.islice(dict.fromkeys(opening(text, words) for text in long), count))
 
     def load(self, name: str) -> tuple[Any, Any]:
-        """(model, tokenizer) that a stage left."""
+        """(model on the accelerator if there is one, tokenizer) that a stage left."""
         folder = self.path / name
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+        model = placed(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+        return model, AutoTokenizer.from_pretrained(folder)
 
     def check(self) -> None:
         """Loads what may not be there, the corpus and a model that is not made here: ValueError or OSError then."""

@@ -70,7 +70,8 @@ def examine(config: DoctorConfig) -> list[Finding]:
     checks: dict[str, Callable[[Any], list[Finding]]] = {**DATA_CHECKS, **MODEL_CHECKS}
     if config.reward_model:
         patient.reward_tokenizer = run.load_tokenizer(None, config.reward_model, "reward_model")
-        patient.reward_model = run.load("reward_model", AutoModelForSequenceClassification, config.reward_model).eval()
+        reward_model = run.load("reward_model", AutoModelForSequenceClassification, config.reward_model)
+        patient.reward_model = run.placed(reward_model.eval())
         checks |= REWARD_CHECKS
     set_seed(config.seed)
     findings: list[Finding] = []

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,7 +163,8 @@ class DPOTrainer(AlignmentTrainer):
 
     def items(self, batch: Batch) -> Tensor:
         """Pairs."""
-        return torch.tensor(len(batch["labels"]) // 2, device=batch["labels"].device)
+        # Filled there: a number that is copied there would wait for all that a GPU has yet to do.
+        return torch.full((), len(batch["labels"]) // 2, device=batch["labels"].device)
 
     def groups(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Pairs."""
@@ -187,7 +188,7 @@ class DPOTrainer(AlignmentTrainer):
         if ref_model is None and self.args.ref_model:
             ref_model = load_model(self.args.ref_model, self.args, "ref_model")
         if self.args.precompute_ref_log_probs:
-            reference: Any = self.model if ref_model is None else ref_model.to(self.args.device)
+            reference: Any = self.model if ref_model is None else ref_model
             self.train_dataset = self._with_reference(reference, self.train_dataset)
             self.eval_dataset = self._with_reference(reference, self.eval_dataset)
         elif ref_model is not None or not is_adapted(self.model):
@@ -215,12 +216,13 @@ class DPOTrainer(AlignmentTrainer):
         size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
         columns: ref_cache.Columns = ([], [])
         loader = DataLoader(rows, batch_size=size, collate_fn=self.data_collator)  # type: ignore[arg-type]
-        for batch in tqdm(loader, desc="reference log-probs", disable=self.args.disable_tqdm):
-            batch = self._prepare_inputs(batch)
-            with evaluating(reference), self.accelerator.autocast(), adapters_off(reference):
-                logps = self.sequence_logps(reference, batch)
-            for column, half in zip(columns, logps.chunk(2), strict=True):
-                column += half.tolist()
+        with _placed_for_now(reference, self.args.device):
+            for batch in tqdm(loader, desc="reference log-probs", disable=self.args.disable_tqdm):
+                batch = self._prepare_inputs(batch)
+                with evaluating(reference), self.accelerator.autocast(), adapters_off(reference):
+                    logps = self.sequence_logps(reference, batch)
+                for column, half in zip(columns, logps.chunk(2), strict=True):
+                    column += half.tolist()
         return columns
 
     def _reference_logps(self, model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
@@ -236,6 +238,21 @@ class DPOTrainer(AlignmentTrainer):
                 reference = model
             chosen, rejected = self.sequence_logps(reference, batch).chunk(2)
         return chosen, rejected
+
+
+@contextlib.contextmanager
+def _placed_for_now(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The model on the device, and back. Transformers leaves one on the CPU until training starts that FSDP will shard,
+    or that is only evaluated, in 16 bits."""
+    before = next((p.device for p in model.parameters()), device)
+    if before.type == device.type:
+        yield
+        return
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(before)
 
 
 def _lengths(labels: Tensor, margins: Tensor) -> dict[str, Tensor | Weighted]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -87,6 +87,24 @@ def _plain_generation(model: Any) -> Iterator[None]:
         inner.generation_config = before
 
 
+@contextlib.contextmanager
+def _within_tables(model: Any) -> Iterator[None]:
+    """IndexError for a position that has no row in its table; a GPU's own check would end all use of the GPU."""
+    tokens = model.get_input_embeddings()
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+    hooks = [table.register_forward_pre_hook(_check_row) for table in tables]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _check_row(table: Any, args: tuple[Any, ...]) -> None:
+    if args and int(args[0].max()) >= table.num_embeddings:
+        raise IndexError(f"there is no row {int(args[0].max())} in a table of {table.num_embeddings}")
+
+
 @torch.no_grad()
 def continuations(
     model: Any,
@@ -120,8 +138,10 @@ def continuations(
         pad_token_id=pad_token_id,
         eos_token_id=eos_token_id,
     )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    short = positions is not None and width + how.max_new_tokens > positions
     try:
-        with _plain_generation(model):
+        with _plain_generation(model), _within_tables(model) if short else contextlib.nullcontext():
             out = model.generate(
                 input_ids=batch["input_ids"].to(model.device),
                 attention_mask=batch["attention_mask"].to(model.device),
@@ -129,8 +149,7 @@ def continuations(
                 logits_processor=LogitsProcessorList(processors),
             )
     except IndexError as error:  # learned positions have run out; rotary ones go on, so this is not asked beforehand
-        positions = getattr(model.config, "max_position_embeddings", None)
-        if positions is None or width + how.max_new_tokens <= positions:
+        if not short:
             raise
         raise ValueError(
             f"prompt and continuation must fit in the model's {positions} positions; got a prompt of {width} tokens "

@@ -89,7 +89,8 @@ class PolicyTrainer(ABC):
     ) -> None:
         self.args = args
         path = model if isinstance(model, str) else args.model
-        AcceleratorState._reset_state()  # as transformers does: an earlier trainer's precision is not this one's
+        # As transformers does: an earlier trainer's precision, and its device, are not this one's.
+        AcceleratorState._reset_state(reset_partial_state=True)
         self.accelerator = Accelerator(
             cpu=args.use_cpu,
             mixed_precision="bf16" if args.bf16 else None,

@@ -117,9 +117,10 @@ class Updater:
             for chosen in self.mini_batches(episodes, step, epoch):
                 norms.append(self._update(chosen, loss, values))
         metrics = self.means.pop(self._sum) | self.ptx_means.pop(self._sum)
-        return {**metrics, "grad_norm": float(np.mean(norms)), "lr": self.scheduler.get_last_lr()[0]}
+        grad_norm = float(np.mean(torch.stack(norms).tolist()))
+        return {**metrics, "grad_norm": grad_norm, "lr": self.scheduler.get_last_lr()[0]}
 
-    def _update(self, chosen: Sequence[Episode], loss: PPOLoss, values: ValueOptions | None) -> float:
+    def _update(self, chosen: Sequence[Episode], loss: PPOLoss, values: ValueOptions | None) -> Tensor:
         """One optimiser step on one mini-batch; returns the gradient's norm."""
         tokens = sum(len(e.ids) for e in chosen)
         items = len(chosen) if loss.config["normalization"] in _SEQUENCE_MEANS else tokens
@@ -137,14 +138,13 @@ class Updater:
 
     def batch(self, episodes: Sequence[Episode], grouped: bool = False) -> Batch:
         """The episodes padded, with old log-probabilities, advantages and the rest where the labels are: [B, T]."""
-        batch = {
-            name: x.to(self.accelerator.device) for name, x in collate(episodes, self.fill, grouped=grouped).items()
-        }
+        batch = collate(episodes, self.fill, grouped=grouped)
         for name in ("logps", "advantages", "ref_logps", "values", "returns"):
             rows = [getattr(e, name) for e in episodes]
             if rows[0] is not None:
+                # On the CPU, where the episodes are: to find the places of a mask is to wait for a GPU.
                 batch[f"rollout_{name}"] = spread(rows, batch["labels"])
-        return batch
+        return {name: x.to(self.accelerator.device) for name, x in batch.items()}
 
     def loss(self, batch: Batch, loss: PPOLoss, values: ValueOptions | None, tokens: int, items: int) -> Tensor:
         """The micro-batch's share of the mini-batch's loss; notes its metrics."""
@@ -216,16 +216,15 @@ class Updater:
     def _syncs(self, now: bool) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if now else self.accelerator.no_sync(self.model)
 
-    def optimizer_step(self) -> float:
-        """Cuts the gradient, steps optimiser and scheduler. Returns the norm before the cut."""
+    def optimizer_step(self) -> Tensor:
+        """Cuts the gradient, steps optimiser and scheduler. Returns the norm before the cut, not waited for."""
         limit = self.args.max_grad_norm or float("inf")
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.updates += 1
-        full = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        return float(full)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def _sum(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="sum")

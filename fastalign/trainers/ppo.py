@@ -146,7 +146,9 @@ class PPOTrainer(PolicyTrainer):
         if args.whiten_rewards:
             rewards = rl.masked_whiten(rewards, mask, shift_mean=False)
         values = stacked(episodes, "values")
-        advantages, returns = rl.gae(rewards, values, mask, gamma=args.gamma, lam=args.lam)
+        # Where the model runs: a backend that was asked for by name serves that device alone.
+        there = (x.to(self.accelerator.device) for x in (rewards, values, mask))
+        advantages, returns = (x.cpu() for x in rl.gae(*there, gamma=args.gamma, lam=args.lam))
         spread = masked_mean((returns - masked_mean(returns, mask)).square(), mask)
         missed = returns - values
         unexplained = masked_mean((missed - masked_mean(missed, mask)).square(), mask)

@@ -25,6 +25,7 @@ __all__ = [
     "make_room",
     "model_options",
     "pad_id",
+    "placed",
     "run",
     "start_point",
     "train",
@@ -59,6 +60,11 @@ def load(key: str, kind: Any, path: str, **options: Any) -> Any:
             f"{key} must be a model's folder or a hub's name; there is no folder {path!r}, and no hub gave it: "
             f"{first_line(error)}"
         ) from error
+
+
+def placed(model: Any) -> Any:
+    """The model on the accelerator, if there is one: for what runs models without a trainer, which places its own."""
+    return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model
 
 
 def load_model(path: str, args: Any, key: str = "model") -> PreTrainedModel:

@@ -77,9 +77,7 @@ class SampleConfig(DrawConfig):
 def load(path: str, tokenizer: str | None, dtype: str, key: str = "model") -> tuple[Any, Any]:
     """(model on the accelerator if there is one, tokenizer), for inference; `key` is the one that gave the path."""
     model: Any = run.load(key, AutoModelForCausalLM, path, dtype=getattr(torch, dtype)).eval()
-    if torch.accelerator.is_available():
-        model = model.to(torch.accelerator.current_accelerator())
-    return model, run.load_tokenizer(tokenizer, path, key)
+    return run.placed(model), run.load_tokenizer(tokenizer, path, key)
 
 
 def read_prompts(source: str, limit: int) -> list[Any]:

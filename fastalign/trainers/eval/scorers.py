@@ -17,7 +17,7 @@ from ..data.collate import pad
 from ..data.encode import Encoder
 from ..data.reviews import load_reviews, split_reviews
 from ..model_logits import model_logits
-from ..run import load, load_tokenizer, pad_id
+from ..run import load, load_tokenizer, pad_id, placed
 from .gold import fit_gold
 
 Prompt: TypeAlias = str | Messages
@@ -71,7 +71,7 @@ def _gold() -> Judge:
 
 def reward_model(path: str, batch_size: int, key: str = "reward") -> Judge:
     """A saved reward model, asked as plain transformers asks it."""
-    model = load(key, AutoModelForSequenceClassification, path).eval()
+    model = placed(load(key, AutoModelForSequenceClassification, path).eval())
     if model.config.num_labels != 1:
         raise ValueError(f"{key} must be a model with one label; {path!r} has {model.config.num_labels}")
     tokenizer = load_tokenizer(None, path, key)
