@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 
@@ -116,14 +117,16 @@ def main() -> None:
     if options.sanitize:
         sanitize(options.backend)
         return
-    failed = []
+    failed: list[str] = []
     for name in options.only or checks:
         start = time.perf_counter()
         try:
             shown = checks[name](options.backend)
-        except SystemExit as error:  # the others are worth knowing too
+        except (SystemExit, Exception) as error:  # the others are worth knowing too
             failed.append(name)
-            shown = f"FAILED: {error}"
+            shown = f"FAILED: {error!r}"
+            if not isinstance(error, SystemExit):
+                traceback.print_exc()
         print(f"{options.backend} {name}: {shown} ({time.perf_counter() - start:.1f} s)", flush=True)
     if failed:
         raise SystemExit(f"{options.backend}: failed {', '.join(failed)}")
