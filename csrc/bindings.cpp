@@ -23,6 +23,15 @@ std::int64_t token_stats_forward(const py::tuple& tokens, const py::tuple& outpu
     return bad;
 }
 
+// How many of the labels, dense and `wide` if int64, are not `ignored`.
+std::int64_t count_live(Address labels, bool wide, std::int64_t count, std::int64_t ignored) {
+    TokenArgs a{};
+    a.labels = at<const void>(labels), a.labels64 = wide;
+    std::int64_t live = 0;
+    for (std::int64_t i = 0; i < count; ++i) live += a.label(i) != ignored;
+    return live;
+}
+
 // Runs the kernel; `fresh`: its result is large, dense, separate, and perhaps untouched.
 template <class Args>
 void run_gradient(void (*kernel)(const Args&), Args& a, bool fresh) {
@@ -84,6 +93,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("token_stats_forward", &token_stats_forward);
     m.def("token_stats_backward", &token_stats_backward);
     m.def("token_objective", &token_objective);
+    m.def("count_live", &count_live);
     m.def("gae_float32", &gae_rows<float>);
     m.def("gae_float64", &gae_rows<double>);
     m.def("isa", [] { return std::string(cpu_kernels().isa); });

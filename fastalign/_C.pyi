@@ -18,6 +18,7 @@ def token_objective(
     out_strides: tuple[int, ...],
     fresh: bool,
 ) -> int: ...
+def count_live(labels: int, wide: bool, count: int, ignored: int) -> int: ...
 
 class _Gae(Protocol):
     def __call__(

@@ -1,4 +1,4 @@
-"""The mean negative log-likelihood of a small batch as one node of the graph.
+"""The mean negative log-likelihood of a batch on the CPU as one node of the graph.
 
 From token statistics it is a handful of tensor operations, each recorded, each a node on the way back: some 100 us a
 step, whatever the size, where eager torch has one node for it. The number and the gradient are theirs to the bit.
@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from . import ops
+from . import _backends, ops
+from ._op_checks import as_softcap, check
 
 _EXACT = 1 << 24
 """Counts up to this are exact in float32, so dividing in float64 and rounding once is float32's own division."""
@@ -19,14 +20,14 @@ _EXACT = 1 << 24
 
 class _MeanNLL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, labels, count, ignore_index, temperature, softcap, inplace):
-        options = (ignore_index, temperature, softcap)
-        logps, *_, saved = ops.checked_forward(logits, labels, None, *options, False, False, inplace)
+    def forward(ctx, logits, labels, count, options, inplace, dtype):
+        logps, *_, saved = ops.kernel_forward(logits, labels, None, *options, False, False)
         ctx.save_for_backward(logits, labels, saved)
         ctx.count, ctx.options, ctx.inplace = count, options, inplace
         # Divided on the host: a number takes part in a tensor operation for more than a small batch's kernel costs.
         mean = (0.0 - logps.sum().item()) / count if count else math.nan
-        return logps.new_full((), mean)
+        loss = logps.new_full((), mean)
+        return loss if dtype is None else loss.to(dtype)
 
     @staticmethod
     def backward(ctx, g_loss):
@@ -37,7 +38,7 @@ class _MeanNLL(torch.autograd.Function):
             g_logps.requires_grad_()
         grads = (g_logps, None, None, None, None)
         gradient = ops.gradient(logits, labels, None, saved, None, None, grads, ctx.options, ctx.inplace)
-        return gradient, *[None] * 6
+        return gradient, None, None, None, None, None
 
 
 def applies(logits: object, labels: object) -> bool:
@@ -45,11 +46,11 @@ def applies(logits: object, labels: object) -> bool:
     return (
         type(logits) is Tensor
         and type(labels) is Tensor
+        and logits.requires_grad
+        and logits.is_cpu
         and not torch.compiler.is_compiling()
         and ops.unwatched(logits, labels)
-        and logits.requires_grad
         and torch.is_grad_enabled()
-        and logits.device.type == "cpu"
         and labels.numel() <= _EXACT
     )
 
@@ -57,16 +58,26 @@ def applies(logits: object, labels: object) -> bool:
 def mean_nll(
     logits: Tensor,
     labels: Tensor,
-    count: float,
+    count: int | None = None,
     *,
+    least: int = 0,
     ignore_index: int = -100,
     temperature: float = 1.0,
     softcap: float | None = None,
     inplace_backward: bool = False,
-) -> Tensor:
-    """-sum of the labels' log-probabilities / count, a scalar; where `applies`. Arguments and errors of `token_stats`.
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, int]:
+    """-sum of the labels' log-probabilities / count, a scalar, and the count of labels that are not ignored; where
+    `applies`. Arguments and errors of `token_stats`.
 
     Args:
-        count: what to divide by: a whole number up to 2^24; 0 gives NaN, and gradients of 0.
+        count: what to divide by; None: the labels that are not ignored, `least` at least. 0 gives NaN, and gradients
+            of 0.
+        dtype: of the result; None: that of the statistics.
     """
-    return _MeanNLL.apply(logits, labels, count, ignore_index, temperature, ops.as_softcap(softcap), inplace_backward)
+    cap = as_softcap(softcap)
+    check(logits, labels, None, temperature, cap, inplace_backward)
+    live = _backends.count_live(labels, ignore_index)
+    over = max(live, least) if count is None else count
+    options = (ignore_index, temperature, cap)
+    return _MeanNLL.apply(logits, labels, over, options, inplace_backward, dtype), live

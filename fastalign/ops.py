@@ -71,12 +71,16 @@ _lib.define(
 )
 
 
-def checked_forward(logits, labels, ref_logits, ignore_index, temperature, softcap, entropy, mean, inplace_backward):
-    check(logits, labels, ref_logits, temperature, softcap, inplace_backward)
+def kernel_forward(logits, labels, ref_logits, *options):
+    """The statistics of arguments that were checked."""
     ref_logits = None if ref_logits is None else unit_stride(ref_logits)
     logits = unit_stride(logits)
-    forward = _backends.pick(logits).forward
-    return forward(logits, labels, ref_logits, ignore_index, temperature, softcap, entropy, mean)
+    return _backends.pick(logits).forward(logits, labels, ref_logits, *options)
+
+
+def checked_forward(logits, labels, ref_logits, ignore_index, temperature, softcap, entropy, mean, inplace_backward):
+    check(logits, labels, ref_logits, temperature, softcap, inplace_backward)
+    return kernel_forward(logits, labels, ref_logits, ignore_index, temperature, softcap, entropy, mean)
 
 
 def _forward(logits, *args):

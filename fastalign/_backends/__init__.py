@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import cpu, cuda, eager, triton
 from ._interface import KINDS, KL_TERMS, Backend, Objective
-from .cpu import cpu_isa, cpu_isas, probe_copy, probe_read
+from .cpu import count_live, cpu_isa, cpu_isas, probe_copy, probe_read
 
 __all__ = [
     "KINDS",
@@ -25,6 +25,7 @@ __all__ = [
     "automatic",
     "backends",
     "choose",
+    "count_live",
     "cpu_isa",
     "cpu_isas",
     "pick",

@@ -27,7 +27,7 @@ def unavailable() -> str:
 
 
 def serves(tensor: Tensor, job: str) -> str:
-    if _C is not None and tensor.device.type == "cpu" and tensor.dtype in DTYPES[job]:
+    if _C is not None and tensor.is_cpu and tensor.dtype in DTYPES[job]:
         return ""
     if _C is None:
         return f"is not available: {_C_ERROR}"
@@ -99,7 +99,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
     labels = labels.contiguous()
     found = new_statistics(labels, want_entropy, ref_logits is not None, want_mean)
-    saved = new_saved(labels)
+    saved = new_saved(found[0])
     bad = _C.token_stats_forward(
         tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
         tuple(map(_address, (*found, saved))),
@@ -133,6 +133,14 @@ def backward(
     )
     if bad >= 0:
         raise bad_label(labels, bad, ignore_index, logits.shape[-1])
+
+
+def count_live(labels: Tensor, ignore_index: int) -> int:
+    """How many labels, int32 or int64 on the CPU, are not `ignore_index`: a number, with or without the kernels."""
+    if _C is None:
+        return int((labels != ignore_index).sum())
+    labels = labels.contiguous()
+    return _C.count_live(labels.data_ptr(), labels.dtype is torch.int64, labels.numel(), ignore_index)
 
 
 # ------------------------------------------------------------------------------------------------- one launch

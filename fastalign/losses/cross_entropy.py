@@ -58,12 +58,12 @@ def cross_entropy(
     reducer = lookup("reduction", _REDUCTIONS, reduction)
     check_range("label_smoothing", label_smoothing, 0.0, 1.0)
     logits = input if input.dim() < 3 else input.movedim(1, -1)
-    live = target != ignore_index
     autocast = torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
     dtype = torch.float32 if autocast else input.dtype
     if reduction != "none" and weight is None and not label_smoothing and mean_nll_applies(logits, target):
-        count = live.sum().item() if reduction == "mean" else 1
-        return mean_nll(logits, target, count, ignore_index=ignore_index).to(dtype)
+        count = None if reduction == "mean" else 1
+        return mean_nll(logits, target, count, ignore_index=ignore_index, dtype=dtype)[0]
+    live = target != ignore_index
     if weight is None:
         losses = -stats_of(logits, target, ignore_index=ignore_index, label_smoothing=label_smoothing).logps
         weights = live.to(losses.dtype)

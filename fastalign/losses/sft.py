@@ -128,12 +128,12 @@ class SFTLoss(LogitsLoss):
         Raises:
             ValueError, TypeError: as `token_stats` and `sft_loss`.
         """
+        if self._is_plain_mean(num_items) and mean_nll_applies(logits, labels):
+            return self._mean(logits, labels)  # type: ignore[arg-type]
         mask = labels != self.ignore_index
         head = known_objective(logits, labels, self.ignore_index)
         if head is not None and labels.dim() > 1:
             return self._by_parts(head, labels, mask, num_items)
-        if self._is_plain_mean(num_items) and mean_nll_applies(logits, labels):
-            return self._mean(logits, labels, mask)  # type: ignore[arg-type]
         gradient = None
         if self.one_launch and isinstance(logits, Tensor) and torch.is_grad_enabled() and logits.requires_grad:
             weight = token_weights(mask, NORMALIZATIONS[self.normalization], num_items)
@@ -158,12 +158,11 @@ class SFTLoss(LogitsLoss):
             and not (self.label_smoothing or self.z_loss or self.one_launch)
         )
 
-    def _mean(self, logits: Tensor, labels: Tensor, mask: Tensor) -> SFTOutput:
+    def _mean(self, logits: Tensor, labels: Tensor) -> SFTOutput:
         """`sft_loss` with nothing but the defaults, in one node."""
-        tokens = mask.sum()
-        count = max(tokens.item(), 1)
-        loss = mean_nll(logits, labels, count, inplace_backward=self.inplace_backward, **self.stats_options)
-        return SFTOutput(loss, loss.detach(), loss.new_zeros(()), tokens)
+        loss, tokens = mean_nll(logits, labels, least=1, inplace_backward=self.inplace_backward, **self.stats_options)
+        nll = loss.detach()
+        return SFTOutput(loss, nll, nll.new_zeros(()), labels.new_full((), tokens, dtype=torch.int64))
 
     def _by_parts(self, head: Head, labels: Tensor, mask: Tensor, num_items: Count | None) -> SFTOutput:
         """Some sequences after the other: see `_parts`."""
