@@ -140,7 +140,14 @@ def _dense(logits) -> bool:
     return logits.stride(-1) == 1 or logits.shape[-1] == 1
 
 
-def _written(logits, gradient):
+def room_for_gradient(logits, inplace: bool):
+    """Where the gradient goes: a new dense tensor, or the logits if it may and they are."""
+    if inplace and _dense(logits):
+        return logits
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def written(logits, gradient):
     """The logits, holding the gradient, which lies in their memory already unless that is not dense."""
     if gradient is not logits:
         logits.copy_(gradient)
@@ -151,7 +158,7 @@ def _written(logits, gradient):
 
 def _backward(logits, *args):
     _check_backward(logits, *args)
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    out = room_for_gradient(logits, inplace=False)
     _kernel_backward(out, logits, *args)
     return out
 
@@ -162,9 +169,9 @@ def _backward_fake(logits, *args):
 
 def _backward_inplace(logits, *args):
     _check_backward(logits, *args)
-    out = logits if _dense(logits) else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    out = room_for_gradient(logits, inplace=True)
     _kernel_backward(out, logits, *args)
-    _written(logits, out)
+    written(logits, out)
 
 
 _lib.impl("token_stats", _forward, "CompositeExplicitAutograd")
@@ -209,11 +216,9 @@ def gradient(logits, labels, ref_logits, saved, entropy, kl, grads, options, inp
     # What the forward made needs no second check, and two rounds of the dispatcher cost as much as a small gradient.
     if not as_saved(logits, labels, ref_logits, saved, entropy, kl):
         _check_backward(*args)
-    out = args[0] if inplace and _dense(logits) else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    out = room_for_gradient(args[0], inplace)
     _kernel_backward(out, *args)
-    if not inplace:
-        return out
-    return _written(args[0], out)
+    return written(args[0], out) if inplace else out
 
 
 class _TokenStats(torch.autograd.Function):
@@ -362,9 +367,16 @@ def sum_tokens(logps: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     Added up in float64 where the device has it: at -1000 neighbouring float32 numbers are 6e-5 apart, so a float32 sum
     may carry that error several times, one that is rounded at the end half of it.
     """
-    wide = logps.dtype if logps.device.type == "mps" else torch.float64
-    total = logps.flatten(1).sum(-1, dtype=wide) if logps.dim() > 1 else logps.to(wide)
-    return total.to(logps.dtype if dtype is None or logps.device.type == "mps" else dtype)
+    wide = wide_dtype(logps)
+    if logps.dim() > 2:
+        logps = logps.flatten(1)
+    total = logps.sum(-1, dtype=wide) if logps.dim() > 1 else logps.to(wide)
+    return total.to(logps.dtype if dtype is None or wide != torch.float64 else dtype)
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """What sums over x are taken in: float64 where the device has it."""
+    return x.dtype if x.device.type == "mps" else torch.float64
 
 
 def sequence_logps(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import cpu, cuda, eager, triton
 from ._interface import KINDS, KL_TERMS, Backend, Objective
-from .cpu import count_live, cpu_isa, cpu_isas, probe_copy, probe_read
+from .cpu import cpu_isa, cpu_isas, probe_copy, probe_read
 
 __all__ = [
     "KINDS",
@@ -25,9 +25,10 @@ __all__ = [
     "automatic",
     "backends",
     "choose",
-    "count_live",
     "cpu_isa",
     "cpu_isas",
+    "mean_nll",
+    "mean_nll_backward",
     "pick",
     "probe_copy",
     "probe_read",
@@ -97,6 +98,18 @@ def choose(tensor: Tensor, job: str = "tokens") -> str:
     if reason:
         raise RuntimeError(f"backend {_forced!r} {reason}")
     return _forced
+
+
+def mean_nll(logits, labels, count, least, options, inplace, dtype):
+    """`cpu.mean_nll`, which may do nothing; and None where that backend is not there or another one was asked for."""
+    if _forced in (None, "cpu") and cpu._C is not None:
+        return cpu.mean_nll(logits, labels, count, least, options, inplace, dtype)
+    return None
+
+
+def mean_nll_backward(logits, labels, saved, gradient, count, options, out) -> bool:
+    """`cpu.mean_nll_backward`, or False likewise."""
+    return _forced in (None, "cpu") and cpu.mean_nll_backward(logits, labels, saved, gradient, count, options, out)
 
 
 def pick(tensor: Tensor, job: str = "tokens") -> Backend:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..head import LogitsSource, as_head
-from ..ops import sum_tokens
+from ..ops import sum_tokens, wide_dtype
 
 __all__ = [
     "Logits",
@@ -25,6 +25,7 @@ __all__ = [
     "narrow",
     "stats_of",
     "sum_tokens",
+    "total",
 ]
 
 T = TypeVar("T")
@@ -89,14 +90,19 @@ def hide(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
+def total(x: Tensor) -> Tensor:
+    """The sum of all, a scalar, added up in float64 where the device has it and rounded once."""
+    return x.sum(dtype=wide_dtype(x)).to(x.dtype)
+
+
 def masked_mean(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
     """Mean of x over the True entries of the mask (along `dim`, or over all); 0 where there is none.
 
     The count is taken in x's dtype on x's device: no host synchronisation.
     """
-    total = hide(x, mask).sum() if dim is None else hide(x, mask).sum(dim)
+    sums = total(hide(x, mask)) if dim is None else hide(x, mask).sum(dim)
     count = mask.sum() if dim is None else mask.sum(dim)
-    return total / count.clamp(min=1).to(x.dtype)
+    return sums / count.clamp(min=1).to(x.dtype)
 
 
 def check_float(name: str, x: Any, shape: torch.Size | tuple[int, ...] | None = None, like: str = "") -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..head import Head
+from ..ops import wide_dtype
 from ._common import Logits, LogitsLoss, check_float, check_logits, narrow, sum_tokens
 from ._pairwise_table import F_DIVERGENCES, NLL_NORMALIZATIONS, PAIRWISE, Pairs, PairwiseOptions, Side
 from ._parts import Piece, by_parts, known_objective
@@ -211,8 +212,7 @@ def _weighted(term: Tensor, weight: float) -> Tensor:
 def _mean(losses: Tensor) -> Tensor:
     """Mean over the pairs, summed in float64 where the device has it: equal terms then have exactly that mean, so the
     first step of DPO reports ln 2 for any batch size. 0 for no pairs."""
-    wide = losses.dtype if losses.device.type == "mps" else torch.float64
-    return (losses.sum(dtype=wide) / max(losses.numel(), 1)).to(losses.dtype)
+    return (losses.sum(dtype=wide_dtype(losses)) / max(losses.numel(), 1)).to(losses.dtype)
 
 
 class DPOLoss(LogitsLoss):
