@@ -13,11 +13,6 @@ from torch import Tensor
 from . import _backends, ops
 from ._op_checks import as_softcap
 
-# Bound here: looking them up takes longer than most of them do.
-_grad_enabled, _modes = torch.is_grad_enabled, torch._C._len_torch_dispatch_stack
-_transforms, _wrapped = torch._C._are_functorch_transforms_active, torch._C._functorch.is_functorch_wrapped_tensor
-_empty_like, _dense = torch.empty_like, torch.contiguous_format
-
 
 class _MeanNLL(torch.autograd.Function):
     @staticmethod
@@ -30,8 +25,8 @@ class _MeanNLL(torch.autograd.Function):
     def backward(ctx, g_loss):
         logits, labels, saved = ctx.saved_tensors
         count, options, inplace = ctx.made
-        if not inplace and not _grad_enabled() and ops.unwatched(logits, labels):
-            out = _empty_like(logits, memory_format=_dense)
+        if not inplace and not torch.is_grad_enabled() and ops.unwatched(logits, labels):
+            out = ops.room_for_gradient(logits, inplace=False)
             if _backends.mean_nll_backward(logits, labels, saved, g_loss, count, options, out):
                 return out, None, None
         # In place; or somebody watches, or changed what was saved; or wants another derivative, which the operator's
@@ -44,8 +39,7 @@ class _MeanNLL(torch.autograd.Function):
         return ops.gradient(logits, labels, None, saved, None, None, grads, options, inplace), None, None
 
 
-_node = super(torch.autograd.Function, _MeanNLL).apply
-"""`_MeanNLL.apply` without torch's looking for function transforms first: `mean_nll` knows that there are none."""
+_node = ops.node_of(_MeanNLL)
 
 
 def mean_nll(
@@ -75,17 +69,9 @@ def mean_nll(
     Raises:
         ValueError: a label outside [0, V).
     """
-    if (
-        torch.compiler.is_compiling()
-        or type(logits) is not Tensor
-        or type(labels) is not Tensor
-        or not logits.requires_grad
-        or not logits.is_cpu
-        or not _grad_enabled()
-        or _modes()
-        or _transforms()
-        or _wrapped(logits)  # has outlived its transform
-    ):
+    if not ops.alone(logits, labels):
+        return None
+    if not logits.requires_grad or not logits.is_cpu or not torch.is_grad_enabled():  # type: ignore[attr-defined]
         return None
     options = (ignore_index, temperature, 0.0 if softcap is None else as_softcap(softcap))
     made = _backends.mean_nll(logits, labels, count, least, options, inplace_backward, dtype)

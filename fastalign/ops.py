@@ -6,9 +6,9 @@ nothing above it touches logits.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from types import NoneType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -268,9 +268,31 @@ class _Once(torch.autograd.Function):
         )
 
 
+# Bound here: looking them up takes longer than most of them do.
+_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
+_of_transform = torch._C._functorch.is_functorch_wrapped_tensor  # also of one that is over
+
+
 def unwatched(logits, labels) -> bool:
     """Nobody watches: no tensor subclass, no dispatch mode. The dispatcher's two rounds (20 us) would add nothing."""
-    return type(logits) is Tensor and type(labels) is Tensor and torch._C._len_torch_dispatch_stack() == 0
+    return type(logits) is Tensor and type(labels) is Tensor and not _modes()
+
+
+def alone(logits, labels) -> bool:
+    """Neither a mode, a subclass, a compiler nor a transform of functions: there is nothing but autograd."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(logits) is Tensor
+        and type(labels) is Tensor
+        and not _modes()
+        and not _transforms()
+        and not _of_transform(logits)
+    )
+
+
+def node_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Its `apply` for calls that are `alone`: without torch's looking for transforms, 2 us a call."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def _redispatch(*args):
@@ -278,11 +300,14 @@ def _redispatch(*args):
         return torch.ops.fastalign.token_stats(*args)
 
 
+_plain_node = node_of(_PlainStats)
+
+
 def _call_plain(logits, labels, ref_logits, *options):
     """The operator's work for a call that nobody watches; None in place of what was not asked for."""
     if not (logits.requires_grad and torch.is_grad_enabled()):
         return checked_forward(logits, labels, ref_logits, *options)
-    outputs = _PlainStats.apply(logits, labels, ref_logits, options)
+    outputs = _plain_node(logits, labels, ref_logits, options)
     return outputs if len(outputs) > 2 else (*outputs, None, None, None)
 
 
@@ -341,11 +366,11 @@ def token_stats(
     """
     check_types(logits, labels, ref_logits, kl, label_smoothing)
     cap = as_softcap(softcap)
-    compiling = torch.compiler.is_compiling()
     smooth = label_smoothing != 0.0
-    call = torch.ops.fastalign.token_stats if compiling or not unwatched(logits, labels) else _call_plain
+    call = _call_plain if alone(logits, labels) else torch.ops.fastalign.token_stats
+    inplace = inplace_backward and not torch.compiler.is_compiling()
     logps, lse, ent, div, mean, *_ = call(
-        logits, labels, ref_logits, ignore_index, temperature, cap, entropy, smooth, inplace_backward and not compiling
+        logits, labels, ref_logits, ignore_index, temperature, cap, entropy, smooth, inplace
     )
     if smooth:
         logps = (1 - label_smoothing) * logps + label_smoothing * (mean - lse)
@@ -359,47 +384,3 @@ def token_stats(
 def token_logps(logits: Tensor, labels: Tensor, **options) -> Tensor:
     """Log-probability of each label: `token_stats(...).logps`, [...]; 0 where ignored. Options as in `token_stats`."""
     return token_stats(logits, labels, **options).logps
-
-
-def sum_tokens(logps: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Sum of [B, ..., T] log-probabilities over all but the first dimension, [B], in `dtype` (None: that of logps).
-
-    Added up in float64 where the device has it: at -1000 neighbouring float32 numbers are 6e-5 apart, so a float32 sum
-    may carry that error several times, one that is rounded at the end half of it.
-    """
-    wide = wide_dtype(logps)
-    if logps.dim() > 2:
-        logps = logps.flatten(1)
-    total = logps.sum(-1, dtype=wide) if logps.dim() > 1 else logps.to(wide)
-    return total.to(logps.dtype if dtype is None or wide != torch.float64 else dtype)
-
-
-def wide_dtype(x: Tensor) -> torch.dtype:
-    """What sums over x are taken in: float64 where the device has it."""
-    return x.dtype if x.device.type == "mps" else torch.float64
-
-
-def sequence_logps(
-    logits: Tensor, labels: Tensor, *, average: bool = False, dtype: torch.dtype | None = None, **options
-) -> Tensor:
-    """Log-probability of each sequence, [B]: the sum over its real tokens, or with `average` their mean (0 if none).
-
-    Args:
-        logits: [B, ..., V] (usually [B, T, V]).
-        labels: [B, ...]; tokens equal to `ignore_index` (prompt, padding) do not count.
-        average: divide by the number of real tokens.
-        dtype: of the result: float32 (None: the default, float64 for float64 logits) or float64, which keeps the last
-            digits of long sums for the difference of two of them.
-        options: as in `token_stats`.
-    """
-    if dtype not in (None, torch.float32, torch.float64):
-        raise TypeError(f"dtype must be None, torch.float32 or torch.float64; got {dtype}")
-    logps = token_logps(logits, labels, **options)
-    if logps.dim() < 1:
-        raise ValueError(f"logits must be [B, ..., V] with at least one batch dimension; got shape {shape_of(logits)}")
-    total = sum_tokens(logps, dtype)
-    if not average:
-        return total
-    live = (labels != options.get("ignore_index", -100)).to(total.dtype)
-    count = live.flatten(1).sum(-1) if live.dim() > 1 else live
-    return total / count.clamp(min=1)

@@ -20,6 +20,7 @@ RANK = dict.fromkeys((*COMPILED, "kernels"), 0) | {
     "ops": 2,
     "objective": 3,
     "_mean_nll": 3,
+    "_sequences": 3,
 }
 RANK |= {"packed": 2, "_head_tiles": 2, "_head_checks": 3, "_head_problem": 4, "head": 5}
 RANK |= {"losses": 6, "rl": 6, "reference": 7}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .._sequences import cut, sequence_sums, sum_tokens, wide_dtype
 from ..head import LogitsSource, as_head
-from ..ops import sum_tokens, wide_dtype
 
 __all__ = [
     "Logits",
@@ -74,6 +74,18 @@ class LogitsLoss(nn.Module):
         """Token statistics of the policy's logits; `more` options as in `token_stats`."""
         return stats_of(logits, labels, inplace_backward=self.inplace_backward, **self.stats_options, **more)
 
+    def sums(
+        self, logits: Logits, labels: Tensor, parts: int, dtype: torch.dtype
+    ) -> tuple[tuple[Tensor, ...], torch.dtype]:
+        """Sums of the log-probabilities of each row's labels by the policy, in the given dtype and in equal parts of the
+        rows; and the dtype that its statistics have."""
+        if isinstance(logits, Tensor):
+            options = self.stats_options
+            found = sequence_sums(logits, labels, parts, dtype, inplace_backward=self.inplace_backward, **options)
+            return found, torch.float64 if logits.dtype == torch.float64 else torch.float32
+        logps = self.stats(logits, labels).logps
+        return cut(sum_tokens(logps, dtype), parts), logps.dtype
+
     @torch.no_grad()
     def reference_logps(self, ref_logits: Logits, labels: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Sums of the log-probabilities of each row's labels by a reference: constants."""
@@ -81,8 +93,8 @@ class LogitsLoss(nn.Module):
 
 
 def narrow(output: Output, dtype: torch.dtype) -> Output:
-    """A loss's NamedTuple of tensors in the given dtype."""
-    return type(output)(*(field.to(dtype) for field in output))
+    """A loss's NamedTuple of tensors, all of one dtype, in the given one."""
+    return output if output[0].dtype == dtype else type(output)(*(field.to(dtype) for field in output))
 
 
 def hide(x: Tensor, mask: Tensor) -> Tensor:

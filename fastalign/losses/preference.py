@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..head import Head
-from ..ops import wide_dtype
-from ._common import Logits, LogitsLoss, check_float, check_logits, narrow, sum_tokens
+from ._common import Logits, LogitsLoss, check_float, check_logits, narrow
+from ._mean import mean_of
 from ._pairwise_table import F_DIVERGENCES, NLL_NORMALIZATIONS, PAIRWISE, Pairs, PairwiseOptions, Side
 from ._parts import Piece, by_parts, known_objective
 
@@ -151,13 +151,13 @@ def _pairwise_loss(
     _check_inputs(options, logps, ref_logps, lengths)
     chosen, rejected = (_side(options, *of_side) for of_side in zip(logps, ref_logps, lengths, strict=True))
     pairs = Pairs(chosen, rejected, options)
-    terms = [_weighted(_mean(variant.losses(pairs)), weight) for variant, weight in options.variants]
+    terms = [_weighted(mean_of(variant.losses(pairs)), weight) for variant, weight in options.variants]
     loss = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
-    with torch.no_grad():
-        per_token = options.variants[0][0].rewards_per_token
-        won, lost = (options.beta * (side.mean if per_token else side.score) for side in (chosen, rejected))
-        margins, right = won - lost, (won > lost).to(won.dtype)
-    return PreferenceOutput(loss, won, lost, margins, right, chosen.total.detach(), rejected.total.detach())
+    per_token = options.variants[0][0].rewards_per_token
+    won, lost = (options.beta * (side.mean if per_token else side.score).detach() for side in (chosen, rejected))
+    return PreferenceOutput(
+        loss, won, lost, won - lost, (won > lost).to(won.dtype), chosen.total.detach(), rejected.total.detach()
+    )
 
 
 def _check_inputs(options: PairwiseOptions, logps: tuple[Tensor, Tensor], ref_logps: _Two, lengths: _Two) -> None:
@@ -165,8 +165,10 @@ def _check_inputs(options: PairwiseOptions, logps: tuple[Tensor, Tensor], ref_lo
     if len(shape) != 1:
         raise ValueError(f"chosen_logps must have shape [B], one number per pair; got {list(shape)}")
     check_float("rejected_logps", logps[1], shape, "chosen_logps")
-    _check_two("ref_{}_logps", ref_logps, shape)
-    _check_two("{}_lengths", lengths, shape, floats=False)
+    if not (ref_logps[0] is ref_logps[1] is None):
+        _check_two("ref_{}_logps", ref_logps, shape)
+    if not (lengths[0] is lengths[1] is None):
+        _check_two("{}_lengths", lengths, shape, floats=False)
     if ref_logps[0] is not None and not options.honours("reference"):
         raise ValueError(f"ref_chosen_logps must be None: loss_type {options.loss_type!r} uses no reference")
     if lengths[0] is None and options.needs_lengths:
@@ -207,12 +209,6 @@ def _side(options: PairwiseOptions, total: Tensor, ref: Tensor | None, lengths: 
 
 def _weighted(term: Tensor, weight: float) -> Tensor:
     return term if weight == 1.0 else weight * term
-
-
-def _mean(losses: Tensor) -> Tensor:
-    """Mean over the pairs, summed in float64 where the device has it: equal terms then have exactly that mean, so the
-    first step of DPO reports ln 2 for any batch size. 0 for no pairs."""
-    return (losses.sum(dtype=wide_dtype(losses)) / max(losses.numel(), 1)).to(losses.dtype)
 
 
 class DPOLoss(LogitsLoss):
@@ -289,12 +285,13 @@ class DPOLoss(LogitsLoss):
 
     def _of(self, logits: Logits, labels: Tensor, references: _Two) -> PreferenceOutput:
         """The loss of rows whose references are sums."""
-        stats = self.stats(logits, labels)
-        lengths = _halves(labels.ne(self.ignore_index).sum(-1))
         # Rounded as given references were, so that a policy that is its reference still has rewards of exactly 0.
-        dtype = torch.float64 if references[0] is None else references[0].dtype
-        sums = _halves(sum_tokens(stats.logps, dtype if dtype == torch.float64 else torch.float32))
-        return narrow(_pairwise_loss(self.options, sums, references, lengths), stats.logps.dtype)
+        wide = references[0] is None or references[0].dtype == torch.float64
+        (chosen, rejected), dtype = self.sums(logits, labels, 2, torch.float64 if wide else torch.float32)
+        lengths: _Two = (None, None)
+        if self.options.needs_lengths:
+            lengths = _halves(labels.ne(self.ignore_index).sum(-1))
+        return narrow(_pairwise_loss(self.options, (chosen, rejected), references, lengths), dtype)
 
     def _by_parts(self, head: Head, labels: Tensor, references: _Two) -> PreferenceOutput:
         """Some pairs after the other: see `_parts`."""
