@@ -74,6 +74,12 @@ std::int64_t mean_nll_forward(py::handle logits, py::handle labels, const py::tu
     return with_labels(a, [&](std::int64_t live) { mean_nll(a, live, over, least, result); });
 }
 
+void fill_dense_result(BackwardArgs& a, py::handle out, int threads) {
+    a.out_gradient = at<void>(Seen(out).address());
+    a.out_layout.ndim = 1, a.out_layout.sizes[0] = a.rows, a.out_layout.strides[0] = a.vocab;
+    a.threads = threads;
+}
+
 // `count`: what the forward divided by. `out` is new, dense and plain.
 std::int64_t mean_nll_backward(py::handle logits, py::handle labels, const py::tuple& options, py::handle saved,
                                py::handle gradient, std::int64_t count, py::handle out, int threads) {
@@ -82,11 +88,39 @@ std::int64_t mean_nll_backward(py::handle logits, py::handle labels, const py::t
     const Scalar upstream = scalar_of(gradient, known);
     if (!known || !fill_if_plain(a, logits, labels, options, false)) return kUnusual;
     if (!fill_if_saved(a, saved, Seen(labels).shape())) return kUnusual;
-    a.out_gradient = at<void>(Seen(out).address());
-    a.out_layout.ndim = 1, a.out_layout.sizes[0] = a.rows, a.out_layout.strides[0] = a.vocab;
-    a.threads = threads;
+    fill_dense_result(a, out, threads);
     return with_labels(a, [&](std::int64_t) {
         const auto slopes = mean_nll_slopes(a.rows, count, upstream);
+        a.grads.logps = slopes.get();
+        run_gradient(cpu_kernels().backward, a);
+    });
+}
+
+// `saved`, `logps` and `lse` are new, dense and plain.
+std::int64_t logps_forward(py::handle logits, py::handle labels, const py::tuple& options, bool inplace,
+                           py::handle saved, py::handle logps, py::handle lse, int threads) {
+    ForwardArgs a{};
+    if (!fill_if_plain(a, logits, labels, options, inplace)) return kUnusual;
+    a.saved = at<float>(Seen(saved).address());
+    a.out.logps = at<float>(Seen(logps).address()), a.out.lse = at<float>(Seen(lse).address());
+    a.threads = threads;
+    return with_labels(a, [&](std::int64_t) { cpu_kernels().forward(a); });
+}
+
+// `gradients`: of the log-probs, or of their sums over equally many rows each.
+std::int64_t logps_backward(py::handle logits, py::handle labels, const py::tuple& options, py::handle saved,
+                            const py::tuple& gradients, py::handle out, int threads) {
+    BackwardArgs a{};
+    Numbers numbers;
+    for (const auto& gradient : gradients)
+        if (!numbers.add(gradient)) return kUnusual;
+    if (!fill_if_plain(a, logits, labels, options, false)) return kUnusual;
+    if (!fill_if_saved(a, saved, Seen(labels).shape())) return kUnusual;
+    if (a.rows > 0 && (numbers.count == 0 || a.rows % numbers.count)) return kUnusual;
+    fill_dense_result(a, out, threads);
+    return with_labels(a, [&](std::int64_t) {
+        const std::unique_ptr<float[]> slopes(new float[a.rows + 1]);
+        if (a.rows > 0) numbers.spread(slopes.get(), a.rows / numbers.count);
         a.grads.logps = slopes.get();
         run_gradient(cpu_kernels().backward, a);
     });
@@ -128,6 +162,8 @@ PYBIND11_MODULE(_C, m) {
     m.attr("UNUSUAL") = kUnusual;
     m.def("mean_nll_forward", &mean_nll_forward);
     m.def("mean_nll_backward", &mean_nll_backward);
+    m.def("logps_forward", &logps_forward);
+    m.def("logps_backward", &logps_backward);
     m.def("gae_float32", &gae_rows<float>);
     m.def("gae_float64", &gae_rows<double>);
     m.def("isa", [] { return std::string(cpu_kernels().isa); });

@@ -1,24 +1,26 @@
 // Tensors as Python shows them: type, dtype, shape, strides, address. Asked for from here they take a fraction of the
 // interpreter's time, and nothing of torch's headers.
 #pragma once
+#include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "../kernels/mean_nll_cpu.h"
 #include "arguments.h"
 
 namespace fastalign {
 
-// What tensors are compared with: torch.Tensor, then its dtypes float32, bfloat16, float16, int64, int32.
+// What tensors are compared with: torch.Tensor, then its dtypes float32, bfloat16, float16, int64, int32, float64.
 struct TorchTypes {
-    PyObject* of[6] = {};  // kept for good: the interpreter may be gone before a destructor runs
+    PyObject* of[7] = {};  // kept for good: the interpreter may be gone before a destructor runs
 
     void learn(const py::tuple& types) {
-        if (types.size() != 6) throw std::invalid_argument("types must be torch.Tensor and five dtypes");
-        for (std::size_t i = 0; i < 6; ++i) of[i] = py::object(types[i]).release().ptr();
+        if (types.size() != 7) throw std::invalid_argument("types must be torch.Tensor and six dtypes");
+        for (std::size_t i = 0; i < 7; ++i) of[i] = py::object(types[i]).release().ptr();
     }
-    // 0, 1, 2: floats, in the order of DType; 3, 4: int64, int32; -1: another.
+    // 0, 1, 2: floats, in the order of DType; 3, 4: int64, int32; 5: float64; -1: another.
     int dtype(py::handle d) const {
-        for (int i = 1; i < 6; ++i)
+        for (int i = 1; i < 7; ++i)
             if (d.ptr() == of[i]) return i - 1;
         return -1;
     }
@@ -90,7 +92,7 @@ inline bool fill_if_plain(TokenArgs& a, py::handle logits, py::handle labels, co
     const Seen x(logits), y(labels);
     if (!x.plain_on_cpu() || !y.plain_on_cpu() || options.size() != 3) return false;
     const int dtype = x.dtype(), integers = y.dtype();
-    if (dtype < 0 || dtype > 2 || integers < 3 || !y.dense()) return false;
+    if (dtype < 0 || dtype > 2 || (integers != 3 && integers != 4) || !y.dense()) return false;
     const py::tuple shape = x.shape(), stride = x.stride();
     if (!extends(shape, y.shape(), 1)) return false;
     const Layout layout(shape, stride);
@@ -126,5 +128,42 @@ inline Scalar scalar_of(py::handle tensor, bool& known) {
     if (!known) return {};
     return {at<void>(s.address()), static_cast<DType>(dtype)};
 }
+
+// Numbers in one or more tensors, one after the other: float32 or float64, dense or one number in all places.
+struct Numbers {
+    struct Part {
+        const void* at;
+        std::int64_t count;
+        bool wide, same;
+    };
+    std::vector<Part> parts;
+    std::int64_t count = 0;
+
+    // False for other tensors.
+    bool add(py::handle tensor) {
+        const Seen s(tensor);
+        const int dtype = s.plain_on_cpu() ? s.dtype() : -1;
+        if ((dtype != 0 && dtype != 5) || s.negated()) return false;
+        std::int64_t number = 1;
+        for (const auto& size : s.shape()) number *= py::cast<std::int64_t>(size);
+        bool same = true;
+        for (const auto& step : s.stride()) same = same && py::cast<std::int64_t>(step) == 0;
+        if (!same && !s.dense()) return false;
+        parts.push_back({at<const void>(s.address()), number, dtype == 5, same});
+        count += number;
+        return true;
+    }
+
+    // Each of them `repeat` times, in float.
+    void spread(float* to, std::int64_t repeat) const {
+        for (const Part& p : parts)
+            for (std::int64_t i = 0; i < p.count; ++i, to += repeat) {
+                const std::int64_t from = p.same ? 0 : i;
+                const float x = p.wide ? static_cast<float>(static_cast<const double*>(p.at)[from])
+                                       : static_cast<const float*>(p.at)[from];
+                std::fill(to, to + repeat, x);
+            }
+    }
+};
 
 }  // namespace fastalign

@@ -40,6 +40,19 @@ def mean_nll_backward(
     out: object,
     threads: int,
 ) -> int: ...
+def logps_forward(
+    logits: object,
+    labels: object,
+    options: tuple,
+    inplace: bool,
+    saved: object,
+    logps: object,
+    lse: object,
+    threads: int,
+) -> int: ...
+def logps_backward(
+    logits: object, labels: object, options: tuple, saved: object, gradients: tuple, out: object, threads: int
+) -> int: ...
 
 class _Gae(Protocol):
     def __call__(

@@ -7,6 +7,8 @@ in float64 on both roads, only in another order.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,8 @@ class _MeanNLL(torch.autograd.Function):
         count, options, inplace = ctx.made
         if not inplace and not torch.is_grad_enabled() and ops.unwatched(logits, labels):
             out = ops.room_for_gradient(logits, inplace=False)
-            if _backends.mean_nll_backward(logits, labels, saved, g_loss, count, options, out):
+            cpu = _backends.direct(logits)
+            if cpu is not None and cpu.mean_nll_backward(logits, labels, saved, g_loss, count, options, out):
                 return out, None, None
         # In place; or somebody watches, or changed what was saved; or wants another derivative, which the operator's
         # node refuses.
@@ -43,8 +46,8 @@ _node = ops.node_of(_MeanNLL)
 
 
 def mean_nll(
-    logits: object,
-    labels: object,
+    logits: Any,
+    labels: Any,
     count: int = 0,
     *,
     least: int = 0,
@@ -71,10 +74,11 @@ def mean_nll(
     """
     if not ops.alone(logits, labels):
         return None
-    if not logits.requires_grad or not logits.is_cpu or not torch.is_grad_enabled():  # type: ignore[attr-defined]
+    cpu = _backends.direct(logits)
+    if cpu is None or not logits.requires_grad or not torch.is_grad_enabled():
         return None
     options = (ignore_index, temperature, 0.0 if softcap is None else as_softcap(softcap))
-    made = _backends.mean_nll(logits, labels, count, least, options, inplace_backward, dtype)
+    made = cpu.mean_nll(logits, labels, count, least, options, inplace_backward, dtype)
     if made is None:
         return None
     loss, saved, live = made

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops
-from ._op_checks import as_softcap, check, shape_of
+from . import _backends, ops
+from ._op_checks import as_softcap, shape_of
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -28,23 +28,23 @@ def sum_tokens(logps: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 class _Sums(torch.autograd.Function):
-    """`sum_tokens` of the log-probabilities, cut into equal parts: one node in place of four or more."""
+    """Sums of log-probabilities, `made` already: (sums, saved, options, inplace)."""
 
     @staticmethod
-    def forward(ctx, logits, labels, parts, dtype, options, inplace):
-        logps, *_, saved = ops.kernel_forward(logits, labels, None, *options, False, False)
+    def forward(ctx, logits, labels, made):
+        sums, saved, *ctx.options = made
         ctx.save_for_backward(logits, labels, saved)
-        ctx.options, ctx.inplace = options, inplace
-        return cut(sum_tokens(logps, dtype), parts)
+        return sums
 
     @staticmethod
     def backward(ctx, *grads):
         logits, labels, saved = ctx.saved_tensors
-        of_rows = (torch.cat(grads) if len(grads) > 1 else grads[0]).to(saved.dtype)
-        g_logps = of_rows.view(-1, *[1] * (labels.dim() - 1)).expand(labels.shape)
-        grads = (g_logps, None, None, None, None)
-        gradient = ops.gradient(logits, labels, None, saved, None, None, grads, ctx.options, ctx.inplace)
-        return gradient, *[None] * 5
+
+        def of_tokens() -> tuple[Tensor, None]:
+            rows = torch.cat(grads).to(saved.dtype)
+            return rows.view(-1, *[1] * (labels.dim() - 1)).expand(labels.shape), None
+
+        return ops.logps_gradient(logits, labels, saved, grads, of_tokens, *ctx.options), None, None
 
 
 _sums_node = ops.node_of(_Sums)
@@ -52,10 +52,7 @@ _sums_node = ops.node_of(_Sums)
 
 def cut(rows: Tensor, parts: int) -> tuple[Tensor, ...]:
     """Equal parts of the first dimension, one after the other, which it must divide."""
-    if parts == 1:
-        return (rows,)
-    size = rows.shape[0] // parts
-    return tuple(rows[i * size : (i + 1) * size] for i in range(parts))
+    return (rows,) if parts == 1 else rows.chunk(parts)
 
 
 _PLAIN = {"inplace_backward", "ignore_index", "temperature", "softcap"}
@@ -65,13 +62,20 @@ def sequence_sums(
     logits: Tensor, labels: Tensor, parts: int = 1, dtype: torch.dtype | None = None, **options
 ) -> tuple[Tensor, ...]:
     """`sum_tokens` of the labels' log-probabilities, cut into equal parts of the batch; options as in `token_stats`."""
-    recorded = isinstance(logits, Tensor) and logits.requires_grad and ops.alone(logits, labels)
-    if not recorded or not torch.is_grad_enabled() or labels.dim() < 1 or not options.keys() <= _PLAIN:
+    made = _made(logits, labels, **options) if options.keys() <= _PLAIN else None
+    if made is None:
         return cut(sum_tokens(ops.token_logps(logits, labels, **options), dtype), parts)
-    cap, inplace = as_softcap(options.get("softcap")), options.get("inplace_backward", False)
-    kernel_options = (options.get("ignore_index", -100), options.get("temperature", 1.0), cap)
-    check(logits, labels, None, *kernel_options[1:], inplace)
-    return _sums_node(logits, labels, parts, dtype, kernel_options, inplace)
+    logps, saved, kept, inplace = made
+    return _sums_node(logits, labels, (cut(sum_tokens(logps, dtype), parts), saved, kept, inplace))
+
+
+def _made(logits, labels, inplace_backward=False, ignore_index=-100, temperature=1.0, softcap=None):
+    """What `_Sums` needs, where it serves: for plain tensors on the CPU whose gradient is wanted."""
+    if not ops.alone(logits, labels) or not torch.is_grad_enabled() or not logits.requires_grad or labels.dim() < 1:
+        return None
+    cpu, kept = _backends.direct(logits), (ignore_index, temperature, as_softcap(softcap))
+    made = None if cpu is None else cpu.logps(logits, labels, kept, inplace_backward)
+    return None if made is None else (made[0], made[2], kept, inplace_backward)
 
 
 def sequence_logps(

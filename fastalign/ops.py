@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,38 +16,7 @@ from torch import Tensor
 from . import _backends
 from ._extras import of_logits
 from ._op_checks import as_saved, as_softcap, check, check_types, shape_of, unit_stride
-
-
-class TokenStats(NamedTuple):
-    """Per-token statistics of the labels' shape; float32, or float64 for float64 logits; None where not asked for.
-
-    All are 0 where the label is `ignore_index`.
-    """
-
-    logps: Tensor
-    """log softmax(x)[label]; under label smoothing (1 - e) of it plus e times the vocabulary's mean log-probability."""
-    lse: Tensor
-    """log sum_j exp x_j; differentiable, so a z-loss is `stats.lse.square()`."""
-    entropy: Tensor | None
-    """-sum_j p_j log p_j, in nats."""
-    kl: Tensor | None
-    """KL(p || q) = sum_j p_j (log p_j - log q_j) against the reference logits, over the whole vocabulary, in nats."""
-
-
-class TokenStatsAndExtras(NamedTuple):
-    """In place of `TokenStats`, and beginning as it does, where `extras` were asked for."""
-
-    logps: Tensor
-    lse: Tensor
-    entropy: Tensor | None
-    kl: Tensor | None
-    log_sum_sq_probs: Tensor | None = None
-    """log sum_j p_j^2; a constant, as are the next two."""
-    mean_logits: Tensor | None = None
-    """Mean of x over the vocabulary."""
-    is_top1: Tensor | None = None
-    """Boolean: the label is the most likely token (of equally likely ones the first); False where ignored."""
-
+from ._results import TokenStats, TokenStatsAndExtras
 
 # ---------------------------------------------------------------------------------------------------------- operators
 _lib = torch.library.Library("fastalign", "DEF")
@@ -252,6 +221,36 @@ class _PlainStats(torch.autograd.Function):
         return _gradient(ctx, *grads), None, None, None
 
 
+class _Logps(torch.autograd.Function):
+    """The log-probabilities alone, `made` already: (logps, lse, saved, options, inplace)."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, made):
+        logps, lse, saved, *ctx.options = made
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, labels, saved)
+        return logps, lse
+
+    @staticmethod
+    def backward(ctx, g_logps, g_lse):
+        logits, labels, saved = ctx.saved_tensors
+        parts = (g_logps,) if g_lse is None else None
+        return logps_gradient(logits, labels, saved, parts, (g_logps, g_lse), *ctx.options), None, None
+
+
+def logps_gradient(logits, labels, saved, parts, grads, options, inplace: bool) -> Tensor:
+    """The logits' gradient, given those of logps and lse, and, if nothing else has one, that of logps as a backend
+    takes it directly (see `cpu.logps_backward`); `grads` may be a function that makes them."""
+    if parts is not None and not inplace and not torch.is_grad_enabled() and unwatched(logits, labels):
+        cpu = _backends.direct(logits)
+        out = room_for_gradient(logits, False)
+        if cpu is not None and cpu.logps_backward(logits, labels, saved, parts, options, out):
+            return out
+    g_logps, g_lse = grads() if callable(grads) else grads
+    all_grads = (g_logps, g_lse, None, None, None)
+    return gradient(logits, labels, None, saved, None, None, all_grads, options, inplace)
+
+
 class _Once(torch.autograd.Function):
     """The backward operator as a node of the graph, so that a second derivative is refused and not silently zero."""
 
@@ -300,11 +299,20 @@ def _redispatch(*args):
         return torch.ops.fastalign.token_stats(*args)
 
 
-_plain_node = node_of(_PlainStats)
+_plain_node, _logps_node = node_of(_PlainStats), node_of(_Logps)
 
 
 def _call_plain(logits, labels, ref_logits, *options):
     """The operator's work for a call that nobody watches; None in place of what was not asked for."""
+    ignore_index, temperature, softcap, entropy, mean, inplace = options
+    cpu = _backends.direct(logits)
+    if cpu is not None and ref_logits is None and not entropy and not mean:
+        kept = (ignore_index, temperature, softcap)
+        made = cpu.logps(logits, labels, kept, inplace)
+        if made is not None and not (logits.requires_grad and torch.is_grad_enabled()):
+            return (*made[:2], None, None, None)
+        if made is not None:
+            return (*_logps_node(logits, labels, (*made, kept, inplace)), None, None, None)
     if not (logits.requires_grad and torch.is_grad_enabled()):
         return checked_forward(logits, labels, ref_logits, *options)
     outputs = _plain_node(logits, labels, ref_logits, options)

@@ -17,6 +17,7 @@ RANK = dict.fromkeys((*COMPILED, "kernels"), 0) | {
     "_backends": 1,
     "_extras": 1.5,
     "_op_checks": 1.5,
+    "_results": 1.5,
     "ops": 2,
     "objective": 3,
     "_mean_nll": 3,

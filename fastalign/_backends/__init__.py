@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor
 
@@ -27,8 +28,7 @@ __all__ = [
     "choose",
     "cpu_isa",
     "cpu_isas",
-    "mean_nll",
-    "mean_nll_backward",
+    "direct",
     "pick",
     "probe_copy",
     "probe_read",
@@ -100,16 +100,9 @@ def choose(tensor: Tensor, job: str = "tokens") -> str:
     return _forced
 
 
-def mean_nll(logits, labels, count, least, options, inplace, dtype):
-    """`cpu.mean_nll`, which may do nothing; and None where that backend is not there or another one was asked for."""
-    if _forced in (None, "cpu") and cpu._C is not None:
-        return cpu.mean_nll(logits, labels, count, least, options, inplace, dtype)
-    return None
-
-
-def mean_nll_backward(logits, labels, saved, gradient, count, options, out) -> bool:
-    """`cpu.mean_nll_backward`, or False likewise."""
-    return _forced in (None, "cpu") and cpu.mean_nll_backward(logits, labels, saved, gradient, count, options, out)
+def direct(tensor: Tensor) -> Any:
+    """The backend `cpu`, where it may serve this tensor: for its functions that look at the tensors themselves."""
+    return cpu if _forced in (None, "cpu") and cpu._C is not None and tensor.is_cpu else None
 
 
 def pick(tensor: Tensor, job: str = "tokens") -> Backend:

@@ -18,7 +18,7 @@ except ImportError as error:  # a source tree that was never built, or a build f
     _C_ERROR = f"the compiled module fastalign._C cannot be imported ({error}); install with `pip install .`"
 else:
     _C_ERROR, _UNUSUAL = "", _C.UNUSUAL
-    _C.learn_types((Tensor, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32))
+    _C.learn_types((Tensor, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.float64))
     if os.environ.get("FASTALIGN_CPU_ISA"):
         _C.set_isa(os.environ["FASTALIGN_CPU_ISA"])
 
@@ -127,9 +127,40 @@ def backward(
         raise bad_label(labels, -1 - live, ignore_index, logits.shape[-1])
 
 
-# ------------------------------------------------------------------------------------------------- their mean
-# The compiled function looks at the tensors itself, in a fraction of the time that it takes to do so here, and does
-# nothing where they are not such as the kernels take as they are.
+# ------------------------------------------------------------------------------------------------- directly
+# These compiled functions look at the tensors themselves, in a fraction of the time that it takes to do so here, and do
+# nothing where they are not plain ones such as the kernels take as they are. `options` are ignore_index, temperature,
+# softcap; `inplace`: the gradient is to be written over the logits, which must not share memory with each other; `out`
+# is new and dense.
+def _done(live: int, labels: Tensor, options: tuple[int, float, float], logits: Tensor) -> bool:
+    """Whether the work was done; ValueError for a bad label."""
+    if live < 0 and live != _UNUSUAL:
+        raise bad_label(labels, -1 - live, options[0], logits.shape[-1])
+    return live >= 0
+
+
+def logps(
+    logits: Tensor, labels: Tensor, options: tuple[int, float, float], inplace: bool
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """logps, lse and what the backward needs; None, and nothing was done, for other tensors than such."""
+    found, lse = torch.empty_like(labels, dtype=torch.float32), torch.empty_like(labels, dtype=torch.float32)
+    saved = _ONE.new_empty((*labels.shape, 4))
+    live = _C.logps_forward(logits, labels, options, inplace, saved, found, lse, torch.get_num_threads())
+    return (found, lse, saved) if _done(live, labels, options, logits) else None
+
+
+def logps_backward(
+    logits: Tensor,
+    labels: Tensor,
+    saved: Tensor,
+    gradients: tuple[Tensor, ...],
+    options: tuple[int, float, float],
+    out: Tensor,
+) -> bool:
+    """Whether the gradient of the logits was written, given that of the log-probabilities, or, in one or more parts,
+    that of their sums over equally many labels each."""
+    live = _C.logps_backward(logits, labels, options, saved, gradients, out, torch.get_num_threads())
+    return _done(live, labels, options, logits)
 
 
 # A scalar like one that is there already is made in half the time.
@@ -152,8 +183,6 @@ def mean_nll(
 
     Args:
         count: 0: that number, taken as `least` at least; where it is 0 the mean is NaN.
-        options: ignore_index, temperature, softcap.
-        inplace: the gradient is to be written over the logits, which must not share memory with each other.
     """
     like = _SCALARS.get(dtype)
     if like is None:
@@ -164,11 +193,7 @@ def mean_nll(
     if live == _UNUSUAL:
         dense = logits.contiguous(), labels.contiguous()
         live = _C.mean_nll_forward(*dense, options, inplace, saved, loss, count, least, threads)
-    if live >= 0:
-        return loss, saved, live
-    if live == _UNUSUAL:
-        return None
-    raise bad_label(labels, -1 - live, options[0], logits.shape[-1])
+    return (loss, saved, live) if _done(live, labels, options, logits) else None
 
 
 def mean_nll_backward(
@@ -180,16 +205,13 @@ def mean_nll_backward(
     options: tuple[int, float, float],
     out: Tensor,
 ) -> bool:
-    """Whether the gradient of the logits was written to `out`, which is new and dense, given that of the loss and what
-    it was divided by."""
+    """Whether the gradient of the logits was written, given that of the loss and what it was divided by."""
     threads = torch.get_num_threads()
     live = _C.mean_nll_backward(logits, labels, options, saved, gradient, count, out, threads)
     if live == _UNUSUAL:
         dense = logits.contiguous(), labels.contiguous()
         live = _C.mean_nll_backward(*dense, options, saved, gradient, count, out, threads)
-    if live < 0 and live != _UNUSUAL:
-        raise bad_label(labels, -1 - live, options[0], logits.shape[-1])
-    return live >= 0
+    return _done(live, labels, options, logits)
 
 
 # ------------------------------------------------------------------------------------------------- one launch

@@ -77,8 +77,8 @@ class LogitsLoss(nn.Module):
     def sums(
         self, logits: Logits, labels: Tensor, parts: int, dtype: torch.dtype
     ) -> tuple[tuple[Tensor, ...], torch.dtype]:
-        """Sums of the log-probabilities of each row's labels by the policy, in the given dtype and in equal parts of the
-        rows; and the dtype that its statistics have."""
+        """Sums of the log-probabilities of each row's labels by the policy, in the given dtype and in equal parts of
+        the rows; and the dtype that its statistics have."""
         if isinstance(logits, Tensor):
             options = self.stats_options
             found = sequence_sums(logits, labels, parts, dtype, inplace_backward=self.inplace_backward, **options)

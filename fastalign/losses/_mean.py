@@ -1,4 +1,4 @@
-"""The mean over pairs, and sums over real tokens, as one node of the graph each where tensor operations make several.
+"""The mean over pairs, and the sum over real tokens, as one node of the graph each where tensor operations make several.
 
 Numbers and gradients are those of the operations, which stand here too, for compilers and transforms of functions.
 """
@@ -21,13 +21,18 @@ def _mean(losses: Tensor) -> Tensor:
 class _Mean(torch.autograd.Function):
     @staticmethod
     def forward(ctx, losses):
-        ctx.shape, ctx.wide = losses.shape, wide_dtype(losses)
-        return _mean(losses)
+        ctx.shape, ctx.count = losses.shape, max(losses.numel(), 1)
+        if not losses.is_cpu:
+            return _mean(losses)
+        # Divided on the host, in float64 as there: a number takes part in a tensor operation for far more.
+        return losses.new_full((), losses.sum(dtype=torch.float64).item() / ctx.count)
 
     @staticmethod
     def backward(ctx, g):
+        if g.is_cpu and ops.alone(g, g) and not torch.is_grad_enabled():
+            return g.new_full(ctx.shape, g.item() / ctx.count)
         # Differentiable, and from no saved tensor: a second derivative passes through.
-        return (g.to(ctx.wide) / max(ctx.shape.numel(), 1)).to(g.dtype).expand(ctx.shape)
+        return (g.to(wide_dtype(g)) / ctx.count).to(g.dtype).expand(ctx.shape)
 
 
 _mean_node = ops.node_of(_Mean)
@@ -36,6 +41,6 @@ _mean_node = ops.node_of(_Mean)
 def mean_of(losses: Tensor) -> Tensor:
     """Mean over the pairs, summed in float64 where the device has it: equal terms then have exactly that mean, so the
     first step of DPO reports ln 2 for any batch size. 0 for no pairs."""
-    if losses.requires_grad and torch.is_grad_enabled() and ops.alone(losses, losses):
+    if ops.alone(losses, losses) and losses.requires_grad and torch.is_grad_enabled():
         return _mean_node(losses)
     return _mean(losses)
