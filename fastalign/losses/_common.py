@@ -22,7 +22,9 @@ __all__ = [
     "hide",
     "lookup",
     "masked_mean",
+    "mean_over",
     "narrow",
+    "real_tokens",
     "stats_of",
     "sum_tokens",
     "total",
@@ -112,9 +114,19 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = Non
 
     The count is taken in x's dtype on x's device: no host synchronisation.
     """
-    sums = total(hide(x, mask)) if dim is None else hide(x, mask).sum(dim)
-    count = mask.sum() if dim is None else mask.sum(dim)
-    return sums / count.clamp(min=1).to(x.dtype)
+    if dim is None:
+        return mean_over(x, mask, real_tokens(mask, x.dtype))
+    return hide(x, mask).sum(dim) / mask.sum(dim).clamp(min=1).to(x.dtype)
+
+
+def real_tokens(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """How many entries of the mask are True, at least 1: what several means over it are divided by."""
+    return mask.sum().clamp(min=1).to(dtype)
+
+
+def mean_over(x: Tensor, mask: Tensor, count: Tensor) -> Tensor:
+    """The sum of x over the True entries of the mask, over a count."""
+    return total(hide(x, mask)) / count
 
 
 def check_float(name: str, x: Any, shape: torch.Size | tuple[int, ...] | None = None, like: str = "") -> Tensor:
@@ -136,7 +148,7 @@ def check_mask(name: str, x: Any, shape: torch.Size | tuple[int, ...], like: str
 
 
 def _check_shape(name: str, x: Tensor, shape: torch.Size | tuple[int, ...] | None, like: str) -> Tensor:
-    if shape is not None and tuple(x.shape) != tuple(shape):
+    if shape is not None and x.shape != tuple(shape):
         raise ValueError(
             f"{name} must have shape {list(shape)}{f', that of {like}' if like else ''}; got {list(x.shape)}"
         )

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._sequences import wide_dtype
 from ..head import Head
 from ._common import Logits, LogitsLoss, check_float, check_logits, narrow
-from ._mean import mean_of
 from ._pairwise_table import F_DIVERGENCES, NLL_NORMALIZATIONS, PAIRWISE, Pairs, PairwiseOptions, Side
 from ._parts import Piece, by_parts, known_objective
 
@@ -151,7 +151,7 @@ def _pairwise_loss(
     _check_inputs(options, logps, ref_logps, lengths)
     chosen, rejected = (_side(options, *of_side) for of_side in zip(logps, ref_logps, lengths, strict=True))
     pairs = Pairs(chosen, rejected, options)
-    terms = [_weighted(mean_of(variant.losses(pairs)), weight) for variant, weight in options.variants]
+    terms = [_weighted(_mean(variant.losses(pairs)), weight) for variant, weight in options.variants]
     loss = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
     per_token = options.variants[0][0].rewards_per_token
     won, lost = (options.beta * (side.mean if per_token else side.score).detach() for side in (chosen, rejected))
@@ -165,11 +165,9 @@ def _check_inputs(options: PairwiseOptions, logps: tuple[Tensor, Tensor], ref_lo
     if len(shape) != 1:
         raise ValueError(f"chosen_logps must have shape [B], one number per pair; got {list(shape)}")
     check_float("rejected_logps", logps[1], shape, "chosen_logps")
-    if not (ref_logps[0] is ref_logps[1] is None):
-        _check_two("ref_{}_logps", ref_logps, shape)
-    if not (lengths[0] is lengths[1] is None):
-        _check_two("{}_lengths", lengths, shape, floats=False)
-    if ref_logps[0] is not None and not options.honours("reference"):
+    _check_two("ref_{}_logps", ref_logps, shape)
+    _check_two("{}_lengths", lengths, shape, floats=False)
+    if ref_logps[0] is not None and not options.uses_reference:
         raise ValueError(f"ref_chosen_logps must be None: loss_type {options.loss_type!r} uses no reference")
     if lengths[0] is None and options.needs_lengths:
         raise ValueError(
@@ -181,12 +179,13 @@ def _check_inputs(options: PairwiseOptions, logps: tuple[Tensor, Tensor], ref_lo
 
 def _check_two(names: str, two: _Two, shape: torch.Size, *, floats: bool = True) -> None:
     """Both or neither; of the log-probabilities' shape."""
-    first, second = (names.format(side) for side in ("chosen", "rejected"))
     if (two[0] is None) != (two[1] is None):
+        first, second = (names.format(side) for side in ("chosen", "rejected"))
         raise ValueError(f"{first} and {second} must both be given or both be None; got one of them")
-    for name, value in ((first, two[0]), (second, two[1])):
-        if value is None:
+    for side, value in zip(("chosen", "rejected"), two, strict=True):
+        if value is None or (isinstance(value, Tensor) and value.shape == shape and value.is_floating_point()):
             continue
+        name = names.format(side)
         if floats:
             check_float(name, value, shape, "chosen_logps")
         elif not isinstance(value, Tensor):
@@ -209,6 +208,12 @@ def _side(options: PairwiseOptions, total: Tensor, ref: Tensor | None, lengths: 
 
 def _weighted(term: Tensor, weight: float) -> Tensor:
     return term if weight == 1.0 else weight * term
+
+
+def _mean(losses: Tensor) -> Tensor:
+    """Mean over the pairs, summed in float64 where the device has it: equal terms then have exactly that mean, so the
+    first step of DPO reports ln 2 for any batch size. 0 for no pairs."""
+    return (losses.sum(dtype=wide_dtype(losses)) / max(losses.numel(), 1)).to(losses.dtype)
 
 
 class DPOLoss(LogitsLoss):
@@ -270,7 +275,7 @@ class DPOLoss(LogitsLoss):
         if ref_logits is not None:
             if ref_chosen_logps is not None or ref_rejected_logps is not None:
                 raise ValueError("give ref_logits or ref_chosen_logps and ref_rejected_logps, not both")
-            if not self.options.honours("reference"):
+            if not self.options.uses_reference:
                 raise ValueError(f"ref_logits must be None: loss_type {self.options.loss_type!r} uses no reference")
             references = _halves(self.reference_logps(ref_logits, labels, torch.float64))
         head = known_objective(logits, labels, self.ignore_index)
