@@ -107,6 +107,24 @@ std::int64_t logps_forward(py::handle logits, py::handle labels, const py::tuple
     return with_labels(a, [&](std::int64_t) { cpu_kernels().forward(a); });
 }
 
+// `saved` and the `sums`, of equally many rows each, are new, dense and plain.
+std::int64_t sums_forward(py::handle logits, py::handle labels, const py::tuple& options, bool inplace,
+                          py::handle saved, const py::tuple& sums, int threads) {
+    ForwardArgs a{};
+    if (!fill_if_plain(a, logits, labels, options, inplace)) return kUnusual;
+    std::vector<Room> rooms;
+    std::int64_t count = 0;
+    for (const auto& part : sums) {
+        const Seen s(part);
+        rooms.push_back({at<float>(s.address()), py::cast<std::int64_t>(s.shape()[0])});
+        count += rooms.back().count;
+    }
+    if (count ? a.rows % count : a.rows) return kUnusual;
+    a.saved = at<float>(Seen(saved).address());
+    a.threads = threads;
+    return with_labels(a, [&](std::int64_t) { sum_logps(a, rooms, count); });
+}
+
 // `gradients`: of the log-probs, or of their sums over equally many rows each.
 std::int64_t logps_backward(py::handle logits, py::handle labels, const py::tuple& options, py::handle saved,
                             const py::tuple& gradients, py::handle out, int threads) {
@@ -163,6 +181,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("mean_nll_forward", &mean_nll_forward);
     m.def("mean_nll_backward", &mean_nll_backward);
     m.def("logps_forward", &logps_forward);
+    m.def("sums_forward", &sums_forward);
     m.def("logps_backward", &logps_backward);
     m.def("gae_float32", &gae_rows<float>);
     m.def("gae_float64", &gae_rows<double>);

@@ -50,6 +50,9 @@ def logps_forward(
     lse: object,
     threads: int,
 ) -> int: ...
+def sums_forward(
+    logits: object, labels: object, options: tuple, inplace: bool, saved: object, sums: tuple, threads: int
+) -> int: ...
 def logps_backward(
     logits: object, labels: object, options: tuple, saved: object, gradients: tuple, out: object, threads: int
 ) -> int: ...

@@ -62,20 +62,24 @@ def sequence_sums(
     logits: Tensor, labels: Tensor, parts: int = 1, dtype: torch.dtype | None = None, **options
 ) -> tuple[Tensor, ...]:
     """`sum_tokens` of the labels' log-probabilities, cut into equal parts of the batch; options as in `token_stats`."""
-    made = _made(logits, labels, **options) if options.keys() <= _PLAIN else None
+    made = _made(logits, labels, parts, dtype, **options) if options.keys() <= _PLAIN else None
     if made is None:
         return cut(sum_tokens(ops.token_logps(logits, labels, **options), dtype), parts)
-    logps, saved, kept, inplace = made
-    return _sums_node(logits, labels, (cut(sum_tokens(logps, dtype), parts), saved, kept, inplace))
+    return _sums_node(logits, labels, made)
 
 
-def _made(logits, labels, inplace_backward=False, ignore_index=-100, temperature=1.0, softcap=None):
+def _made(logits, labels, parts, dtype, inplace_backward=False, ignore_index=-100, temperature=1.0, softcap=None):
     """What `_Sums` needs, where it serves: for plain tensors on the CPU whose gradient is wanted."""
     if not ops.alone(logits, labels) or not torch.is_grad_enabled() or not logits.requires_grad or labels.dim() < 1:
         return None
     cpu, kept = _backends.direct(logits), (ignore_index, temperature, as_softcap(softcap))
-    made = None if cpu is None else cpu.logps(logits, labels, kept, inplace_backward)
-    return None if made is None else (made[0], made[2], kept, inplace_backward)
+    if cpu is None:
+        return None
+    if dtype is not torch.float64:  # the order of a sum in float64 does not show in float32
+        made = cpu.sums(logits, labels, kept, inplace_backward, parts)
+        return None if made is None else (*made, kept, inplace_backward)
+    made = cpu.logps(logits, labels, kept, inplace_backward)
+    return None if made is None else (cut(sum_tokens(made[0], dtype), parts), made[2], kept, inplace_backward)
 
 
 def sequence_logps(

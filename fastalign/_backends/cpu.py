@@ -149,6 +149,19 @@ def logps(
     return (found, lse, saved) if _done(live, labels, options, logits) else None
 
 
+def sums(
+    logits: Tensor, labels: Tensor, options: tuple[int, float, float], inplace: bool, parts: int
+) -> tuple[tuple[Tensor, ...], Tensor] | None:
+    """Sums of logps over all but the first dimension, in parts of equally many each, and what the backward needs."""
+    count, rest = divmod(labels.shape[0], parts)
+    if rest:
+        return None
+    found = tuple(_ONE.new_empty((count,)) for _ in range(parts))
+    saved = _ONE.new_empty((*labels.shape, 4))
+    live = _C.sums_forward(logits, labels, options, inplace, saved, found, torch.get_num_threads())
+    return (found, saved) if _done(live, labels, options, logits) else None
+
+
 def logps_backward(
     logits: Tensor,
     labels: Tensor,
