@@ -62,13 +62,13 @@ std::int64_t token_objective(const py::tuple& tokens, const py::tuple& options, 
 // What calls on tensors return where these are not such as they take.
 constexpr std::int64_t kUnusual = std::numeric_limits<std::int64_t>::min();
 
-// `over`, `least`: see `mean_nll`. `saved` and `loss` are new, dense and plain.
+// `over`, `least`: see `mean_nll`. `saved` and `loss` are new, dense and plain, and of dtypes that kernels know.
 std::int64_t mean_nll_forward(py::handle logits, py::handle labels, const py::tuple& options, bool inplace,
                               py::handle saved, py::handle loss, std::int64_t over, std::int64_t least, int threads) {
     ForwardArgs a{};
-    bool known;
-    const Scalar result = scalar_of(loss, known);
-    if (!known || !fill_if_plain(a, logits, labels, options, inplace)) return kUnusual;
+    if (!fill_if_plain(a, logits, labels, options, inplace)) return kUnusual;
+    const Seen made(loss);
+    const Scalar result{at<void>(made.address()), static_cast<DType>(made.dtype())};
     a.saved = at<float>(Seen(saved).address());
     a.threads = threads;
     return with_labels(a, [&](std::int64_t live) { mean_nll(a, live, over, least, result); });

@@ -132,6 +132,9 @@ def backward(
 # nothing where they are not plain ones such as the kernels take as they are. `options` are ignore_index, temperature,
 # softcap; `inplace`: the gradient is to be written over the logits, which must not share memory with each other; `out`
 # is new and dense.
+_KEPT = torch.Size((4,))  # numbers of a row, see `new_saved`
+
+
 def _done(live: int, labels: Tensor, options: tuple[int, float, float], logits: Tensor) -> bool:
     """Whether the work was done; ValueError for a bad label."""
     if live < 0 and live != _UNUSUAL:
@@ -144,7 +147,7 @@ def logps(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """logps, lse and what the backward needs; None, and nothing was done, for other tensors than such."""
     found, lse = torch.empty_like(labels, dtype=torch.float32), torch.empty_like(labels, dtype=torch.float32)
-    saved = _ONE.new_empty((*labels.shape, 4))
+    saved = _ONE.new_empty(labels.shape + _KEPT)
     live = _C.logps_forward(logits, labels, options, inplace, saved, found, lse, torch.get_num_threads())
     return (found, lse, saved) if _done(live, labels, options, logits) else None
 
@@ -157,7 +160,7 @@ def sums(
     if rest:
         return None
     found = tuple(_ONE.new_empty((count,)) for _ in range(parts))
-    saved = _ONE.new_empty((*labels.shape, 4))
+    saved = _ONE.new_empty(labels.shape + _KEPT)
     live = _C.sums_forward(logits, labels, options, inplace, saved, found, torch.get_num_threads())
     return (found, saved) if _done(live, labels, options, logits) else None
 
@@ -200,7 +203,7 @@ def mean_nll(
     like = _SCALARS.get(dtype)
     if like is None:
         return None
-    loss, saved = torch.empty_like(like), _ONE.new_empty((*labels.shape, 4))
+    loss, saved = torch.empty_like(like), _ONE.new_empty(labels.shape + _KEPT)
     threads = torch.get_num_threads()
     live = _C.mean_nll_forward(logits, labels, options, inplace, saved, loss, count, least, threads)
     if live == _UNUSUAL:

@@ -69,20 +69,17 @@ def cross_entropy(
         weights = live.to(losses.dtype)
     else:
         losses, weights = _weighted(logits, target, live, weight, ignore_index, label_smoothing)
-    return reducer(losses, weights).to(_result_dtype(input))
-
-
-def _result_dtype(input: Tensor) -> torch.dtype:
     autocast = torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
-    return torch.float32 if autocast else input.dtype
+    return reducer(losses, weights).to(torch.float32 if autocast else input.dtype)
 
 
 def _in_one_node(input: object, target: object, ignore_index: int, count: int) -> Tensor | None:
-    """The plain sum over a count, or None where `mean_nll` leaves it to the general road."""
+    """The plain sum over a count, or None where `mean_nll`, which is for the CPU, leaves it to the general road."""
     if not isinstance(input, Tensor):
         return None
     logits = input if input.dim() < 3 else input.movedim(1, -1)
-    found = mean_nll(logits, target, count, ignore_index=ignore_index, dtype=_result_dtype(input))
+    dtype = torch.float32 if torch.is_autocast_enabled("cpu") else input.dtype
+    found = mean_nll(logits, target, count, ignore_index=ignore_index, dtype=dtype)
     return None if found is None else found[0]
 
 

@@ -177,4 +177,4 @@ class SFTLoss(LogitsLoss):
 def _mean_alone(loss: Tensor, tokens: int) -> SFTOutput:
     """`sft_loss` with nothing but the defaults, whose loss is known."""
     nll = loss.detach()
-    return SFTOutput(loss, nll, nll.new_full((), 0.0), nll.new_full((), tokens, dtype=torch.int64))
+    return SFTOutput(loss, nll, torch.zeros_like(nll), torch.full_like(nll, tokens, dtype=torch.int64))
