@@ -53,6 +53,16 @@ def _sft() -> Function:
     return lambda logits, labels, ref_logps: module(logits, labels).loss
 
 
+def _dpo() -> Function:
+    module = fa.losses.DPOLoss(beta=bench_dpo.BETA)
+
+    def loss(logits: Tensor, labels: Tensor, ref_logps: Tensor) -> Tensor:
+        chosen, rejected = ref_logps.chunk(2)
+        return module(logits, labels, ref_chosen_logps=chosen, ref_rejected_logps=rejected).loss
+
+    return loss
+
+
 def _nll(logps: Tensor) -> Tensor:
     return -logps.mean()
 
@@ -105,7 +115,7 @@ _FIXED: dict[str, Mapping[str, Variant]] = {
     # torch.compile gets the cross-entropy, which it does faster than the mean of log-probabilities
     "sft": {OURS: Variant(_sft, ours=True), **_CROSS_ENTROPY, **_peers(_nll, compile_too=False)},
     "cross_entropy": {OURS: Variant(lambda: _flat(fa.cross_entropy), ours=True), **_CROSS_ENTROPY},
-    "dpo": _without_in_place(bench_dpo.SUITE),
+    "dpo": {**_without_in_place(bench_dpo.SUITE), OURS: Variant(_dpo, ours=True)},
 }
 
 

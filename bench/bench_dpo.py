@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastalign as fa
+from fastalign._sequences import sum_tokens
 
 BETA = 0.1
 
@@ -24,7 +25,7 @@ def _plain(logps: Tensor, ref_logps: Tensor) -> Tensor:
 
 def _ours(logps: Tensor, ref_logps: Tensor) -> Tensor:
     """As `DPOLoss` does with references in float64."""
-    return fa.losses.dpo_loss(*fa.ops.sum_tokens(logps, torch.float64).chunk(2), *ref_logps.chunk(2), beta=BETA).loss
+    return fa.losses.dpo_loss(*sum_tokens(logps, torch.float64).chunk(2), *ref_logps.chunk(2), beta=BETA).loss
 
 
 def _step_zero(problem: Problem) -> dict[str, float]:

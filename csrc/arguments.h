@@ -62,6 +62,13 @@ inline void fill_tokens(TokenArgs& a, const py::tuple& t) {
     a.threads = py::cast<int>(t[11]);
 }
 
+// Where a gradient goes: of the logits' shape, with strides of its own.
+template <class Args>
+void fill_result(Args& a, const py::tuple& tokens, Address out, const py::tuple& strides) {
+    a.out_gradient = at<void>(out);
+    a.out_layout = Layout(py::cast<py::tuple>(tokens[2]), strides).rows;
+}
+
 template <class T>
 T* address(const py::tuple& t, std::size_t i) {
     return at<T>(py::cast<Address>(t[i]));
@@ -90,8 +97,7 @@ inline BackwardArgs backward_args(const py::tuple& tokens, const py::tuple& per_
     const auto row = [&](std::size_t i) { return address<const float>(per_row, i); };
     a.saved = row(0), a.entropy = row(1), a.kl = row(2);
     a.grads = {row(3), row(4), row(5), row(6), row(7)};
-    a.out_gradient = at<void>(out);
-    a.out_layout = Layout(py::cast<py::tuple>(tokens[2]), out_strides).rows;
+    fill_result(a, tokens, out, out_strides);
     return a;
 }
 
@@ -118,8 +124,7 @@ inline ObjectiveArgs objective_args(const py::tuple& tokens, const py::tuple& op
     a.weight = address<const float>(inputs, 0), a.old_logps = address<const float>(inputs, 1);
     a.advantages = address<const float>(inputs, 2), a.ref_logps = address<const float>(inputs, 3);
     a.out = outputs_of(outputs), a.saved = address<float>(outputs, 5);
-    a.out_gradient = at<void>(out);
-    a.out_layout = Layout(py::cast<py::tuple>(tokens[2]), out_strides).rows;
+    fill_result(a, tokens, out, out_strides);
     return a;
 }
 

@@ -3,53 +3,145 @@
 // here.
 #include <pybind11/stl.h>
 
+#include <limits>
+#include <optional>
 #include <string>
 
 #include "../kernels/fresh_pages.h"
 #include "../kernels/gae_cpu.h"
+#include "../kernels/mean_nll_cpu.h"
 #include "../kernels/token_stats_cpu.h"
 #include "arguments.h"
+#include "tensors.h"
 
 namespace {
 
 using namespace fastalign;
 
-// Flat position of the first bad label, before any logit is read, or -1 after the work is done.
-std::int64_t token_stats_forward(const py::tuple& tokens, const py::tuple& outputs) {
-    const ForwardArgs a = forward_args(tokens, outputs);
-    py::gil_scoped_release release;
-    const std::int64_t bad = find_bad_label(a);
-    if (bad < 0) cpu_kernels().forward(a);
-    return bad;
+// All calls on tokens return how many labels are not ignored, after the work is done; or, before any logit is read, -1
+// less the flat position of the first bad label. A backward checks too: it can be called with labels that no forward
+// has seen.
+template <class Work>
+std::int64_t with_labels(const TokenArgs& a, Work work) {
+    constexpr std::int64_t kShort = 1 << 14;  // logits that take no longer than handing over the interpreter
+    std::optional<py::gil_scoped_release> release;
+    if (a.rows * a.vocab > kShort) release.emplace();
+    const std::int64_t live = count_labels(a);
+    if (live >= 0) work(live);
+    return live;
 }
 
-// Runs the kernel; `fresh`: its result is large, dense, separate, and perhaps untouched.
+// Runs the kernel. A result that is separate, and too large for the caches anyway, is written past these, into huge
+// pages.
 template <class Args>
-void run_gradient(void (*kernel)(const Args&), Args& a, bool fresh) {
-    FreshPages pages(a.out_gradient, a.rows * a.vocab * (a.dtype == DType::kFloat32 ? 4 : 2));
-    if (fresh) a.fresh = &pages;
+void run_gradient(void (*kernel)(const Args&), Args& a) {
+    constexpr std::int64_t kLarge = 32 << 20;
+    const std::int64_t bytes = a.rows * a.vocab * (a.dtype == DType::kFloat32 ? 4 : 2);
+    FreshPages pages(a.out_gradient, bytes);
+    if (bytes > kLarge && a.out_gradient != a.logits) a.fresh = &pages;
     kernel(a);
 }
 
+std::int64_t token_stats_forward(const py::tuple& tokens, const py::tuple& outputs) {
+    const ForwardArgs a = forward_args(tokens, outputs);
+    return with_labels(a, [&](std::int64_t) { cpu_kernels().forward(a); });
+}
+
 std::int64_t token_stats_backward(const py::tuple& tokens, const py::tuple& per_row, Address out,
-                                  const py::tuple& out_strides, bool fresh) {
+                                  const py::tuple& out_strides) {
     BackwardArgs a = backward_args(tokens, per_row, out, out_strides);
-    py::gil_scoped_release release;
-    // The operator can be called by itself, with labels that no forward has seen.
-    const std::int64_t bad = find_bad_label(a);
-    if (bad >= 0) return bad;
-    run_gradient(cpu_kernels().backward, a, fresh);
-    return -1;
+    return with_labels(a, [&](std::int64_t) { run_gradient(cpu_kernels().backward, a); });
 }
 
 std::int64_t token_objective(const py::tuple& tokens, const py::tuple& options, const py::tuple& inputs,
-                             const py::tuple& outputs, Address out, const py::tuple& out_strides, bool fresh) {
+                             const py::tuple& outputs, Address out, const py::tuple& out_strides) {
     ObjectiveArgs a = objective_args(tokens, options, inputs, outputs, out, out_strides);
-    py::gil_scoped_release release;
-    const std::int64_t bad = find_bad_label(a);
-    if (bad >= 0) return bad;
-    run_gradient(cpu_kernels().objective, a, fresh);
-    return -1;
+    return with_labels(a, [&](std::int64_t) { run_gradient(cpu_kernels().objective, a); });
+}
+
+// What calls on tensors return where these are not such as they take.
+constexpr std::int64_t kUnusual = std::numeric_limits<std::int64_t>::min();
+
+// `over`, `least`: see `mean_nll`. `saved` and `loss` are new, dense and plain, and of dtypes that kernels know.
+std::int64_t mean_nll_forward(py::handle logits, py::handle labels, const py::tuple& options, bool inplace,
+                              py::handle saved, py::handle loss, std::int64_t over, std::int64_t least, int threads) {
+    ForwardArgs a{};
+    if (!fill_if_plain(a, logits, labels, options, inplace)) return kUnusual;
+    const Seen made(loss);
+    const Scalar result{at<void>(made.address()), static_cast<DType>(made.dtype())};
+    a.saved = at<float>(Seen(saved).address());
+    a.threads = threads;
+    return with_labels(a, [&](std::int64_t live) { mean_nll(a, live, over, least, result); });
+}
+
+void fill_dense_result(BackwardArgs& a, py::handle out, int threads) {
+    a.out_gradient = at<void>(Seen(out).address());
+    a.out_layout.ndim = 1, a.out_layout.sizes[0] = a.rows, a.out_layout.strides[0] = a.vocab;
+    a.threads = threads;
+}
+
+// `count`: what the forward divided by. `out` is new, dense and plain.
+std::int64_t mean_nll_backward(py::handle logits, py::handle labels, const py::tuple& options, py::handle saved,
+                               py::handle gradient, std::int64_t count, py::handle out, int threads) {
+    BackwardArgs a{};
+    bool known;
+    const Scalar upstream = scalar_of(gradient, known);
+    if (!known || !fill_if_plain(a, logits, labels, options, false)) return kUnusual;
+    if (!fill_if_saved(a, saved, Seen(labels).shape())) return kUnusual;
+    fill_dense_result(a, out, threads);
+    return with_labels(a, [&](std::int64_t) {
+        const auto slopes = mean_nll_slopes(a.rows, count, upstream);
+        a.grads.logps = slopes.get();
+        run_gradient(cpu_kernels().backward, a);
+    });
+}
+
+// `saved`, `logps` and `lse` are new, dense and plain.
+std::int64_t logps_forward(py::handle logits, py::handle labels, const py::tuple& options, bool inplace,
+                           py::handle saved, py::handle logps, py::handle lse, int threads) {
+    ForwardArgs a{};
+    if (!fill_if_plain(a, logits, labels, options, inplace)) return kUnusual;
+    a.saved = at<float>(Seen(saved).address());
+    a.out.logps = at<float>(Seen(logps).address()), a.out.lse = at<float>(Seen(lse).address());
+    a.threads = threads;
+    return with_labels(a, [&](std::int64_t) { cpu_kernels().forward(a); });
+}
+
+// `saved` and the `sums`, of equally many rows each, are new, dense and plain.
+std::int64_t sums_forward(py::handle logits, py::handle labels, const py::tuple& options, bool inplace,
+                          py::handle saved, const py::tuple& sums, int threads) {
+    ForwardArgs a{};
+    if (!fill_if_plain(a, logits, labels, options, inplace)) return kUnusual;
+    std::vector<Room> rooms;
+    std::int64_t count = 0;
+    for (const auto& part : sums) {
+        const Seen s(part);
+        rooms.push_back({at<float>(s.address()), py::cast<std::int64_t>(s.shape()[0])});
+        count += rooms.back().count;
+    }
+    if (count ? a.rows % count : a.rows) return kUnusual;
+    a.saved = at<float>(Seen(saved).address());
+    a.threads = threads;
+    return with_labels(a, [&](std::int64_t) { sum_logps(a, rooms, count); });
+}
+
+// `gradients`: of the log-probs, or of their sums over equally many rows each.
+std::int64_t logps_backward(py::handle logits, py::handle labels, const py::tuple& options, py::handle saved,
+                            const py::tuple& gradients, py::handle out, int threads) {
+    BackwardArgs a{};
+    Numbers numbers;
+    for (const auto& gradient : gradients)
+        if (!numbers.add(gradient)) return kUnusual;
+    if (!fill_if_plain(a, logits, labels, options, false)) return kUnusual;
+    if (!fill_if_saved(a, saved, Seen(labels).shape())) return kUnusual;
+    if (a.rows > 0 && (numbers.count == 0 || a.rows % numbers.count)) return kUnusual;
+    fill_dense_result(a, out, threads);
+    return with_labels(a, [&](std::int64_t) {
+        const std::unique_ptr<float[]> slopes(new float[a.rows + 1]);
+        if (a.rows > 0) numbers.spread(slopes.get(), a.rows / numbers.count);
+        a.grads.logps = slopes.get();
+        run_gradient(cpu_kernels().backward, a);
+    });
 }
 
 template <class T>
@@ -84,6 +176,13 @@ PYBIND11_MODULE(_C, m) {
     m.def("token_stats_forward", &token_stats_forward);
     m.def("token_stats_backward", &token_stats_backward);
     m.def("token_objective", &token_objective);
+    m.def("learn_types", [](const py::tuple& types) { torch_types().learn(types); });
+    m.attr("UNUSUAL") = kUnusual;
+    m.def("mean_nll_forward", &mean_nll_forward);
+    m.def("mean_nll_backward", &mean_nll_backward);
+    m.def("logps_forward", &logps_forward);
+    m.def("sums_forward", &sums_forward);
+    m.def("logps_backward", &logps_backward);
     m.def("gae_float32", &gae_rows<float>);
     m.def("gae_float64", &gae_rows<double>);
     m.def("isa", [] { return std::string(cpu_kernels().isa); });

@@ -6,9 +6,7 @@ Addresses are those of `Tensor.data_ptr()`; 0 is none.
 from typing import Protocol
 
 def token_stats_forward(tokens: tuple, outputs: tuple) -> int: ...
-def token_stats_backward(
-    tokens: tuple, per_row: tuple[int, ...], out: int, out_strides: tuple[int, ...], fresh: bool
-) -> int: ...
+def token_stats_backward(tokens: tuple, per_row: tuple[int, ...], out: int, out_strides: tuple[int, ...]) -> int: ...
 def token_objective(
     tokens: tuple,
     options: tuple,
@@ -16,7 +14,47 @@ def token_objective(
     outputs: tuple[int, ...],
     out: int,
     out_strides: tuple[int, ...],
-    fresh: bool,
+) -> int: ...
+
+UNUSUAL: int
+
+def learn_types(types: tuple) -> None: ...
+def mean_nll_forward(
+    logits: object,
+    labels: object,
+    options: tuple,
+    inplace: bool,
+    saved: object,
+    loss: object,
+    over: int,
+    least: int,
+    threads: int,
+) -> int: ...
+def mean_nll_backward(
+    logits: object,
+    labels: object,
+    options: tuple,
+    saved: object,
+    gradient: object,
+    count: int,
+    out: object,
+    threads: int,
+) -> int: ...
+def logps_forward(
+    logits: object,
+    labels: object,
+    options: tuple,
+    inplace: bool,
+    saved: object,
+    logps: object,
+    lse: object,
+    threads: int,
+) -> int: ...
+def sums_forward(
+    logits: object, labels: object, options: tuple, inplace: bool, saved: object, sums: tuple, threads: int
+) -> int: ...
+def logps_backward(
+    logits: object, labels: object, options: tuple, saved: object, gradients: tuple, out: object, threads: int
 ) -> int: ...
 
 class _Gae(Protocol):

@@ -2,10 +2,11 @@
 
 from . import losses, rl
 from ._backends import backends, use_backend
+from ._sequences import sequence_logps
 from .head import Head, HeadPlan, head_plan, head_token_stats
 from .losses.cross_entropy import cross_entropy
 from .objective import Objective, attach_gradient, token_objective
-from .ops import TokenStats, TokenStatsAndExtras, sequence_logps, token_logps, token_stats
+from .ops import TokenStats, TokenStatsAndExtras, token_logps, token_stats
 from .packed import Packed, packed_sequences
 
 __version__ = "0.1.0"

@@ -1,72 +1,85 @@
-"""The mean negative log-likelihood of a small batch as one node of the graph.
+"""The mean negative log-likelihood of a batch on the CPU as one node of the graph and one raw call each way.
 
 From token statistics it is a handful of tensor operations, each recorded, each a node on the way back: some 100 us a
-step, whatever the size, where eager torch has one node for it. The number and the gradient are theirs to the bit.
+step, whatever the size, where eager torch has one node for it. The number and the gradient are theirs: sums are taken
+in float64 on both roads, only in another order.
 """
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops
-
-_EXACT = 1 << 24
-"""Counts up to this are exact in float32, so dividing in float64 and rounding once is float32's own division."""
+from . import _backends, ops
+from ._op_checks import as_softcap
 
 
 class _MeanNLL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, labels, count, ignore_index, temperature, softcap, inplace):
-        options = (ignore_index, temperature, softcap)
-        logps, *_, saved = ops.checked_forward(logits, labels, None, *options, False, False, inplace)
-        ctx.save_for_backward(logits, labels, saved)
-        ctx.count, ctx.options, ctx.inplace = count, options, inplace
-        # Divided on the host: a number takes part in a tensor operation for more than a small batch's kernel costs.
-        mean = (0.0 - logps.sum().item()) / count if count else math.nan
-        return logps.new_full((), mean)
+    def forward(ctx, logits, labels, made):
+        ctx.save_for_backward(logits, labels, made[1])
+        ctx.made = made[2:]
+        return made[0]
 
     @staticmethod
     def backward(ctx, g_loss):
         logits, labels, saved = ctx.saved_tensors
-        per_token = g_loss.item() / ctx.count if ctx.count else 0.0
-        g_logps = saved.new_full(labels.shape, -per_token)
-        if torch.is_grad_enabled():  # a second derivative is wanted: the operator's node refuses it
-            g_logps.requires_grad_()
+        count, options, inplace = ctx.made
+        if not inplace and not torch.is_grad_enabled() and ops.unwatched(logits, labels):
+            out = ops.room_for_gradient(logits, inplace=False)
+            cpu = _backends.direct(logits)
+            if cpu is not None and cpu.mean_nll_backward(logits, labels, saved, g_loss, count, options, out):
+                return out, None, None
+        # In place; or somebody watches, or changed what was saved; or wants another derivative, which the operator's
+        # node refuses.
+        slope = -(g_loss.to(saved.dtype) / count) if count else torch.zeros_like(g_loss, dtype=saved.dtype)
+        g_logps = slope.expand(labels.shape)
+        if torch.is_grad_enabled() and not g_logps.requires_grad:
+            g_logps = g_logps.detach().requires_grad_()
         grads = (g_logps, None, None, None, None)
-        gradient = ops.gradient(logits, labels, None, saved, None, None, grads, ctx.options, ctx.inplace)
-        return gradient, *[None] * 6
+        return ops.gradient(logits, labels, None, saved, None, None, grads, options, inplace), None, None
 
 
-def applies(logits: object, labels: object) -> bool:
-    """Whether `mean_nll` does for these arguments: logits on the CPU whose gradient is wanted, and nobody watching."""
-    return (
-        type(logits) is Tensor
-        and type(labels) is Tensor
-        and not torch.compiler.is_compiling()
-        and ops.unwatched(logits, labels)
-        and logits.requires_grad
-        and torch.is_grad_enabled()
-        and logits.device.type == "cpu"
-        and labels.numel() <= _EXACT
-    )
+_node = ops.node_of(_MeanNLL)
 
 
 def mean_nll(
-    logits: Tensor,
-    labels: Tensor,
-    count: float,
+    logits: Any,
+    labels: Any,
+    count: int = 0,
     *,
+    least: int = 0,
     ignore_index: int = -100,
     temperature: float = 1.0,
     softcap: float | None = None,
     inplace_backward: bool = False,
-) -> Tensor:
-    """-sum of the labels' log-probabilities / count, a scalar; where `applies`. Arguments and errors of `token_stats`.
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, int] | None:
+    """-sum of the labels' log-probabilities / count, a scalar, and the count of labels that are not ignored.
+
+    None where that is not known to be all right: for arguments that are wrong, for others than plain tensors on the CPU
+    that the kernels take as they are, where no gradient is wanted, and where somebody watches. Token statistics then
+    say what is wrong, or do it.
 
     Args:
-        count: what to divide by: a whole number up to 2^24; 0 gives NaN, and gradients of 0.
+        logits, labels, ignore_index, temperature, softcap, inplace_backward: as in `token_stats`.
+        count: what to divide by; 0: by the number of labels that are not ignored, taken as `least` at least. Where
+            that is 0 the mean is NaN, and its gradients are 0.
+        dtype: of the result.
+
+    Raises:
+        ValueError: a label outside [0, V).
     """
-    return _MeanNLL.apply(logits, labels, count, ignore_index, temperature, ops.as_softcap(softcap), inplace_backward)
+    if not ops.alone(logits, labels):
+        return None
+    cpu = _backends.direct(logits)
+    if cpu is None or not logits.requires_grad or not torch.is_grad_enabled():
+        return None
+    options = (ignore_index, temperature, 0.0 if softcap is None else as_softcap(softcap))
+    made = cpu.mean_nll(logits, labels, count, least, options, inplace_backward, dtype)
+    if made is None:
+        return None
+    loss, saved, live = made
+    return _node(logits, labels, (loss, saved, count or max(live, least), options, inplace_backward)), live

@@ -6,9 +6,9 @@ nothing above it touches logits.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from types import NoneType
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,38 +16,7 @@ from torch import Tensor
 from . import _backends
 from ._extras import of_logits
 from ._op_checks import as_saved, as_softcap, check, check_types, shape_of, unit_stride
-
-
-class TokenStats(NamedTuple):
-    """Per-token statistics of the labels' shape; float32, or float64 for float64 logits; None where not asked for.
-
-    All are 0 where the label is `ignore_index`.
-    """
-
-    logps: Tensor
-    """log softmax(x)[label]; under label smoothing (1 - e) of it plus e times the vocabulary's mean log-probability."""
-    lse: Tensor
-    """log sum_j exp x_j; differentiable, so a z-loss is `stats.lse.square()`."""
-    entropy: Tensor | None
-    """-sum_j p_j log p_j, in nats."""
-    kl: Tensor | None
-    """KL(p || q) = sum_j p_j (log p_j - log q_j) against the reference logits, over the whole vocabulary, in nats."""
-
-
-class TokenStatsAndExtras(NamedTuple):
-    """In place of `TokenStats`, and beginning as it does, where `extras` were asked for."""
-
-    logps: Tensor
-    lse: Tensor
-    entropy: Tensor | None
-    kl: Tensor | None
-    log_sum_sq_probs: Tensor | None = None
-    """log sum_j p_j^2; a constant, as are the next two."""
-    mean_logits: Tensor | None = None
-    """Mean of x over the vocabulary."""
-    is_top1: Tensor | None = None
-    """Boolean: the label is the most likely token (of equally likely ones the first); False where ignored."""
-
+from ._results import TokenStats, TokenStatsAndExtras
 
 # ---------------------------------------------------------------------------------------------------------- operators
 _lib = torch.library.Library("fastalign", "DEF")
@@ -71,12 +40,16 @@ _lib.define(
 )
 
 
-def checked_forward(logits, labels, ref_logits, ignore_index, temperature, softcap, entropy, mean, inplace_backward):
-    check(logits, labels, ref_logits, temperature, softcap, inplace_backward)
+def kernel_forward(logits, labels, ref_logits, *options):
+    """The statistics of arguments that were checked."""
     ref_logits = None if ref_logits is None else unit_stride(ref_logits)
     logits = unit_stride(logits)
-    forward = _backends.pick(logits).forward
-    return forward(logits, labels, ref_logits, ignore_index, temperature, softcap, entropy, mean)
+    return _backends.pick(logits).forward(logits, labels, ref_logits, *options)
+
+
+def checked_forward(logits, labels, ref_logits, ignore_index, temperature, softcap, entropy, mean, inplace_backward):
+    check(logits, labels, ref_logits, temperature, softcap, inplace_backward)
+    return kernel_forward(logits, labels, ref_logits, ignore_index, temperature, softcap, entropy, mean)
 
 
 def _forward(logits, *args):
@@ -136,7 +109,14 @@ def _dense(logits) -> bool:
     return logits.stride(-1) == 1 or logits.shape[-1] == 1
 
 
-def _written(logits, gradient):
+def room_for_gradient(logits, inplace: bool):
+    """Where the gradient goes: a new dense tensor, or the logits if it may and they are."""
+    if inplace and _dense(logits):
+        return logits
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def written(logits, gradient):
     """The logits, holding the gradient, which lies in their memory already unless that is not dense."""
     if gradient is not logits:
         logits.copy_(gradient)
@@ -147,7 +127,7 @@ def _written(logits, gradient):
 
 def _backward(logits, *args):
     _check_backward(logits, *args)
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    out = room_for_gradient(logits, inplace=False)
     _kernel_backward(out, logits, *args)
     return out
 
@@ -158,9 +138,9 @@ def _backward_fake(logits, *args):
 
 def _backward_inplace(logits, *args):
     _check_backward(logits, *args)
-    out = logits if _dense(logits) else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    out = room_for_gradient(logits, inplace=True)
     _kernel_backward(out, logits, *args)
-    _written(logits, out)
+    written(logits, out)
 
 
 _lib.impl("token_stats", _forward, "CompositeExplicitAutograd")
@@ -205,11 +185,9 @@ def gradient(logits, labels, ref_logits, saved, entropy, kl, grads, options, inp
     # What the forward made needs no second check, and two rounds of the dispatcher cost as much as a small gradient.
     if not as_saved(logits, labels, ref_logits, saved, entropy, kl):
         _check_backward(*args)
-    out = args[0] if inplace and _dense(logits) else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    out = room_for_gradient(args[0], inplace)
     _kernel_backward(out, *args)
-    if not inplace:
-        return out
-    return _written(args[0], out)
+    return written(args[0], out) if inplace else out
 
 
 class _TokenStats(torch.autograd.Function):
@@ -243,6 +221,36 @@ class _PlainStats(torch.autograd.Function):
         return _gradient(ctx, *grads), None, None, None
 
 
+class _Logps(torch.autograd.Function):
+    """The log-probabilities alone, `made` already: (logps, lse, saved, options, inplace)."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, made):
+        logps, lse, saved, *ctx.options = made
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, labels, saved)
+        return logps, lse
+
+    @staticmethod
+    def backward(ctx, g_logps, g_lse):
+        logits, labels, saved = ctx.saved_tensors
+        parts = (g_logps,) if g_lse is None else None
+        return logps_gradient(logits, labels, saved, parts, (g_logps, g_lse), *ctx.options), None, None
+
+
+def logps_gradient(logits, labels, saved, parts, grads, options, inplace: bool) -> Tensor:
+    """The logits' gradient, given those of logps and lse, and, if nothing else has one, that of logps as a backend
+    takes it directly (see `cpu.logps_backward`); `grads` may be a function that makes them."""
+    if parts is not None and not inplace and not torch.is_grad_enabled() and unwatched(logits, labels):
+        cpu = _backends.direct(logits)
+        out = room_for_gradient(logits, False)
+        if cpu is not None and cpu.logps_backward(logits, labels, saved, parts, options, out):
+            return out
+    g_logps, g_lse = grads() if callable(grads) else grads
+    all_grads = (g_logps, g_lse, None, None, None)
+    return gradient(logits, labels, None, saved, None, None, all_grads, options, inplace)
+
+
 class _Once(torch.autograd.Function):
     """The backward operator as a node of the graph, so that a second derivative is refused and not silently zero."""
 
@@ -259,9 +267,31 @@ class _Once(torch.autograd.Function):
         )
 
 
+# Bound here: looking them up takes longer than most of them do.
+_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
+_of_transform = torch._C._functorch.is_functorch_wrapped_tensor  # also of one that is over
+
+
 def unwatched(logits, labels) -> bool:
     """Nobody watches: no tensor subclass, no dispatch mode. The dispatcher's two rounds (20 us) would add nothing."""
-    return type(logits) is Tensor and type(labels) is Tensor and torch._C._len_torch_dispatch_stack() == 0
+    return type(logits) is Tensor and type(labels) is Tensor and not _modes()
+
+
+def alone(logits, labels) -> bool:
+    """Neither a mode, a subclass, a compiler nor a transform of functions: there is nothing but autograd."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(logits) is Tensor
+        and type(labels) is Tensor
+        and not _modes()
+        and not _transforms()
+        and not _of_transform(logits)
+    )
+
+
+def node_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Its `apply` for calls that are `alone`: without torch's looking for transforms, 2 us a call."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def _redispatch(*args):
@@ -269,11 +299,23 @@ def _redispatch(*args):
         return torch.ops.fastalign.token_stats(*args)
 
 
+_plain_node, _logps_node = node_of(_PlainStats), node_of(_Logps)
+
+
 def _call_plain(logits, labels, ref_logits, *options):
     """The operator's work for a call that nobody watches; None in place of what was not asked for."""
+    ignore_index, temperature, softcap, entropy, mean, inplace = options
+    cpu = _backends.direct(logits)
+    if cpu is not None and ref_logits is None and not entropy and not mean:
+        kept = (ignore_index, temperature, softcap)
+        made = cpu.logps(logits, labels, kept, inplace)
+        if made is not None and not (logits.requires_grad and torch.is_grad_enabled()):
+            return (*made[:2], None, None, None)
+        if made is not None:
+            return (*_logps_node(logits, labels, (*made, kept, inplace)), None, None, None)
     if not (logits.requires_grad and torch.is_grad_enabled()):
         return checked_forward(logits, labels, ref_logits, *options)
-    outputs = _PlainStats.apply(logits, labels, ref_logits, options)
+    outputs = _plain_node(logits, labels, ref_logits, options)
     return outputs if len(outputs) > 2 else (*outputs, None, None, None)
 
 
@@ -332,11 +374,11 @@ def token_stats(
     """
     check_types(logits, labels, ref_logits, kl, label_smoothing)
     cap = as_softcap(softcap)
-    compiling = torch.compiler.is_compiling()
     smooth = label_smoothing != 0.0
-    call = torch.ops.fastalign.token_stats if compiling or not unwatched(logits, labels) else _call_plain
+    call = _call_plain if alone(logits, labels) else torch.ops.fastalign.token_stats
+    inplace = inplace_backward and not torch.compiler.is_compiling()
     logps, lse, ent, div, mean, *_ = call(
-        logits, labels, ref_logits, ignore_index, temperature, cap, entropy, smooth, inplace_backward and not compiling
+        logits, labels, ref_logits, ignore_index, temperature, cap, entropy, smooth, inplace
     )
     if smooth:
         logps = (1 - label_smoothing) * logps + label_smoothing * (mean - lse)
@@ -350,40 +392,3 @@ def token_stats(
 def token_logps(logits: Tensor, labels: Tensor, **options) -> Tensor:
     """Log-probability of each label: `token_stats(...).logps`, [...]; 0 where ignored. Options as in `token_stats`."""
     return token_stats(logits, labels, **options).logps
-
-
-def sum_tokens(logps: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Sum of [B, ..., T] log-probabilities over all but the first dimension, [B], in `dtype` (None: that of logps).
-
-    Added up in float64 where the device has it: at -1000 neighbouring float32 numbers are 6e-5 apart, so a float32 sum
-    may carry that error several times, one that is rounded at the end half of it.
-    """
-    wide = logps.dtype if logps.device.type == "mps" else torch.float64
-    total = logps.flatten(1).sum(-1, dtype=wide) if logps.dim() > 1 else logps.to(wide)
-    return total.to(logps.dtype if dtype is None or logps.device.type == "mps" else dtype)
-
-
-def sequence_logps(
-    logits: Tensor, labels: Tensor, *, average: bool = False, dtype: torch.dtype | None = None, **options
-) -> Tensor:
-    """Log-probability of each sequence, [B]: the sum over its real tokens, or with `average` their mean (0 if none).
-
-    Args:
-        logits: [B, ..., V] (usually [B, T, V]).
-        labels: [B, ...]; tokens equal to `ignore_index` (prompt, padding) do not count.
-        average: divide by the number of real tokens.
-        dtype: of the result: float32 (None: the default, float64 for float64 logits) or float64, which keeps the last
-            digits of long sums for the difference of two of them.
-        options: as in `token_stats`.
-    """
-    if dtype not in (None, torch.float32, torch.float64):
-        raise TypeError(f"dtype must be None, torch.float32 or torch.float64; got {dtype}")
-    logps = token_logps(logits, labels, **options)
-    if logps.dim() < 1:
-        raise ValueError(f"logits must be [B, ..., V] with at least one batch dimension; got shape {shape_of(logits)}")
-    total = sum_tokens(logps, dtype)
-    if not average:
-        return total
-    live = (labels != options.get("ignore_index", -100)).to(total.dtype)
-    count = live.flatten(1).sum(-1) if live.dim() > 1 else live
-    return total / count.clamp(min=1)

@@ -89,12 +89,15 @@ const CpuKernels& cpu_kernels() {
 
 void set_cpu_kernels(const CpuKernels* kernels) { chosen.store(kernels, std::memory_order_release); }
 
-int64_t find_bad_label(const TokenArgs& args) {
+int64_t count_labels(const TokenArgs& args) {
+    int64_t live = 0;
     for (int64_t i = 0; i < args.rows; ++i) {
         const int64_t label = args.label(i);
-        if ((label < 0 || label >= args.vocab) && label != args.ignore_index) return i;
+        if (label == args.ignore_index) continue;
+        if (label < 0 || label >= args.vocab) return -1 - i;
+        ++live;
     }
-    return -1;
+    return live;
 }
 
 }  // namespace fastalign

@@ -9,12 +9,17 @@ def new_statistics(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(logps, lse, entropy, kl, mean), unfilled, of the labels' shape and device, dense; None for those not wanted."""
 
-    def new() -> Tensor:  # a microsecond less a call than torch.empty with the same arguments
-        return torch.empty_like(labels, dtype=torch.float32, memory_format=torch.contiguous_format)
+    # `empty_like` takes half the time of torch.empty with a shape, less still where there is nothing else to say.
+    logps = torch.empty_like(labels, dtype=torch.float32, memory_format=torch.contiguous_format)
+    return (
+        logps,
+        torch.empty_like(logps),
+        torch.empty_like(logps) if entropy else None,
+        torch.empty_like(logps) if kl else None,
+        torch.empty_like(logps) if mean else None,
+    )
 
-    return new(), new(), new() if entropy else None, new() if kl else None, new() if mean else None
 
-
-def new_saved(labels: Tensor) -> Tensor:
+def new_saved(logps: Tensor) -> Tensor:
     """What the forward keeps for the backward, unfilled: (m, r) of the policy and of the reference, see `Stats`."""
-    return torch.empty((*labels.shape, 4), dtype=torch.float32, device=labels.device)
+    return logps.new_empty((*logps.shape, 4))

@@ -21,7 +21,7 @@ const CpuKernels* find_cpu_kernels(const char* isa);
 const CpuKernels* const* all_cpu_kernels();  // best first, null-terminated; those that this processor can run
 void set_cpu_kernels(const CpuKernels* kernels);
 
-// Flat position of the first label that is neither in [0, vocab) nor ignored, or -1.
-int64_t find_bad_label(const TokenArgs& args);
+// How many labels are not ignored; where one is neither that nor in [0, vocab), -1 less the flat position of the first.
+int64_t count_labels(const TokenArgs& args);
 
 }  // namespace fastalign

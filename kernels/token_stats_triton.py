@@ -334,7 +334,8 @@ def forward(
     """
 
     names = ("logps", "lse", "entropy", "kl", "mean", "saved")
-    results = (*new_statistics(labels, want_entropy, ref_logits is not None, want_mean), new_saved(labels))
+    found = new_statistics(labels, want_entropy, ref_logits is not None, want_mean)
+    results = (*found, new_saved(found[0]))
     planned = launches(
         forward_kernel,
         {"x": logits, "z": ref_logits},

@@ -4,6 +4,8 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastalign as fa
 from fastalign.losses import SFTLoss
@@ -36,7 +38,7 @@ def test_as_the_general_road_to_the_bit(monkeypatch, loss, hidden, dtype):
         found = outcome(loss, x, y)
         with monkeypatch.context() as patch:
             for road in ROADS:
-                patch.setattr(road, "mean_nll_applies", lambda *_: False)
+                patch.setattr(road, "mean_nll", lambda *_, **__: None)
             expected = outcome(loss, x, y)
         for got, want in zip(found, expected, strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
@@ -83,3 +85,129 @@ def test_bad_labels_are_named(label):
     for loss in LOSSES.values():
         with pytest.raises(ValueError, match=rf"labels must be in \[0, 5\) .*got {label} at flat position 1"):
             loss(x, y)
+
+
+# ------------------------------------------------------------------------------------------------ onto the other road
+class Watching(TorchDispatchMode):
+    """Notes the operators that it is shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def problem():
+    x = torch.randn(4, 7, generator=torch.Generator().manual_seed(1))
+    return x.requires_grad_(), torch.tensor([0, -100, 6, 3])
+
+
+def expected():
+    x, y = problem()
+    return torch.autograd.grad(fa.cross_entropy(x, y), x)[0]
+
+
+def test_a_dispatch_mode_sees_the_operators():
+    x, y = problem()
+    with Watching() as mode:
+        (found,) = torch.autograd.grad(fa.cross_entropy(x, y), x)
+    assert {"fastalign.token_stats.default", "fastalign.token_stats_backward.default"} <= set(mode.seen)
+    assert torch.equal(found, expected())
+
+
+def test_a_dispatch_mode_of_the_backward_alone_sees_it():
+    x, y = problem()
+    loss = fa.cross_entropy(x, y)
+    with Watching() as mode:
+        (found,) = torch.autograd.grad(loss, x)
+    assert "fastalign.token_stats_backward.default" in mode.seen
+    assert torch.equal(found, expected())
+
+
+def test_fake_tensors_and_subclasses():
+    with FakeTensorMode() as mode:
+        x, y = (mode.from_tensor(t) for t in problem())
+        (grad,) = torch.autograd.grad(fa.cross_entropy(x.requires_grad_(), y), x)
+    assert grad.shape == x.shape
+    x, y = problem()
+    weight = torch.nn.Parameter(x.detach())
+    assert torch.equal(torch.autograd.grad(fa.cross_entropy(weight, y), weight)[0], expected())
+
+
+def test_compiled():
+    x, y = problem()
+    loss = torch.compile(fa.cross_entropy, fullgraph=True, backend="aot_eager")(x, y)
+    torch.testing.assert_close(torch.autograd.grad(loss, x)[0], expected(), rtol=1e-6, atol=1e-7)
+
+
+def test_function_transforms_are_refused_as_ever():
+    x, y = problem()
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda x: fa.cross_entropy(x, y))(x.detach())
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_a_backend_that_was_asked_for(backend):
+    x, y = problem()
+    with fa.use_backend(backend):
+        loss = fa.cross_entropy(x, y)
+        (found,) = torch.autograd.grad(loss, x)
+    assert ("MeanNLL" in type(loss.grad_fn).__name__) == (backend == "cpu")
+    torch.testing.assert_close(found, expected(), rtol=1e-6, atol=1e-7)
+
+
+def test_a_backend_that_changes_before_the_backward():
+    x, y = problem()
+    loss = fa.cross_entropy(x, y)
+    with fa.use_backend("eager"):
+        (found,) = torch.autograd.grad(loss, x)
+    torch.testing.assert_close(found, expected(), rtol=1e-6, atol=1e-7)
+
+
+def test_a_gradient_with_a_lazy_sign():
+    """The imaginary part of a conjugate shares its memory and says by a bit that it is negative."""
+    x, y = problem()
+    negated = torch.tensor(1j).conj().imag
+    assert negated.is_neg()
+    (found,) = torch.autograd.grad(fa.cross_entropy(x, y), x, negated)
+    assert torch.equal(found, -expected())
+
+
+STRIDES = {
+    "vocabulary": (lambda x: x.t().contiguous().t(), lambda y: y),
+    "rows": (lambda x: torch.cat([x, x], 1)[:, : x.shape[1]], lambda y: y),
+    "labels": (lambda x: x, lambda y: torch.stack([y, y], 1)[:, 0]),
+    "int32": (lambda x: x, lambda y: y.int()),
+    "nine dimensions": (lambda x: x.view(2, 1, 1, 1, 1, 1, 1, 2, -1), lambda y: y.view(2, 1, 1, 1, 1, 1, 1, 2)),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("name", STRIDES)
+def test_strides(name, inplace):
+    of_logits, of_labels = STRIDES[name]
+    x, y = problem()
+    loss = SFTLoss(inplace_backward=inplace)(of_logits(x * 1), of_labels(y)).loss
+    assert torch.equal(torch.autograd.grad(loss, x)[0], expected())
+
+
+def test_a_hook_that_stores_them_elsewhere():
+    x, y = problem()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy(force=True).copy(), torch.from_numpy):
+        loss = fa.cross_entropy(x, y)
+    assert torch.equal(torch.autograd.grad(loss, x)[0], expected())
+
+
+def test_numbers_past_the_node():
+    """Nothing of the outputs is shared: a caller may change them."""
+    x, y = problem()
+    first = SFTLoss()(x, y)
+    first.z_loss.add_(1)
+    first.num_tokens.add_(1)
+    second = SFTLoss()(x, y)
+    assert second.z_loss == 0
+    assert second.num_tokens == 3
+    assert second.num_tokens.dtype == torch.int64

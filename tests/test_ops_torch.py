@@ -6,9 +6,11 @@ import tempfile
 
 import pytest
 import torch
+from torch.testing._internal.logging_tensor import LoggingTensorMode, capture_logs
 from torch.utils.checkpoint import checkpoint
 
 import fastalign as fa
+from fastalign._sequences import sequence_sums
 
 OPS = torch.ops.fastalign
 
@@ -284,3 +286,73 @@ def test_a_reference_that_a_hook_moved_is_refused():
         kl = fa.token_stats(logits, labels, kl=True, ref_logits=ref).kl
     with pytest.raises(ValueError, match="ref_logits must be on the device of logits, cpu; got meta"):
         kl.sum().backward()
+
+
+# ------------------------------------------------------------------------------------------ the direct road on a CPU
+def watched(function, x, labels, monkeypatch):
+    """The same by the checks and operations of the general road."""
+    with monkeypatch.context() as patch:
+        patch.setattr(fa._backends, "direct", lambda tensor: None)
+        return function(x, labels)
+
+
+SUMS = {
+    "logps": lambda x, y: fa.token_logps(x, y),
+    "logps and lse": lambda x, y: torch.stack(fa.token_stats(x, y)[:2]),
+    "logps and lse, one used": lambda x, y: fa.token_stats(x, y).lse,
+    "in place": lambda x, y: fa.token_logps(x * 1, y, inplace_backward=True),
+    "capped": lambda x, y: fa.token_logps(x, y, temperature=0.7, softcap=3.0, ignore_index=-100),
+    "sums": lambda x, y: fa.sequence_logps(x, y),
+    "wide sums": lambda x, y: fa.sequence_logps(x, y, dtype=torch.float64),
+    "sums in place": lambda x, y: fa.sequence_logps(x * 1, y, inplace_backward=True),
+    "halves": lambda x, y: torch.cat(sequence_sums(x, y, 2, torch.float32)),
+    "a half": lambda x, y: sequence_sums(x, y, 2)[1],
+    "strided": lambda x, y: fa.sequence_logps(x.transpose(1, 2).contiguous().transpose(1, 2), y),
+    "strided labels": lambda x, y: fa.token_logps(x, torch.stack([y, y], -1)[..., 0]),
+    "int32": lambda x, y: fa.sequence_logps(x, y.int()),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", SUMS)
+def test_the_direct_road_is_the_general_one_to_the_bit(name, dtype, monkeypatch):
+    draw = torch.Generator().manual_seed(5)
+    x = torch.randn(4, 3, 50, generator=draw).mul(3).to(dtype).requires_grad_()
+    labels = torch.randint(50, (4, 3), generator=draw)
+    labels[1, :2] = -100
+    found, want = SUMS[name](x, labels), watched(SUMS[name], x, labels, monkeypatch)
+    assert torch.equal(found, want)
+    weights = torch.randn(found.shape, generator=draw).to(found.dtype)
+    for g in (weights, torch.ones(()).to(found.dtype).expand(found.shape)):  # dense, and one number in all places
+        grads = [torch.autograd.grad(SUMS[name](x, labels), x, g)[0]]
+        with monkeypatch.context() as patch:
+            patch.setattr(fa._backends, "direct", lambda tensor: None)
+            grads.append(torch.autograd.grad(SUMS[name](x, labels), x, g)[0])
+        assert torch.equal(*grads)
+
+
+def test_what_leaves_the_direct_road():
+    """Modes see the operators; a second derivative is refused; changed logits are noticed."""
+    x, labels = problem()
+    x2, labels2 = x.detach().view(2, 3, 30).requires_grad_(), labels.view(2, 3)
+    for function in (SUMS["logps"], SUMS["sums"], SUMS["halves"]):
+        with LoggingTensorMode(), capture_logs() as log:
+            function(x2, labels2).sum().backward()
+        assert any("fastalign.token_stats_backward" in line for line in log)
+        (grad,) = torch.autograd.grad(function(x2, labels2).sum(), x2, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiated once only"):
+            grad.sum().backward()
+        logits = x2 * 1
+        total = function(logits, labels2).sum()
+        logits.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            total.backward()
+        with pytest.raises(RuntimeError, match="setup_context"):
+            torch.func.grad(lambda x, f=function: f(x, labels2).sum())(x2.detach())
+
+
+@pytest.mark.parametrize("name", ["logps", "sums", "halves"])
+def test_bad_labels_on_the_direct_road(name):
+    x = torch.randn(2, 2, 8, requires_grad=True)
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 8\).*got 8 at flat position 3"):
+        SUMS[name](x, torch.tensor([[0, -100], [7, 8]]))

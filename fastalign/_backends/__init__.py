@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor
 
@@ -27,6 +28,7 @@ __all__ = [
     "choose",
     "cpu_isa",
     "cpu_isas",
+    "direct",
     "pick",
     "probe_copy",
     "probe_read",
@@ -96,6 +98,11 @@ def choose(tensor: Tensor, job: str = "tokens") -> str:
     if reason:
         raise RuntimeError(f"backend {_forced!r} {reason}")
     return _forced
+
+
+def direct(tensor: Tensor) -> Any:
+    """The backend `cpu`, where it may serve this tensor: for its functions that look at the tensors themselves."""
+    return cpu if _forced in (None, "cpu") and cpu._C is not None and tensor.is_cpu else None
 
 
 def pick(tensor: Tensor, job: str = "tokens") -> Backend:

@@ -17,7 +17,8 @@ except ImportError as error:  # a source tree that was never built, or a build f
     _C = None  # type: ignore[assignment]
     _C_ERROR = f"the compiled module fastalign._C cannot be imported ({error}); install with `pip install .`"
 else:
-    _C_ERROR = ""
+    _C_ERROR, _UNUSUAL = "", _C.UNUSUAL
+    _C.learn_types((Tensor, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.float64))
     if os.environ.get("FASTALIGN_CPU_ISA"):
         _C.set_isa(os.environ["FASTALIGN_CPU_ISA"])
 
@@ -27,7 +28,7 @@ def unavailable() -> str:
 
 
 def serves(tensor: Tensor, job: str) -> str:
-    if _C is not None and tensor.device.type == "cpu" and tensor.dtype in DTYPES[job]:
+    if _C is not None and tensor.is_cpu and tensor.dtype in DTYPES[job]:
         return ""
     if _C is None:
         return f"is not available: {_C_ERROR}"
@@ -56,9 +57,6 @@ def set_isa(name: str) -> None:
 # ------------------------------------------------------------------------------------------------ token statistics
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-# Results larger than this leave the caches anyway.
-_STREAM_BYTES = 32 << 20
-
 
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
@@ -82,11 +80,6 @@ def tokens(logits, labels, ref_logits, ignore_index, temperature, softcap) -> tu
     )
 
 
-def _fresh(out: Tensor, logits: Tensor) -> bool:
-    """A large separate result, which is written past the caches, into huge pages."""
-    return out.data_ptr() != logits.data_ptr() and out.numel() * out.element_size() > _STREAM_BYTES
-
-
 def forward(
     logits: Tensor,
     labels: Tensor,
@@ -99,13 +92,13 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
     labels = labels.contiguous()
     found = new_statistics(labels, want_entropy, ref_logits is not None, want_mean)
-    saved = new_saved(labels)
-    bad = _C.token_stats_forward(
+    saved = new_saved(found[0])
+    live = _C.token_stats_forward(
         tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
         tuple(map(_address, (*found, saved))),
     )
-    if bad >= 0:
-        raise bad_label(labels, bad, ignore_index, logits.shape[-1])
+    if live < 0:
+        raise bad_label(labels, -1 - live, ignore_index, logits.shape[-1])
     return (*found, saved)
 
 
@@ -124,15 +117,117 @@ def backward(
 ) -> None:
     labels = labels.contiguous()
     dense = [None if t is None else t.contiguous() for t in (saved, entropy, kl, *grads)]  # kept until the call is over
-    bad = _C.token_stats_backward(
+    live = _C.token_stats_backward(
         tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
         tuple(map(_address, dense)),
         out.data_ptr(),
         out.stride(),
-        _fresh(out, logits),
     )
-    if bad >= 0:
-        raise bad_label(labels, bad, ignore_index, logits.shape[-1])
+    if live < 0:
+        raise bad_label(labels, -1 - live, ignore_index, logits.shape[-1])
+
+
+# ------------------------------------------------------------------------------------------------- directly
+# These compiled functions look at the tensors themselves, in a fraction of the time that it takes to do so here, and do
+# nothing where they are not plain ones such as the kernels take as they are. `options` are ignore_index, temperature,
+# softcap; `inplace`: the gradient is to be written over the logits, which must not share memory with each other; `out`
+# is new and dense.
+_KEPT = torch.Size((4,))  # numbers of a row, see `new_saved`
+
+
+def _done(live: int, labels: Tensor, options: tuple[int, float, float], logits: Tensor) -> bool:
+    """Whether the work was done; ValueError for a bad label."""
+    if live < 0 and live != _UNUSUAL:
+        raise bad_label(labels, -1 - live, options[0], logits.shape[-1])
+    return live >= 0
+
+
+def logps(
+    logits: Tensor, labels: Tensor, options: tuple[int, float, float], inplace: bool
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """logps, lse and what the backward needs; None, and nothing was done, for other tensors than such."""
+    found, lse = torch.empty_like(labels, dtype=torch.float32), torch.empty_like(labels, dtype=torch.float32)
+    saved = _ONE.new_empty(labels.shape + _KEPT)
+    live = _C.logps_forward(logits, labels, options, inplace, saved, found, lse, torch.get_num_threads())
+    return (found, lse, saved) if _done(live, labels, options, logits) else None
+
+
+def sums(
+    logits: Tensor, labels: Tensor, options: tuple[int, float, float], inplace: bool, parts: int
+) -> tuple[tuple[Tensor, ...], Tensor] | None:
+    """Sums of logps over all but the first dimension, in parts of equally many each, and what the backward needs."""
+    count, rest = divmod(labels.shape[0], parts)
+    if rest:
+        return None
+    found = tuple(_ONE.new_empty((count,)) for _ in range(parts))
+    saved = _ONE.new_empty(labels.shape + _KEPT)
+    live = _C.sums_forward(logits, labels, options, inplace, saved, found, torch.get_num_threads())
+    return (found, saved) if _done(live, labels, options, logits) else None
+
+
+def logps_backward(
+    logits: Tensor,
+    labels: Tensor,
+    saved: Tensor,
+    gradients: tuple[Tensor, ...],
+    options: tuple[int, float, float],
+    out: Tensor,
+) -> bool:
+    """Whether the gradient of the logits was written, given that of the log-probabilities, or, in one or more parts,
+    that of their sums over equally many labels each."""
+    live = _C.logps_backward(logits, labels, options, saved, gradients, out, torch.get_num_threads())
+    return _done(live, labels, options, logits)
+
+
+# A scalar like one that is there already is made in half the time.
+_SCALARS = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in _DTYPE_CODES}
+_ONE = _SCALARS[torch.float32]
+
+
+def mean_nll(
+    logits: Tensor,
+    labels: Tensor,
+    count: int,
+    least: int,
+    options: tuple[int, float, float],
+    inplace: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, int] | None:
+    """-sum(logps) / count, a scalar of the dtype; what the backward needs; and how many labels are not ignored.
+
+    None, and nothing was done, for other tensors than plain, checked ones.
+
+    Args:
+        count: 0: that number, taken as `least` at least; where it is 0 the mean is NaN.
+    """
+    like = _SCALARS.get(dtype)
+    if like is None:
+        return None
+    loss, saved = torch.empty_like(like), _ONE.new_empty(labels.shape + _KEPT)
+    threads = torch.get_num_threads()
+    live = _C.mean_nll_forward(logits, labels, options, inplace, saved, loss, count, least, threads)
+    if live == _UNUSUAL:
+        dense = logits.contiguous(), labels.contiguous()
+        live = _C.mean_nll_forward(*dense, options, inplace, saved, loss, count, least, threads)
+    return (loss, saved, live) if _done(live, labels, options, logits) else None
+
+
+def mean_nll_backward(
+    logits: Tensor,
+    labels: Tensor,
+    saved: Tensor,
+    gradient: Tensor,
+    count: int,
+    options: tuple[int, float, float],
+    out: Tensor,
+) -> bool:
+    """Whether the gradient of the logits was written, given that of the loss and what it was divided by."""
+    threads = torch.get_num_threads()
+    live = _C.mean_nll_backward(logits, labels, options, saved, gradient, count, out, threads)
+    if live == _UNUSUAL:
+        dense = logits.contiguous(), labels.contiguous()
+        live = _C.mean_nll_backward(*dense, options, saved, gradient, count, out, threads)
+    return _done(live, labels, options, logits)
 
 
 # ------------------------------------------------------------------------------------------------- one launch
@@ -152,17 +247,16 @@ def objective(
     dense = [None if t is None else t.contiguous() for t in inputs]
     found = new_statistics(labels, want_entropy, ref_logits is not None, options.label_smoothing != 0)
     codes = (KINDS[options.kind], *options[1:4], KL_TERMS[options.kl], *options[5:])
-    bad = _C.token_objective(
+    live = _C.token_objective(
         tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
         codes,
         tuple(map(_address, dense)),
         tuple(map(_address, (*found, None))),
         out.data_ptr(),
         out.stride(),
-        _fresh(out, logits),
     )
-    if bad >= 0:
-        raise bad_label(labels, bad, ignore_index, logits.shape[-1])
+    if live < 0:
+        raise bad_label(labels, -1 - live, ignore_index, logits.shape[-1])
     return found
 
 

@@ -102,7 +102,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
     labels = labels.contiguous()
     found = new_statistics(labels, want_entropy, ref_logits is not None, want_mean)
-    saved = new_saved(labels)
+    saved = new_saved(found[0])
     _cuda.token_stats_forward(
         _tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
         _addresses(*found, saved),
@@ -150,7 +150,7 @@ def objective(
     labels = labels.contiguous()
     dense = [None if t is None else t.contiguous() for t in inputs]
     found = new_statistics(labels, want_entropy, ref_logits is not None, options.label_smoothing != 0)
-    saved = new_saved(labels)
+    saved = new_saved(found[0])
     _cuda.token_objective(
         _tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
         (KINDS[options.kind], *options[1:4], KL_TERMS[options.kl], *options[5:]),

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .._sequences import cut, sequence_sums, sum_tokens, wide_dtype
 from ..head import LogitsSource, as_head
-from ..ops import sum_tokens
 
 __all__ = [
     "Logits",
@@ -22,9 +22,12 @@ __all__ = [
     "hide",
     "lookup",
     "masked_mean",
+    "mean_over",
     "narrow",
+    "real_tokens",
     "stats_of",
     "sum_tokens",
+    "total",
 ]
 
 T = TypeVar("T")
@@ -73,6 +76,18 @@ class LogitsLoss(nn.Module):
         """Token statistics of the policy's logits; `more` options as in `token_stats`."""
         return stats_of(logits, labels, inplace_backward=self.inplace_backward, **self.stats_options, **more)
 
+    def sums(
+        self, logits: Logits, labels: Tensor, parts: int, dtype: torch.dtype
+    ) -> tuple[tuple[Tensor, ...], torch.dtype]:
+        """Sums of the log-probabilities of each row's labels by the policy, in the given dtype and in equal parts of
+        the rows; and the dtype that its statistics have."""
+        if isinstance(logits, Tensor):
+            options = self.stats_options
+            found = sequence_sums(logits, labels, parts, dtype, inplace_backward=self.inplace_backward, **options)
+            return found, torch.float64 if logits.dtype == torch.float64 else torch.float32
+        logps = self.stats(logits, labels).logps
+        return cut(sum_tokens(logps, dtype), parts), logps.dtype
+
     @torch.no_grad()
     def reference_logps(self, ref_logits: Logits, labels: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Sums of the log-probabilities of each row's labels by a reference: constants."""
@@ -80,8 +95,8 @@ class LogitsLoss(nn.Module):
 
 
 def narrow(output: Output, dtype: torch.dtype) -> Output:
-    """A loss's NamedTuple of tensors in the given dtype."""
-    return type(output)(*(field.to(dtype) for field in output))
+    """A loss's NamedTuple of tensors, all of one dtype, in the given one."""
+    return output if output[0].dtype == dtype else type(output)(*(field.to(dtype) for field in output))
 
 
 def hide(x: Tensor, mask: Tensor) -> Tensor:
@@ -89,14 +104,29 @@ def hide(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
+def total(x: Tensor) -> Tensor:
+    """The sum of all, a scalar, added up in float64 where the device has it and rounded once."""
+    return x.sum(dtype=wide_dtype(x)).to(x.dtype)
+
+
 def masked_mean(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
     """Mean of x over the True entries of the mask (along `dim`, or over all); 0 where there is none.
 
     The count is taken in x's dtype on x's device: no host synchronisation.
     """
-    total = hide(x, mask).sum() if dim is None else hide(x, mask).sum(dim)
-    count = mask.sum() if dim is None else mask.sum(dim)
-    return total / count.clamp(min=1).to(x.dtype)
+    if dim is None:
+        return mean_over(x, mask, real_tokens(mask, x.dtype))
+    return hide(x, mask).sum(dim) / mask.sum(dim).clamp(min=1).to(x.dtype)
+
+
+def real_tokens(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """How many entries of the mask are True, at least 1: what several means over it are divided by."""
+    return mask.sum().clamp(min=1).to(dtype)
+
+
+def mean_over(x: Tensor, mask: Tensor, count: Tensor) -> Tensor:
+    """The sum of x over the True entries of the mask, over a count."""
+    return total(hide(x, mask)) / count
 
 
 def check_float(name: str, x: Any, shape: torch.Size | tuple[int, ...] | None = None, like: str = "") -> Tensor:
@@ -118,7 +148,7 @@ def check_mask(name: str, x: Any, shape: torch.Size | tuple[int, ...], like: str
 
 
 def _check_shape(name: str, x: Tensor, shape: torch.Size | tuple[int, ...] | None, like: str) -> Tensor:
-    if shape is not None and tuple(x.shape) != tuple(shape):
+    if shape is not None and x.shape != tuple(shape):
         raise ValueError(
             f"{name} must have shape {list(shape)}{f', that of {like}' if like else ''}; got {list(x.shape)}"
         )

@@ -11,14 +11,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._common import check_range, hide, lookup, masked_mean
+from ._common import check_range, hide, lookup, masked_mean, total
 
 Count = int | float | Tensor
 
 
-def _over(total: Tensor, count: Count) -> Tensor:
-    """total / count, with an empty count taken as 1: the total is 0 there."""
-    return total / (count.clamp(min=1).to(total.dtype) if isinstance(count, Tensor) else max(count, 1))
+def _over(sums: Tensor, count: Count) -> Tensor:
+    """sums / count, with an empty count taken as 1: the sum is 0 there."""
+    return sums / (count.clamp(min=1).to(sums.dtype) if isinstance(count, Tensor) else max(count, 1))
 
 
 def _sequences(mask: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def _sequences(mask: Tensor) -> Tensor:
 
 
 def _token(x: Tensor, mask: Tensor, num_items: Count | None, max_length: int | None) -> Tensor:
-    return _over(hide(x, mask).sum(), mask.sum() if num_items is None else num_items)
+    return _over(total(hide(x, mask)), mask.sum() if num_items is None else num_items)
 
 
 def _grpo(x: Tensor, mask: Tensor, num_items: Count | None, max_length: int | None) -> Tensor:

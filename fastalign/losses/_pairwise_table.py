@@ -329,6 +329,9 @@ class PairwiseOptions:
     dpop_lambda: float = 50.0
     discopop_tau: float = 0.05
     variants: tuple[tuple[Variant, float], ...] = field(init=False, repr=False)
+    needs_lengths: bool = field(init=False, repr=False)
+    """Whether these losses need the number of tokens of each completion."""
+    uses_reference: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         weights = _weights(self.loss_type)
@@ -348,6 +351,8 @@ class PairwiseOptions:
         if "exo_pair" in weights and not 0.0 < self.label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must be in (0, 1) for loss_type 'exo_pair'; got {self.label_smoothing}")
         self._no_option_in_vain()
+        object.__setattr__(self, "needs_lengths", self._looks_at_lengths())
+        object.__setattr__(self, "uses_reference", self.honours("reference"))
 
     def _no_option_in_vain(self) -> None:
         """An option that no selected loss honours would be dropped silently: it raises."""
@@ -363,9 +368,7 @@ class PairwiseOptions:
         """Whether any of the selected losses makes use of the named option."""
         return any(name in variant.honours for variant, _ in self.variants)
 
-    @property
-    def needs_lengths(self) -> bool:
-        """Whether these losses need the number of tokens of each completion."""
+    def _looks_at_lengths(self) -> bool:
         nll = self.nll_normalization != "sum" and any(variant.nll for variant, _ in self.variants)
         return self.average or self.length_alpha != 0.0 or nll or any(variant.lengths for variant, _ in self.variants)
 

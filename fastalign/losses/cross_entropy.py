@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._mean_nll import applies as mean_nll_applies
 from .._mean_nll import mean_nll
-from ._common import check_float, check_range, hide, lookup, stats_of
+from ._common import check_float, check_range, hide, lookup, stats_of, total
 
 _REDUCTIONS = {
     "none": lambda losses, weights: losses,
-    "sum": lambda losses, weights: losses.sum(),
-    "mean": lambda losses, weights: losses.sum() / weights.sum(),  # no label: 0 / 0, NaN as in torch
+    "sum": lambda losses, weights: total(losses),
+    "mean": lambda losses, weights: total(losses) / weights.sum(),  # no label: 0 / 0, NaN as in torch
 }
+_OVER = {"mean": 0, "sum": 1}
+"""What plain losses are divided by: 0 is the number of targets."""
 
 
 def cross_entropy(
@@ -45,6 +46,10 @@ def cross_entropy(
         TypeError: class probabilities as target, unsupported dtypes, a deprecated argument.
         ValueError: shapes that do not match, an unknown reduction, a target outside [0, C) (checked on CPU).
     """
+    if weight is size_average is reduce is None and label_smoothing == 0.0 and reduction in _OVER:
+        found = _in_one_node(input, target, ignore_index, _OVER[reduction])
+        if found is not None:
+            return found
     check_float("input", input)
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a torch.Tensor; got {type(target).__name__}")
@@ -59,17 +64,23 @@ def cross_entropy(
     check_range("label_smoothing", label_smoothing, 0.0, 1.0)
     logits = input if input.dim() < 3 else input.movedim(1, -1)
     live = target != ignore_index
-    autocast = torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
-    dtype = torch.float32 if autocast else input.dtype
-    if reduction != "none" and weight is None and not label_smoothing and mean_nll_applies(logits, target):
-        count = live.sum().item() if reduction == "mean" else 1
-        return mean_nll(logits, target, count, ignore_index=ignore_index).to(dtype)
     if weight is None:
         losses = -stats_of(logits, target, ignore_index=ignore_index, label_smoothing=label_smoothing).logps
         weights = live.to(losses.dtype)
     else:
         losses, weights = _weighted(logits, target, live, weight, ignore_index, label_smoothing)
-    return reducer(losses, weights).to(dtype)
+    autocast = torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
+    return reducer(losses, weights).to(torch.float32 if autocast else input.dtype)
+
+
+def _in_one_node(input: object, target: object, ignore_index: int, count: int) -> Tensor | None:
+    """The plain sum over a count, or None where `mean_nll`, which is for the CPU, leaves it to the general road."""
+    if not isinstance(input, Tensor):
+        return None
+    logits = input if input.dim() < 3 else input.movedim(1, -1)
+    dtype = torch.float32 if torch.is_autocast_enabled("cpu") else input.dtype
+    found = mean_nll(logits, target, count, ignore_index=ignore_index, dtype=dtype)
+    return None if found is None else found[0]
 
 
 def _weighted(
@@ -86,5 +97,5 @@ def _weighted(
     if not smoothing:
         return losses, weights
     # sum_c w_c log p_c = sum_c w_c x_c - lse sum_c w_c
-    total = hide(logits @ weight, live) - stats.lse * weight.sum()
-    return (1 - smoothing) * losses - smoothing / logits.shape[-1] * hide(total, live), weights
+    whole = hide(logits @ weight, live) - stats.lse * weight.sum()
+    return (1 - smoothing) * losses - smoothing / logits.shape[-1] * hide(whole, live), weights

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..head import Head
 from ..objective import attach_gradient, token_objective
-from ._common import Logits, LogitsLoss, check_float, check_mask, check_range, lookup, masked_mean
+from ._common import Logits, LogitsLoss, check_float, check_mask, check_range, lookup, mean_over, real_tokens
 from ._kl import KL_ESTIMATORS, importance_weights, kl_estimate, token_kl
 from ._normalization import NORMALIZATIONS, Count, as_real, normalize
 from ._one_launch import policy_inputs, policy_objective, token_weights
@@ -149,15 +149,17 @@ def policy_loss(
             raise ValueError("entropy_coef other than 0 needs entropy, that of each token; got None")
         loss = loss - entropy_coef * reduced(entropy)
 
+    count = real_tokens(mask, live.dtype)
+
     def metric(x: Tensor) -> Tensor:
-        return masked_mean(x.detach(), mask)
+        return mean_over(x.detach(), mask, count)
 
     return PolicyLossOutput(
         loss,
         policy.detach(),
         None if divergence is None else metric(divergence),
         None if entropy is None else metric(entropy),
-        metric(0.5 * log_ratio.square()),
+        metric(0.5 * log_ratio.detach().square()),
         metric(objective.clipped.to(live.dtype)),
         metric(objective.ratio),
     )

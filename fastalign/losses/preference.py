@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._sequences import wide_dtype
 from ..head import Head
-from ._common import Logits, LogitsLoss, check_float, check_logits, narrow, sum_tokens
+from ._common import Logits, LogitsLoss, check_float, check_logits, narrow
 from ._pairwise_table import F_DIVERGENCES, NLL_NORMALIZATIONS, PAIRWISE, Pairs, PairwiseOptions, Side
 from ._parts import Piece, by_parts, known_objective
 
@@ -152,11 +153,11 @@ def _pairwise_loss(
     pairs = Pairs(chosen, rejected, options)
     terms = [_weighted(_mean(variant.losses(pairs)), weight) for variant, weight in options.variants]
     loss = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
-    with torch.no_grad():
-        per_token = options.variants[0][0].rewards_per_token
-        won, lost = (options.beta * (side.mean if per_token else side.score) for side in (chosen, rejected))
-        margins, right = won - lost, (won > lost).to(won.dtype)
-    return PreferenceOutput(loss, won, lost, margins, right, chosen.total.detach(), rejected.total.detach())
+    per_token = options.variants[0][0].rewards_per_token
+    won, lost = (options.beta * (side.mean if per_token else side.score).detach() for side in (chosen, rejected))
+    return PreferenceOutput(
+        loss, won, lost, won - lost, (won > lost).to(won.dtype), chosen.total.detach(), rejected.total.detach()
+    )
 
 
 def _check_inputs(options: PairwiseOptions, logps: tuple[Tensor, Tensor], ref_logps: _Two, lengths: _Two) -> None:
@@ -166,7 +167,7 @@ def _check_inputs(options: PairwiseOptions, logps: tuple[Tensor, Tensor], ref_lo
     check_float("rejected_logps", logps[1], shape, "chosen_logps")
     _check_two("ref_{}_logps", ref_logps, shape)
     _check_two("{}_lengths", lengths, shape, floats=False)
-    if ref_logps[0] is not None and not options.honours("reference"):
+    if ref_logps[0] is not None and not options.uses_reference:
         raise ValueError(f"ref_chosen_logps must be None: loss_type {options.loss_type!r} uses no reference")
     if lengths[0] is None and options.needs_lengths:
         raise ValueError(
@@ -178,12 +179,13 @@ def _check_inputs(options: PairwiseOptions, logps: tuple[Tensor, Tensor], ref_lo
 
 def _check_two(names: str, two: _Two, shape: torch.Size, *, floats: bool = True) -> None:
     """Both or neither; of the log-probabilities' shape."""
-    first, second = (names.format(side) for side in ("chosen", "rejected"))
     if (two[0] is None) != (two[1] is None):
+        first, second = (names.format(side) for side in ("chosen", "rejected"))
         raise ValueError(f"{first} and {second} must both be given or both be None; got one of them")
-    for name, value in ((first, two[0]), (second, two[1])):
-        if value is None:
+    for side, value in zip(("chosen", "rejected"), two, strict=True):
+        if value is None or (isinstance(value, Tensor) and value.shape == shape and value.is_floating_point()):
             continue
+        name = names.format(side)
         if floats:
             check_float(name, value, shape, "chosen_logps")
         elif not isinstance(value, Tensor):
@@ -211,8 +213,7 @@ def _weighted(term: Tensor, weight: float) -> Tensor:
 def _mean(losses: Tensor) -> Tensor:
     """Mean over the pairs, summed in float64 where the device has it: equal terms then have exactly that mean, so the
     first step of DPO reports ln 2 for any batch size. 0 for no pairs."""
-    wide = losses.dtype if losses.device.type == "mps" else torch.float64
-    return (losses.sum(dtype=wide) / max(losses.numel(), 1)).to(losses.dtype)
+    return (losses.sum(dtype=wide_dtype(losses)) / max(losses.numel(), 1)).to(losses.dtype)
 
 
 class DPOLoss(LogitsLoss):
@@ -274,7 +275,7 @@ class DPOLoss(LogitsLoss):
         if ref_logits is not None:
             if ref_chosen_logps is not None or ref_rejected_logps is not None:
                 raise ValueError("give ref_logits or ref_chosen_logps and ref_rejected_logps, not both")
-            if not self.options.honours("reference"):
+            if not self.options.uses_reference:
                 raise ValueError(f"ref_logits must be None: loss_type {self.options.loss_type!r} uses no reference")
             references = _halves(self.reference_logps(ref_logits, labels, torch.float64))
         head = known_objective(logits, labels, self.ignore_index)
@@ -289,12 +290,13 @@ class DPOLoss(LogitsLoss):
 
     def _of(self, logits: Logits, labels: Tensor, references: _Two) -> PreferenceOutput:
         """The loss of rows whose references are sums."""
-        stats = self.stats(logits, labels)
-        lengths = _halves(labels.ne(self.ignore_index).sum(-1))
         # Rounded as given references were, so that a policy that is its reference still has rewards of exactly 0.
-        dtype = torch.float64 if references[0] is None else references[0].dtype
-        sums = _halves(sum_tokens(stats.logps, dtype if dtype == torch.float64 else torch.float32))
-        return narrow(_pairwise_loss(self.options, sums, references, lengths), stats.logps.dtype)
+        wide = references[0] is None or references[0].dtype == torch.float64
+        (chosen, rejected), dtype = self.sums(logits, labels, 2, torch.float64 if wide else torch.float32)
+        lengths: _Two = (None, None)
+        if self.options.needs_lengths:
+            lengths = _halves(labels.ne(self.ignore_index).sum(-1))
+        return narrow(_pairwise_loss(self.options, (chosen, rejected), references, lengths), dtype)
 
     def _by_parts(self, head: Head, labels: Tensor, references: _Two) -> PreferenceOutput:
         """Some pairs after the other: see `_parts`."""

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._mean_nll import applies as mean_nll_applies
 from .._mean_nll import mean_nll
 from ..head import Head
 from ..objective import Objective, attach_gradient, token_objective
@@ -128,12 +127,14 @@ class SFTLoss(LogitsLoss):
         Raises:
             ValueError, TypeError: as `token_stats` and `sft_loss`.
         """
+        if num_items is None and self._is_plain_mean():
+            found = mean_nll(logits, labels, least=1, inplace_backward=self.inplace_backward, **self.stats_options)
+            if found is not None:
+                return _mean_alone(*found)
         mask = labels != self.ignore_index
         head = known_objective(logits, labels, self.ignore_index)
         if head is not None and labels.dim() > 1:
             return self._by_parts(head, labels, mask, num_items)
-        if self._is_plain_mean(num_items) and mean_nll_applies(logits, labels):
-            return self._mean(logits, labels, mask)  # type: ignore[arg-type]
         gradient = None
         if self.one_launch and isinstance(logits, Tensor) and torch.is_grad_enabled() and logits.requires_grad:
             weight = token_weights(mask, NORMALIZATIONS[self.normalization], num_items)
@@ -151,19 +152,8 @@ class SFTLoss(LogitsLoss):
             return output
         return output._replace(loss=attach_gradient(output.loss, logits, gradient))
 
-    def _is_plain_mean(self, num_items: Count | None) -> bool:
-        return (
-            NORMALIZATIONS[self.normalization] == "token"
-            and num_items is None
-            and not (self.label_smoothing or self.z_loss or self.one_launch)
-        )
-
-    def _mean(self, logits: Tensor, labels: Tensor, mask: Tensor) -> SFTOutput:
-        """`sft_loss` with nothing but the defaults, in one node."""
-        tokens = mask.sum()
-        count = max(tokens.item(), 1)
-        loss = mean_nll(logits, labels, count, inplace_backward=self.inplace_backward, **self.stats_options)
-        return SFTOutput(loss, loss.detach(), loss.new_zeros(()), tokens)
+    def _is_plain_mean(self) -> bool:
+        return self.normalization == "token" and not (self.label_smoothing or self.z_loss or self.one_launch)
 
     def _by_parts(self, head: Head, labels: Tensor, mask: Tensor, num_items: Count | None) -> SFTOutput:
         """Some sequences after the other: see `_parts`."""
@@ -182,3 +172,9 @@ class SFTLoss(LogitsLoss):
 
     def extra_repr(self) -> str:
         return f"normalization={self.normalization!r}, label_smoothing={self.label_smoothing}, z_loss={self.z_loss}"
+
+
+def _mean_alone(loss: Tensor, tokens: int) -> SFTOutput:
+    """`sft_loss` with nothing but the defaults, whose loss is known."""
+    nll = loss.detach()
+    return SFTOutput(loss, nll, torch.zeros_like(nll), torch.full_like(nll, tokens, dtype=torch.int64))

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._sequences import sequence_logps
 from ..losses.preference import DPOLoss
 from ..losses.unpaired import KTOLoss
-from ..ops import sequence_logps
 from ._case import Case, Sizes
 
 _IGNORED = -100

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ..ops import sum_tokens
+from .._sequences import sum_tokens
 from .callbacks import ConsoleCallback, GiveBackCallback, JsonlCallback
 from .checkpoints import PARTIAL, publish, rotate, seal, write_folder
 from .config import GroupsConfig, TrainingConfig

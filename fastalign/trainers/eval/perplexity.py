@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ...ops import sum_tokens
+from ..._sequences import sum_tokens
 from ..data.collate import IGNORE, SFTCollator
 from ..data.encode import Encoder
 from ..data.files import Rows
