@@ -213,6 +213,8 @@ def _weighted(term: Tensor, weight: float) -> Tensor:
 def _mean(losses: Tensor) -> Tensor:
     """Mean over the pairs, summed in float64 where the device has it: equal terms then have exactly that mean, so the
     first step of DPO reports ln 2 for any batch size. 0 for no pairs."""
+    if losses.numel() == 1:  # the same, in one operation of four
+        return losses.reshape(())
     return (losses.sum(dtype=wide_dtype(losses)) / max(losses.numel(), 1)).to(losses.dtype)
 
 
