@@ -390,3 +390,21 @@ def test_kto_is_finite_and_differentiable():
 def test_kto_bad_input(arguments, error, message):
     with pytest.raises(error, match=message):
         kto_loss(**{"logps": PAIR, "desirable": PAIR.bool(), **arguments})
+
+
+@pytest.mark.parametrize("name", sorted(PAIRWISE))
+def test_one_pair_is_the_mean_of_two_alike(name):
+    """Its loss, which is no mean of several, is the same to the bit, and so is its gradient."""
+    options = {"label_smoothing": 0.1} if name == "exo_pair" else {}
+    of = {}
+    for count in (1, 2):
+        logps = [torch.full((count,), x, requires_grad=True) for x in (-3.25, -4.5)]
+        refs = [torch.full((count,), x) for x in (-3.0, -5.0)] if "reference" in PAIRWISE[name].honours else [None] * 2
+        lengths = {f"{side}_lengths": torch.full((count,), 3) for side in ("chosen", "rejected")}
+        loss = dpo_loss(*logps, *refs, loss_type=name, **lengths, **options).loss
+        grads = torch.autograd.grad(loss, logps, allow_unused=True)
+        of[count] = loss, [None if g is None else g.sum() for g in grads]
+        assert loss.shape == ()
+    assert torch.equal(of[1][0], of[2][0])
+    for one, two in zip(of[1][1], of[2][1], strict=True):
+        assert (one is None and two is None) or torch.equal(one, two)

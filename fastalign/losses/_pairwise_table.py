@@ -55,8 +55,7 @@ class Side(NamedTuple):
         return self.score if self.averaged else self.score / _required(self.lengths)
 
 
-@dataclass(frozen=True)
-class Pairs:
+class Pairs(NamedTuple):
     """A batch of pairs as the functions of the table see it."""
 
     chosen: Side

@@ -197,7 +197,11 @@ def _check_two(names: str, two: _Two, shape: torch.Size, *, floats: bool = True)
 def _side(options: PairwiseOptions, total: Tensor, ref: Tensor | None, lengths: Tensor | None) -> Side:
     """One side of the pairs in the dtype that it is computed in: float64 for float64, else float32."""
     total = total if total.dtype == torch.float64 else total.float()
-    ref = torch.zeros_like(total) if ref is None else ref.detach().to(total.dtype)
+    if ref is None:
+        ref = torch.zeros_like(total)
+    else:  # asked first: an operation that does nothing takes as long as many another
+        ref = ref.detach() if ref.requires_grad else ref
+        ref = ref if ref.dtype == total.dtype else ref.to(total.dtype)
     lengths = None if lengths is None else lengths.to(total.dtype).clamp(min=1)
     logps = total
     if options.average and lengths is not None:
@@ -213,6 +217,8 @@ def _weighted(term: Tensor, weight: float) -> Tensor:
 def _mean(losses: Tensor) -> Tensor:
     """Mean over the pairs, summed in float64 where the device has it: equal terms then have exactly that mean, so the
     first step of DPO reports ln 2 for any batch size. 0 for no pairs."""
+    if losses.numel() == 1:  # the same, in one operation of four
+        return losses.reshape(())
     return (losses.sum(dtype=wide_dtype(losses)) / max(losses.numel(), 1)).to(losses.dtype)
 
 
