@@ -138,6 +138,7 @@ _NOTES = (
     " of them; eager's in brackets. Error against float64: of the result (forward: largest, absolute) or of the "
     "gradient (norm of the error over norm), eager's in brackets."
 )
+_IDLE_NOTES = " Times of a device whose queue was empty: what Python and launches take of the host is in them."
 _HOST_NOTES = (
     " Times are the device's own, its queue being full as it is in training; host: what Python and launches take of "
     "the host for one call, eager's in brackets."
@@ -176,7 +177,8 @@ def table(results: dict[str, Any]) -> str:
             )
     parts = [machine(results)]
     if cases:
-        parts += ["\n".join(lines), *filter(None, [_rates(results)]), _NOTES + _HOST_NOTES * on_device]
+        more = _HOST_NOTES if on_device else _IDLE_NOTES if results["environment"].get("accelerator") else ""
+        parts += ["\n".join(lines), *filter(None, [_rates(results)]), _NOTES + more]
     return "\n\n".join(parts + _advantages(results) + _overhead(results))
 
 

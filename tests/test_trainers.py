@@ -209,6 +209,18 @@ class TestDPO:
             with pytest.raises(ValueError, match="processing_class must be the model's tokenizer; got None"):
                 trainer(tiny_model(), config(**options), PAIRS)
 
+    def test_rows_beyond_the_models_learned_positions_are_refused(self, tiny_model, tiny_tokenizer, options):
+        """On a GPU they would end all use of it. The model has 256 positions, and rotary ones have no end."""
+        rows = [{"prompt": "a film", "chosen": text(1, 300), "rejected": text(2, 3)}]
+        args = DPOConfig(**options, max_length=257)
+        with pytest.raises(ValueError, match=r"max_length must be at most 256, .* dataset has; got 257 and a row of"):
+            DPOTrainer(tiny_model(), args, rows, None, tiny_tokenizer)
+        with pytest.raises(ValueError, match="such rows as eval_dataset has"):
+            DPOTrainer(tiny_model(), args, PAIRS, rows, tiny_tokenizer)
+        DPOTrainer(tiny_model(), DPOConfig(**options, max_length=256), rows, None, tiny_tokenizer).train()
+        packed = SFTConfig(**options, max_length=400, packing=True)  # each of its sequences begins anew
+        SFTTrainer(tiny_model(), packed, SFT_ROWS * 20, None, tiny_tokenizer).train()
+
     def test_several_gpus_need_several_processes(self, tiny_model, tiny_tokenizer, options):
         args = DPOConfig(**options)
         args._n_gpu = 2  # as on a machine with two, without a launcher

@@ -70,6 +70,14 @@ class Means:
         return {name: total / count if count else 0.0 for name, (total, count) in zip(names, totals, strict=True)}
 
 
+def learned_positions(model: Any) -> int | None:
+    """How many positions the model has learned a vector for; None for one that computes them (rotary, ALiBi)."""
+    count, tokens = getattr(model.config, "max_position_embeddings", None), model.get_input_embeddings()
+    tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+    # OPT's table has two rows more.
+    return count if count and any(0 <= rows - count <= 2 for rows in tables) else None
+
+
 class AlignmentTrainer(WholeCheckpoints, ABC):
     """Base of the trainers. Subclasses give `collator`, `prepare`, `items` and `batch_loss`.
 
@@ -121,6 +129,7 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
             callbacks=[JsonlCallback(), *(callbacks or [])],
             optimizers=optimizers,
         )
+        self._check_positions()
         if self.args.device.type == "cpu":
             self.add_callback(GiveBackCallback())
         if args.fused_head:
@@ -139,6 +148,20 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
     def _prepared(self, key: str, rows: Rows | None, args: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
         with named(key):
             return None if rows is None else self.prepare(rows, args, tokenizer)
+
+    def _check_positions(self) -> None:
+        """ValueError for rows that the model has no positions for: on a GPU they would end all use of it."""
+        positions = learned_positions(self.model)
+        prepared: dict[str, Any] = {"dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
+        for key, rows in prepared.items():
+            if positions is None or rows is None or "prompt_ids" not in rows.column_names:
+                continue  # of packed rows each sequence begins at position 0
+            longest = max(rows["length"], default=0)
+            if longest > positions:
+                raise ValueError(
+                    f"max_length must be at most {positions}, the model's learned positions, for such rows as "
+                    f"{key} has; got {self.args.max_length} and a row of {longest} tokens"
+                )
 
     # ------------------------------------------------------------------------------------------- for subclasses
     def check_model(self, model: Any, args: Any, tokenizer: PreTrainedTokenizerBase) -> None:
