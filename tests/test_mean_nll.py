@@ -194,6 +194,16 @@ def test_strides(name, inplace):
     assert torch.equal(torch.autograd.grad(loss, x)[0], expected())
 
 
+def test_logits_that_share_memory_are_not_written_over():
+    x = torch.randn(1, 7, requires_grad=True)
+    y = torch.tensor([0, 1, 2, 3])
+    with pytest.raises(ValueError, match="inplace_backward needs logits whose elements do not share memory"):
+        SFTLoss(inplace_backward=True)(x.expand(4, 7), y)
+    (found,) = torch.autograd.grad(SFTLoss()(x.expand(4, 7), y).loss, x)
+    (eager,) = torch.autograd.grad(torch.nn.functional.cross_entropy(x.expand(4, 7), y), x)
+    torch.testing.assert_close(found, eager, rtol=1e-5, atol=1e-7)
+
+
 def test_a_hook_that_stores_them_elsewhere():
     x, y = problem()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy(force=True).copy(), torch.from_numpy):

@@ -206,7 +206,7 @@ def mean_nll(
     loss, saved = torch.empty_like(like), _ONE.new_empty(labels.shape + _KEPT)
     threads = torch.get_num_threads()
     live = _C.mean_nll_forward(logits, labels, options, inplace, saved, loss, count, least, threads)
-    if live == _UNUSUAL:
+    if live == _UNUSUAL and not inplace:  # a dense copy would hide logits that share memory, which are not written over
         dense = logits.contiguous(), labels.contiguous()
         live = _C.mean_nll_forward(*dense, options, inplace, saved, loss, count, least, threads)
     return (loss, saved, live) if _done(live, labels, options, logits) else None
