@@ -1,6 +1,7 @@
 // Python's description of a call, made into the kernels' arguments: addresses, shapes, strides, dtype.
 #pragma once
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <vector>
@@ -23,11 +24,9 @@ struct Layout {
     RowLayout rows{};
     std::int64_t count = 1, vocab;
 
-    Layout(const py::tuple& shape, const py::tuple& stride) {
-        const auto number = [](const py::tuple& t, std::size_t i) { return py::cast<std::int64_t>(t[i]); };
-        vocab = number(shape, shape.size() - 1);
-        for (std::size_t i = 0; i + 1 < shape.size(); ++i) {
-            const std::int64_t size = number(shape, i), step = number(stride, i);
+    Layout(int dims, const std::int64_t* shape, const std::int64_t* strides) : vocab(shape[dims - 1]) {
+        for (int i = 0; i + 1 < dims; ++i) {
+            const std::int64_t size = shape[i], step = strides[i];
             count *= size;
             if (size == 1) continue;
             const int last = rows.ndim - 1;
@@ -43,16 +42,21 @@ struct Layout {
     }
 };
 
+inline Layout layout_of(const py::handle& shape, const py::handle& strides) {
+    const auto sizes = py::cast<std::vector<std::int64_t>>(shape), steps = py::cast<std::vector<std::int64_t>>(strides);
+    return {static_cast<int>(sizes.size()), sizes.data(), steps.data()};
+}
+
 // (dtype, logits, shape, strides, ref_logits, ref_strides, labels, labels64, ignore_index, temperature, softcap,
 // threads)
 inline void fill_tokens(TokenArgs& a, const py::tuple& t) {
     if (t.size() != 12) throw std::invalid_argument("tokens must have 12 fields");
-    const Layout layout(py::cast<py::tuple>(t[2]), py::cast<py::tuple>(t[3]));
+    const Layout layout = layout_of(t[2], t[3]);
     a.dtype = static_cast<DType>(py::cast<int>(t[0]));
     a.logits = at<const void>(py::cast<Address>(t[1]));
     a.ref_logits = at<const void>(py::cast<Address>(t[4]));
     a.layout = layout.rows;
-    a.ref_layout = Layout(py::cast<py::tuple>(t[2]), py::cast<py::tuple>(t[5])).rows;
+    a.ref_layout = layout_of(t[2], t[5]).rows;
     a.rows = layout.count, a.vocab = layout.vocab;
     a.labels = at<const void>(py::cast<Address>(t[6]));
     a.labels64 = py::cast<bool>(t[7]);
@@ -66,7 +70,7 @@ inline void fill_tokens(TokenArgs& a, const py::tuple& t) {
 template <class Args>
 void fill_result(Args& a, const py::tuple& tokens, Address out, const py::tuple& strides) {
     a.out_gradient = at<void>(out);
-    a.out_layout = Layout(py::cast<py::tuple>(tokens[2]), strides).rows;
+    a.out_layout = layout_of(tokens[2], strides).rows;
 }
 
 template <class T>

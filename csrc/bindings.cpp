@@ -10,6 +10,7 @@
 #include "../kernels/fresh_pages.h"
 #include "../kernels/gae_cpu.h"
 #include "../kernels/mean_nll_cpu.h"
+#include "../kernels/pair_loss_cpu.h"
 #include "../kernels/token_stats_cpu.h"
 #include "arguments.h"
 #include "tensors.h"
@@ -62,20 +63,44 @@ std::int64_t token_objective(const py::tuple& tokens, const py::tuple& options, 
 // What calls on tensors return where these are not such as they take.
 constexpr std::int64_t kUnusual = std::numeric_limits<std::int64_t>::min();
 
-// `over`, `least`: see `mean_nll`. `saved` and `loss` are new, dense and plain, and of dtypes that kernels know.
-std::int64_t mean_nll_forward(py::handle logits, py::handle labels, const py::tuple& options, bool inplace,
-                              py::handle saved, py::handle loss, std::int64_t over, std::int64_t least, int threads) {
+// What a forward keeps of its rows for the backward, as an object of Python's that costs less than a tensor.
+class Kept {
+  public:
+    explicit Kept(ForwardArgs& a)
+        : bytes_(py::reinterpret_steal<py::object>(PyBytes_FromStringAndSize(nullptr, a.rows * sizeof(Saved)))) {
+        if (!bytes_) throw py::error_already_set();
+        a.saved = reinterpret_cast<float*>(PyBytes_AS_STRING(bytes_.ptr()));
+    }
+    py::tuple with(std::int64_t live) const { return py::make_tuple(live, bytes_); }
+
+    static bool fill(BackwardArgs& a, py::handle bytes) {
+        if (!PyBytes_CheckExact(bytes.ptr())) return false;
+        if (PyBytes_GET_SIZE(bytes.ptr()) != a.rows * static_cast<Py_ssize_t>(sizeof(Saved))) return false;
+        a.saved = reinterpret_cast<const float*>(PyBytes_AS_STRING(bytes.ptr()));
+        return true;
+    }
+
+  private:
+    py::object bytes_;
+};
+
+// The forwards return what all calls do, and what they keep.
+py::tuple unusual() { return py::make_tuple(kUnusual, py::none()); }
+
+// `over`, `least`: see `mean_nll`. `loss` is new and plain.
+py::tuple mean_nll_forward(py::handle logits, py::handle labels, const py::tuple& options, bool inplace,
+                           py::handle loss, std::int64_t over, std::int64_t least, int threads) {
     ForwardArgs a{};
-    if (!fill_if_plain(a, logits, labels, options, inplace)) return kUnusual;
+    if (!fill_if_plain(a, logits, labels, options, inplace)) return unusual();
     const Seen made(loss);
-    const Scalar result{at<void>(made.address()), static_cast<DType>(made.dtype())};
-    a.saved = at<float>(Seen(saved).address());
+    const Scalar result{made.data(), static_cast<DType>(made.dtype())};
+    const Kept kept(a);
     a.threads = threads;
-    return with_labels(a, [&](std::int64_t live) { mean_nll(a, live, over, least, result); });
+    return kept.with(with_labels(a, [&](std::int64_t live) { mean_nll(a, live, over, least, result); }));
 }
 
 void fill_dense_result(BackwardArgs& a, py::handle out, int threads) {
-    a.out_gradient = at<void>(Seen(out).address());
+    a.out_gradient = Seen(out).data();
     a.out_layout.ndim = 1, a.out_layout.sizes[0] = a.rows, a.out_layout.strides[0] = a.vocab;
     a.threads = threads;
 }
@@ -87,42 +112,77 @@ std::int64_t mean_nll_backward(py::handle logits, py::handle labels, const py::t
     bool known;
     const Scalar upstream = scalar_of(gradient, known);
     if (!known || !fill_if_plain(a, logits, labels, options, false)) return kUnusual;
-    if (!fill_if_saved(a, saved, Seen(labels).shape())) return kUnusual;
+    if (!Kept::fill(a, saved)) return kUnusual;
     fill_dense_result(a, out, threads);
     return with_labels(a, [&](std::int64_t) {
-        const auto slopes = mean_nll_slopes(a.rows, count, upstream);
+        const auto slopes = mean_nll_slopes(a.rows, count, upstream.get());
         a.grads.logps = slopes.get();
         run_gradient(cpu_kernels().backward, a);
     });
 }
 
-// `saved`, `logps` and `lse` are new, dense and plain.
-std::int64_t logps_forward(py::handle logits, py::handle labels, const py::tuple& options, bool inplace,
-                           py::handle saved, py::handle logps, py::handle lse, int threads) {
+// `references`: none, or the chosen and the rejected sequences' sums; `loss`: beta and both weights; `made`, new, dense
+// and plain: the mean, [6, pairs] and [2 pairs] results (see `PairResults`).
+py::tuple pair_loss_forward(py::handle logits, py::handle labels, const py::tuple& options, bool inplace,
+                            const py::tuple& references, const py::tuple& loss, std::int64_t pairs,
+                            const py::tuple& made, int threads) {
     ForwardArgs a{};
-    if (!fill_if_plain(a, logits, labels, options, inplace)) return kUnusual;
-    a.saved = at<float>(Seen(saved).address());
-    a.out.logps = at<float>(Seen(logps).address()), a.out.lse = at<float>(Seen(lse).address());
+    if (!fill_if_plain(a, logits, labels, options, inplace)) return unusual();
+    if (pairs ? a.rows % (2 * pairs) : a.rows) return unusual();
+    Numbers refs;
+    for (const auto& side : references)
+        if (!refs.add(side, 1) || refs.parts.back().count != pairs) return unusual();
+    const bool given = !refs.parts.empty(), wide = !given || refs.parts[0].wide;
+    if (given && (refs.parts.size() != 2 || refs.parts[1].wide != wide)) return unusual();
+    const auto address = [&](int i) { return static_cast<float*>(Seen(made[i]).data()); };
+    const PairLoss f{py::cast<double>(loss[0]), py::cast<double>(loss[1]), py::cast<double>(loss[2])};
+    const PairResults out{address(0), address(1), address(2)};
+    const std::unique_ptr<float[]> scratch(new float[2 * a.rows + 1]);
+    a.out = {scratch.get(), scratch.get() + a.rows, nullptr, nullptr, nullptr};
+    const Kept kept(a);
     a.threads = threads;
-    return with_labels(a, [&](std::int64_t) { cpu_kernels().forward(a); });
+    const std::int64_t length = pairs ? a.rows / (2 * pairs) : 0;
+    // Rounded as the references were: a policy that is its reference has rewards of exactly 0.
+    const auto sum = [&](std::int64_t i) {
+        const double total = sum_of(a.out.logps + i * length, length);
+        return wide ? total : static_cast<double>(static_cast<float>(total));
+    };
+    const auto ref = [&](std::int64_t i) {
+        return !given ? 0.0 : i < pairs ? refs.parts[0][i] : refs.parts[1][i - pairs];
+    };
+    return kept.with(with_labels(a, [&](std::int64_t) {
+        cpu_kernels().forward(a);
+        pair_loss(f, pairs, sum, ref, out);
+    }));
 }
 
-// `saved` and the `sums`, of equally many rows each, are new, dense and plain.
-std::int64_t sums_forward(py::handle logits, py::handle labels, const py::tuple& options, bool inplace,
-                          py::handle saved, const py::tuple& sums, int threads) {
+// `logps` and `lse` are new, dense and plain.
+py::tuple logps_forward(py::handle logits, py::handle labels, const py::tuple& options, bool inplace, py::handle logps,
+                        py::handle lse, int threads) {
     ForwardArgs a{};
-    if (!fill_if_plain(a, logits, labels, options, inplace)) return kUnusual;
+    if (!fill_if_plain(a, logits, labels, options, inplace)) return unusual();
+    const Kept kept(a);
+    a.out.logps = static_cast<float*>(Seen(logps).data()), a.out.lse = static_cast<float*>(Seen(lse).data());
+    a.threads = threads;
+    return kept.with(with_labels(a, [&](std::int64_t) { cpu_kernels().forward(a); }));
+}
+
+// The `sums`, of equally many rows each, are new, dense and plain.
+py::tuple sums_forward(py::handle logits, py::handle labels, const py::tuple& options, bool inplace,
+                       const py::tuple& sums, int threads) {
+    ForwardArgs a{};
+    if (!fill_if_plain(a, logits, labels, options, inplace)) return unusual();
     std::vector<Room> rooms;
     std::int64_t count = 0;
     for (const auto& part : sums) {
         const Seen s(part);
-        rooms.push_back({at<float>(s.address()), py::cast<std::int64_t>(s.shape()[0])});
+        rooms.push_back({static_cast<float*>(s.data()), s.size(0)});
         count += rooms.back().count;
     }
-    if (count ? a.rows % count : a.rows) return kUnusual;
-    a.saved = at<float>(Seen(saved).address());
+    if (count ? a.rows % count : a.rows) return unusual();
+    const Kept kept(a);
     a.threads = threads;
-    return with_labels(a, [&](std::int64_t) { sum_logps(a, rooms, count); });
+    return kept.with(with_labels(a, [&](std::int64_t) { sum_logps(a, rooms, count); }));
 }
 
 // `gradients`: of the log-probs, or of their sums over equally many rows each.
@@ -133,7 +193,7 @@ std::int64_t logps_backward(py::handle logits, py::handle labels, const py::tupl
     for (const auto& gradient : gradients)
         if (!numbers.add(gradient)) return kUnusual;
     if (!fill_if_plain(a, logits, labels, options, false)) return kUnusual;
-    if (!fill_if_saved(a, saved, Seen(labels).shape())) return kUnusual;
+    if (!Kept::fill(a, saved)) return kUnusual;
     if (a.rows > 0 && (numbers.count == 0 || a.rows % numbers.count)) return kUnusual;
     fill_dense_result(a, out, threads);
     return with_labels(a, [&](std::int64_t) {
@@ -176,10 +236,13 @@ PYBIND11_MODULE(_C, m) {
     m.def("token_stats_forward", &token_stats_forward);
     m.def("token_stats_backward", &token_stats_backward);
     m.def("token_objective", &token_objective);
-    m.def("learn_types", [](const py::tuple& types) { torch_types().learn(types); });
+    m.def("learn_tensors", [](const py::object& type, const py::tuple& dtypes, bool attributes) {
+        tensor_type().learn(type, dtypes, attributes);
+    });
     m.attr("UNUSUAL") = kUnusual;
     m.def("mean_nll_forward", &mean_nll_forward);
     m.def("mean_nll_backward", &mean_nll_backward);
+    m.def("pair_loss_forward", &pair_loss_forward);
     m.def("logps_forward", &logps_forward);
     m.def("sums_forward", &sums_forward);
     m.def("logps_backward", &logps_backward);

@@ -18,18 +18,10 @@ def token_objective(
 
 UNUSUAL: int
 
-def learn_types(types: tuple) -> None: ...
+def learn_tensors(type: type, dtypes: tuple, attributes: bool) -> None: ...
 def mean_nll_forward(
-    logits: object,
-    labels: object,
-    options: tuple,
-    inplace: bool,
-    saved: object,
-    loss: object,
-    over: int,
-    least: int,
-    threads: int,
-) -> int: ...
+    logits: object, labels: object, options: tuple, inplace: bool, loss: object, over: int, least: int, threads: int
+) -> tuple[int, bytes]: ...
 def mean_nll_backward(
     logits: object,
     labels: object,
@@ -40,19 +32,23 @@ def mean_nll_backward(
     out: object,
     threads: int,
 ) -> int: ...
-def logps_forward(
+def pair_loss_forward(
     logits: object,
     labels: object,
     options: tuple,
     inplace: bool,
-    saved: object,
-    logps: object,
-    lse: object,
+    references: tuple,
+    loss: tuple[float, float, float],
+    pairs: int,
+    made: tuple,
     threads: int,
-) -> int: ...
+) -> tuple[int, bytes]: ...
+def logps_forward(
+    logits: object, labels: object, options: tuple, inplace: bool, logps: object, lse: object, threads: int
+) -> tuple[int, bytes]: ...
 def sums_forward(
-    logits: object, labels: object, options: tuple, inplace: bool, saved: object, sums: tuple, threads: int
-) -> int: ...
+    logits: object, labels: object, options: tuple, inplace: bool, sums: tuple, threads: int
+) -> tuple[int, bytes]: ...
 def logps_backward(
     logits: object, labels: object, options: tuple, saved: object, gradients: tuple, out: object, threads: int
 ) -> int: ...

@@ -19,26 +19,27 @@ from ._op_checks import as_softcap
 class _MeanNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, made):
-        ctx.save_for_backward(logits, labels, made[1])
-        ctx.made = made[2:]
-        return made[0]
+        loss, *ctx.made = made
+        ctx.save_for_backward(logits, labels)
+        return loss
 
     @staticmethod
     def backward(ctx, g_loss):
-        logits, labels, saved = ctx.saved_tensors
-        count, options, inplace = ctx.made
+        logits, labels = ctx.saved_tensors
+        kept, count, options, inplace = ctx.made
         if not inplace and not torch.is_grad_enabled() and ops.unwatched(logits, labels):
             out = ops.room_for_gradient(logits, inplace=False)
             cpu = _backends.direct(logits)
-            if cpu is not None and cpu.mean_nll_backward(logits, labels, saved, g_loss, count, options, out):
+            if cpu is not None and cpu.mean_nll_backward(logits, labels, kept, g_loss, count, options, out):
                 return out, None, None
         # In place; or somebody watches, or changed what was saved; or wants another derivative, which the operator's
         # node refuses.
-        slope = -(g_loss.to(saved.dtype) / count) if count else torch.zeros_like(g_loss, dtype=saved.dtype)
+        slope = -(g_loss.float() / count) if count else torch.zeros_like(g_loss, dtype=torch.float32)
         g_logps = slope.expand(labels.shape)
         if torch.is_grad_enabled() and not g_logps.requires_grad:
             g_logps = g_logps.detach().requires_grad_()
         grads = (g_logps, None, None, None, None)
+        saved = _backends.saved_tensor(kept, labels)
         return ops.gradient(logits, labels, None, saved, None, None, grads, options, inplace), None, None
 
 
@@ -81,5 +82,5 @@ def mean_nll(
     made = cpu.mean_nll(logits, labels, count, least, options, inplace_backward, dtype)
     if made is None:
         return None
-    loss, saved, live = made
-    return _node(logits, labels, (loss, saved, count or max(live, least), options, inplace_backward)), live
+    loss, kept, live = made
+    return _node(logits, labels, (loss, kept, count or max(live, least), options, inplace_backward)), live

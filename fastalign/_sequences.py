@@ -32,19 +32,14 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, labels, made):
-        sums, saved, *ctx.options = made
-        ctx.save_for_backward(logits, labels, saved)
+        sums, ctx.kept, *ctx.options = made
+        ctx.save_for_backward(logits, labels)
         return sums
 
     @staticmethod
     def backward(ctx, *grads):
-        logits, labels, saved = ctx.saved_tensors
-
-        def of_tokens() -> tuple[Tensor, None]:
-            rows = torch.cat(grads).to(saved.dtype)
-            return rows.view(-1, *[1] * (labels.dim() - 1)).expand(labels.shape), None
-
-        return ops.logps_gradient(logits, labels, saved, grads, of_tokens, *ctx.options), None, None
+        logits, labels = ctx.saved_tensors
+        return ops.sums_gradient(logits, labels, ctx.kept, grads, *ctx.options), None, None
 
 
 _sums_node = ops.node_of(_Sums)

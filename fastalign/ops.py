@@ -1,7 +1,6 @@
-"""The gate: the one place where logits enter. Validation, the `torch.library` operators, their fakes and autograd.
+"""The gate: the one place where logits enter. Autograd of the operators in `_token_op`, and the public functions.
 
-What passes the checks here is safe to hand to a kernel as a raw pointer. Nothing below this file checks again and
-nothing above it touches logits.
+Nothing below this file checks again and nothing above it touches logits.
 """
 
 from __future__ import annotations
@@ -15,140 +14,9 @@ from torch import Tensor
 
 from . import _backends
 from ._extras import of_logits
-from ._op_checks import as_saved, as_softcap, check, check_types, shape_of, unit_stride
+from ._op_checks import as_saved, as_softcap, check_types
 from ._results import TokenStats, TokenStatsAndExtras
-
-# ---------------------------------------------------------------------------------------------------------- operators
-_lib = torch.library.Library("fastalign", "DEF")
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-_STATS = "Tensor saved, Tensor? entropy, Tensor? kl, "
-_GRADS = "Tensor? g_logps, Tensor? g_lse, Tensor? g_entropy, Tensor? g_kl, Tensor? g_mean, "
-_lib.define(
-    "token_stats(Tensor logits, Tensor labels, Tensor? ref_logits, int ignore_index, float temperature, float softcap, "
-    "bool entropy, bool mean, bool inplace_backward) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=_TAGS,
-)
-_lib.define(
-    f"token_stats_backward(Tensor logits, Tensor labels, Tensor? ref_logits, {_STATS}{_GRADS}"
-    "int ignore_index, float temperature, float softcap) -> Tensor",
-    tags=_TAGS,
-)
-_lib.define(
-    f"token_stats_backward_(Tensor(a!) logits, Tensor labels, Tensor? ref_logits, {_STATS}{_GRADS}"
-    "int ignore_index, float temperature, float softcap) -> ()",
-    tags=_TAGS,
-)
-
-
-def kernel_forward(logits, labels, ref_logits, *options):
-    """The statistics of arguments that were checked."""
-    ref_logits = None if ref_logits is None else unit_stride(ref_logits)
-    logits = unit_stride(logits)
-    return _backends.pick(logits).forward(logits, labels, ref_logits, *options)
-
-
-def checked_forward(logits, labels, ref_logits, ignore_index, temperature, softcap, entropy, mean, inplace_backward):
-    check(logits, labels, ref_logits, temperature, softcap, inplace_backward)
-    return kernel_forward(logits, labels, ref_logits, ignore_index, temperature, softcap, entropy, mean)
-
-
-def _forward(logits, *args):
-    """As an operator, which must return tensors: empty ones for what was not asked for."""
-    outputs = checked_forward(logits, *args)
-    return tuple(logits.new_empty(0, dtype=outputs[0].dtype) if t is None else t for t in outputs)
-
-
-def _forward_fake(logits, labels, ref_logits, ignore_index, temperature, softcap, entropy, mean, inplace_backward):
-    check(logits, labels, ref_logits, temperature, softcap, inplace_backward)
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    rows = logits.shape[:-1]
-
-    def out(wanted: bool) -> Tensor:
-        return logits.new_empty(rows if wanted else (0,), dtype=dtype)
-
-    return (
-        out(True),
-        out(True),
-        out(entropy),
-        out(ref_logits is not None),
-        out(mean),
-        logits.new_empty((*rows, 4), dtype=dtype),
-    )
-
-
-_PER_ROW = ("entropy", "kl", "g_logps", "g_lse", "g_entropy", "g_kl", "g_mean")
-
-
-def _check_backward(logits, labels, ref_logits, saved, *rest) -> None:
-    """The forward's checks, and that every per-row tensor is what the kernel takes it for."""
-    *per_row, _, temperature, softcap = rest
-    check(logits, labels, ref_logits, temperature, softcap, False)
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    for name, t, shape in (
-        ("saved", saved, (*labels.shape, 4)),
-        *((n, t, labels.shape) for n, t in zip(_PER_ROW, per_row, strict=True)),
-    ):
-        if t is not None and (t.shape != shape or t.dtype != dtype or t.device != logits.device):
-            raise ValueError(
-                f"{name} must be {dtype} {list(shape)} on {logits.device}; got {t.dtype} {shape_of(t)} on {t.device}"
-            )
-    entropy, kl, _, _, g_entropy, g_kl, _ = per_row
-    if (g_entropy is not None and entropy is None) or (g_kl is not None and (kl is None or ref_logits is None)):
-        raise ValueError("g_entropy needs entropy, and g_kl needs kl and ref_logits, from the forward; got None")
-
-
-def _kernel_backward(out, logits, labels, ref_logits, saved, entropy, kl, *rest):
-    *grads, ignore_index, temperature, softcap = rest
-    ref_logits = None if ref_logits is None else unit_stride(ref_logits)
-    logits = unit_stride(logits)
-    backward = _backends.pick(logits).backward
-    backward(logits, labels, ref_logits, saved, entropy, kl, tuple(grads), ignore_index, temperature, softcap, out)
-
-
-def _dense(logits) -> bool:
-    return logits.stride(-1) == 1 or logits.shape[-1] == 1
-
-
-def room_for_gradient(logits, inplace: bool):
-    """Where the gradient goes: a new dense tensor, or the logits if it may and they are."""
-    if inplace and _dense(logits):
-        return logits
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-def written(logits, gradient):
-    """The logits, holding the gradient, which lies in their memory already unless that is not dense."""
-    if gradient is not logits:
-        logits.copy_(gradient)
-    if not logits.is_inference():
-        torch.autograd.graph.increment_version(logits)  # the kernel wrote behind autograd's back
-    return logits
-
-
-def _backward(logits, *args):
-    _check_backward(logits, *args)
-    out = room_for_gradient(logits, inplace=False)
-    _kernel_backward(out, logits, *args)
-    return out
-
-
-def _backward_fake(logits, *args):
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-def _backward_inplace(logits, *args):
-    _check_backward(logits, *args)
-    out = room_for_gradient(logits, inplace=True)
-    _kernel_backward(out, logits, *args)
-    written(logits, out)
-
-
-_lib.impl("token_stats", _forward, "CompositeExplicitAutograd")
-_lib.impl("token_stats_backward", _backward, "CompositeExplicitAutograd")
-_lib.impl("token_stats_backward_", _backward_inplace, "CompositeExplicitAutograd")
-torch.library.register_fake("fastalign::token_stats", _forward_fake, lib=_lib)
-torch.library.register_fake("fastalign::token_stats_backward", _backward_fake, lib=_lib)
-torch.library.register_fake("fastalign::token_stats_backward_", lambda logits, *args: None, lib=_lib)
+from ._token_op import check_backward, checked_forward, kernel_backward, library, room_for_gradient, written
 
 
 # ----------------------------------------------------------------------------------------------------------- autograd
@@ -184,9 +52,9 @@ def gradient(logits, labels, ref_logits, saved, entropy, kl, grads, options, inp
         return args[0]
     # What the forward made needs no second check, and two rounds of the dispatcher cost as much as a small gradient.
     if not as_saved(logits, labels, ref_logits, saved, entropy, kl):
-        _check_backward(*args)
+        check_backward(*args)
     out = room_for_gradient(args[0], inplace)
-    _kernel_backward(out, *args)
+    kernel_backward(out, *args)
     return written(args[0], out) if inplace else out
 
 
@@ -228,27 +96,40 @@ class _Logps(torch.autograd.Function):
     def forward(ctx, logits, labels, made):
         logps, lse, saved, *ctx.options = made
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, labels, saved)
+        ctx.save_for_backward(logits, labels)
+        ctx.kept = saved
         return logps, lse
 
     @staticmethod
     def backward(ctx, g_logps, g_lse):
-        logits, labels, saved = ctx.saved_tensors
+        logits, labels = ctx.saved_tensors
         parts = (g_logps,) if g_lse is None else None
-        return logps_gradient(logits, labels, saved, parts, (g_logps, g_lse), *ctx.options), None, None
+        return logps_gradient(logits, labels, ctx.kept, parts, (g_logps, g_lse), *ctx.options), None, None
 
 
-def logps_gradient(logits, labels, saved, parts, grads, options, inplace: bool) -> Tensor:
-    """The logits' gradient, given those of logps and lse, and, if nothing else has one, that of logps as a backend
-    takes it directly (see `cpu.logps_backward`); `grads` may be a function that makes them."""
+def logps_gradient(logits, labels, kept, parts, grads, options, inplace: bool) -> Tensor:
+    """The logits' gradient, given what a direct forward kept (`cpu.Kept`), the gradients of logps and lse, and, if
+    nothing else has one, that of logps as a backend takes it directly (see `cpu.logps_backward`); `grads` may be a
+    function that makes them."""
     if parts is not None and not inplace and not torch.is_grad_enabled() and unwatched(logits, labels):
         cpu = _backends.direct(logits)
         out = room_for_gradient(logits, False)
-        if cpu is not None and cpu.logps_backward(logits, labels, saved, parts, options, out):
+        if cpu is not None and cpu.logps_backward(logits, labels, kept, parts, options, out):
             return out
     g_logps, g_lse = grads() if callable(grads) else grads
     all_grads = (g_logps, g_lse, None, None, None)
+    saved = _backends.saved_tensor(kept, labels)
     return gradient(logits, labels, None, saved, None, None, all_grads, options, inplace)
+
+
+def sums_gradient(logits, labels, kept, grads, options, inplace: bool) -> Tensor:
+    """The logits' gradient, given that of the sums of logps over all but the first dimension, in one or more parts."""
+
+    def of_tokens() -> tuple[Tensor, None]:
+        rows = torch.cat(grads).float()
+        return rows.view(-1, *[1] * (labels.dim() - 1)).expand(labels.shape), None
+
+    return logps_gradient(logits, labels, kept, grads, of_tokens, options, inplace)
 
 
 class _Once(torch.autograd.Function):
@@ -325,8 +206,8 @@ def _stats_autograd(logits, labels, *args):
     return _TokenStats.apply(logits, labels, *args)
 
 
-_lib.impl("token_stats", _stats_autograd, "Autograd")
-_lib.impl("token_stats_backward", _Once.apply, "Autograd")
+library.impl("token_stats", _stats_autograd, "Autograd")
+library.impl("token_stats_backward", _Once.apply, "Autograd")
 
 
 # --------------------------------------------------------------------------------------------------------- public API

@@ -204,8 +204,8 @@ class PowersInPlace : PowersWorker<float, Slopes> {
             for (int64_t i = begin; i < end;) {
                 Accumulators<kPlain> sums;
                 const int64_t from = i;
-                i += fused(pivot) ? add<kHasFma>(sums, r.x + i, out + i, end - i, pivot)
-                                  : add<false>(sums, r.x + i, out + i, end - i, pivot);
+                i += may_fuse(pivot, k) ? add<kHasFma>(sums, r.x + i, out + i, end - i, pivot)
+                                        : add<false>(sums, r.x + i, out + i, end - i, pivot);
                 if (i > from) {
                     const Sums part = sums.close(at(pivot), 0);
                     if (empty) total = part;
@@ -255,9 +255,7 @@ class PowersInPlace : PowersWorker<float, Slopes> {
         }
     };
 
-    // The fused form moves the pivot by up to its rounding: far out that is too much, and at the ends it overflows.
-    bool fused(float pivot) const { return kHasFma && std::fabs(pivot * first(k.scale)) < 0x1p20f; }
-    double at(float pivot) const { return fused(pivot) ? moved<true>(pivot, k) : pivot; }
+    double at(float pivot) const { return may_fuse(pivot, k) ? moved<true>(pivot, k) : pivot; }
 
     static void multiply(float* out, int64_t n, Vec factor, Vec kappa) {
         Vec e, f;

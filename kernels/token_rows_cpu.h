@@ -169,7 +169,10 @@ void add_range(Accumulators<kMode>& sums, const T* x, const T* z, int64_t n, flo
     for (int h = 0; h < 4; ++h) sums.lanes[h] = acc[h];
 }
 
-// Rounding -pivot * scale moves the pivot of fused sums a little: they are exactly those at the moved one.
+// Whether a pivot may be fused: rounding -pivot * scale moves it, far out by more than a float32's powers reach.
+inline bool may_fuse(float pivot, const Prepare& k) { return kHasFma && std::fabs(pivot * first(k.scale)) < 0x1p20f; }
+
+// Fused sums are exactly those at the moved pivot.
 template <bool kFused>
 double moved(float pivot, const Prepare& k) {
     const float scale = first(k.scale), offset = -pivot * scale;
@@ -213,11 +216,13 @@ struct Row {
     Sums piece(int64_t index, const Prepare& k, const Sink& sink = {}) const {
         const int64_t begin = index * kPiece, n = vocab - begin < kPiece ? vocab - begin : kPiece;
         const T *px = x + begin, *pz = z ? z + begin : nullptr;
-        // Plain sums are bound by instructions in 16 bits, so one fewer counts. At the ends of float32's range the
-        // fused form overflows; entropy and KL want differences that are exactly 0 for equal logits.
+        // Plain sums are bound by instructions in 16 bits, so one fewer counts. Entropy and KL want differences that
+        // are exactly 0 for equal logits.
         constexpr bool kFused = kMode == kPlain ? kHasFma : false;
-        const Sums o = sum_piece_at<T, kCap, kMode, kFused>(px, pz, n, pivot, ref_pivot, sink, k);
-        if (o.s < kLimit[kMode] && o.t < kLimit[kMode] && std::isfinite(o.pivot)) return o;
+        const Sums o = kFused && may_fuse(pivot, k)
+                           ? sum_piece_at<T, kCap, kMode, kFused>(px, pz, n, pivot, ref_pivot, sink, k)
+                           : sum_piece_at<T, kCap, kMode, false>(px, pz, n, pivot, ref_pivot, sink, k);
+        if (o.s < kLimit[kMode] && o.t < kLimit[kMode]) return o;
         const float exact = finite(maximum<T, kCap>(px, n, k));
         const float ref_exact = pz ? finite(maximum<T, kCap>(pz, n, k)) : 0.0f;
         return sum_piece_at<T, kCap, kMode, false>(px, pz, n, exact, ref_exact, sink.again(), k);

@@ -18,9 +18,11 @@ RANK = dict.fromkeys((*COMPILED, "kernels"), 0) | {
     "_extras": 1.5,
     "_op_checks": 1.5,
     "_results": 1.5,
+    "_token_op": 1.7,
     "ops": 2,
     "objective": 3,
     "_mean_nll": 3,
+    "_pair_loss": 3,
     "_sequences": 3,
 }
 RANK |= {"packed": 2, "_head_tiles": 2, "_head_checks": 3, "_head_problem": 4, "head": 5}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import cpu, cuda, eager, triton
 from ._interface import KINDS, KL_TERMS, Backend, Objective
-from .cpu import cpu_isa, cpu_isas, probe_copy, probe_read
+from .cpu import cpu_isa, cpu_isas, probe_copy, probe_read, saved_tensor
 
 __all__ = [
     "KINDS",
@@ -32,6 +32,7 @@ __all__ = [
     "pick",
     "probe_copy",
     "probe_read",
+    "saved_tensor",
     "use_backend",
 ]
 

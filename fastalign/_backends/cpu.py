@@ -18,7 +18,8 @@ except ImportError as error:  # a source tree that was never built, or a build f
     _C_ERROR = f"the compiled module fastalign._C cannot be imported ({error}); install with `pip install .`"
 else:
     _C_ERROR, _UNUSUAL = "", _C.UNUSUAL
-    _C.learn_types((Tensor, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.float64))
+    _SEEN = (Tensor, (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.float64))
+    _C.learn_tensors(*_SEEN, False)
     if os.environ.get("FASTALIGN_CPU_ISA"):
         _C.set_isa(os.environ["FASTALIGN_CPU_ISA"])
 
@@ -131,8 +132,9 @@ def backward(
 # These compiled functions look at the tensors themselves, in a fraction of the time that it takes to do so here, and do
 # nothing where they are not plain ones such as the kernels take as they are. `options` are ignore_index, temperature,
 # softcap; `inplace`: the gradient is to be written over the logits, which must not share memory with each other; `out`
-# is new and dense.
-_KEPT = torch.Size((4,))  # numbers of a row, see `new_saved`
+# is new and dense. What a backward needs is bytes, which are made in a third of a tensor's time; `saved_tensor` makes
+# the tensor of `forward` of it.
+Kept = bytes
 
 
 def _done(live: int, labels: Tensor, options: tuple[int, float, float], logits: Tensor) -> bool:
@@ -142,33 +144,37 @@ def _done(live: int, labels: Tensor, options: tuple[int, float, float], logits: 
     return live >= 0
 
 
+def saved_tensor(saved: Kept, labels: Tensor) -> Tensor:
+    """[..., 4], as `forward` returns it."""
+    rows = torch.frombuffer(bytearray(saved), dtype=torch.float32) if saved else _ONE.new_empty(0)
+    return rows.view(*labels.shape, 4)
+
+
 def logps(
     logits: Tensor, labels: Tensor, options: tuple[int, float, float], inplace: bool
-) -> tuple[Tensor, Tensor, Tensor] | None:
+) -> tuple[Tensor, Tensor, Kept] | None:
     """logps, lse and what the backward needs; None, and nothing was done, for other tensors than such."""
     found, lse = torch.empty_like(labels, dtype=torch.float32), torch.empty_like(labels, dtype=torch.float32)
-    saved = _ONE.new_empty(labels.shape + _KEPT)
-    live = _C.logps_forward(logits, labels, options, inplace, saved, found, lse, torch.get_num_threads())
+    live, saved = _C.logps_forward(logits, labels, options, inplace, found, lse, torch.get_num_threads())
     return (found, lse, saved) if _done(live, labels, options, logits) else None
 
 
 def sums(
     logits: Tensor, labels: Tensor, options: tuple[int, float, float], inplace: bool, parts: int
-) -> tuple[tuple[Tensor, ...], Tensor] | None:
+) -> tuple[tuple[Tensor, ...], Kept] | None:
     """Sums of logps over all but the first dimension, in parts of equally many each, and what the backward needs."""
     count, rest = divmod(labels.shape[0], parts)
     if rest:
         return None
     found = tuple(_ONE.new_empty((count,)) for _ in range(parts))
-    saved = _ONE.new_empty(labels.shape + _KEPT)
-    live = _C.sums_forward(logits, labels, options, inplace, saved, found, torch.get_num_threads())
+    live, saved = _C.sums_forward(logits, labels, options, inplace, found, torch.get_num_threads())
     return (found, saved) if _done(live, labels, options, logits) else None
 
 
 def logps_backward(
     logits: Tensor,
     labels: Tensor,
-    saved: Tensor,
+    saved: Kept,
     gradients: tuple[Tensor, ...],
     options: tuple[int, float, float],
     out: Tensor,
@@ -192,7 +198,7 @@ def mean_nll(
     options: tuple[int, float, float],
     inplace: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, int] | None:
+) -> tuple[Tensor, Kept, int] | None:
     """-sum(logps) / count, a scalar of the dtype; what the backward needs; and how many labels are not ignored.
 
     None, and nothing was done, for other tensors than plain, checked ones.
@@ -203,19 +209,18 @@ def mean_nll(
     like = _SCALARS.get(dtype)
     if like is None:
         return None
-    loss, saved = torch.empty_like(like), _ONE.new_empty(labels.shape + _KEPT)
-    threads = torch.get_num_threads()
-    live = _C.mean_nll_forward(logits, labels, options, inplace, saved, loss, count, least, threads)
+    loss, threads = torch.empty_like(like), torch.get_num_threads()
+    live, saved = _C.mean_nll_forward(logits, labels, options, inplace, loss, count, least, threads)
     if live == _UNUSUAL and not inplace:  # a dense copy would hide logits that share memory, which are not written over
         dense = logits.contiguous(), labels.contiguous()
-        live = _C.mean_nll_forward(*dense, options, inplace, saved, loss, count, least, threads)
+        live, saved = _C.mean_nll_forward(*dense, options, inplace, loss, count, least, threads)
     return (loss, saved, live) if _done(live, labels, options, logits) else None
 
 
 def mean_nll_backward(
     logits: Tensor,
     labels: Tensor,
-    saved: Tensor,
+    saved: Kept,
     gradient: Tensor,
     count: int,
     options: tuple[int, float, float],
@@ -228,6 +233,29 @@ def mean_nll_backward(
         dense = logits.contiguous(), labels.contiguous()
         live = _C.mean_nll_backward(*dense, options, saved, gradient, count, out, threads)
     return _done(live, labels, options, logits)
+
+
+def pair_loss(
+    logits: Tensor,
+    labels: Tensor,
+    references: tuple[Tensor, ...],
+    loss: tuple[float, float, float],
+    options: tuple[int, float, float],
+    inplace: bool,
+) -> tuple[Tensor, Tensor, Tensor, Kept] | None:
+    """(loss, results, slopes, saved) of a loss of pairs, see kernels/pair_loss_cpu.h: the mean; rewards of both sides,
+    margins, accuracies and sums of both sides, [6, B]; the mean's gradient for the sums, [2B]; and what a backward
+    needs. None, and nothing was done, for other tensors than plain ones.
+
+    Args:
+        references: none, or those of the chosen and of the rejected.
+        loss: beta, and the weights of -log sigmoid(z) and -log sigmoid(-z).
+    """
+    pairs = labels.shape[0] // 2
+    made = (torch.empty_like(_ONE), _ONE.new_empty((6, pairs)), _ONE.new_empty((2 * pairs,)))
+    threads = torch.get_num_threads()
+    live, saved = _C.pair_loss_forward(logits, labels, options, inplace, references, loss, pairs, made, threads)
+    return (*made, saved) if _done(live, labels, options, logits) else None
 
 
 # ------------------------------------------------------------------------------------------------- one launch

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._pair_loss import pair_loss
 from .._sequences import wide_dtype
 from ..head import Head
 from ._common import Logits, LogitsLoss, check_float, check_logits, narrow
@@ -247,6 +248,7 @@ class DPOLoss(LogitsLoss):
     ) -> None:
         super().__init__(ignore_index, temperature, softcap, inplace_backward)
         self.options = PairwiseOptions(**options)
+        self._of_sigmoids = _of_sigmoids(self.options)
 
     def forward(
         self,
@@ -296,6 +298,17 @@ class DPOLoss(LogitsLoss):
 
     def _of(self, logits: Logits, labels: Tensor, references: _Two) -> PreferenceOutput:
         """The loss of rows whose references are sums."""
+        if self._of_sigmoids is not None and isinstance(logits, Tensor):
+            found = pair_loss(
+                logits,
+                labels,
+                references,
+                self._of_sigmoids,
+                inplace_backward=self.inplace_backward,
+                **self.stats_options,
+            )
+            if found is not None:
+                return PreferenceOutput(*found)
         # Rounded as given references were, so that a policy that is its reference still has rewards of exactly 0.
         wide = references[0] is None or references[0].dtype == torch.float64
         (chosen, rejected), dtype = self.sums(logits, labels, 2, torch.float64 if wide else torch.float32)
@@ -319,6 +332,21 @@ class DPOLoss(LogitsLoss):
 
     def extra_repr(self) -> str:
         return repr(self.options)
+
+
+def _of_sigmoids(options: PairwiseOptions) -> tuple[float, float, float] | None:
+    """(beta, a, b) where the loss is a -log sigmoid(z) + b -log sigmoid(-z) of plain logits z, as `pair_loss` has it.
+
+    None for other losses.
+    """
+    plain = not options.needs_lengths and options.f_divergence == "reverse_kl" and len(options.variants) == 1
+    variant, weight = options.variants[0]
+    e = options.label_smoothing
+    if plain and variant is PAIRWISE["sigmoid"]:
+        return options.beta, weight * (1 - e), weight * e
+    if plain and variant is PAIRWISE["robust"]:
+        return options.beta, weight * (1 - e) / (1 - 2 * e), -weight * e / (1 - 2 * e)
+    return None
 
 
 def _halves(rows: Tensor) -> tuple[Tensor, Tensor]:
