@@ -29,8 +29,10 @@ HEADERS = [
         "fresh_pages",
         "gae_args",
         "gae_cpu",
+        "large_blocks",
         "mean_nll_cpu",
         "objectives",
+        "pair_loss_cpu",
         "parallel",
         "probes_cpu",
         "token_powers_cpu",
@@ -201,7 +203,7 @@ class Build(build_ext):
             header = f"simd_{isa.removesuffix('_bf16')}.h"
             defines = [f"-DFA_ISA={isa}", f'-DFA_ISA_NAME="{isa}"', f'-DFA_SIMD_HEADER="{header}"']
             units.append(("kernels/token_stats_cpu.cpp", isa, [*defines, *flags]))
-        units += [("kernels/fresh_pages.cpp", "pages", []), ("kernels/gae_cpu.cpp", "gae", [])]
+        units += [(f"kernels/{name}.cpp", name, []) for name in ("fresh_pages", "large_blocks", "gae_cpu")]
         units += [("csrc/bindings.cpp", "bindings", [])]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(lambda unit: self.compile_one(ext, *unit), units))
@@ -235,6 +237,7 @@ setup(
                 "kernels/cpu_dispatch.cpp",
                 "kernels/fresh_pages.cpp",
                 "kernels/gae_cpu.cpp",
+                "kernels/large_blocks.cpp",
                 "kernels/token_stats_cpu.cpp",
             ],
             depends=[*HEADERS, *CUDA_HEADERS, *CUDA_SOURCES, "csrc/bindings_cuda.cpp", "csrc/tensors.h"],

@@ -9,6 +9,7 @@
 
 #include "../kernels/fresh_pages.h"
 #include "../kernels/gae_cpu.h"
+#include "../kernels/large_blocks.h"
 #include "../kernels/mean_nll_cpu.h"
 #include "../kernels/pair_loss_cpu.h"
 #include "../kernels/token_stats_cpu.h"
@@ -38,7 +39,7 @@ template <class Args>
 void run_gradient(void (*kernel)(const Args&), Args& a) {
     constexpr std::int64_t kLarge = 32 << 20;
     const std::int64_t bytes = a.rows * a.vocab * (a.dtype == DType::kFloat32 ? 4 : 2);
-    FreshPages pages(a.out_gradient, bytes);
+    FreshPages pages(a.out_gradient, bytes, LargeBlocks::all().touched(a.out_gradient));
     if (bytes > kLarge && a.out_gradient != a.logits) a.fresh = &pages;
     kernel(a);
 }
@@ -218,6 +219,20 @@ std::vector<std::string> isas() {
     return names;
 }
 
+// A large block as a buffer of Python's, which goes back to the stock with its last user.
+class HeldBlock {
+  public:
+    explicit HeldBlock(std::int64_t bytes) : block_(LargeBlocks::all().take(bytes)) {
+        if (!block_.at) throw std::bad_alloc();
+    }
+    HeldBlock(const HeldBlock&) = delete;
+    ~HeldBlock() { LargeBlocks::all().give(block_); }
+    py::buffer_info info() const { return {static_cast<unsigned char*>(block_.at), block_.bytes}; }
+
+  private:
+    LargeBlocks::Block block_;
+};
+
 void set_isa(const std::string& name) {
     const CpuKernels* k = find_cpu_kernels(name.c_str());
     if (!k) {
@@ -246,6 +261,12 @@ PYBIND11_MODULE(_C, m) {
     m.def("logps_forward", &logps_forward);
     m.def("sums_forward", &sums_forward);
     m.def("logps_backward", &logps_backward);
+    py::class_<HeldBlock>(m, "HeldBlock", py::buffer_protocol())
+        .def(py::init<std::int64_t>())
+        .def_buffer([](const HeldBlock& block) { return block.info(); });
+    m.def("keep_at_most", [](std::int64_t bytes) { LargeBlocks::all().set_limit(bytes); });
+    m.def("kept_bytes", [] { return LargeBlocks::all().held(); });
+    m.def("release_kept", [] { return LargeBlocks::all().release(); });
     m.def("gae_float32", &gae_rows<float>);
     m.def("gae_float64", &gae_rows<double>);
     m.def("isa", [] { return std::string(cpu_kernels().isa); });

@@ -1,7 +1,7 @@
 """fastalign: fused, compiled losses for aligning language models with human preferences."""
 
 from . import losses, rl
-from ._backends import backends, use_backend
+from ._backends import backends, keep_memory, release_memory, use_backend
 from ._sequences import sequence_logps
 from .head import Head, HeadPlan, head_plan, head_token_stats
 from .losses.cross_entropy import cross_entropy
@@ -22,8 +22,10 @@ __all__ = [
     "cross_entropy",
     "head_plan",
     "head_token_stats",
+    "keep_memory",
     "losses",
     "packed_sequences",
+    "release_memory",
     "rl",
     "sequence_logps",
     "token_logps",

@@ -34,8 +34,8 @@ class Projection:
     def logits(self, rows: slice, columns: slice, out: Tensor | None = None) -> Tensor:
         """[rows, columns] in the dtype of hidden, into the flat buffer `out` if one is given."""
         hidden, weight = self.hidden[rows], self.part(columns)
-        if out is not None:
-            out = out[: hidden.shape[0] * weight.shape[0]].view(hidden.shape[0], weight.shape[0])
+        shape = hidden.shape[0], weight.shape[0]
+        out = _backends.empty(shape, hidden) if out is None else out[: shape[0] * shape[1]].view(shape)
         if self.bias is None:
             return torch.mm(hidden, weight.t(), out=out)
         return torch.addmm(self.bias[columns].to(hidden.dtype), hidden, weight.t(), out=out)
@@ -87,7 +87,7 @@ class Problem:
 
     def buffers(self, rows: int, columns: int) -> list[Tensor]:
         size = min(rows, self.labels.shape[0]) * min(columns, self.vocab)
-        return [self.policy.hidden.new_empty(size) for _ in range(self.projections)]
+        return [_backends.empty((size,), self.policy.hidden) for _ in range(self.projections)]
 
     def logits(self, rows: slice, columns: slice, buffers: list[Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
         first, second = (None, None) if buffers is None else (buffers[0], buffers[-1])
@@ -231,9 +231,9 @@ class HeadGradient:
         wide = torch.float64 if policy.hidden.dtype == torch.float64 else torch.float32
         hidden_dtype = policy.hidden.dtype if self._one_part else wide
         self.hidden = torch.empty_like(policy.hidden, dtype=hidden_dtype) if need_hidden else None
-        # Nothing but ignored tokens: no tile will ever write it.
-        new = torch.empty_like if self._rows else torch.zeros_like
-        self.weight = new(policy.weight) if need_weight else None
+        self.weight = _backends.empty(policy.weight.shape, policy.weight) if need_weight else None
+        if self.weight is not None and not self._rows:
+            self.weight.zero_()  # nothing but ignored tokens: no tile will ever write it
         self.bias = None
         if need_bias and policy.bias is not None:
             self.bias = torch.zeros_like(policy.bias, dtype=wide)

@@ -105,6 +105,8 @@ def room_for_gradient(logits, inplace: bool):
     """Where the gradient goes: a new dense tensor, or the logits if it may and they are."""
     if inplace and _dense(logits):
         return logits
+    if logits.nbytes > _backends.LARGE:
+        return _backends.empty(logits.shape, logits)
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 

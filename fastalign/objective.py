@@ -70,7 +70,7 @@ def token_objective(
     if inplace and logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(f"inplace needs a dense vocabulary; got logits with strides {tuple(logits.stride())}")
     source = unit_stride(logits.detach())
-    out = source if inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out = source if inplace else _backends.empty(logits.shape, source)
     logps, lse, ent, div, mean = _backends.pick(source).objective(
         source,
         labels,

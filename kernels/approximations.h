@@ -121,19 +121,19 @@ FA_HD double power_of_row(double x) {
 }
 
 // (x - pivot) * scale in one operation, fma(x, by, -at), where `at` is pivot * scale rounded: all of a row's powers are
-// relative to at / scale then, a number as good as the pivot. A pivot near the end of float32's range (masked logits)
-// is scaled down instead, as the product would overflow; its neighbours differ from it by so much that their powers are
-// 1 or 0 by either scale.
+// relative to at / scale then, a number as good as the pivot. Far out (rows of masked logits) it would be off by more
+// powers of two than a float32 has. There neighbouring logits are so far apart that only equal ones count, and a scale
+// of 1 will do, by which nothing is rounded and nothing overflows.
 struct Exponent {
     float by, at;
 
     FA_MEMBER float of(float x) const { return fmaf(x, by, -at); }
 };
 
-FA_HD bool fits_exponent(float pivot, float scale) { return fabsf(pivot * scale) < 1e37f; }
+FA_HD bool fits_exponent(float pivot, float scale) { return fabsf(pivot * scale) < 0x1p30f; }
 
 FA_HD Exponent exponent(float pivot, float scale) {
-    const float by = fits_exponent(pivot, scale) ? scale : 1.0f / 256;
+    const float by = fits_exponent(pivot, scale) ? scale : 1.0f;
     return {by, pivot * by};
 }
 

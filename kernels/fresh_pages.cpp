@@ -48,9 +48,10 @@ double huge_page(uintptr_t) { return 0; }
 
 }  // namespace
 
-FreshPages::FreshPages(void* data, int64_t bytes)
+FreshPages::FreshPages(void* data, int64_t bytes, bool touched)
     : begin_(reinterpret_cast<uintptr_t>(data)),
       end_(begin_ + static_cast<uintptr_t>(bytes)),
+      touched_(touched),
       next_(round_up(begin_, kHuge)) {}
 
 void FreshPages::ask(uintptr_t page) {
@@ -58,6 +59,7 @@ void FreshPages::ask(uintptr_t page) {
 }
 
 bool FreshPages::before(const void* data, int64_t bytes) {
+    if (touched_) return true;
     // Two pages ahead: a thread that writes to a page before it is asked for makes it one of 4 KiB pages.
     const uintptr_t from = reinterpret_cast<uintptr_t>(data), to = from + static_cast<uintptr_t>(bytes);
     const uintptr_t ahead = std::min(end_, to + 2 * kHuge);

@@ -11,7 +11,8 @@ namespace fastalign {
 
 class FreshPages {
   public:
-    FreshPages(void* data, int64_t bytes);
+    // `touched`: they are not fresh, and only to be written past the caches.
+    FreshPages(void* data, int64_t bytes, bool touched);
 
     // A thread is about to write `bytes` bytes from `data` on: makes them ready. Call it in roughly rising order;
     // threads may call it at once. True: write past the caches; 4 KiB pages were cleared in the cache, where a write is
@@ -22,6 +23,7 @@ class FreshPages {
     void ask(uintptr_t page);
 
     uintptr_t begin_, end_;
+    bool touched_;
     std::atomic<uintptr_t> next_;  // the first huge page that nobody has asked for
     std::atomic<bool> slow_{false};
 };

@@ -17,11 +17,12 @@ FAR = tl.constexpr(16.0)
 def pivot_at(top, scale):
     """(pivot, scale, pivot * scale) such that 2^(x * scale - pivot * scale) is at most about 1 for x up to `top`.
 
-    The scale is the given one, but for pivots whose product with it would overflow: around those, elements that differ
-    at all are so far apart that any scale will do.
+    The scale is the given one, but far out (rows of masked logits), where the product would be off by more powers of
+    two than a float32 has. There elements that differ at all are so far apart that a scale of 1 will do, by which
+    nothing is rounded and nothing overflows.
     """
     pivot = tl.where(top == float("-inf"), 0.0, top)
-    scale = tl.where(tl.abs(pivot) * scale < 1.0e38, scale, scale * 9.094947e-13)
+    scale = tl.where(tl.abs(pivot) * scale < 1073741824.0, scale, 1.0)
     return pivot, scale, pivot * scale
 
 

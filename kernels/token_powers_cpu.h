@@ -162,7 +162,7 @@ class PowersInPlace : PowersWorker<float, Slopes> {
     using Base = PowersWorker<float, Slopes>;
     using Base::a, Base::k;
 
-    static constexpr float kHeadroom = 80;  // of a power, in bits: the sum of a piece stays below kLimit[kPlain]
+    static constexpr float kHeadroom = 32;  // of a power, in bits, as in kLimit[kPlain]
     static constexpr int64_t kStep = 2 * kUnit;
 
   public:

@@ -17,9 +17,9 @@ namespace {
 
 constexpr int64_t kPiece = 16384;      // elements summed in float32 before they go into float64
 constexpr int64_t kPivotSample = 256;  // elements that the pivot is taken from
-// A sum beyond this is done again with an exact pivot. Plain sums only have to stay finite; entropy and KL are
-// differences of numbers of the size of log(sum), so theirs must stay near the maximum to keep its digits.
-constexpr float kLimit[] = {0x1p96f, 0x1p12f, 0x1p12f};
+// A sum beyond this is done again with an exact pivot. The power 2^32 is known to 1e-6, as its exponent is rounded to
+// 24 bits; entropy and KL are differences of numbers of the size of log(sum), so theirs must stay near the maximum.
+constexpr float kLimit[] = {0x1p32f, 0x1p12f, 0x1p12f};
 constexpr int kUnit = 2 * Vec::kWidth;
 
 // ------------------------------------------------------------------------------------------------- elements

@@ -249,6 +249,18 @@ def test_a_pivot_that_is_missed():
             torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("vocab", [7, 700, 9001])
+def test_logits_of_any_size(vocab):
+    """Rows of nothing but 1e9 to 1e38 and their negatives, all alike or not."""
+    rows = torch.tensor([s * m for m in (1e9, 1e12, 1e20, 1e30, 3e38) for s in (1, -1)]).view(-1, 1)
+    draw = torch.Generator().manual_seed(0)
+    x = torch.cat([rows.expand(-1, vocab), rows * torch.rand(len(rows), vocab, generator=draw)])
+    labels = torch.randint(vocab, (len(x),), generator=draw)
+    with fa.use_backend("eager"):
+        want = fa.token_stats(x.double(), labels).logps
+    torch.testing.assert_close(fa.token_stats(x, labels).logps.double(), want, rtol=2e-7, atol=2e-6)
+
+
 @each_dtype
 @pytest.mark.parametrize("vocab", [3, 700, 1001])
 def test_a_target_far_from_the_rest(dtype, vocab):

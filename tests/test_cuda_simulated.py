@@ -149,6 +149,20 @@ def test_large_logits_lose_nothing(cuda_simulator, dtype, large):
     check(cuda_simulator, one_step, x, None, labels, weights)
 
 
+@pytest.mark.parametrize("vocab", [700, 9000])
+def test_logits_of_any_size(cuda_simulator, vocab):
+    """Rows of nothing but 1e9 to 1e38 and their negatives, all alike or not."""
+    rows = torch.tensor([s * m for m in (1e9, 1e12, 1e20, 1e30, 3e38) for s in (1, -1)]).view(-1, 1)
+    draw = torch.Generator().manual_seed(0)
+    x = torch.cat([rows.expand(-1, vocab), rows * torch.rand(len(rows), vocab, generator=draw)])
+    labels = torch.randint(vocab, (len(x),), generator=draw)
+    with fa.use_backend("eager"):
+        expected = fa.token_stats(x.double(), labels).logps
+    with cuda_simulator():
+        found = fa.token_stats(x, labels).logps
+    torch.testing.assert_close(found.double(), expected, rtol=2e-7, atol=2e-6)
+
+
 def test_peaks_and_holes(cuda_simulator):
     """Logits far above what a thread saw first; -inf and the lowest number, up to whole rows of them."""
     x, z, labels, weights = problem(8, 9000, torch.float32, ref=True)

@@ -12,11 +12,13 @@ KINDS = {"SupportsInt": "int", "SupportsFloat": "float"}  # as pybind11 names wh
 
 
 def of_stub(path):
-    """Name → (kinds of its arguments, result) of a function; name → kind of a constant."""
+    """Name → (kinds of its arguments, result) of a function or a class; name → kind of a constant."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     protocols, found = {}, {}
     for node in tree.body:
-        if isinstance(node, ast.ClassDef):
+        if isinstance(node, ast.ClassDef) and node.body[0].name == "__init__":
+            found[node.name] = signature(node.body[0], 1)
+        elif isinstance(node, ast.ClassDef):
             protocols[node.name] = signature(node.body[0], 1)
         elif isinstance(node, ast.FunctionDef):
             found[node.name] = signature(node, 0)
@@ -40,7 +42,8 @@ def of_module(module):
         if not callable(value):
             found[name] = type(value).__name__
             continue
-        arguments, result = re.match(r"\w+\((.*)\) -> (.*)", value.__doc__).groups()
+        text = value.__init__.__doc__ if isinstance(value, type) else value.__doc__
+        arguments, result = re.match(r"\w+\((.*)\) -> (.*)", text).groups()
         kinds = re.findall(r"arg\d+: (?:typing\.)?(\w+)", arguments)
         found[name] = ([KINDS.get(kind, kind) for kind in kinds], result.strip())
     return found

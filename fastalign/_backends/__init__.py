@@ -17,10 +17,12 @@ from torch import Tensor
 from . import cpu, cuda, eager, triton
 from ._interface import KINDS, KL_TERMS, Backend, Objective
 from .cpu import cpu_isa, cpu_isas, probe_copy, probe_read, saved_tensor
+from .memory import LARGE, empty, keep_memory, release_memory
 
 __all__ = [
     "KINDS",
     "KL_TERMS",
+    "LARGE",
     "Backend",
     "Objective",
     "automatic",
@@ -29,9 +31,12 @@ __all__ = [
     "cpu_isa",
     "cpu_isas",
     "direct",
+    "empty",
+    "keep_memory",
     "pick",
     "probe_copy",
     "probe_read",
+    "release_memory",
     "saved_tensor",
     "use_backend",
 ]

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .. import _backends
 from .._head_problem import Live, live_problem, plain_head
 from .._head_tiles import RowStats
 from ..head import Head, as_head, part_rows
@@ -98,16 +99,21 @@ class _Totals:
         wide = torch.promote_types(dlogits.dtype, torch.float32)
         first = self.weight is None
         if first and (dlogits.dtype == wide or not self.several):
-            self.weight = torch.mm(dlogits.t(), hidden)
+            self.weight = self._new_weight(dlogits, hidden, dlogits.dtype)
+            torch.mm(dlogits.t(), hidden, out=self.weight)
         elif self.weight is not None and dlogits.dtype == wide:
             self.weight.addmm_(dlogits.t(), hidden)
         else:
             if self.weight is None:
-                self.weight = dlogits.new_empty((dlogits.shape[1], hidden.shape[1]), dtype=wide)
+                self.weight = self._new_weight(dlogits, hidden, wide)
             for start in range(0, dlogits.shape[1], _COLUMNS):
                 product = torch.mm(dlogits[:, start : start + _COLUMNS].t(), hidden)
                 to = self.weight[start : start + _COLUMNS]
                 to.copy_(product) if first else to.add_(product)
+
+    @staticmethod
+    def _new_weight(dlogits: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        return _backends.empty((dlogits.shape[1], hidden.shape[1]), dlogits, dtype)
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of hidden, weight and bias; None for those that are not trained."""

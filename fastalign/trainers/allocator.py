@@ -1,10 +1,12 @@
-"""The C library's allocator, kept from holding on to memory."""
+"""The C library's allocator and our own stock of large blocks, kept from holding on to memory."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 from typing import Any
+
+from .. import keep_memory, release_memory
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
@@ -21,6 +23,7 @@ def map_large_blocks(above: int = 1 << 20) -> None:
     training becomes a third slower. Other C libraries have no such function; whoever set glibc's own variables
     (MALLOC_MMAP_THRESHOLD_) is left with them.
     """
+    keep_memory(0)
     mallopt = _libc("mallopt")
     if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         mallopt(_M_MMAP_THRESHOLD, above)
@@ -29,6 +32,7 @@ def map_large_blocks(above: int = 1 << 20) -> None:
 
 def give_back() -> None:
     """Gives the pages of freed blocks back to the system; nothing where the C library cannot."""
+    release_memory()
     trim = _libc("malloc_trim")
     if trim is not None:
         trim(0)
