@@ -145,9 +145,9 @@ def _done(live: int, labels: Tensor, options: tuple[int, float, float], logits: 
 
 
 def saved_tensor(saved: Kept, labels: Tensor) -> Tensor:
-    """[..., 4], as `forward` returns it."""
+    """[..., 4], as `forward` returns it, if these are its labels."""
     rows = torch.frombuffer(bytearray(saved), dtype=torch.float32) if saved else _ONE.new_empty(0)
-    return rows.view(*labels.shape, 4)
+    return rows.view(*labels.shape, 4) if rows.numel() == 4 * labels.numel() else rows
 
 
 def logps(
