@@ -33,6 +33,7 @@ HEADERS = [
         "mean_nll_cpu",
         "objectives",
         "pair_loss_cpu",
+        "policy_loss_cpu",
         "parallel",
         "probes_cpu",
         "token_powers_cpu",

@@ -10,6 +10,7 @@ from typing import Any
 import bench_dpo
 import bench_gae
 import bench_logps
+import bench_ppo
 import torch
 from _case import Case, Problem, sequences
 from _suite import LogitsSuite, Options
@@ -51,16 +52,6 @@ def _of_logps(logps: Callable[[Tensor, Tensor], Tensor], objective: Callable[[Te
 def _sft() -> Function:
     module = fa.losses.SFTLoss()
     return lambda logits, labels, ref_logps: module(logits, labels).loss
-
-
-def _dpo() -> Function:
-    module = fa.losses.DPOLoss(beta=bench_dpo.BETA)
-
-    def loss(logits: Tensor, labels: Tensor, ref_logps: Tensor) -> Tensor:
-        chosen, rejected = ref_logps.chunk(2)
-        return module(logits, labels, ref_chosen_logps=chosen, ref_rejected_logps=rejected).loss
-
-    return loss
 
 
 def _nll(logps: Tensor) -> Tensor:
@@ -115,7 +106,8 @@ _FIXED: dict[str, Mapping[str, Variant]] = {
     # torch.compile gets the cross-entropy, which it does faster than the mean of log-probabilities
     "sft": {OURS: Variant(_sft, ours=True), **_CROSS_ENTROPY, **_peers(_nll, compile_too=False)},
     "cross_entropy": {OURS: Variant(lambda: _flat(fa.cross_entropy), ours=True), **_CROSS_ENTROPY},
-    "dpo": {**_without_in_place(bench_dpo.SUITE), OURS: Variant(_dpo, ours=True)},
+    "dpo": _without_in_place(bench_dpo.SUITE),
+    "ppo": _without_in_place(bench_ppo.SUITE),
 }
 
 
@@ -142,6 +134,8 @@ def contenders(point: Point, options: Options) -> tuple[Problem | None, Contende
         return None, {name: partial(_already, run) for name, run in runs.items()}
     suite: Any = LogitsSuite(point.suite, (point.job,), dict(variants_of(point)), lambda logps, ref_logps: logps)
     problem = Problem(point, options.seed, "cpu", _batch(point))
+    if point.suite == "ppo":
+        problem.ref_logps = bench_ppo.inputs(problem)
     return problem, suite.contenders(point, problem, options)
 
 

@@ -87,27 +87,42 @@ def compiled(function: Function) -> Function:
 Objective = Callable[[Tensor, Tensor], Tensor]
 
 
-def logits_variants(ours: Objective, plain: Objective) -> dict[str, Variant]:
+def by_logps(objective: Objective) -> dict[str, Variant]:
+    """Ours, from the log-probabilities of [B, T] labels."""
+    in_place = partial(fa.token_logps, inplace_backward=True)
+    return {
+        OURS: Variant(lambda: _on(fa.token_logps, objective), ours=True),
+        OURS_IN_PLACE: Variant(lambda: _on(in_place, objective), ours=True, jobs=("backward", "both")),
+    }
+
+
+def by_module(build: Callable[[bool], Function]) -> dict[str, Variant]:
+    """Ours, a loss module with its metrics; `build` is told whether the gradient is to be written over the logits."""
+    return {
+        OURS: Variant(lambda: build(False), ours=True),
+        OURS_IN_PLACE: Variant(lambda: build(True), ours=True, jobs=("backward", "both")),
+    }
+
+
+def _on(logps: Logps, objective: Objective) -> Function:
+    return lambda logits, labels, ref_logps: objective(logps(logits, labels), ref_logps)
+
+
+def logits_variants(ours: dict[str, Variant], plain: Objective) -> dict[str, Variant]:
     """Every variant of a job that starts from logits.
 
     Args:
-        ours: (logps [B, T], ref_logps [B]) -> result, by fastalign.
-        plain: the same in plain torch.
+        ours: `by_logps` or `by_module`.
+        plain: (logps [B, T], ref_logps [B]) -> result, in plain torch.
     """
-
-    def on(logps: Logps, objective: Objective) -> Function:
-        return lambda logits, labels, ref_logps: objective(logps(logits, labels), ref_logps)
-
-    in_place = partial(fa.token_logps, inplace_backward=True)
     return {
-        OURS: Variant(lambda: on(fa.token_logps, ours), ours=True),
-        OURS_IN_PLACE: Variant(lambda: on(in_place, ours), ours=True, jobs=("backward", "both")),
-        EAGER: Variant(lambda: on(eager_logps, plain)),
-        "F.cross_entropy": Variant(lambda: on(cross_entropy_logps, plain)),
-        COMPILED: Variant(lambda: compiled(on(eager_logps, plain))),
-        "TRL selective_log_softmax": Variant(lambda: on(trl_logps(), plain), package="trl"),
+        **ours,
+        EAGER: Variant(lambda: _on(eager_logps, plain)),
+        "F.cross_entropy": Variant(lambda: _on(cross_entropy_logps, plain)),
+        COMPILED: Variant(lambda: compiled(_on(eager_logps, plain))),
+        "TRL selective_log_softmax": Variant(lambda: _on(trl_logps(), plain), package="trl"),
         "Liger cross_entropy": Variant(
-            lambda: on(liger_logps(), plain), package="liger_kernel", devices=("cuda", "xpu")
+            lambda: _on(liger_logps(), plain), package="liger_kernel", devices=("cuda", "xpu")
         ),
-        "quack cross_entropy": Variant(lambda: on(quack_logps(), plain), package="quack", devices=("cuda",)),
+        "quack cross_entropy": Variant(lambda: _on(quack_logps(), plain), package="quack", devices=("cuda",)),
     }

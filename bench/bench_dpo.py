@@ -6,12 +6,11 @@ import torch
 from _case import Problem
 from _interleave import replay
 from _suite import LogitsSuite
-from _variants import logits_variants
+from _variants import Function, by_module, logits_variants
 from torch import Tensor
 from torch.nn import functional as F
 
 import fastalign as fa
-from fastalign._sequences import sum_tokens
 
 BETA = 0.1
 
@@ -23,9 +22,14 @@ def _plain(logps: Tensor, ref_logps: Tensor) -> Tensor:
     return -F.logsigmoid(BETA * ((chosen - ref_chosen) - (rejected - ref_rejected))).mean()
 
 
-def _ours(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """As `DPOLoss` does with references in float64."""
-    return fa.losses.dpo_loss(*sum_tokens(logps, torch.float64).chunk(2), *ref_logps.chunk(2), beta=BETA).loss
+def _module(inplace: bool) -> Function:
+    module = fa.losses.DPOLoss(beta=BETA, inplace_backward=inplace)
+
+    def loss(logits: Tensor, labels: Tensor, ref_logps: Tensor) -> Tensor:
+        chosen, rejected = ref_logps.chunk(2)
+        return module(logits, labels, ref_chosen_logps=chosen, ref_rejected_logps=rejected).loss
+
+    return loss
 
 
 def _step_zero(problem: Problem) -> dict[str, float]:
@@ -37,7 +41,7 @@ def _step_zero(problem: Problem) -> dict[str, float]:
     return {"step_zero_loss": float(result.loss), "step_zero_reward": float(rewards.abs().max())}
 
 
-SUITE = LogitsSuite("dpo", ("forward", "both"), logits_variants(_ours, _plain), _plain, _step_zero)
+SUITE = LogitsSuite("dpo", ("forward", "both"), logits_variants(by_module(_module), _plain), _plain, _step_zero)
 
 
 def bench_dpo(case, variant, record_of, benchmark):

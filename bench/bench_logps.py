@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from _interleave import replay
 from _suite import LogitsSuite
-from _variants import JOBS, logits_variants
+from _variants import JOBS, by_logps, logits_variants
 from torch import Tensor
 
 
@@ -12,7 +12,7 @@ def _unchanged(logps: Tensor, ref_logps: Tensor) -> Tensor:
     return logps
 
 
-SUITE = LogitsSuite("logps", JOBS, logits_variants(_unchanged, _unchanged), _unchanged)
+SUITE = LogitsSuite("logps", JOBS, logits_variants(by_logps(_unchanged), _unchanged), _unchanged)
 
 
 def bench_logps(case, variant, record_of, benchmark):

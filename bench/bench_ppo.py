@@ -5,13 +5,11 @@ The limit that shares are given of is that of two visits (one read, then one rea
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from _case import Problem
 from _interleave import replay
 from _suite import LogitsSuite
-from _variants import OURS_ONE_LAUNCH, Function, Variant, logits_variants
+from _variants import OURS_ONE_LAUNCH, Function, Variant, by_module, logits_variants
 from torch import Tensor
 
 import fastalign as fa
@@ -19,7 +17,7 @@ import fastalign as fa
 CLIP = 0.2
 
 
-def _inputs(problem: Problem) -> Tensor:
+def inputs(problem: Problem) -> Tensor:
     """[2, B, T]: log-probabilities of the old policy, near the new one's as after an update or two, and advantages."""
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -28,29 +26,24 @@ def _inputs(problem: Problem) -> Tensor:
     return torch.stack([old, torch.randn(logps.shape, generator=draw).to(logps.device)])
 
 
-def _plain(logps: Tensor, inputs: Tensor) -> Tensor:
+def _plain(logps: Tensor, given: Tensor) -> Tensor:
     """Schulman et al. 2017, eq. 7, as a loss, averaged over tokens."""
-    old, advantages = inputs
+    old, advantages = given
     ratio = torch.exp(logps - old)
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - CLIP, 1 + CLIP)).mean()
 
 
-def _ours(logps: Tensor, inputs: Tensor) -> Tensor:
-    old, advantages = inputs
-    return fa.losses.policy_loss(logps, old, advantages, torch.ones_like(logps, dtype=torch.bool), cliprange=CLIP).loss
-
-
-def _one_launch() -> Function:
-    module = fa.losses.PPOLoss(cliprange=CLIP, one_launch=True, inplace_backward=True)
-    return lambda logits, labels, inputs: module(logits, labels, *inputs).loss
+def _module(inplace: bool, one_launch: bool = False) -> Function:
+    module = fa.losses.PPOLoss(cliprange=CLIP, inplace_backward=inplace, one_launch=one_launch)
+    return lambda logits, labels, given: module(logits, labels, *given).loss
 
 
 def _variants() -> dict[str, Variant]:
-    build: Callable[[], Function] = _one_launch
-    return {**logits_variants(_ours, _plain), OURS_ONE_LAUNCH: Variant(build, ours=True, jobs=("both",))}
+    one_launch = Variant(lambda: _module(True, True), ours=True, jobs=("both",))
+    return {**logits_variants(by_module(_module), _plain), OURS_ONE_LAUNCH: one_launch}
 
 
-SUITE = LogitsSuite("ppo", ("both",), _variants(), _plain, inputs=_inputs)
+SUITE = LogitsSuite("ppo", ("both",), _variants(), _plain, inputs=inputs)
 
 
 def bench_ppo(case, variant, record_of, benchmark):

@@ -72,6 +72,12 @@ def eager(x: Inputs, function: Callable[..., Tensor] | None = None) -> Gradients
     return _gradients(objective.over(function or _linear_logps, x, *leaves), leaves)
 
 
+def _wide_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """As training loops do that want the right gradient: a softmax in 16 bits is off by percents of it."""
+    logits = F.linear(hidden, weight).float()
+    return torch.log_softmax(logits, -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
 def trl(x: Inputs) -> Gradients:
     from trl.kernels import ChunkedLogProbFunction
 
@@ -112,6 +118,7 @@ def _cut() -> Callable[[Inputs], Gradients]:
 
 
 OURS, BARE, BARE_FROZEN = "fastalign", "bare GEMMs", "bare GEMMs, frozen head"
+WIDE = "eager, softmax in float32"
 TRL, LIGER, CUT = "TRL ChunkedLogProbFunction", "Liger FusedLinearDPOLoss", "cut-cross-entropy"
 VARIANTS: dict[str, Callable[[], Callable[[Inputs], Any]]] = {
     BARE: lambda: lambda x: gemms(x, False),
@@ -124,7 +131,8 @@ VARIANTS: dict[str, Callable[[], Callable[[Inputs], Any]]] = {
     ),
     "fastalign, frozen head": lambda: lambda x: fused(x, True, x.labels),
     "fastalign, frozen head in 64 MiB": lambda: lambda x: fused(x, True, x.labels, chunk_bytes=TILE),
-    "eager": lambda: lambda x: eager(x, False),
+    "eager": lambda: eager,
+    WIDE: lambda: lambda x: eager(x, _wide_logps),
     "torch.compile": _compiled,
     TRL: lambda: trl,
     LIGER: _liger,
@@ -134,6 +142,7 @@ COMPARABLE = (BARE, OURS, "eager", "torch.compile", TRL, LIGER, CUT)
 """Those that do the same work, all of it, with the default plan."""
 _PACKAGES = {TRL: "trl", LIGER: "liger_kernel", CUT: "cut_cross_entropy"}
 _FITS: dict[str, Callable[[str], str]] = {
+    WIDE: lambda objective: "" if OBJECTIVES[objective].logps_alone else "is given log-probabilities alone",
     TRL: lambda objective: "" if OBJECTIVES[objective].logps_alone else "gives no exact KL",
     "torch.compile": lambda objective: "" if OBJECTIVES[objective].logps_alone else "is given log-probabilities alone",
     LIGER: lambda objective: "" if objective == "dpo" else "is a DPO loss",

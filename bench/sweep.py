@@ -10,8 +10,8 @@ alike, on the same inputs). A case gets as many rounds as fit its time, three at
 
 Bound: no case has more than 2^27 logits (tokens x vocabulary), 512 MiB in float32, of which eager's forward and
 backward hold four copies. Tokens are cut into 8 sequences where that divides them, preferences need two at least.
-Jobs: log-probs forward; forward and backward of SFT's mean, of a cross-entropy, of DPO, of PRO over list lengths and
-of SFT from hidden states (`head.py`); GAE, whose rows and "vocabulary" are sequences and their length.
+Jobs: log-probs forward; forward and backward of SFT's mean, of a cross-entropy, of DPO, of PPO (with their
+metrics), of PRO over list lengths and of SFT from hidden states (`head.py`); GAE, whose rows and "vocabulary" are sequences and their length.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ DTYPES = ("float32", "bfloat16")
 LISTS = (2, 4, 8, 16, 64)
 HIDDEN = (128, 1024, 4096)
 ADVANTAGES = ((1, 64), (64, 64), (8, 1024), (512, 2048))
-LOGITS_JOBS = {"logps": "forward", "sft": "both", "cross_entropy": "both", "dpo": "both"}
+LOGITS_JOBS = {"logps": "forward", "sft": "both", "cross_entropy": "both", "dpo": "both", "ppo": "both"}
 SUITES = (*LOGITS_JOBS, "pro", "gae", "head")
 _SHORT, _CALLS = 1e-3, 50
 _LEAST, _MOST = 3, 25

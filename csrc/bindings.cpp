@@ -12,6 +12,7 @@
 #include "../kernels/large_blocks.h"
 #include "../kernels/mean_nll_cpu.h"
 #include "../kernels/pair_loss_cpu.h"
+#include "../kernels/policy_loss_cpu.h"
 #include "../kernels/token_stats_cpu.h"
 #include "arguments.h"
 #include "tensors.h"
@@ -157,6 +158,47 @@ py::tuple pair_loss_forward(py::handle logits, py::handle labels, const py::tupl
     }));
 }
 
+// `inputs`: old_logps, advantages (of tokens or of rows of them), and ref_logps or None; `objective`: see
+// `objective_options`; `over`: what losses are divided by, 0: by the tokens that count; `made`, new, dense and plain: six
+// numbers (see `PolicySums`), and the gradient of the first for each token's log-probability.
+py::tuple policy_loss_forward(py::handle logits, py::handle labels, const py::tuple& options, bool inplace,
+                              const py::tuple& inputs, const py::tuple& objective, double over, const py::tuple& made,
+                              int threads) {
+    ForwardArgs a{};
+    if (!fill_if_plain(a, logits, labels, options, inplace)) return unusual();
+    const Seen rows(labels);
+    Numbers given;
+    for (const auto& one : inputs)
+        if (!one.is_none() && !given.add_for(one, rows)) return unusual();
+    const auto number = [&](std::size_t which, std::int64_t i) {
+        const Numbers::Part& p = given.parts[which];
+        return static_cast<float>(p[p.count == a.rows ? i : i / (a.rows / p.count)]);
+    };
+    const ObjectiveOptions o = objective_options(objective);
+    auto* const results = static_cast<float*>(Seen(made[0]).data());
+    auto* const slopes = static_cast<float*>(Seen(made[1]).data());
+    const std::unique_ptr<float[]> scratch(new float[2 * a.rows + 1]);
+    a.out = {scratch.get(), scratch.get() + a.rows, nullptr, nullptr, nullptr};
+    const Kept kept(a);
+    a.threads = threads;
+    return kept.with(with_labels(a, [&](std::int64_t live) {
+        cpu_kernels().forward(a);
+        const double divisor = over != 0 ? over : live < 1 ? 1 : static_cast<double>(live);
+        PolicySums sums;
+        for (std::int64_t i = 0; i < a.rows; ++i) {
+            slopes[i] = 0;
+            if (a.label(i) == a.ignore_index) continue;  // what lies there may be anything
+            const TokenInputs t{static_cast<float>(1 / divisor), number(0, i), number(1, i),
+                                given.parts.size() > 2 ? number(2, i) : 0};
+            Stats s{};
+            s.logps = a.out.logps[i];
+            slopes[i] = objective_gradient(o, s, t).logps;
+            sums.add(o, s.logps, t);
+        }
+        sums.write(o, divisor, static_cast<double>(live), results);
+    }));
+}
+
 // `logps` and `lse` are new, dense and plain.
 py::tuple logps_forward(py::handle logits, py::handle labels, const py::tuple& options, bool inplace, py::handle logps,
                         py::handle lse, int threads) {
@@ -258,6 +300,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("mean_nll_forward", &mean_nll_forward);
     m.def("mean_nll_backward", &mean_nll_backward);
     m.def("pair_loss_forward", &pair_loss_forward);
+    m.def("policy_loss_forward", &policy_loss_forward);
     m.def("logps_forward", &logps_forward);
     m.def("sums_forward", &sums_forward);
     m.def("logps_backward", &logps_backward);

@@ -95,6 +95,9 @@ class Seen {
         return dims_ == rows.dims_ + tail && std::equal(rows.shape_, rows.shape_ + rows.dims_, shape_);
     }
 
+    // Whether the shape is that of `rows` without their last dimension.
+    bool extends_to(const Seen& rows) const { return rows.extends(*this, 1); }
+
   private:
     void by_exchange() {
         DLTensor d{};
@@ -205,6 +208,13 @@ struct Numbers {
         parts.push_back({s.data(), s.count(), dtype == 5, same});
         count += parts.back().count;
         return true;
+    }
+
+    // One float32 number for each element of `labels`, or for each but for their last dimension. False for others.
+    bool add_for(py::handle tensor, const Seen& labels) {
+        const Seen s(tensor);
+        const bool each = s.plain_on_cpu() && s.extends(labels, 0), row = s.plain_on_cpu() && s.extends_to(labels);
+        return (each || row) && s.dtype() == 0 && add(tensor);
     }
 
     // Each of them `repeat` times, in float.

@@ -43,6 +43,17 @@ def pair_loss_forward(
     made: tuple,
     threads: int,
 ) -> tuple: ...
+def policy_loss_forward(
+    logits: object,
+    labels: object,
+    options: tuple,
+    inplace: bool,
+    inputs: tuple,
+    objective: tuple,
+    over: float,
+    made: tuple,
+    threads: int,
+) -> tuple: ...
 def logps_forward(
     logits: object, labels: object, options: tuple, inplace: bool, logps: object, lse: object, threads: int
 ) -> tuple: ...

@@ -12,27 +12,8 @@ import torch
 from torch import Tensor
 
 from . import _backends, ops
+from ._known_slopes import attach
 from ._op_checks import as_softcap
-
-
-class _PairLoss(torch.autograd.Function):
-    """`made`: the loss, the gradient of the loss for the sums, what the forward kept."""
-
-    @staticmethod
-    def forward(ctx, logits, labels, made, *options):
-        loss, ctx.slopes, ctx.kept = made
-        ctx.save_for_backward(logits, labels)
-        ctx.options = options
-        return loss
-
-    @staticmethod
-    def backward(ctx, g_loss):
-        logits, labels = ctx.saved_tensors
-        of_sums = (g_loss * ctx.slopes,)
-        return ops.sums_gradient(logits, labels, ctx.kept, of_sums, *ctx.options), None, None, None, None
-
-
-_node = ops.node_of(_PairLoss)
 
 
 def pair_loss(
@@ -73,5 +54,5 @@ def pair_loss(
         return None
     mean, rows, slopes, kept = found
     if wanted:
-        mean = _node(logits, labels, (mean, slopes, kept), options, inplace_backward)
+        mean = attach(mean, logits, labels, slopes, kept, options, inplace_backward)
     return mean, *rows.unbind()

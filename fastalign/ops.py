@@ -123,11 +123,11 @@ def logps_gradient(logits, labels, kept, parts, grads, options, inplace: bool) -
 
 
 def sums_gradient(logits, labels, kept, grads, options, inplace: bool) -> Tensor:
-    """The logits' gradient, given that of the sums of logps over all but the first dimension, in one or more parts."""
+    """The logits' gradient, given that of the logps, or of their sums over equally long runs, in one or more parts."""
 
     def of_tokens() -> tuple[Tensor, None]:
-        rows = torch.cat(grads).float()
-        return rows.view(-1, *[1] * (labels.dim() - 1)).expand(labels.shape), None
+        runs = torch.cat(grads).float().view(-1, 1)
+        return runs.expand(-1, labels.numel() // max(len(runs), 1)).reshape(labels.shape), None
 
     return logps_gradient(logits, labels, kept, grads, of_tokens, options, inplace)
 

@@ -22,7 +22,9 @@ RANK = dict.fromkeys((*COMPILED, "kernels"), 0) | {
     "ops": 2,
     "objective": 3,
     "_mean_nll": 3,
+    "_known_slopes": 2.5,
     "_pair_loss": 3,
+    "_policy_terms": 3,
     "_sequences": 3,
 }
 RANK |= {"packed": 2, "_head_tiles": 2, "_head_checks": 3, "_head_problem": 4, "head": 5}

@@ -258,7 +258,36 @@ def pair_loss(
     return (*made, saved) if _done(live, labels, options, logits) else None
 
 
+def policy_loss(
+    logits: Tensor,
+    labels: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor | None],
+    objective: Objective,
+    over: float,
+    options: tuple[int, float, float],
+    inplace: bool,
+) -> tuple[Tensor, Tensor, Kept] | None:
+    """(results, slopes, saved) of a policy objective, see kernels/policy_loss_cpu.h: loss, policy term, KL, approximate
+    KL to the old policy, share that was cut, mean ratio, [6]; the loss's gradient for each log-probability, flat; and
+    what a backward needs. None, and nothing was done, for other tensors than plain ones, float32 beside the logits.
+
+    Args:
+        inputs: old_logps and advantages (of tokens, or one for all of the last dimension's), and ref_logps or None.
+        over: what the losses are divided by; 0: the number of tokens.
+    """
+    made = (_ONE.new_empty((6,)), _ONE.new_empty((labels.numel(),)))
+    threads = torch.get_num_threads()
+    live, saved = _C.policy_loss_forward(
+        logits, labels, options, inplace, inputs, _codes(objective), over, made, threads
+    )
+    return (*made, saved) if _done(live, labels, options, logits) else None
+
+
 # ------------------------------------------------------------------------------------------------- one launch
+def _codes(o: Objective) -> tuple:
+    return (KINDS[o.kind], *o[1:4], KL_TERMS[o.kl], *o[5:])
+
+
 def objective(
     logits: Tensor,
     labels: Tensor,
@@ -274,10 +303,9 @@ def objective(
     labels = labels.contiguous()
     dense = [None if t is None else t.contiguous() for t in inputs]
     found = new_statistics(labels, want_entropy, ref_logits is not None, options.label_smoothing != 0)
-    codes = (KINDS[options.kind], *options[1:4], KL_TERMS[options.kl], *options[5:])
     live = _C.token_objective(
         tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
-        codes,
+        _codes(options),
         tuple(map(_address, dense)),
         tuple(map(_address, (*found, None))),
         out.data_ptr(),

@@ -57,6 +57,20 @@ def policy_objective(config: dict[str, Any], has_reference: bool) -> Objective:
     )
 
 
+def plain_objective(config: dict[str, Any], reference: Tensor | None) -> Objective | None:
+    """The objective of a `PPOLoss` configuration as `policy_terms` takes it; None where that does not serve it."""
+    if config["kind"] not in _POLICY_KINDS or config["normalization"] not in ("token", "bnpo"):
+        return None
+    estimator, entropy, dual_clip = config["kl_estimator"], config["entropy_coef"], config["dual_clip"]
+    if estimator == "exact" or entropy != 0.0 or (dual_clip is not None and not dual_clip > 1):
+        return None
+    found = policy_objective(config, reference is not None)
+    compared = reference is not None or config["kind"] == "penalty"
+    if not (found.low >= 0 and found.high >= 0 and found.kl_coef >= 0) or (found.kl_coef and not compared):
+        return None  # the general road says what is wrong
+    return found._replace(kl=estimator if compared else None)
+
+
 def policy_inputs(
     config: dict[str, Any],
     mask: Tensor,

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._policy_terms import policy_terms
 from ..head import Head
 from ..objective import attach_gradient, token_objective
 from ._common import Logits, LogitsLoss, check_float, check_mask, check_range, lookup, mean_over, real_tokens
 from ._kl import KL_ESTIMATORS, importance_weights, kl_estimate, token_kl
 from ._normalization import NORMALIZATIONS, Count, as_real, normalize
-from ._one_launch import policy_inputs, policy_objective, token_weights
+from ._one_launch import plain_objective, policy_inputs, policy_objective, token_weights
 from ._parts import Piece, by_parts, known_objective, take
 from ._policy_kinds import KINDS, Terms
 
@@ -278,6 +279,10 @@ class PPOLoss(LogitsLoss):
         if exact != (ref_logits is not None):
             got = f"{'None' if ref_logits is None else 'ref_logits'} with kl_estimator={self.config['kl_estimator']!r}"
             raise ValueError(f"ref_logits go with kl_estimator='exact', and with no other; got {got}")
+        if isinstance(logits, Tensor) and sampler_logps is None and not isinstance(num_items, Tensor):
+            found = self._at_once(logits, labels, old_logps, advantages, ref_logps, num_items)
+            if found is not None:
+                return found
         mask = labels != self.ignore_index
         shared: dict[str, Any] = {"ref_logits": ref_logits, "entropy": self.want_entropy}
         head = known_objective(logits, labels, self.ignore_index)
@@ -318,6 +323,34 @@ class PPOLoss(LogitsLoss):
         if gradient is None or not isinstance(logits, Tensor):
             return output
         return output._replace(loss=attach_gradient(output.loss, logits, gradient))
+
+    def _at_once(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        old_logps: Tensor,
+        advantages: Tensor,
+        ref_logps: Tensor | None,
+        num_items: int | float | None,
+    ) -> PolicyLossOutput | None:
+        """All of it in one call, where that serves."""
+        objective = None if self.want_entropy or self.one_launch else plain_objective(self.config, ref_logps)
+        if objective is None or (num_items is not None and not num_items >= 0):
+            return None
+        reference = old_logps if objective.kl is not None and ref_logps is None else ref_logps
+        found = policy_terms(
+            logits,
+            labels,
+            (old_logps, advantages, reference),
+            objective,
+            0.0 if num_items is None else max(num_items, 1),
+            inplace_backward=self.inplace_backward,
+            **self.stats_options,
+        )
+        if found is None:
+            return None
+        loss, policy, kl, approxkl, clipfrac, ratio = found
+        return PolicyLossOutput(loss, policy, None if objective.kl is None else kl, None, approxkl, clipfrac, ratio)
 
     def _by_parts(
         self,
