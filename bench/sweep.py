@@ -10,8 +10,9 @@ alike, on the same inputs). A case gets as many rounds as fit its time, three at
 
 Bound: no case has more than 2^27 logits (tokens x vocabulary), 512 MiB in float32, of which eager's forward and
 backward hold four copies. Tokens are cut into 8 sequences where that divides them, preferences need two at least.
-Jobs: log-probs forward; forward and backward of SFT's mean, of a cross-entropy, of DPO, of PPO (with their
-metrics), of PRO over list lengths and of SFT from hidden states (`head.py`); GAE, whose rows and "vocabulary" are sequences and their length.
+Jobs: log-probs forward; forward and backward of SFT's mean, of a cross-entropy, of DPO, of PPO (these with their
+metrics), of PRO over list lengths and of SFT from hidden states (`head.py`); GAE, whose rows and "vocabulary" are
+sequences and their length.
 """
 
 from __future__ import annotations

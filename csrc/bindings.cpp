@@ -159,8 +159,8 @@ py::tuple pair_loss_forward(py::handle logits, py::handle labels, const py::tupl
 }
 
 // `inputs`: old_logps, advantages (of tokens or of rows of them), and ref_logps or None; `objective`: see
-// `objective_options`; `over`: what losses are divided by, 0: by the tokens that count; `made`, new, dense and plain: six
-// numbers (see `PolicySums`), and the gradient of the first for each token's log-probability.
+// `objective_options`; `over`: what losses are divided by, 0: by the tokens that count; `made`, new, dense and plain:
+// six numbers (see `PolicySums`), and the gradient of the first for each token's log-probability.
 py::tuple policy_loss_forward(py::handle logits, py::handle labels, const py::tuple& options, bool inplace,
                               const py::tuple& inputs, const py::tuple& objective, double over, const py::tuple& made,
                               int threads) {

@@ -66,8 +66,8 @@ struct PolicySums {
     // by `over`, the others by how many tokens there are.
     void write(const ObjectiveOptions& o, double over, double tokens, float* out) const {
         const double n = tokens < 1 ? 1 : tokens;
-        const double whole[6] = {(loss + o.kl_coef * kl) / over, loss / over, kl / n,
-                                 0.5 * square / n,               cut / n,     ratio / n};
+        const double whole[6] = {
+            (loss + o.kl_coef * kl) / over, loss / over, kl / n, 0.5 * square / n, cut / n, ratio / n};
         for (int i = 0; i < 6; ++i) out[i] = static_cast<float>(whole[i]);
     }
 };
