@@ -10,8 +10,9 @@ from torch import Tensor
 
 from . import cpu
 
-LARGE = 32 << 20
-"""Bytes beyond which the C library gives every freed block back to the system (the most that glibc's threshold is)."""
+LARGE = 8 << 20
+"""Bytes beyond which a result has a block of the stock. The C library gives freed blocks back to the system from some
+size on that moves with what a program allocates (glibc's: up to 32 MiB, and always beyond)."""
 
 
 def _default_limit() -> int:
@@ -38,7 +39,7 @@ def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
 
 
 def keep_memory(limit: int) -> None:
-    """How many bytes of the memory of large results (above 32 MiB, on the CPU) are kept for others when it is freed.
+    """How many bytes of the memory of large results (above 8 MiB, on the CPU) are kept for others when it is freed.
 
     New memory takes longer to touch than a kernel takes to compute what goes into it: a gradient of 262 MB costs 64 ms
     in new memory and 19 in memory that was there. What is kept and what is in use are together no more than was in use
