@@ -92,7 +92,8 @@ class PowersApart : PowersWorker<T, Slopes> {
         if (no_gradient(c)) return this->no_gradient_of(row);
         T* out = this->gradient_of(row);
         const bool past = a.fresh && a.fresh->before(out, a.vocab * sizeof(T));
-        const bool stream = past && reinterpret_cast<uintptr_t>(out) % kStreamAlign == 0;
+        const bool long_enough = a.vocab * static_cast<int64_t>(sizeof(T)) >= kStreamed;
+        const bool stream = past && long_enough && reinterpret_cast<uintptr_t>(out) % kStreamAlign == 0;
         before_ = {out, c, label, label_gradient<T, false, kPlain>(r.x, nullptr, label, c, k), stream};
     }
 

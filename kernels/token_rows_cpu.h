@@ -20,6 +20,7 @@ constexpr int64_t kPivotSample = 256;  // elements that the pivot is taken from
 // A sum beyond this is done again with an exact pivot. The power 2^32 is known to 1e-6, as its exponent is rounded to
 // 24 bits; entropy and KL are differences of numbers of the size of log(sum), so theirs must stay near the maximum.
 constexpr float kLimit[] = {0x1p32f, 0x1p12f, 0x1p12f};
+constexpr int64_t kStreamed = 4096;  // bytes of a row that may go past the caches: the fence behind it takes as long
 constexpr int kUnit = 2 * Vec::kWidth;
 
 // ------------------------------------------------------------------------------------------------- elements

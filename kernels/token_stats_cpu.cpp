@@ -76,7 +76,8 @@ void row_gradient(const Args& a, int64_t row, int64_t begin, int64_t end, const 
     const T* x = static_cast<const T*>(a.logits) + a.layout.offset(row);
     const T* z = kMode == kReference ? static_cast<const T*>(a.ref_logits) + a.ref_layout.offset(row) : nullptr;
     T* out = static_cast<T*>(a.out_gradient) + a.out_layout.offset(row);
-    const bool stream = a.fresh && a.fresh->before(out + begin, (end - begin) * sizeof(T));
+    const int64_t bytes = (end - begin) * sizeof(T);
+    const bool stream = a.fresh && a.fresh->before(out + begin, bytes) && bytes >= kStreamed;
     write_gradient<T, kCap, kMode>(x, z, out, begin, end, a.label(row), c, k, stream);
 }
 
