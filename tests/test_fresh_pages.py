@@ -34,7 +34,7 @@ def gradient_between_guards(logits, labels, grads, start):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("vocab", [1001, 32_000, 70_001])
+@pytest.mark.parametrize("vocab", [1001, 4099, 32_000, 70_001])
 @pytest.mark.parametrize("start", [0, GUARD])
 def test_equal_to_the_ordinary_way_to_the_bit(isa, dtype, vocab, start):
     """Some 40 MB, which are written past the caches, against the same rows in eighths, which are not."""
