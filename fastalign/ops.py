@@ -50,6 +50,8 @@ def gradient(logits, labels, ref_logits, saved, entropy, kl, grads, options, inp
             return torch.ops.fastalign.token_stats_backward(*args)
         torch.ops.fastalign.token_stats_backward_(*args)
         return args[0]
+    grads = tuple(None if g is None else g.resolve_neg() for g in grads)
+    args = (*args[:6], *grads, *options)
     # What the forward made needs no second check, and two rounds of the dispatcher cost as much as a small gradient.
     if not as_saved(logits, labels, ref_logits, saved, entropy, kl):
         check_backward(*args)
@@ -159,7 +161,8 @@ def unwatched(logits, labels) -> bool:
 
 
 def alone(logits, labels) -> bool:
-    """Neither a mode, a subclass, a compiler nor a transform of functions: there is nothing but autograd."""
+    """Neither a mode, a subclass, a compiler nor a transform of functions: there is nothing but autograd, and memory
+    that says what the logits are (a bit may say that they are its negative)."""
     return (
         not torch.compiler.is_compiling()
         and type(logits) is Tensor
@@ -167,6 +170,7 @@ def alone(logits, labels) -> bool:
         and not _modes()
         and not _transforms()
         and not _of_transform(logits)
+        and not logits.is_neg()
     )
 
 

@@ -92,3 +92,23 @@ def differentiated(log_softmax, x, labels):
     else:
         logps = log_softmax(x).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     return logps.detach(), torch.autograd.grad(logps.sum(), x)[0].double()
+
+
+@pytest.mark.parametrize("statistic", ["logps", "lse", "entropy", "kl"])
+def test_tensors_that_are_the_negative_of_their_memory(statistic):
+    """A bit says so, of the imaginary part of a conjugate for example; kernels see the memory alone."""
+    draw = torch.Generator().manual_seed(0)
+    x, z, g = (torch.randn(size, generator=draw) for size in ((5, 11), (5, 11), (5,)))
+    y = torch.randint(11, (5,), generator=draw)
+
+    def outcome(x, z, g):
+        x = x.requires_grad_()
+        needs = statistic == "kl"
+        stats = fa.token_stats(x, y, entropy=statistic == "entropy", kl=needs, ref_logits=z if needs else None)
+        found = getattr(stats, statistic)
+        return found.detach(), torch.autograd.grad(found, x, g)[0]
+
+    lazy = [torch._neg_view(t) for t in (x, z, g)]
+    assert all(t.is_neg() and t.stride(-1) == 1 for t in lazy)
+    for found, want in zip(outcome(*lazy), outcome(-x, -z, -g), strict=True):
+        assert torch.equal(found, want)
