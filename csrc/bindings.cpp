@@ -184,18 +184,12 @@ py::tuple policy_loss_forward(py::handle logits, py::handle labels, const py::tu
     return kept.with(with_labels(a, [&](std::int64_t live) {
         cpu_kernels().forward(a);
         const double divisor = over != 0 ? over : live < 1 ? 1 : static_cast<double>(live);
-        PolicySums sums;
-        for (std::int64_t i = 0; i < a.rows; ++i) {
-            slopes[i] = 0;
-            if (a.label(i) == a.ignore_index) continue;  // what lies there may be anything
-            const TokenInputs t{static_cast<float>(1 / divisor), number(0, i), number(1, i),
-                                given.parts.size() > 2 ? number(2, i) : 0};
-            Stats s{};
-            s.logps = a.out.logps[i];
-            slopes[i] = objective_gradient(o, s, t).logps;
-            sums.add(o, s.logps, t);
-        }
-        sums.write(o, divisor, static_cast<double>(live), results);
+        const auto weight = static_cast<float>(1 / divisor);
+        const bool has_ref = given.parts.size() > 2;
+        const auto of = [&](std::int64_t i) {
+            return TokenInputs{weight, number(0, i), number(1, i), has_ref ? number(2, i) : 0};
+        };
+        policy_loss(a, o, live, divisor, of, results, slopes);
     }));
 }
 

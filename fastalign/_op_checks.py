@@ -87,7 +87,7 @@ def as_saved(
 
 
 def unit_stride(t: Tensor) -> Tensor:
-    """The tensor itself where the vocabulary is dense in memory, else one copy of it; a copy, too, where a bit says that
+    """The tensor itself where the vocabulary is dense in memory, else one copy of it; also a copy where a bit says that
     the tensor is the negative of what lies there."""
     t = t.resolve_neg()
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()

@@ -3,8 +3,10 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
-#include "objectives.h"
+#include "parallel.h"
+#include "token_stats_cpu.h"
 
 namespace fastalign {
 
@@ -62,6 +64,8 @@ struct PolicySums {
         loss += term.loss, kl += kl_term(o, logp, t), square += d * d, cut += term.cut, ratio += term.ratio;
     }
 
+    void add(const PolicySums& o) { loss += o.loss, kl += o.kl, square += o.square, cut += o.cut, ratio += o.ratio; }
+
     // loss, policy term, KL, half the mean squared log-ratio, share that was cut, mean ratio. The first two are divided
     // by `over`, the others by how many tokens there are.
     void write(const ObjectiveOptions& o, double over, double tokens, float* out) const {
@@ -71,5 +75,30 @@ struct PolicySums {
         for (int i = 0; i < 6; ++i) out[i] = static_cast<float>(whole[i]);
     }
 };
+
+// From the log-probabilities that a forward wrote: the six numbers of `PolicySums`, and the gradient of the first for
+// each of them. `of(row)`: what its token brings along; not asked for ignored ones, which may hold anything. Sums are
+// taken run by run, whatever the threads.
+template <class Inputs>
+void policy_loss(const ForwardArgs& a, const ObjectiveOptions& o, std::int64_t live, double over, const Inputs& of,
+                 float* results, float* slopes) {
+    constexpr std::int64_t kRun = 512;
+    std::vector<PolicySums> sums((a.rows + kRun - 1) / kRun);
+    parallel_for(static_cast<std::int64_t>(sums.size()), 1, a.threads, [&](std::int64_t run) {
+        const std::int64_t end = std::min(a.rows, (run + 1) * kRun);
+        for (std::int64_t i = run * kRun; i < end; ++i) {
+            slopes[i] = 0;
+            if (a.label(i) == a.ignore_index) continue;
+            const TokenInputs t = of(i);
+            Stats s{};
+            s.logps = a.out.logps[i];
+            slopes[i] = objective_gradient(o, s, t).logps;
+            sums[run].add(o, s.logps, t);
+        }
+    });
+    PolicySums whole;
+    for (const PolicySums& part : sums) whole.add(part);
+    whole.write(o, over, static_cast<double>(live), results);
+}
 
 }  // namespace fastalign
