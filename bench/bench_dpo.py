@@ -26,7 +26,7 @@ def _module(inplace: bool) -> Function:
     module = fa.losses.DPOLoss(beta=BETA, inplace_backward=inplace)
 
     def loss(logits: Tensor, labels: Tensor, ref_logps: Tensor) -> Tensor:
-        chosen, rejected = ref_logps.chunk(2)
+        chosen, rejected = ref_logps.double().chunk(2)  # as the trainers keep them: the policy's sums are not rounded
         return module(logits, labels, ref_chosen_logps=chosen, ref_rejected_logps=rejected).loss
 
     return loss
