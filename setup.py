@@ -30,6 +30,7 @@ HEADERS = [
         "gae_args",
         "gae_cpu",
         "large_blocks",
+        "list_loss_cpu",
         "mean_nll_cpu",
         "objectives",
         "pair_loss_cpu",

@@ -10,6 +10,7 @@
 #include "../kernels/fresh_pages.h"
 #include "../kernels/gae_cpu.h"
 #include "../kernels/large_blocks.h"
+#include "../kernels/list_loss_cpu.h"
 #include "../kernels/mean_nll_cpu.h"
 #include "../kernels/pair_loss_cpu.h"
 #include "../kernels/policy_loss_cpu.h"
@@ -193,6 +194,37 @@ py::tuple policy_loss_forward(py::handle logits, py::handle labels, const py::tu
     }));
 }
 
+// Lists of `size` responses, one after the other, of equally many labels; `loss`: the fields of `ListLoss`; `made`, new,
+// dense and plain: six numbers and the gradient of the first for each response's sum.
+py::tuple list_loss_forward(py::handle logits, py::handle labels, const py::tuple& options, bool inplace,
+                            std::int64_t size, const py::tuple& loss, const py::tuple& made, int threads) {
+    ForwardArgs a{};
+    if (!fill_if_plain(a, logits, labels, options, inplace)) return unusual();
+    const Seen rows(labels);
+    const std::int64_t length = rows.dims() ? rows.size(rows.dims() - 1) : 0;
+    if (length < 1 || size < 2 || a.rows < 1 || a.rows % (length * size)) return unusual();
+    const ListLoss f{py::cast<bool>(loss[0]), py::cast<bool>(loss[1]), py::cast<bool>(loss[2]),
+                     py::cast<double>(loss[3])};
+    auto* const results = static_cast<float*>(Seen(made[0]).data());
+    auto* const slopes = static_cast<float*>(Seen(made[1]).data());
+    const std::int64_t responses = a.rows / length;
+    std::vector<std::int64_t> lengths(responses, 0);
+    for (std::int64_t i = 0; i < a.rows; ++i) lengths[i / length] += a.label(i) != a.ignore_index;
+    if (std::count(lengths.begin(), lengths.end(), 0)) return unusual();  // hidden responses
+    const std::unique_ptr<float[]> scratch(new float[2 * a.rows + 1]);
+    a.out = {scratch.get(), scratch.get() + a.rows, nullptr, nullptr, nullptr};
+    const Kept kept(a);
+    a.threads = threads;
+    bool finite = true;
+    const std::int64_t live = with_labels(a, [&](std::int64_t) {
+        cpu_kernels().forward(a);
+        std::vector<double> sums(responses);
+        for (std::int64_t i = 0; i < responses; ++i) sums[i] = sum_of(a.out.logps + i * length, length);
+        finite = list_loss(f, responses / size, size, sums, lengths, results, slopes);
+    });
+    return finite ? kept.with(live) : unusual();
+}
+
 // `logps` and `lse` are new, dense and plain.
 py::tuple logps_forward(py::handle logits, py::handle labels, const py::tuple& options, bool inplace, py::handle logps,
                         py::handle lse, int threads) {
@@ -295,6 +327,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("mean_nll_backward", &mean_nll_backward);
     m.def("pair_loss_forward", &pair_loss_forward);
     m.def("policy_loss_forward", &policy_loss_forward);
+    m.def("list_loss_forward", &list_loss_forward);
     m.def("logps_forward", &logps_forward);
     m.def("sums_forward", &sums_forward);
     m.def("logps_backward", &logps_backward);

@@ -54,6 +54,9 @@ def policy_loss_forward(
     made: tuple,
     threads: int,
 ) -> tuple: ...
+def list_loss_forward(
+    logits: object, labels: object, options: tuple, inplace: bool, size: int, loss: tuple, made: tuple, threads: int
+) -> tuple: ...
 def logps_forward(
     logits: object, labels: object, options: tuple, inplace: bool, logps: object, lse: object, threads: int
 ) -> tuple: ...

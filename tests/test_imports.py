@@ -23,6 +23,7 @@ RANK = dict.fromkeys((*COMPILED, "kernels"), 0) | {
     "objective": 3,
     "_mean_nll": 3,
     "_known_slopes": 2.5,
+    "_list_loss": 3,
     "_pair_loss": 3,
     "_policy_terms": 3,
     "_sequences": 3,

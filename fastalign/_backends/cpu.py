@@ -283,6 +283,29 @@ def policy_loss(
     return (*made, saved) if _done(live, labels, options, logits) else None
 
 
+def list_loss(
+    logits: Tensor,
+    labels: Tensor,
+    size: int,
+    loss: tuple[bool, bool, bool, float],
+    options: tuple[int, float, float],
+    inplace: bool,
+) -> tuple[Tensor, Tensor, Kept] | None:
+    """(results, slopes, saved) of a loss of ranked lists, see kernels/list_loss_cpu.h: loss, ranking term, supervised
+    term, accuracy, top-1 accuracy, margin, [6]; the loss's gradient for each response's sum, flat; and what a backward
+    needs. None, and nothing was done, for other tensors than plain ones, and where a response is hidden.
+
+    Args:
+        size: responses of a list.
+        loss: whether the first term counts alone, whether scores are means, whether the supervised term takes a mean,
+            and its weight.
+    """
+    made = (_ONE.new_empty((6,)), _ONE.new_empty((labels.numel() // max(labels.shape[-1], 1),)))
+    threads = torch.get_num_threads()
+    live, saved = _C.list_loss_forward(logits, labels, options, inplace, size, loss, made, threads)
+    return (*made, saved) if _done(live, labels, options, logits) else None
+
+
 # ------------------------------------------------------------------------------------------------- one launch
 def _codes(o: Objective) -> tuple:
     return (KINDS[o.kind], *o[1:4], KL_TERMS[o.kl], *o[5:])

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._list_loss import list_loss
 from ..head import Head
 from ._common import (
     Logits,
@@ -336,6 +337,20 @@ class PROLoss(LogitsLoss):
         return PROOutput(loss, *(torch.stack(x).sum(0).detach() for x in list(zip(*parts, strict=True))[1:]))
 
     def _of(self, logits: Logits, labels: Tensor, rewards: Tensor | None, shape: tuple[int, int]) -> PROOutput:
+        if rewards is None and isinstance(logits, Tensor):
+            found = list_loss(
+                logits,
+                labels,
+                shape[1],
+                first_alone=self.form == "infonce",
+                average=self.average,
+                sft_average=self.sft_average,
+                sft_weight=self.sft_weight,
+                inplace_backward=self.inplace_backward,
+                **self.stats_options,
+            )
+            if found is not None:
+                return PROOutput(*found)
         stats = self.stats(logits, labels)
         sums = sum_tokens(stats.logps.flatten(0, -2)).reshape(shape)
         counts = (labels != self.ignore_index).sum(-1).reshape(shape)
