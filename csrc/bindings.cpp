@@ -194,8 +194,8 @@ py::tuple policy_loss_forward(py::handle logits, py::handle labels, const py::tu
     }));
 }
 
-// Lists of `size` responses, one after the other, of equally many labels; `loss`: the fields of `ListLoss`; `made`, new,
-// dense and plain: six numbers and the gradient of the first for each response's sum.
+// Lists of `size` responses, one after the other, of equally many labels; `loss`: the fields of `ListLoss`; `made`,
+// new, dense and plain: six numbers and the gradient of the first for each response's sum.
 py::tuple list_loss_forward(py::handle logits, py::handle labels, const py::tuple& options, bool inplace,
                             std::int64_t size, const py::tuple& loss, const py::tuple& made, int threads) {
     ForwardArgs a{};

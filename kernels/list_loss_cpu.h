@@ -1,6 +1,6 @@
 // Losses of ranked lists without ties, best first (losses/listwise.py has the formula and its sources): Plackett-Luce,
-// sum_k log sum_{i >= k} exp(s_i - s_k), or its first term alone; s a response's log-probability, in all or by token. In
-// double, rounded once.
+// sum_k log sum_{i >= k} exp(s_i - s_k), or its first term alone; s a response's log-probability, in all or by token.
+// In double, rounded once.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -60,8 +60,8 @@ inline bool list_loss(const ListLoss& f, std::int64_t lists, std::int64_t size, 
         top += first;
     }
     const double n = static_cast<double>(lists), pairs = n * static_cast<double>(size * (size - 1) / 2);
-    const double whole[6] = {(ranking + f.sft_weight * supervised) / n, ranking / n, supervised / n,
-                             right / pairs,                             top / n,     margin / pairs};
+    const double whole[6] = {
+        (ranking + f.sft_weight * supervised) / n, ranking / n, supervised / n, right / pairs, top / n, margin / pairs};
     for (int i = 0; i < 6; ++i) results[i] = static_cast<float>(whole[i]);
     return true;
 }
