@@ -338,17 +338,9 @@ class PROLoss(LogitsLoss):
 
     def _of(self, logits: Logits, labels: Tensor, rewards: Tensor | None, shape: tuple[int, int]) -> PROOutput:
         if rewards is None and isinstance(logits, Tensor):
-            found = list_loss(
-                logits,
-                labels,
-                shape[1],
-                first_alone=self.form == "infonce",
-                average=self.average,
-                sft_average=self.sft_average,
-                sft_weight=self.sft_weight,
-                inplace_backward=self.inplace_backward,
-                **self.stats_options,
-            )
+            kind = (self.form == "infonce", self.average, self.sft_average, self.sft_weight)
+            options = {"inplace_backward": self.inplace_backward, **self.stats_options}
+            found = list_loss(logits, labels, shape[1], kind, **options)
             if found is not None:
                 return PROOutput(*found)
         stats = self.stats(logits, labels)
