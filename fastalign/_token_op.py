@@ -97,13 +97,14 @@ def kernel_backward(out, logits, labels, ref_logits, saved, entropy, kl, *rest):
     backward(logits, labels, ref_logits, saved, entropy, kl, tuple(grads), ignore_index, temperature, softcap, out)
 
 
-def _dense(logits) -> bool:
-    return logits.stride(-1) == 1 or logits.shape[-1] == 1
+def _as_it_lies(logits) -> bool:
+    """The vocabulary is dense in memory, and that is not the negative of what the tensor says."""
+    return (logits.stride(-1) == 1 or logits.shape[-1] == 1) and not logits.is_neg()
 
 
 def room_for_gradient(logits, inplace: bool):
-    """Where the gradient goes: a new dense tensor, or the logits if it may and they are."""
-    if inplace and _dense(logits):
+    """Where the gradient goes: a new dense tensor, or the logits' own memory if it may and can."""
+    if inplace and _as_it_lies(logits):
         return logits
     if logits.nbytes > _backends.LARGE:
         return _backends.empty(logits.shape, logits)

@@ -112,3 +112,12 @@ def test_tensors_that_are_the_negative_of_their_memory(statistic):
     assert all(t.is_neg() and t.stride(-1) == 1 for t in lazy)
     for found, want in zip(outcome(*lazy), outcome(-x, -z, -g), strict=True):
         assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize("one_launch", [False, True])
+def test_the_gradient_is_not_written_where_it_would_be_read_with_the_other_sign(one_launch):
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 3, 7, generator=draw, requires_grad=True), torch.randint(7, (2, 3), generator=draw)
+    loss = SFTLoss(inplace_backward=True, one_launch=one_launch)(torch._neg_view(x * 1), y).loss
+    (want,) = torch.autograd.grad(SFTLoss(one_launch=one_launch)(-x, y).loss, x)
+    assert torch.equal(torch.autograd.grad(loss, x)[0], want)
