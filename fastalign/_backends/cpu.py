@@ -150,7 +150,7 @@ def _done(live: int, labels: Tensor, options: tuple[int, float, float], logits: 
 
 
 def saved_rows(kept: Kept, labels: Tensor, which: int = 0) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """saved, entropy and kl as `forward` returns them, of what a call kept; `which`: bits 4, 8: it kept the last two."""
+    """saved, entropy and kl as `forward` returns them, of what a call kept; `which`: bits 4, 8 for the last two."""
     numbers = torch.frombuffer(bytearray(kept), dtype=torch.float32) if kept else _ONE.new_empty(0)
     tokens = labels.numel()
     saved, rest = numbers[: 4 * tokens], numbers[4 * tokens :]
@@ -209,7 +209,7 @@ def loss(
     if like is None:
         return None
     made, threads = _room(found, labels.numel(), grouping, wanted, torch.empty_like(like)), torch.get_num_threads()
-    rest = (reference, inplace, found.handle, given, *grouping, made, threads)
+    rest: tuple[Any, ...] = (reference, inplace, found.handle, given, *grouping, made, threads)
     live, kept = _C.loss_forward(logits, labels, options, *rest)
     if live == _UNUSUAL and not inplace:  # a dense copy would hide logits that share memory, which are not written over
         dense = logits.contiguous(), labels.contiguous()
@@ -229,7 +229,8 @@ def loss_terms(
     grouping: tuple[int, int],
     wanted: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor] | None:
-    """The same from statistics of the labels' shape: loss, numbers of the batch, results by sequence or group, slopes."""
+    """The same from statistics of the labels' shape: loss, numbers of the batch, results by sequence or group, and
+    slopes."""
     made = _room(found, labels.numel(), grouping, wanted, torch.empty_like(_ONE))
     dense = tuple([None if t is None else t.detach().contiguous() for t in statistics.values()])
     rest = (ignore_index, found.handle, given, *grouping, made, torch.get_num_threads())
@@ -251,7 +252,7 @@ def loss_backward(
 ) -> bool:
     """Whether the logits' gradient was written into `out`, which is new and dense, given that of the loss or of equally
     long runs of tokens, and the tokens' own slopes for the statistics of the bits `which` (None: 1 for the logps)."""
-    rest = (kept, upstream, slopes, which, out, torch.get_num_threads())
+    rest: tuple[Any, ...] = (kept, upstream, slopes, which, out, torch.get_num_threads())
     live = _C.loss_backward(logits, labels, options, reference, *rest)
     if live == _UNUSUAL:
         dense = logits.contiguous(), labels.contiguous()

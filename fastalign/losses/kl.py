@@ -11,8 +11,8 @@ from .base import check_float, check_mask, check_range, lookup
 from .reductions import as_real
 
 MAX_LOG_RATIO = 60.0
-"""Bound of every exponent of a log-ratio: e^60 is finite in float32, with room for an advantage. Beyond it one odd token
-would make a loss infinite, and inf * 0 turn a clipped one into NaN."""
+"""Bound of every exponent of a log-ratio: e^60 is finite in float32, with room for an advantage. Beyond it one odd
+token would make a loss infinite, and inf * 0 turn a clipped one into NaN."""
 
 
 def _k1(log_ratio: Tensor) -> Tensor:

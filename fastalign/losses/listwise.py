@@ -25,7 +25,6 @@ from torch import Tensor
 
 from ..head.head import Head
 from ..ops.fused_loss import SEQUENCE, FusedLoss, Grouping, Input
-from ..ops.sequences import sum_tokens
 from .base import (
     Logits,
     LogitsLoss,
@@ -373,7 +372,8 @@ class PROLoss(LogitsLoss):
             if sound:
                 found = self.fused.of_statistics(stats, labels, inputs, grouping, self.ignore_index)
         if found is not None:
-            return PROOutput(*found[:-1], found[-1].to(torch.int64))
+            *rest, lists = found
+            return PROOutput(*rest, lists.to(torch.int64))
         sums = sum_tokens(stats.logps.flatten(0, -2)).reshape(shape)
         counts = (labels != self.ignore_index).sum(-1).reshape(shape)
         means = sums / counts.clamp(min=1).to(sums.dtype)

@@ -86,7 +86,7 @@ def _required(lengths: Tensor | None) -> Tensor:
 
 def count_of(x: Any) -> Any:
     """How many numbers there are."""
-    return torch.ones_like(x).sum() if isinstance(x, Symbol) else x.numel()
+    return x.ones_like().sum() if isinstance(x, Symbol) else x.numel()
 
 
 # -------------------------------------------------------------------------------------------------------- f-divergences

@@ -386,7 +386,7 @@ class PPOLoss(LogitsLoss):
             kl=stats.kl,
             entropy=stats.entropy,
             num_items=num_items,
-            **given,
+            **given,  # type: ignore[arg-type]
             **self.config,
         )
 

@@ -321,13 +321,12 @@ class DPOLoss(LogitsLoss):
         pairs = labels.shape[0] // 2
         if any(x is not None and (not isinstance(x, Tensor) or x.shape != (pairs,)) for x in references):
             return None
-        if (references[0] is None) != (references[1] is None):
+        first, second = references
+        if (first is None) != (second is None) or (first is not None and not self.options.uses_reference):
             return None
-        if references[0] is not None and (
-            references[0].dtype != references[1].dtype or not self.options.uses_reference
-        ):
+        if first is not None and second is not None and first.dtype != second.dtype:
             return None
-        wide = references[0] is None or references[0].dtype == torch.float64
+        wide = first is None or first.dtype == torch.float64
         inputs = [Input(f"ref_{s}_logps", x, GROUP) for s, x in zip(("chosen", "rejected"), references, strict=True)]
         fused, grouping = self.fused[wide], Grouping(2 * pairs)
         if isinstance(logits, Tensor):

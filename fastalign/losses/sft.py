@@ -220,4 +220,7 @@ def _grouping(labels: Tensor) -> Grouping:
 
 
 def _as_output(found: list[Any] | None) -> SFTOutput | None:
-    return None if found is None else SFTOutput(*found[:-1], found[-1].to(torch.int64))
+    if found is None:
+        return None
+    *rest, tokens = found
+    return SFTOutput(*rest, tokens.to(torch.int64))

@@ -315,10 +315,8 @@ for _operator, _op in {"add": "add", "sub": "sub", "mul": "mul", "truediv": "div
     setattr(Symbol, f"__r{_operator}__", lambda self, other, op=_op: _apply(op, other, self))
 for _op in ("lt", "le", "gt", "ge", "eq", "ne"):
     setattr(Symbol, f"__{_op}__", lambda self, other, op=_op: _apply(op, self, other))
-Symbol.__neg__ = _method("neg")  # type: ignore[attr-defined]
-Symbol.__invert__ = _method("not")  # type: ignore[attr-defined]
-Symbol.__pow__ = _method("pow")  # type: ignore[attr-defined]
-Symbol.__abs__ = _method("abs")  # type: ignore[attr-defined]
+for _operator, _op in {"neg": "neg", "invert": "not", "pow": "pow", "abs": "abs"}.items():
+    setattr(Symbol, f"__{_operator}__", _method(_op))
 Symbol.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
@@ -407,7 +405,9 @@ def _scheduled(tape: Tape, outputs: list[int]) -> Program:
         if at in needed:
             needed.update(tape.steps[at].operands)
     number = {old: new for new, old in enumerate(sorted(needed))}
-    steps, stages, active = [], [], []
+    steps: list[Instruction] = []
+    stages: list[int] = []
+    active: list[bool] = []
     for old in sorted(needed):
         step = tape.steps[old]
         operands = tuple(number[o] for o in step.operands)
