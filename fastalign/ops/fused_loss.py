@@ -91,7 +91,8 @@ class _OfLogits(NamedTuple):
         rows = iter([] if self.slopes is None else self.slopes.unbind())
         for k in range(len(STATISTICS)):
             if self.which >> k & 1:
-                each[k] = (wide * next(rows)).view(labels.shape)
+                row = wide * next(rows)  # if a hook changed the labels, the checks of the backward say so
+                each[k] = row.view(labels.shape) if row.numel() == labels.numel() else row
         return each
 
 
@@ -156,7 +157,7 @@ class Values:
         for name, value, level in inputs:
             if isinstance(value, Tensor):
                 value = value.detach()
-                value = self._real(value) if level == TOKEN else value
+                value = self._real(value) if level == TOKEN else value.unsqueeze(-1) if level == SEQUENCE else value
             self._found[name] = value
 
     def _real(self, x: Tensor) -> Tensor:
