@@ -42,17 +42,20 @@ class Grouping(NamedTuple):
 
 # ------------------------------------------------------------------------------------------------------------ one node
 class _FusedLoss(torch.autograd.Function):
-    """A loss that is known with the way to its gradient: `pull(gradient of the loss, saved tensors)`."""
+    """A loss that is known with the way to its gradient: `pull(gradient of the loss, saved tensors)`.
+
+    `made`: the loss, which as an argument of its own would come back as a view, and that way.
+    """
 
     @staticmethod
-    def forward(ctx, loss, pull, *tensors):
-        ctx.pull = pull
-        ctx.save_for_backward(*tensors)
+    def forward(ctx, made, *tensors):
+        loss, ctx.pull = made
+        ctx.save_for_backward(*(() if isinstance(ctx.pull, _Known) else tensors))
         return loss
 
     @staticmethod
     def backward(ctx, gradient):
-        return None, None, *ctx.pull(gradient, ctx.saved_tensors)
+        return None, *ctx.pull(gradient, ctx.saved_tensors)
 
 
 _node = statistics.node_of(_FusedLoss)
@@ -129,16 +132,7 @@ def attach_gradients(loss: Tensor, tensors: Sequence[Tensor | None], gradients: 
 
     None among the gradients: there is none.
     """
-    return _Attached.apply(loss.detach().clone(), _Known(tuple(gradients)), *tensors)
-
-
-class _Attached(_FusedLoss):
-    """The same node for tensors that are not kept: their gradients are there already."""
-
-    @staticmethod
-    def forward(ctx, loss, pull, *tensors):
-        ctx.pull = pull
-        return loss
+    return _FusedLoss.apply((loss.detach().clone(), _Known(tuple(gradients))), *tensors)
 
 
 # ------------------------------------------------------------------------------------------------- what a formula sees
@@ -289,7 +283,7 @@ class FusedLoss:
         loss, scalars, rows, slopes, kept = made
         if wanted:
             pull = _OfLogits(slopes, found.which, kept, options, inplace)
-            loss = _node(loss, pull, logits, labels, ref_logits)
+            loss = _node((loss, pull), logits, labels, ref_logits)
         return _placed(found, loss, scalars, rows)
 
     def of_statistics(
@@ -312,7 +306,7 @@ class FusedLoss:
             return None
         loss, scalars, rows, slopes = made
         if wanted:
-            loss = _node(loss, _OfStatistics(slopes.unbind()), *moved)
+            loss = _node((loss, _OfStatistics(slopes.unbind())), *moved)
         return _placed(found, loss, scalars, rows)
 
 
