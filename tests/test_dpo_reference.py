@@ -38,7 +38,7 @@ def make(tiny_model, tiny_tokenizer, tmp_path):
 
 
 def stored() -> list[Path]:
-    return sorted(ref_cache.folder().glob("*"))
+    return sorted(environment.reference_cache_dir().glob("*"))
 
 
 def weights(model) -> torch.Tensor:

@@ -142,7 +142,7 @@ def prefers_good(body):
 class TestChatJudge:
     def test_request_and_verdicts(self, server, monkeypatch):
         server.reply = prefers_good
-        monkeypatch.setenv(chat_judge.KEY_VARIABLE, "secret")
+        monkeypatch.setenv("FASTALIGN_JUDGE_KEY", "secret")
         judge = load_pair_judge(server.url + "/", model="m")
         found = win_rate(judge, ["p {second}"] * 3, ["good", "bad", "so"], ["bad", "a good one", "so"])
         assert (found.wins, found.losses, found.ties, found.consistency) == (1 / 3, 1 / 3, 1 / 3, 1.0)
