@@ -1,35 +1,39 @@
-"""fastalign: fused, compiled losses for aligning language models with human preferences."""
+"""fastalign: fused, compiled losses for aligning language models with human preferences.
 
-from . import losses, rl
-from ._backends import backends, keep_memory, release_memory, use_backend
-from ._sequences import sequence_logps
-from .head import Head, HeadPlan, head_plan, head_token_stats
-from .losses.cross_entropy import cross_entropy
-from .objective import Objective, attach_gradient, token_objective
-from .ops import TokenStats, TokenStatsAndExtras, token_logps, token_stats
-from .packed import Packed, packed_sequences
+The names are those of `fastalign.api`. They are imported, and torch's operators registered, at once where torch is
+loaded already, and else when the first name is used: so the command line answers without torch. `import fastalign.ops`
+registers the operators in any case.
+"""
+
+import importlib
+import importlib.util
+import sys
+from typing import TYPE_CHECKING
+
+from .utils import environment as _environment  # refuses what an environment variable must not be
+
+if TYPE_CHECKING:
+    from .api import *
+    from .api import __all__ as __all__
 
 __version__ = "0.1.0"
-__all__ = [
-    "Head",
-    "HeadPlan",
-    "Objective",
-    "Packed",
-    "TokenStats",
-    "TokenStatsAndExtras",
-    "attach_gradient",
-    "backends",
-    "cross_entropy",
-    "head_plan",
-    "head_token_stats",
-    "keep_memory",
-    "losses",
-    "packed_sequences",
-    "release_memory",
-    "rl",
-    "sequence_logps",
-    "token_logps",
-    "token_objective",
-    "token_stats",
-    "use_backend",
-]
+
+
+def __getattr__(name: str) -> object:
+    """A module of the package, imported alone, or a name of `api`."""
+    if not name.startswith("__") and importlib.util.find_spec(f"{__name__}.{name}"):
+        return importlib.import_module(f".{name}", __name__)
+    if not name.startswith("__") or name == "__all__":
+        names = vars(importlib.import_module(".api", __name__))
+        if name in (*names["__all__"], "__all__"):
+            globals()[name] = names[name]
+            return names[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *importlib.import_module(".api", __name__).__all__})
+
+
+if "torch" in sys.modules:
+    importlib.import_module(".api", __name__)
