@@ -10,13 +10,12 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING
 
-from .utils import environment as _environment  # refuses what an environment variable must not be
-
 if TYPE_CHECKING:
-    from .api import *
+    from .api import *  # noqa: F403
     from .api import __all__ as __all__
 
 __version__ = "0.1.0"
+importlib.import_module(".utils.environment", __name__)  # refuses what an environment variable must not be
 
 
 def __getattr__(name: str) -> object:

@@ -13,7 +13,6 @@ pytest.importorskip("transformers", reason="needs transformers (the extra `train
 pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
 pytest.importorskip("sklearn", reason="needs scikit-learn (the extra `train`)")
 
-from fastalign.trainers.eval import chat_judge
 from fastalign.trainers.eval.chat_judge import ChatJudge
 from fastalign.trainers.eval.judges import HumanLabels, ScoreJudge, load_pair_judge
 from fastalign.trainers.eval.winrate import length_matched, win_rate

@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Room → what it must not import from this package, and outside packages that it must do without.
 COMPILED = ("_C", "_cuda")
-RANK = dict.fromkeys((*COMPILED, "kernels"), 0) | {
+RANK = dict.fromkeys((*COMPILED, "kernels", "utils"), 0) | {
     "_backends": 1,
     "_extras": 1.5,
     "_op_checks": 1.5,

@@ -48,8 +48,9 @@ def _default_isa() -> int:
     return names.index(wanted) if wanted in names else 0
 
 
-_isa: ContextVar[int] = ContextVar("fastalign_cpu_isa", default=_default_isa())
-"""Position in `cpu_isas()` of the instruction set that this thread or asyncio task runs; the compiled module reads it."""
+_DEFAULT_ISA = _default_isa()
+_isa: ContextVar[int] = ContextVar("fastalign_cpu_isa", default=_DEFAULT_ISA)
+"""Position in `cpu_isas()` of what this thread or asyncio task runs; the compiled module reads it with every call."""
 if _C is not None:
     _C.follow_isa(_isa)
 
@@ -58,7 +59,7 @@ def cpu_isa() -> str | None:
     """Instruction set that the `cpu` backend runs in this thread or asyncio task: "avx512_bf16", "avx512", "avx2" or
     "portable"; None where it is not built.
 
-    The best one that the processor has, unless `use_backend` or the environment variable FASTALIGN_CPU_ISA names another.
+    The best one that the processor has, unless `use_backend` or FASTALIGN_CPU_ISA in the environment names another.
     """
     return None if _C is None else cpu_isas()[_isa.get()]
 

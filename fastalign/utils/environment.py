@@ -20,9 +20,10 @@ T = TypeVar("T")
 BACKEND_NAMES = ("cpu", "cuda", "triton", "eager")
 ISA_NAMES = ("avx512_bf16", "avx512", "avx2", "portable")
 
-SPIN_COUNT = 1000
-"""How often an idle thread of GNU's OpenMP looks for work before it sleeps, in `fastalign` commands: some 50 µs, more
-than the time between two parallel regions of a step and far less than the 15 ms of the library's default."""
+SPIN_COUNT = 2000
+"""How often an idle thread of GNU's OpenMP looks for work before it sleeps, in `fastalign` commands: some 0.1 ms. That is
+more than most pauses between two parallel regions of a step, and far less than the library's own 300,000 (15 ms), with
+which threads that wait keep other processes from the cores that these need to let the waiting end."""
 
 
 def _given(name: str) -> str | None:
@@ -62,7 +63,7 @@ def refuse(message: str) -> NoReturn:
 
 
 def starts_command(argv: Sequence[str], original: Sequence[str]) -> bool:
-    """Whether the interpreter was started as `fastalign ...` or `python -m fastalign ...` (`original`: its own words)."""
+    """Whether Python was started as `fastalign ...` or `python -m fastalign ...`; `original`: the words it got."""
     if not argv:
         return False
     if argv[0] == "-m":  # so it is while the module that is to be run is being found
@@ -86,7 +87,7 @@ KEPT_BYTES: int | None = _read("FASTALIGN_KEPT_MIB", _mebibytes)
 """How much memory of large results is kept for others; None: an eighth of the machine's."""
 
 
-# --------------------------------------------------------------------------------------------------- read when asked for
+# -------------------------------------------------------------------------------------------------- read when asked for
 def cache_dir() -> Path:
     """Where fetched files are kept: FASTALIGN_CACHE, else ~/.cache/fastalign."""
     return Path(_given("FASTALIGN_CACHE") or Path.home() / ".cache" / "fastalign")

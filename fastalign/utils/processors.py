@@ -21,7 +21,7 @@ def allowed_processors(root: str = "/") -> int | None:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Processors that each of the groups may use, from the process's own up to the root, of both versions of cgroups."""
+    """Processors that each of the groups may use, from the process's own up to the root; both versions of cgroups."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, place = (*line.split(":", 2), "", "")[:3]
         names = controllers.split(",")
