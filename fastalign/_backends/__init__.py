@@ -143,7 +143,7 @@ def direct(tensor: Tensor) -> Any:
 
 def pick(tensor: Tensor, job: str = "tokens") -> Backend:
     """The backend that `choose` names: `pick(logits).forward(..)` is the way to every kernel."""
-    if _chosen(tensor) is None:
+    if (_choice.get() if tensor.is_cpu else _chosen(tensor)) is None:
         for backend in BACKENDS.values():
             if not backend.serves(tensor, job):
                 return backend

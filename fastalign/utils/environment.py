@@ -21,7 +21,7 @@ BACKEND_NAMES = ("cpu", "cuda", "triton", "eager")
 ISA_NAMES = ("avx512_bf16", "avx512", "avx2", "portable")
 
 SPIN_COUNT = 2000
-"""How often an idle thread of GNU's OpenMP looks for work before it sleeps, in `fastalign` commands: some 0.1 ms, longer
+"""How often an idle thread of GNU's OpenMP looks for work before it sleeps, in `fastalign` commands: some 0.1 ms, more
 than most pauses between two parallel regions of a step, and far less than the library's own 300,000 (15 ms), in which
 threads that only wait keep other processes off the cores."""
 
