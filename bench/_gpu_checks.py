@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from _gpu_trainers import trainers
-from fastalign.kernels import gae_eager
 from torch import Tensor
 from torch.nn import functional as F
 
 import fastalign as fa
 from fastalign import Objective, token_objective
+from fastalign.kernels import gae_eager
 from fastalign.reference import CASES, Sizes, cast
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -72,7 +72,7 @@ def methods() -> dict[str, Method]:
 
 
 def tokenizer() -> Any:
-    from fastalign.trainers.demo_models import train_tokenizer
+    from fastalign.demo.models import train_tokenizer
 
     return train_tokenizer(["the movie is good and great fun", "a dull film , the plot is bad and long"] * 3, 300)
 
@@ -87,7 +87,7 @@ class Bench:
         """The same one again and again: a GPT-2 of some ten thousand weights, or one with a score for `reward`."""
         from transformers import AutoModelForSequenceClassification, set_seed
 
-        from fastalign.trainers.demo_models import small_model
+        from fastalign.demo.models import small_model
 
         model = small_model(len(tokenizer()), hidden_size=16, layers=1, seed=0)
         if name != "reward":
@@ -150,9 +150,9 @@ class Bench:
 
     def commands(self, model: str, other: str) -> None:
         """Sampling, evaluation and the doctor on what was trained."""
-        from fastalign.trainers import sample
-        from fastalign.trainers.doctor import DoctorConfig, examine
-        from fastalign.trainers.evaluate import EvalConfig, evaluate
+        from fastalign.doctor.command import DoctorConfig, examine
+        from fastalign.evaluation import sample
+        from fastalign.evaluation.evaluate import EvalConfig, evaluate
 
         rows = self.folder / "pairs.jsonl"
         rows.write_text("\n".join(json.dumps(row) for row in self.methods["dpo"].rows) + "\n", encoding="utf-8")

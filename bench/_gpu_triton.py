@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from _gpu_row import DTYPES, ROWS, VOCABS, Row, limits
-from fastalign.kernels import objectives_triton, token_stats_triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from fastalign.kernels import objectives_triton, token_stats_triton
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

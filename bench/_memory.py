@@ -22,8 +22,8 @@ from _case import Case
 from _interleave import Prepare
 from _suite import Options
 
-from fastalign.trainers import resident
-from fastalign.trainers.allocator import map_large_blocks
+from fastalign.trainers.common import resident
+from fastalign.trainers.common.allocator import map_large_blocks
 
 ABOVE = 128 << 10
 """Larger blocks are mapped: the measured run would else be served from what the warm-up left behind, unseen."""

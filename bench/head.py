@@ -34,8 +34,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastalign as fa
-from fastalign.trainers import resident
-from fastalign.trainers.allocator import map_large_blocks
+from fastalign.trainers.common import resident
+from fastalign.trainers.common.allocator import map_large_blocks
 
 TILE = 64 << 20
 

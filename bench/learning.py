@@ -35,6 +35,13 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from transformers import set_seed
 
+from fastalign.demo.command import Workplace
+from fastalign.demo.config import DemoConfig
+from fastalign.demo.models import small_model, train_tokenizer
+from fastalign.demo.stages import Demo
+from fastalign.evaluation.ranked_samples import ranked_samples
+from fastalign.evaluation.sampling import sample
+from fastalign.trainers.common.run import start_point, train
 from fastalign.trainers.data.reviews import (
     Review,
     labeler_lists,
@@ -43,17 +50,10 @@ from fastalign.trainers.data.reviews import (
     review_pairs,
     split_reviews,
 )
-from fastalign.trainers.data.sampled import ranked_samples
-from fastalign.trainers.demo import Workplace
-from fastalign.trainers.demo_config import DemoConfig
-from fastalign.trainers.demo_models import small_model, train_tokenizer
-from fastalign.trainers.demo_stages import Demo
-from fastalign.trainers.eval.sampling import sample
 from fastalign.trainers.grpo import GRPOConfig, GRPOTrainer
 from fastalign.trainers.ppo import PPOConfig, PPOTrainer
 from fastalign.trainers.pro import PROConfig, PROTrainer
 from fastalign.trainers.reward import RewardConfig, RewardTrainer, load_reward_model
-from fastalign.trainers.run import start_point, train
 
 HELD_OUT = 1600
 POLICY = "policy"

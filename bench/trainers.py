@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastalign.trainers import resident
+from fastalign.trainers.common import resident
 
 _OPS = 10
 BEGIN, END = "<!-- trainers: written by bench/trainers.py -->", "<!-- end of trainers -->"
@@ -64,8 +64,8 @@ def fastalign_trainer(
     """Ours."""
     from transformers import AutoTokenizer
 
+    from fastalign.models.loading import load_model
     from fastalign.trainers.dpo import DPOConfig, DPOTrainer
-    from fastalign.trainers.run import load_model
 
     args = DPOConfig(precompute_ref_batch_size=given.pairs, share_prompts=share_prompts, **shared)
     model, tokenizer = load_model(given.model, args), AutoTokenizer.from_pretrained(given.model)
@@ -295,7 +295,7 @@ def main() -> int:
             given.update.write_text(readme.update(old, text, BEGIN, END), encoding="utf-8")
         return 0
     if given.model is None:
-        from fastalign.trainers.demo_models import smollm2
+        from fastalign.demo.models import smollm2
 
         given.model = str(smollm2())
     with tempfile.TemporaryDirectory() as spare:

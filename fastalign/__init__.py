@@ -10,11 +10,14 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING
 
+from .utils import moved as _moved
+from .utils.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from .api import *  # noqa: F403
     from .api import __all__ as __all__
 
-__version__ = "0.1.0"
+_moved.install()
 importlib.import_module(".utils.environment", __name__)  # refuses what an environment variable must not be
 
 

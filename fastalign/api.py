@@ -2,12 +2,13 @@
 
 from . import losses, rl
 from ._backends import backends, keep_memory, release_memory, use_backend
-from ._sequences import sequence_logps
-from .head import Head, HeadPlan, head_plan, head_token_stats
+from .head.head import Head, HeadPlan, head_plan, head_token_stats
 from .losses.cross_entropy import cross_entropy
-from .objective import Objective, attach_gradient, token_objective
-from .ops import TokenStats, TokenStatsAndExtras, token_logps, token_stats
-from .packed import Packed, packed_sequences
+from .ops.objective import Objective, attach_gradient, token_objective
+from .ops.packed import Packed, packed_sequences
+from .ops.sequences import sequence_logps
+from .ops.statistics import TokenStats, TokenStatsAndExtras, token_logps, token_stats
+from .utils.version import __version__
 
 __all__ = [
     "Head",
@@ -16,6 +17,7 @@ __all__ = [
     "Packed",
     "TokenStats",
     "TokenStatsAndExtras",
+    "__version__",
     "attach_gradient",
     "backends",
     "cross_entropy",

@@ -24,7 +24,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def tiny_tokenizer():
     """Byte-level BPE with <s> in front of every text, and </s> both to end texts and to pad."""
     pytest.importorskip("transformers", reason="needs transformers (the extra `train`)")
-    from fastalign.trainers.demo_models import train_tokenizer
+    from fastalign.demo.models import train_tokenizer
 
     texts = ["the movie is good", "the movie is bad", "a great film and great fun", "a dull film , awful and long"]
     return train_tokenizer(texts * 3, vocab_size=300)
@@ -33,7 +33,7 @@ def tiny_tokenizer():
 @pytest.fixture
 def tiny_model(tiny_tokenizer):
     """A function that makes the same GPT-2 of about ten thousand weights again and again."""
-    from fastalign.trainers.demo_models import small_model
+    from fastalign.demo.models import small_model
 
     return lambda: small_model(len(tiny_tokenizer), hidden_size=16, layers=1, seed=0)
 

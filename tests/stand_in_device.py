@@ -149,8 +149,8 @@ def advantages_there() -> Iterator[None]:
 
 
 def demo_stages(folder: Path) -> None:
-    from fastalign.trainers.demo_config import DemoConfig
-    from fastalign.trainers.demo_stages import Demo
+    from fastalign.demo.config import DemoConfig
+    from fastalign.demo.stages import Demo
 
     model = Demo(DemoConfig(output_dir=str(folder)), folder).load("sft")[0]
     if model.device.type != NAME:

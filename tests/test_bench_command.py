@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fastalign import bench_command, cli
+from fastalign.cli import bench as bench_command
+from fastalign.cli import commands as cli
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 

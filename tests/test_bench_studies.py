@@ -60,8 +60,8 @@ def test_readme_is_up_to_date_with_the_trainers(tmp_path):
 def test_what_a_trainer_does_before_a_step_counts(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
     """As giving free memory back does, which is part of how little of it ours takes."""
     pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
-    from fastalign.trainers import resident
-    from fastalign.trainers.callbacks import GiveBackCallback
+    from fastalign.trainers.common import resident
+    from fastalign.trainers.common.callbacks import GiveBackCallback
 
     if not resident.measurable():
         pytest.skip("needs Linux's /proc")

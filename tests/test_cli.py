@@ -13,8 +13,8 @@ from typing import Literal
 import pytest
 
 import fastalign as fa
-from fastalign import cli
-from fastalign.trainers import arguments
+from fastalign.cli import commands as cli
+from fastalign.utils import arguments
 
 
 class Color(enum.Enum):

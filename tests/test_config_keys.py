@@ -15,17 +15,17 @@ pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
 
 from transformers import TrainingArguments
 
-from fastalign.trainers import run
-from fastalign.trainers.demo_config import DemoConfig
-from fastalign.trainers.doctor import DoctorConfig
+import fastalign
+from fastalign.demo.config import DemoConfig
+from fastalign.doctor.command import DoctorConfig
+from fastalign.evaluation.evaluate import EvalConfig
+from fastalign.evaluation.sample import SampleConfig
 from fastalign.trainers.dpo import DPOConfig
-from fastalign.trainers.evaluate import EvalConfig
 from fastalign.trainers.grpo import GRPOConfig
-from fastalign.trainers.policy_config import PolicyConfig
+from fastalign.trainers.policy.config import PolicyConfig
 from fastalign.trainers.ppo import PPOConfig
 from fastalign.trainers.pro import PROConfig
 from fastalign.trainers.reward import RewardConfig
-from fastalign.trainers.sample import SampleConfig
 from fastalign.trainers.sft import SFTConfig
 
 
@@ -53,8 +53,8 @@ CONFIGS += (PPOConfig, GRPOConfig)
 
 
 def files_used(module: str) -> set[Path]:
-    """The trainers' files that a module of theirs imports, at any remove, itself included: what its command runs."""
-    root = Path(run.__file__).parent
+    """The package's files that one of its modules imports, at any remove, itself included: what its command runs."""
+    root = Path(fastalign.__file__).parent
     found, rest = set(), [Path(sys.modules[module].__file__)]
     while rest:
         path = rest.pop()
@@ -68,12 +68,12 @@ def files_used(module: str) -> set[Path]:
     return found
 
 
-STARTS = {DemoConfig: "demo"}  # its configuration is in a file that imports nothing
+STARTS = {DemoConfig: "demo.command"}  # its configuration is in a file that imports nothing
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_key_of_ours_is_read_by_its_command(config):
-    start = f"fastalign.trainers.{STARTS[config]}" if config in STARTS else config.__module__
+    start = f"fastalign.{STARTS[config]}" if config in STARTS else config.__module__
     importlib.import_module(start)
     read = set().union(*(attributes_read(path.read_text(encoding="utf-8")) for path in files_used(start)))
     unread = {f.name for f in fields(config)} - {f.name for f in fields(TrainingArguments)} - read

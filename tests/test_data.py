@@ -16,12 +16,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # 
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 import fastalign as fa  # noqa: E402
-from fastalign.trainers.data.collate import IGNORE, PreferenceCollator, SFTCollator, pad  # noqa: E402
+from fastalign.models.logits import model_logits  # noqa: E402
+from fastalign.trainers.data.collate import PreferenceCollator, SFTCollator, pad  # noqa: E402
 from fastalign.trainers.data.encode import Encoder  # noqa: E402
 from fastalign.trainers.data.files import load_rows  # noqa: E402
 from fastalign.trainers.data.sampler import UpdateSampler  # noqa: E402
 from fastalign.trainers.data.tokenize import tokenize_preferences, tokenize_sft  # noqa: E402
-from fastalign.trainers.model_logits import model_logits  # noqa: E402
+from fastalign.utils.batch import IGNORE  # noqa: E402
 
 
 @pytest.fixture(scope="module")

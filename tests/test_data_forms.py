@@ -11,13 +11,14 @@ datasets = pytest.importorskip("datasets", reason="needs datasets (the extra `tr
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 import fastalign as fa  # noqa: E402
+from fastalign.models.logits import model_logits  # noqa: E402
 from fastalign.trainers.data import files  # noqa: E402
-from fastalign.trainers.data.collate import IGNORE, PackedCollator, SFTCollator  # noqa: E402
+from fastalign.trainers.data.collate import PackedCollator, SFTCollator  # noqa: E402
 from fastalign.trainers.data.encode import Encoder  # noqa: E402
 from fastalign.trainers.data.files import read_rows  # noqa: E402
 from fastalign.trainers.data.pack import best_fit, pack  # noqa: E402
 from fastalign.trainers.data.tokenize import tokenize_lists, tokenize_preferences, tokenize_sft  # noqa: E402
-from fastalign.trainers.model_logits import model_logits  # noqa: E402
+from fastalign.utils.batch import IGNORE  # noqa: E402
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ END }}{% endfor %}"

@@ -18,11 +18,12 @@ pytest.importorskip("rich", reason="needs rich (the extra `train`)")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastalign.trainers import demo, demo_report
+from fastalign.demo import command as demo
+from fastalign.demo import report as demo_report
+from fastalign.demo.config import DemoConfig
+from fastalign.evaluation import gold, sampling
+from fastalign.evaluation.estimates import distinct, estimate
 from fastalign.trainers.data import fetch, reviews
-from fastalign.trainers.demo_config import DemoConfig
-from fastalign.trainers.eval import gold, sampling
-from fastalign.trainers.eval.estimates import distinct, estimate
 
 
 def small(output_dir: Path, **options) -> DemoConfig:

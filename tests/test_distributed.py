@@ -24,8 +24,8 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastalign import cli
-from fastalign.trainers.callbacks import LOG_NAME, read_log
+from fastalign.cli import commands as cli
+from fastalign.trainers.common.callbacks import LOG_NAME, read_log
 from fastalign.trainers.dpo import DPOConfig, DPOTrainer
 from fastalign.trainers.grpo import GRPOConfig, GRPOTrainer
 from fastalign.trainers.ppo import PPOConfig, PPOTrainer
@@ -154,7 +154,7 @@ def start_two(*argv: str, env: dict[str, str] | None = None) -> None:
 @pytest.fixture(scope="module")
 def runs(tiny_tokenizer, tmp_path_factory) -> Path:
     """A folder with every part run by one process (`one`), by two (`two`), and by two from one's checkpoint."""
-    from fastalign.trainers.demo_models import small_model
+    from fastalign.demo.models import small_model
 
     folder = tmp_path_factory.mktemp("distributed")
     small_model(len(tiny_tokenizer), hidden_size=16, layers=1, seed=0).save_pretrained(folder / "base")

@@ -14,8 +14,8 @@ pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
 
 from transformers import GenerationConfig, GPT2ForSequenceClassification, set_seed
 
-from fastalign import cli
-from fastalign.trainers.doctor import DoctorConfig, examine
+from fastalign.cli import commands as cli
+from fastalign.doctor.command import DoctorConfig, examine
 
 WORDS = ["good", "bad", "great", "dull", "fun", "awful"]
 SOUND = [

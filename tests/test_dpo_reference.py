@@ -14,11 +14,11 @@ pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
 
 from transformers import AutoModelForCausalLM, TrainerControl, TrainerState
 
-from fastalign.trainers import ref_cache, run
-from fastalign.trainers.callbacks import LOG_NAME, read_log
+from fastalign.models.lora import with_lora
+from fastalign.trainers.common import ref_cache, run
+from fastalign.trainers.common.callbacks import LOG_NAME, read_log
+from fastalign.trainers.common.preference_callback import LINES, PreferenceWatch
 from fastalign.trainers.dpo import DPOConfig, DPOTrainer
-from fastalign.trainers.lora import with_lora
-from fastalign.trainers.watch import LINES, PreferenceWatch
 from fastalign.utils.environment import reference_cache_dir
 
 PAIRS = [

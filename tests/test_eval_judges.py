@@ -13,10 +13,10 @@ pytest.importorskip("transformers", reason="needs transformers (the extra `train
 pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
 pytest.importorskip("sklearn", reason="needs scikit-learn (the extra `train`)")
 
-from fastalign.trainers.eval.chat_judge import ChatJudge
-from fastalign.trainers.eval.judges import HumanLabels, ScoreJudge, load_pair_judge
-from fastalign.trainers.eval.winrate import length_matched, win_rate
-from fastalign.trainers.evaluate import EvalConfig, evaluate
+from fastalign.evaluation.chat_judge import ChatJudge
+from fastalign.evaluation.evaluate import EvalConfig, evaluate
+from fastalign.evaluation.judges import HumanLabels, ScoreJudge, load_pair_judge
+from fastalign.evaluation.winrate import length_matched, win_rate
 
 
 def by_length(prompts, answers):

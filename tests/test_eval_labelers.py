@@ -7,14 +7,14 @@ import pytest
 
 pytest.importorskip("scipy", reason="needs scipy (the extra `train`)")
 
-from fastalign.trainers.eval.agreement import (
+from fastalign.evaluation.agreement import (
     Rating,
     fleiss_kappa,
     held_out_labelers,
     krippendorff_alpha,
     pairwise_agreement,
 )
-from fastalign.trainers.eval.labelers import FLAGS, LabelRow, read_labels, summarise, write_labels
+from fastalign.evaluation.labelers import FLAGS, LabelRow, read_labels, summarise, write_labels
 
 # Fleiss 1971's form: 10 subjects, 14 raters, 5 categories (a worked example with kappa 0.210 in many textbooks).
 FLEISS = np.array(
@@ -127,7 +127,7 @@ class TestTable:
     def test_command(self, tmp_path, capsys):
         for package in ("krippendorff", "transformers", "sklearn", "rich"):
             pytest.importorskip(package, reason=f"needs {package} (the extra `eval`)")
-        from fastalign import cli
+        from fastalign.cli import commands as cli
 
         rows = [LabelRow("x", "a", 6), LabelRow("x", "b", 7), LabelRow("y", "a", 2), LabelRow("y", "b", 2)]
         write_labels(str(tmp_path / "labels.jsonl"), rows)

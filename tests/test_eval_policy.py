@@ -13,14 +13,14 @@ pytest.importorskip("transformers", reason="needs transformers (the extra `train
 pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
 pytest.importorskip("sklearn", reason="needs scikit-learn (the extra `train`)")
 
-from fastalign.trainers.demo_models import small_model
-from fastalign.trainers.draw import Sampling
-from fastalign.trainers.eval import policy as policy_figures
-from fastalign.trainers.eval.best_of_n import best_of_n, best_of_n_kl
-from fastalign.trainers.eval.diversity import self_bleu
-from fastalign.trainers.eval.estimates import bootstrap, estimate
-from fastalign.trainers.eval.perplexity import alignment_tax, likelihood
-from fastalign.trainers.eval.sampling import Sample, compare_policies
+from fastalign.demo.models import small_model
+from fastalign.evaluation import policy as policy_figures
+from fastalign.evaluation.best_of_n import best_of_n, best_of_n_kl
+from fastalign.evaluation.diversity import self_bleu
+from fastalign.evaluation.estimates import bootstrap, estimate
+from fastalign.evaluation.perplexity import alignment_tax, likelihood
+from fastalign.evaluation.sampling import Sample, compare_policies
+from fastalign.models.sampling import Sampling
 
 LETTERS, LENGTH = 4, 3
 

@@ -14,14 +14,14 @@ pytest.importorskip("sklearn", reason="needs scikit-learn (the extra `train`)")
 
 from transformers import AutoTokenizer, GPT2ForSequenceClassification, set_seed
 
-from fastalign import cli
+from fastalign.cli import commands as cli
+from fastalign.evaluation.evaluate import EvalConfig, evaluate
+from fastalign.evaluation.sample import read_prompts
+from fastalign.evaluation.sampling import sample
+from fastalign.evaluation.scorers import load_judge
+from fastalign.models.sampling import Sampling
 from fastalign.trainers.data.encode import Encoder
 from fastalign.trainers.data.tokenize import tokenize_lists
-from fastalign.trainers.draw import Sampling
-from fastalign.trainers.eval.sampling import sample
-from fastalign.trainers.eval.scorers import load_judge
-from fastalign.trainers.evaluate import EvalConfig, evaluate
-from fastalign.trainers.sample import read_prompts
 
 ROWS = [
     {"prompt": p, "completion": c} for p, c in (("the movie", " is good"), ("a film", " and great fun"), ("a", " b"))

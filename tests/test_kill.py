@@ -18,13 +18,14 @@ pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
 
 from transformers import AutoModelForCausalLM
 
-from fastalign.trainers.callbacks import LOG_NAME, read_log
-from fastalign.trainers.checkpoints import PARTIAL, checkpoints, publish, remove, rotate, write_folder
+from fastalign.trainers.common.callbacks import LOG_NAME, read_log
+from fastalign.trainers.common.checkpoints import PARTIAL, checkpoints, publish, remove, rotate, write_folder
 
 CHILD = """
 import os, signal, sys
 from transformers import TrainerCallback
-from fastalign.trainers import base, checkpoints, dpo, run
+from fastalign.trainers import dpo
+from fastalign.trainers.common import base, checkpoints, run
 
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)

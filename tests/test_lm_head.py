@@ -8,8 +8,8 @@ from torch.nn import functional as F
 transformers = pytest.importorskip("transformers", reason="needs transformers (the extra `train`)")
 peft = pytest.importorskip("peft", reason="needs peft (the extra `train`)")
 
-from fastalign.integrations._headless import Headless  # noqa: E402
-from fastalign.integrations._lm_head import head_module, head_parameters, logit_transform, unwrapped  # noqa: E402
+from fastalign.models.headless import Headless  # noqa: E402
+from fastalign.models.lm_head import head_module, head_parameters, logit_transform, unwrapped  # noqa: E402
 
 FAMILIES = ["Llama", "Qwen2", "GPT2", "Gemma2", "Mistral", "Phi3", "GPTNeoX", "Granite", "Cohere", "FalconH1", "GPTJ"]
 FAMILIES += ["MiniCPM3"]  # scales its hidden states in front of its head

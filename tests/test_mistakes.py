@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("transformers", reason="needs transformers (the extra `train`)")
 pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
 
-from fastalign import cli
+from fastalign.cli import commands as cli
 
 FILES = {
     "pairs.jsonl": [{"prompt": "the movie", "chosen": " is good", "rejected": " is bad"}] * 2,
@@ -94,7 +94,7 @@ MISTAKES = {
 
 @pytest.fixture(scope="module")
 def folder(tiny_tokenizer, tmp_path_factory):
-    from fastalign.trainers.demo_models import small_model
+    from fastalign.demo.models import small_model
 
     path = tmp_path_factory.mktemp("mistakes")
     for name, rows in FILES.items():

@@ -14,9 +14,9 @@ from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig, LlamaForCausalLM
 
 from fastalign import losses
-from fastalign.trainers.actor_critic import ActorCritic, policy_logits
+from fastalign.models.actor_critic import ActorCritic, policy_logits
+from fastalign.models.logits import can_answer, logits_of, model_logits
 from fastalign.trainers.data.collate import pad
-from fastalign.trainers.model_logits import can_answer, logits_of, model_logits
 
 _SIZES = {
     "hidden_size": 16,

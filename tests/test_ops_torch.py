@@ -10,7 +10,7 @@ from torch.testing._internal.logging_tensor import LoggingTensorMode, capture_lo
 from torch.utils.checkpoint import checkpoint
 
 import fastalign as fa
-from fastalign._sequences import sequence_sums
+from fastalign.ops.sequences import sequence_sums
 
 OPS = torch.ops.fastalign
 

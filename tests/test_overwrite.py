@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("transformers", reason="needs transformers (the extra `train`)")
 pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
 
-from fastalign import cli
+from fastalign.cli import commands as cli
 
 ROWS = [{"prompt": "the movie", "completion": " is good"}] * 4
 SHARED = {"use_cpu": "true", "disable_tqdm": "true", "per_device_train_batch_size": "2", "save_steps": "1"}

@@ -13,7 +13,7 @@ pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
 
 from transformers import AutoModelForSequenceClassification
 
-from fastalign.trainers.callbacks import LOG_NAME, read_log
+from fastalign.trainers.common.callbacks import LOG_NAME, read_log
 from fastalign.trainers.data.collate import pad, padding_last
 from fastalign.trainers.dpo import DPOConfig, DPOTrainer
 from fastalign.trainers.pro import PROConfig, PROTrainer

@@ -7,7 +7,7 @@ import torch
 
 import fastalign as fa
 from fastalign import losses
-from fastalign.losses._policy_kinds import KINDS
+from fastalign.losses.policy_objectives import KINDS
 from fastalign.reference import policy as oracle
 
 EVERY_KIND = sorted(KINDS)

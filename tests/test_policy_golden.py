@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastalign import losses
-from fastalign.losses._policy_kinds import KINDS
+from fastalign.losses.policy_objectives import KINDS
 
 B, T, V, H = 4, 6, 17, 5
 

@@ -21,9 +21,9 @@ pytest.importorskip("accelerate", reason="needs accelerate (the extra `train`)")
 
 from transformers import AutoModelForCausalLM
 
-from fastalign import cli
-from fastalign.trainers import run
-from fastalign.trainers.callbacks import LOG_NAME, read_log
+from fastalign.cli import commands as cli
+from fastalign.trainers.common import run
+from fastalign.trainers.common.callbacks import LOG_NAME, read_log
 
 PROMPTS = [{"prompt": text} for text in ("the movie", "a film", "the", "a great", "fun and", "long", "is", "a")]
 PTX = [{"prompt": "the movie", "completion": " is good"}, {"prompt": "", "completion": "a dull film"}] * 2

@@ -15,10 +15,11 @@ pytest.importorskip("accelerate", reason="needs accelerate (the extra `train`)")
 from accelerate.tracking import GeneralTracker
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastalign import cli, rl
-from fastalign.trainers import run
-from fastalign.trainers.actor_critic import with_values
-from fastalign.trainers.callbacks import LOG_NAME, read_log
+from fastalign import rl
+from fastalign.cli import commands as cli
+from fastalign.models.actor_critic import with_values
+from fastalign.trainers.common import run
+from fastalign.trainers.common.callbacks import LOG_NAME, read_log
 from fastalign.trainers.grpo import VARIANTS, GRPOConfig, GRPOTrainer
 from fastalign.trainers.ppo import PPOConfig, PPOTrainer
 

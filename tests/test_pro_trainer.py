@@ -11,7 +11,7 @@ pytest.importorskip("transformers", reason="needs transformers (the extra `train
 pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
 
 from fastalign.losses import pro_loss
-from fastalign.trainers.callbacks import LOG_NAME, read_log
+from fastalign.trainers.common.callbacks import LOG_NAME, read_log
 from fastalign.trainers.pro import PROConfig, PROTrainer
 
 ENDINGS = [" is good and fun", " is great", " is long", " is a dull film", " is awful , awful and bad"]

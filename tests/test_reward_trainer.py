@@ -16,7 +16,7 @@ pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 from fastalign.losses import kwise_reward_loss, reward_loss
-from fastalign.trainers.callbacks import LOG_NAME, read_log
+from fastalign.trainers.common.callbacks import LOG_NAME, read_log
 from fastalign.trainers.reward import RewardConfig, RewardTrainer, load_reward_model, split_labelers
 
 GOOD, BAD = ["good", "great", "fun"], ["bad", "dull", "awful"]

@@ -14,12 +14,12 @@ pytest.importorskip("accelerate", reason="needs accelerate (the extra `train`)")
 
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
-from fastalign.trainers import rollout
-from fastalign.trainers.actor_critic import ActorCritic, policy_logits, with_values
-from fastalign.trainers.draw import Draw, Sampling
-from fastalign.trainers.model_logits import logits_of
-from fastalign.trainers.policy_rewards import FunctionReward, ModelReward, load_function
-from fastalign.trainers.rollout import Episode, Prompt, fill_in, generate, load_prompts, prompt_order
+from fastalign.models.actor_critic import ActorCritic, policy_logits, with_values
+from fastalign.models.logits import logits_of
+from fastalign.models.sampling import Draw, Sampling
+from fastalign.trainers.policy import rollout
+from fastalign.trainers.policy.rewards import FunctionReward, ModelReward, load_function
+from fastalign.trainers.policy.rollout import Episode, Prompt, fill_in, generate, load_prompts, prompt_order
 
 TEXTS = ["the movie", "a", "a great film and great fun", "a dull film ,"]
 

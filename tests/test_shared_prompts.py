@@ -13,14 +13,14 @@ pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
 
 import transformers
 
-from fastalign.trainers.callbacks import LOG_NAME, read_log
+from fastalign.models.logits import Request, ask, logits_of, prompt_sharing
+from fastalign.models.shared_prompts import PromptSharing, _size, share
+from fastalign.trainers.common.callbacks import LOG_NAME, read_log
 from fastalign.trainers.data.collate import pad
 from fastalign.trainers.dpo import DPOConfig, DPOTrainer
 from fastalign.trainers.grpo import GRPOConfig, GRPOTrainer
-from fastalign.trainers.model_logits import Request, ask, logits_of, prompt_sharing
 from fastalign.trainers.ppo import PPOConfig, PPOTrainer
 from fastalign.trainers.pro import PROConfig, PROTrainer
-from fastalign.trainers.shared_prompts import PromptSharing, _size, share
 
 _DECODER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 _NEO = {"hidden_size": 32, "num_layers": 2, "num_heads": 4}

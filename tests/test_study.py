@@ -23,16 +23,16 @@ pytest.importorskip("rich", reason="needs rich (the extra `train`)")
 
 from rich.console import Console
 
-from fastalign import cli
+from fastalign.cli import commands as cli
 from fastalign.study import frontier
-from fastalign.study.cells import Cell, Runner, read
+from fastalign.study.callbacks import marks
 from fastalign.study.config import StudyConfig
 from fastalign.study.envelope import Point, difference, envelope, over_seeds
-from fastalign.study.ground import Ground
 from fastalign.study.methods import METHODS
 from fastalign.study.report import interval, page, table
+from fastalign.study.runs import Cell, Runner, read
+from fastalign.study.setup import Ground
 from fastalign.study.study import run_study, written
-from fastalign.study.watch import marks
 
 SMALL = {
     **{"vocab_size": 320, "hidden_size": 32, "layers": 1, "held_out": 80, "max_new_tokens": 20, "sft_rows": 320},
@@ -152,7 +152,7 @@ class TestConfig:
             frontier.FrontierConfig(methods=["dpo", "sft"])
 
     def test_the_command_that_is_written_down_makes_the_same_settings(self):
-        from fastalign.trainers.arguments import parse
+        from fastalign.utils.arguments import parse
 
         chosen = ["dpo", "grpo"]
         config = frontier.FrontierConfig(seeds=4, first_seed=2, methods=chosen, prompts=9, processes=1, output_dir="x")

@@ -12,13 +12,13 @@ pytest.importorskip("sklearn", reason="needs scikit-learn (the extra `train`)")
 pytest.importorskip("matplotlib", reason="needs matplotlib (the extra `train`)")
 pytest.importorskip("rich", reason="needs rich (the extra `train`)")
 
-from fastalign import cli
+from fastalign.cli import commands as cli
+from fastalign.evaluation.policy import Measured
+from fastalign.evaluation.sampling import Sample
 from fastalign.study import hacking, labelers, transfer
-from fastalign.study.ground import Ground
 from fastalign.study.methods import METHODS
+from fastalign.study.setup import Ground
 from fastalign.trainers.data.reviews import DOMAINS, Review
-from fastalign.trainers.eval.policy import Measured
-from fastalign.trainers.eval.sampling import Sample
 
 SMALL = {
     **{"vocab_size": 320, "hidden_size": 32, "layers": 1, "held_out": 80, "max_new_tokens": 20, "sft_rows": 320},

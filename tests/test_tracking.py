@@ -19,7 +19,7 @@ pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
 
 from transformers import AutoModelForCausalLM
 
-from fastalign.trainers.callbacks import LOG_NAME, read_log
+from fastalign.trainers.common.callbacks import LOG_NAME, read_log
 from fastalign.trainers.sft import SFTConfig, SFTTrainer
 
 ROWS = [{"prompt": "the movie", "completion": text} for text in (" is good", " is bad", " is long and dull", " is fun")]
@@ -140,8 +140,8 @@ def weights(folder: Path) -> torch.Tensor:
 
 _GROWING = """
 import ctypes
-from fastalign.trainers import resident
-from fastalign.trainers.callbacks import GiveBackCallback
+from fastalign.trainers.common import resident
+from fastalign.trainers.common.callbacks import GiveBackCallback
 malloc, free = ctypes.CDLL(None).malloc, ctypes.CDLL(None).free
 malloc.restype, malloc.argtypes, free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 free(malloc(30 << 20))  # from now on glibc serves blocks of that size from its heap

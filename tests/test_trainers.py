@@ -15,10 +15,10 @@ pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from fastalign.trainers import run
-from fastalign.trainers.callbacks import LOG_NAME, read_log
-from fastalign.trainers.config import TrainingConfig
-from fastalign.trainers.demo_config import DemoConfig
+from fastalign.demo.config import DemoConfig
+from fastalign.trainers.common import run
+from fastalign.trainers.common.callbacks import LOG_NAME, read_log
+from fastalign.trainers.common.config import TrainingConfig
 from fastalign.trainers.dpo import DPOConfig, DPOTrainer
 from fastalign.trainers.sft import SFTConfig, SFTTrainer
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from ..utils import environment
 from . import cpu, cuda, eager, triton
 from ._interface import KINDS, KL_TERMS, Backend, Objective
+from .cache import LARGE, empty, keep_memory, release_memory
 from .cpu import cpu_isa, cpu_isas, probe_copy, probe_read, saved_tensor
-from .memory import LARGE, empty, keep_memory, release_memory
 
 __all__ = [
     "KINDS",

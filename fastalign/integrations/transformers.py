@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..losses import sft_loss
-from ..losses._common import Logits, check_logits, stats_of
-from ..losses._normalization import Count
-from ._headless import Headless
-from ._lm_head import head_module, unwrapped
+from ..losses.base import Logits, check_logits, stats_of
+from ..losses.reductions import Count
+from ..models.headless import Headless
+from ..models.lm_head import head_module, unwrapped
 
 __all__ = ["FusedLoss", "apply_fused_loss", "fused_lm_loss"]
 

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
-from .._extras import NAMES
-from ..head import head_token_stats
-from ..ops import TokenStatsAndExtras
+from ..head.head import head_token_stats
+from ..ops import statistics as ops
+from ..ops.diagnostics import NAMES
+from ..ops.statistics import TokenStatsAndExtras
 
 __all__ = [
     "ChunkedLogProbFunction",

@@ -1,6 +1,6 @@
 """Losses on log-probabilities and scores, and the modules that take logits."""
 
-from ._kl import importance_weights, kl_estimate
+from .kl import importance_weights, kl_estimate
 from .listwise import ListOutput, PROLoss, PROOutput, plackett_luce_loss, pro_loss
 from .policy import PolicyLossOutput, PPOLoss, policy_loss
 from .preference import DPOLoss, PreferenceOutput, dpo_loss

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._mean_nll import mean_nll
-from ._common import check_float, check_range, hide, lookup, stats_of, total
+from ..ops.mean_nll import mean_nll
+from .base import check_float, check_range, hide, lookup, stats_of, total
 
 _REDUCTIONS = {
     "none": lambda losses, weights: losses,

@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._list_loss import list_loss
-from ..head import Head
-from ._common import (
+from ..head.head import Head
+from ..ops.list_loss import list_loss
+from .base import (
     Logits,
     LogitsLoss,
     check_float,
@@ -37,7 +37,7 @@ from ._common import (
     masked_mean,
     sum_tokens,
 )
-from ._parts import Piece, by_parts, flat_head, known_objective
+from .chunks import Piece, by_parts, flat_head, known_objective
 
 
 class ListOutput(NamedTuple):

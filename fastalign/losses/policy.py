@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._policy_terms import policy_terms
-from ..head import Head
-from ..objective import attach_gradient, token_objective
-from ._common import Logits, LogitsLoss, check_float, check_mask, check_range, lookup, mean_over, real_tokens
-from ._kl import KL_ESTIMATORS, importance_weights, kl_estimate, token_kl
-from ._normalization import NORMALIZATIONS, Count, as_real, normalize
-from ._one_launch import plain_objective, policy_inputs, policy_objective, token_weights
-from ._parts import Piece, by_parts, known_objective, take
-from ._policy_kinds import KINDS, Terms
+from ..head.head import Head
+from ..ops.objective import attach_gradient, token_objective
+from ..ops.policy_terms import policy_terms
+from .base import Logits, LogitsLoss, check_float, check_mask, check_range, lookup, mean_over, real_tokens
+from .chunks import Piece, by_parts, known_objective, take
+from .kl import KL_ESTIMATORS, importance_weights, kl_estimate, token_kl
+from .one_launch import plain_objective, policy_inputs, policy_objective, token_weights
+from .policy_objectives import KINDS, Terms
+from .reductions import NORMALIZATIONS, Count, as_real, normalize
 
 
 class PolicyLossOutput(NamedTuple):

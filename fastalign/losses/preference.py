@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._pair_loss import pair_loss
-from .._sequences import wide_dtype
-from ..head import Head
-from ._common import Logits, LogitsLoss, check_float, check_logits, narrow
-from ._pairwise_table import F_DIVERGENCES, NLL_NORMALIZATIONS, PAIRWISE, Pairs, PairwiseOptions, Side
-from ._parts import Piece, by_parts, known_objective
+from ..head.head import Head
+from ..ops.pair_loss import pair_loss
+from ..ops.sequences import wide_dtype
+from .base import Logits, LogitsLoss, check_float, check_logits, narrow
+from .chunks import Piece, by_parts, known_objective
+from .pairwise import F_DIVERGENCES, NLL_NORMALIZATIONS, PAIRWISE, Pairs, PairwiseOptions, Side
 
 __all__ = ["F_DIVERGENCES", "NLL_NORMALIZATIONS", "PAIRWISE", "DPOLoss", "PreferenceOutput", "dpo_loss"]
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._common import check_float, check_mask, check_range, hide, masked_mean
+from .base import check_float, check_mask, check_range, hide, masked_mean
 from .listwise import (
     ListOutput,
     check_lists,

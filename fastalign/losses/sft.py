@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._mean_nll import mean_nll
-from ..head import Head
-from ..objective import Objective, attach_gradient, token_objective
-from ._common import Logits, LogitsLoss, check_float, check_mask, check_range, lookup, masked_mean
-from ._normalization import Count, as_real, normalize
-from ._one_launch import token_weights
-from ._parts import Piece, by_parts, flat_head, known_objective
+from ..head.head import Head
+from ..ops.mean_nll import mean_nll
+from ..ops.objective import Objective, attach_gradient, token_objective
+from .base import Logits, LogitsLoss, check_float, check_mask, check_range, lookup, masked_mean
+from .chunks import Piece, by_parts, flat_head, known_objective
+from .one_launch import token_weights
+from .reductions import Count, as_real, normalize
 
 __all__ = ["NORMALIZATIONS", "SFTLoss", "SFTOutput", "sft_loss"]
 

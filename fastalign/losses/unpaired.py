@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._common import Logits, LogitsLoss, check_float, check_logits, check_mask, check_range, masked_mean, sum_tokens
+from .base import Logits, LogitsLoss, check_float, check_logits, check_mask, check_range, masked_mean, sum_tokens
 
 __all__ = ["KTOLoss", "KTOOutput", "kto_loss"]
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._common import check_float, check_mask, check_range, masked_mean
-from ._normalization import as_real
+from .base import check_float, check_mask, check_range, masked_mean
+from .reductions import as_real
 
 
 class ValueLossOutput(NamedTuple):

@@ -4,7 +4,7 @@ One file per room of `fastalign.losses`. Nothing here is fast and nothing here s
 """
 
 from . import listwise, policy, preference, reward, sft
-from ._case import Case, Sizes, cast
+from .case import Case, Sizes, cast
 
 CASES: list[Case] = [*sft.CASES, *preference.CASES, *listwise.CASES, *reward.CASES, *policy.CASES]
 """Every objective of the package, one row each: (name, fused, reference, inputs)."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..losses.listwise import PROLoss, plackett_luce_loss
-from ._case import Case, Sizes
+from .case import Case, Sizes
 
 
 def _mean(values: list[Tensor]) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..losses import PPOLoss, ptx_loss, value_loss
-from ..losses._common import stats_of
-from ._case import Case, Sizes
+from ..losses.base import stats_of
+from .case import Case, Sizes
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._sequences import sequence_logps
 from ..losses.preference import DPOLoss
 from ..losses.unpaired import KTOLoss
-from ._case import Case, Sizes
+from ..ops.sequences import sequence_logps
+from .case import Case, Sizes
 
 _IGNORED = -100
 _BETA = 0.3  # large enough that all terms of a loss matter

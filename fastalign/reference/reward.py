@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..losses.reward import best_of_k_loss, kwise_reward_loss, reward_loss
-from ._case import Case, Sizes
+from .case import Case, Sizes
 from .listwise import list_scores, ranked_scores
 
 _CENTER = 0.01

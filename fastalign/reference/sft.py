@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..losses.sft import SFTLoss
-from ._case import Case, Sizes
+from .case import Case, Sizes
 from .preference import ragged_labels
 
 _IGNORED = -100

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import _backends
-from ..losses._common import check_float, check_mask, check_range, hide, masked_mean
-from ..losses._normalization import as_real
+from ..losses.base import check_float, check_mask, check_range, hide, masked_mean
+from ..losses.reductions import as_real
 
 
 def gae(

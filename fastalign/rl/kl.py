@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from ..losses._common import check_range
+from ..losses.base import check_range
 
 
 class FixedKL:

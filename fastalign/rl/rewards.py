@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..losses._common import check_float, check_mask, check_range, hide
-from ..losses._kl import token_kl
-from ..losses._normalization import as_real
+from ..losses.base import check_float, check_mask, check_range, hide
+from ..losses.kl import token_kl
+from ..losses.reductions import as_real
 
 
 class ShapedRewards(NamedTuple):

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..losses._common import check_float, check_mask, check_range, hide, masked_mean
-from ..losses._kl import kl_estimate
-from ..losses._normalization import as_real
+from ..losses.base import check_float, check_mask, check_range, hide, masked_mean
+from ..losses.kl import kl_estimate
+from ..losses.reductions import as_real
 
 
 class TrustRegionStep(NamedTuple):

@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from ..trainers.arguments import key
-from ..trainers.config import check_positive
-from ..trainers.demo_config import DemoConfig
+from ..demo.config import DemoConfig
+from ..utils.arguments import key
+from ..utils.checks import check_positive
 
 _ANY = ("seeds", "first_seed", "processes", "max_seconds", "output_dir", "overwrite", "quick", "full", "methods")
 """Keys that say which cells are run and how, not what a cell is: they may change from one call to the next."""

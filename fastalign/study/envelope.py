@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..trainers.eval.estimates import Estimate, estimate
+from ..evaluation.estimates import Estimate, estimate
 
 BUDGETS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 """KL budgets of the tables, in nats a text."""

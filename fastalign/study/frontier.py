@@ -26,18 +26,18 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ..trainers import arguments
-from ..trainers.arguments import key
-from ..trainers.config import check_choice
-from ..trainers.eval.best_of_n import best_of_n, best_of_n_kl
-from ..trainers.eval.policy import measure
+from ..evaluation.best_of_n import best_of_n, best_of_n_kl
+from ..evaluation.policy import measure
+from ..utils import arguments
+from ..utils.arguments import key
+from ..utils.checks import check_choice
 from . import plots, report
+from .callbacks import Watch
 from .config import StudyConfig
 from .envelope import BUDGETS, Point, difference, envelope, over_seeds
-from .ground import Ground, ground_of
 from .methods import METHODS, Job
+from .setup import Ground, ground_of
 from .study import run_study, save, seed_of
-from .watch import Watch
 
 BEST_OF = "best-of-n"
 COLUMNS = ("kl", "kl_k1", "kl_k3", "gold", "proxy", "independent", "words", "tax")

@@ -20,20 +20,20 @@ import numpy as np
 from rich.console import Console
 from scipy import stats
 
-from ..trainers import arguments
-from ..trainers.arguments import key
-from ..trainers.config import check_positive
-from ..trainers.data.sampled import best_against_worst
-from ..trainers.eval.estimates import estimate
-from ..trainers.eval.judges import compare_scores
-from ..trainers.eval.policy import Measured, measure
-from ..trainers.eval.winrate import length_matched, tally
+from ..evaluation.estimates import estimate
+from ..evaluation.judges import compare_scores
+from ..evaluation.policy import Measured, measure
+from ..evaluation.ranked_samples import best_against_worst
+from ..evaluation.winrate import length_matched, tally
+from ..utils import arguments
+from ..utils.arguments import key
+from ..utils.checks import check_positive
 from . import frontier, plots, report
+from .callbacks import Watch
 from .frontier import FrontierConfig
-from .ground import Ground, ground_of
 from .methods import Job, train_pairs
+from .setup import Ground, ground_of
 from .study import run_study, save
-from .watch import Watch
 
 PATHS = ["dpo", "ppo-learned"]
 """Methods of the frontier along which the two rewards are followed."""

@@ -21,14 +21,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
-from ..trainers import arguments
-from ..trainers.arguments import key
-from ..trainers.checkpoints import make_folder
-from ..trainers.config import check_positive
+from ..evaluation.agreement import Rating, held_out_labelers, krippendorff_alpha, pairwise_agreement
+from ..evaluation.gold import fit_gold
+from ..evaluation.labelers import read_labels, summarise
+from ..trainers.common.checkpoints import make_folder
 from ..trainers.data.reviews import DOMAINS, Review, load_reviews
-from ..trainers.eval.agreement import Rating, held_out_labelers, krippendorff_alpha, pairwise_agreement
-from ..trainers.eval.gold import fit_gold
-from ..trainers.eval.labelers import read_labels, summarise
+from ..utils import arguments
+from ..utils.arguments import key
+from ..utils.checks import check_positive
 from . import report
 from .machine import machine
 from .study import PACKAGES, save

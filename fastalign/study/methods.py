@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..evaluation.gold import Scorer
 from ..trainers.dpo import DPOConfig, DPOTrainer
-from ..trainers.eval.gold import Scorer
 from ..trainers.grpo import GRPOConfig, GRPOTrainer
 from ..trainers.ppo import PPOConfig, PPOTrainer
 from ..trainers.pro import PROConfig, PROTrainer
-from .ground import Ground
-from .watch import Watch, WatchCallback, marks
+from .callbacks import Watch, WatchCallback, marks
+from .setup import Ground
 
 
 @dataclass

@@ -12,13 +12,13 @@ from typing import Any
 
 from rich.console import Console
 
-from ..trainers.checkpoints import write_json
-from ..trainers.demo import claim
-from ..trainers.demo_stages import Demo
-from .cells import Cell, Runner, Work, done, read
+from ..demo.command import claim
+from ..demo.stages import Demo
+from ..trainers.common.checkpoints import write_json
 from .config import StudyConfig
-from .ground import Ground
 from .machine import machine
+from .runs import Cell, Runner, Work, done, read
+from .setup import Ground
 
 OWN = ("grounds", "frontier", "hacking", "transfer")
 """Folders of cells that studies leave in their folder."""

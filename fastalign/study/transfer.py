@@ -20,17 +20,17 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from ..trainers import arguments
+from ..evaluation.estimates import estimate
+from ..evaluation.gold import Scorer, fit_gold
+from ..evaluation.policy import Measured, measure
 from ..trainers.data.reviews import DOMAINS, load_reviews, split_reviews
-from ..trainers.eval.estimates import estimate
-from ..trainers.eval.gold import Scorer, fit_gold
-from ..trainers.eval.policy import Measured, measure
+from ..utils import arguments
 from . import plots, report
+from .callbacks import Watch
 from .config import StudyConfig
-from .ground import Ground, ground_of
 from .methods import METHODS, Job
+from .setup import Ground, ground_of
 from .study import run_study, save, seed_of
-from .watch import Watch
 
 POLICIES = ("dpo", "ppo-gold")
 FIGURES = {"gold": "gold reward of the movies", "own": "gold reward of the domain itself"}

@@ -1,0 +1,1 @@
+"""The training commands, one algorithm a file."""

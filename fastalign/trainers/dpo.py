@@ -28,17 +28,20 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..losses.preference import DPOLoss
-from . import ref_cache
-from .arguments import key
-from .base import AlignmentTrainer, Metrics, Weighted
-from .config import GroupsConfig, check_positive
-from .data.collate import IGNORE, Batch, PreferenceCollator
+from ..models.loading import disable_dropout, load_model, pad_id
+from ..models.lora import adapters_off, is_adapted
+from ..utils.arguments import key
+from ..utils.batch import IGNORE, Batch
+from ..utils.checks import check_positive
+from ..utils.modes import evaluating
+from .common import ref_cache
+from .common.base import AlignmentTrainer, Metrics, Weighted
+from .common.config import GroupsConfig
+from .common.preference_callback import PreferenceWatch
+from .common.run import encoder, run
+from .data.collate import PreferenceCollator
 from .data.files import Rows
 from .data.tokenize import REFERENCE_COLUMNS, tokenize_preferences
-from .lora import adapters_off, is_adapted
-from .modes import evaluating
-from .run import disable_dropout, encoder, load_model, pad_id, run
-from .watch import PreferenceWatch
 
 _LOSS_KEYS = (
     "beta",

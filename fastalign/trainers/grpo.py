@@ -21,12 +21,12 @@ import torch
 
 from .. import rl
 from ..losses.policy import PPOLoss
-from .arguments import key
-from .config import check_choice
-from .policy_config import PolicyConfig
-from .policy_run import run_policy
-from .policy_trainer import PolicyTrainer
-from .rollout import Episode
+from ..utils.arguments import key
+from ..utils.checks import check_choice
+from .policy.config import PolicyConfig
+from .policy.rollout import Episode
+from .policy.run import run_policy
+from .policy.trainer import PolicyTrainer
 
 
 class Variant(NamedTuple):

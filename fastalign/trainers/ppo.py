@@ -23,17 +23,17 @@ from typing import Any
 import torch
 
 from .. import rl
-from ..losses._common import check_range, masked_mean
+from ..losses.base import check_range, masked_mean
 from ..losses.policy import PPOLoss
-from .actor_critic import ActorCritic, with_values
-from .arguments import key
-from .config import check_choice, check_positive
-from .policy_config import PolicyConfig
-from .policy_run import run_policy
-from .policy_trainer import PolicyTrainer
-from .policy_trust_region import trust_region_updates
-from .policy_update import ValueOptions
-from .rollout import Episode, response_mask, stacked, unstack
+from ..models.actor_critic import ActorCritic, with_values
+from ..utils.arguments import key
+from ..utils.checks import check_choice, check_positive
+from .policy.config import PolicyConfig
+from .policy.rollout import Episode, response_mask, stacked, unstack
+from .policy.run import run_policy
+from .policy.trainer import PolicyTrainer
+from .policy.trust_region import trust_region_updates
+from .policy.update import ValueOptions
 
 
 @dataclass

@@ -23,13 +23,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..losses.listwise import PROLoss, comparable, comparisons, pro_loss
-from .arguments import key
-from .base import AlignmentTrainer, Metrics, Weighted
-from .config import GroupsConfig
-from .data.collate import IGNORE, Batch, ListCollator, in_lists
+from ..models.loading import pad_id
+from ..utils.arguments import key
+from ..utils.batch import IGNORE, Batch
+from .common.base import AlignmentTrainer, Metrics, Weighted
+from .common.config import GroupsConfig
+from .common.run import encoder, run
+from .data.collate import ListCollator, in_lists
 from .data.files import Rows
 from .data.tokenize import tokenize_lists
-from .run import encoder, pad_id, run
 
 
 @dataclass

@@ -33,14 +33,17 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from ..losses.listwise import comparable, comparisons, list_metrics, plackett_luce_loss
 from ..losses.reward import best_of_k_loss, kwise_reward_loss, reward_loss
-from .arguments import key
-from .base import AlignmentTrainer, Metrics, Weighted
-from .config import TrainingConfig, check_choice
-from .data.collate import Batch, ListCollator, in_lists
+from ..models.loading import load, load_tokenizer, model_options
+from ..models.logits import model_logits
+from ..utils.arguments import key
+from ..utils.batch import Batch
+from ..utils.checks import check_choice
+from .common.base import AlignmentTrainer, Metrics, Weighted
+from .common.config import TrainingConfig
+from .common.run import encoder, run
+from .data.collate import ListCollator, in_lists
 from .data.files import Rows, read_rows
 from .data.tokenize import tokenize_lists
-from .model_logits import model_logits
-from .run import encoder, load, load_tokenizer, model_options, run
 
 PAD_TOKEN = "<|padding|>"
 

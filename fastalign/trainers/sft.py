@@ -21,14 +21,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..losses.sft import SFTLoss
-from .arguments import key
-from .base import AlignmentTrainer
-from .config import TrainingConfig, check_choice
-from .data.collate import IGNORE, Batch, PackedCollator, SFTCollator
+from ..models.loading import pad_id
+from ..utils.arguments import key
+from ..utils.batch import IGNORE, Batch
+from ..utils.checks import check_choice
+from .common.base import AlignmentTrainer
+from .common.config import TrainingConfig
+from .common.run import encoder, run
+from .data.collate import PackedCollator, SFTCollator
 from .data.files import Rows
 from .data.pack import pack
 from .data.tokenize import tokenize_sft
-from .run import encoder, pad_id, run
 
 _ITEMS = {
     "token": lambda mask: mask.sum(),

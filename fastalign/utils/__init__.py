@@ -1,1 +1,1 @@
-"""What every other module may import and what imports none of them."""
+"""What stands on nothing else of this package."""

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORE = -100
+from ...utils.batch import IGNORE, Batch
+
 _BY_TOKEN = ("input_ids", "attention_mask", "position_ids", "labels")
-Batch = dict[str, Tensor]
 
 
 def pad(

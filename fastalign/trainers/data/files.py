@@ -11,6 +11,8 @@ from typing import Any, TypeAlias
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
+from ...utils.text import first_line
+
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 _OPTIONS: dict[str, dict[str, Any]] = {".tsv": {"sep": "\t"}}
 _SAVED = ("state.json", "dataset_dict.json")
@@ -123,11 +125,6 @@ def _kind(path: str) -> str | None:
     if os.path.exists(path) or named or path.startswith((".", "/")) or path.count("/") > 1:
         raise ValueError(f"dataset must be a folder, or a file ending in {', '.join(_LOADERS)}; got {path!r}")
     return None
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of another library says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _split(path: str) -> tuple[str, str | None]:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import check_choice
+from ...utils.checks import check_choice
 from .fetch import VADER, fetch
 
 _INNER = "additional_resources/hutto_ICWSM_2014.tar.gz"

@@ -1,0 +1,5 @@
+"""The `fastalign` command."""
+
+from .commands import main
+
+__all__ = ["main"]

@@ -1,0 +1,198 @@
+"""The `fastalign` command. Heavy imports happen inside the commands, so that `fastalign --help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from ..utils import environment
+from ..utils.arguments import Helped
+from ..utils.version import __version__
+
+
+class Command(NamedTuple):
+    """One subcommand: what it does, and the function that takes its arguments and returns an exit status."""
+
+    summary: str
+    run: Callable[[list[str]], int]
+
+
+def _sft(argv: list[str]) -> int:
+    from ..trainers import sft
+
+    return sft.main(argv)
+
+
+def _dpo(argv: list[str]) -> int:
+    from ..trainers import dpo
+
+    return dpo.main(argv)
+
+
+def _ppo(argv: list[str]) -> int:
+    from ..trainers import ppo
+
+    return ppo.main(argv)
+
+
+def _grpo(argv: list[str]) -> int:
+    from ..trainers import grpo
+
+    return grpo.main(argv)
+
+
+def _reward(argv: list[str]) -> int:
+    from ..trainers import reward
+
+    return reward.main(argv)
+
+
+def _pro(argv: list[str]) -> int:
+    from ..trainers import pro
+
+    return pro.main(argv)
+
+
+def _evaluate(argv: list[str]) -> int:
+    from ..evaluation import evaluate
+
+    return evaluate.main(argv)
+
+
+def _sample(argv: list[str]) -> int:
+    from ..evaluation import sample
+
+    return sample.main(argv)
+
+
+def _doctor(argv: list[str]) -> int:
+    from ..doctor import command as doctor
+
+    return doctor.main(argv)
+
+
+def _demo(argv: list[str]) -> int:
+    from ..demo import command as demo
+
+    return demo.main(argv)
+
+
+def _study(argv: list[str]) -> int:
+    from ..study import command
+
+    return command.main(argv)
+
+
+def _bench(argv: list[str]) -> int:
+    from . import bench as bench_command
+
+    return bench_command.main(argv)
+
+
+_BACKENDS_HELP = """usage: fastalign backends
+
+Lists the backends, kernels of one kind each, in the order in which they are preferred: which can run here, and why the
+others cannot; and the instruction sets of the backend `cpu`. Takes no keys. FASTALIGN_BACKEND and FASTALIGN_CPU_ISA in
+the environment, and `fastalign.use_backend` in Python, choose others than the automatic ones."""
+
+
+def _show_backends(argv: list[str]) -> int:
+    if argv and argv[0] in ("-h", "--help"):
+        raise Helped(_BACKENDS_HELP)
+    if argv:
+        raise ValueError(f"fastalign backends takes no arguments; got {' '.join(argv)}")
+    from .. import _backends
+
+    for name, state in _backends.backends().items():
+        print(f"{name:<8} {state}")
+    usable = ", ".join(_backends.cpu_isas()) or "none"
+    print(f"cpu instruction set: {_backends.cpu_isa() or 'not built'} (this processor can run: {usable})")
+    return 0
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command("align a small language model on human-rated movie reviews, start to end, in minutes", _demo),
+    "sft": Command("supervised fine-tuning on prompts and completions", _sft),
+    "dpo": Command("direct preference optimisation on pairs of completions", _dpo),
+    "ppo": Command("reinforcement learning from a reward: PPO, its KL-penalty form, TRPO", _ppo),
+    "grpo": Command("reinforcement learning without a value function: GRPO, RLOO, Dr. GRPO, DAPO, GSPO", _grpo),
+    "pro": Command("preference ranking optimization on ranked lists of completions", _pro),
+    "reward": Command("a reward model from pairs or ranked lists of completions", _reward),
+    "eval": Command("compare models on held-out prompts: reward, win rate, length, perplexity", _evaluate),
+    "sample": Command("draw continuations of prompts", _sample),
+    "study": Command("reproduce what the literature says of alignment, on human ratings: reward against KL", _study),
+    "doctor": Command("look at data and models before a run, and say what would go wrong", _doctor),
+    "bench": Command("measure this package against its peers, report, and compare two runs (source checkout)", _bench),
+    "backends": Command("list the kernels that can run here, and why the others cannot", _show_backends),
+}
+
+
+def usage() -> str:
+    """What `fastalign --help` prints."""
+    rows = "\n".join(f"  {name:<10} {command.summary}" for name, command in COMMANDS.items())
+    return (
+        "usage: fastalign COMMAND [--config FILE.yaml] [--key value ...]\n\n"
+        "Aligns language models with human preferences.\n\n"
+        f"commands:\n{rows}\n\n"
+        "`fastalign COMMAND --help` lists the keys of a command."
+    )
+
+
+def _explain(error: ImportError) -> str:
+    """The message for a missing package: which one, and what to install."""
+    name = (error.name or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or not name.isidentifier():  # another library's own words
+        return " ".join(str(error).split())
+    return f"the package {name!r} is missing; the commands need the extra: pip install 'fastalign[train]'"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 1 for a missing package or file, 2 for bad input, 130 interrupted.
+
+    Bad input prints one line; with FASTALIGN_TRACEBACK set in the environment it raises instead.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _answer(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
+
+
+def _answer(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if args == ["--version"]:
+        print(f"fastalign {__version__}")
+        return 0
+    name, rest = args[0], args[1:]
+    if name not in COMMANDS:
+        print(f"fastalign: error: command must be one of {', '.join(COMMANDS)}; got {name!r}", file=sys.stderr)
+        return 2
+    if name != "bench":  # which measures ours and its peers as they run without us
+        environment.prepare_threads()
+    try:
+        return COMMANDS[name].run(rest)
+    except Helped as text:
+        print(text)
+        return 0
+    except BrokenPipeError:
+        raise
+    except ImportError as error:
+        if (error.name or "").startswith("fastalign") or environment.wants_traceback():
+            raise
+        print(f"fastalign {name}: error: {_explain(error)}", file=sys.stderr)
+        return 1
+    except (ValueError, TypeError, OSError) as error:
+        if environment.wants_traceback():
+            raise
+        print(f"fastalign {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1 if isinstance(error, OSError) else 2
+    except KeyboardInterrupt:
+        print(f"fastalign {name}: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,1 @@
+"""`fastalign demo`: a small model aligned on real ratings, start to end."""

@@ -1,0 +1,1 @@
+"""`fastalign doctor`: what is wrong with data and models, before anything is trained."""

@@ -1,0 +1,291 @@
+"""The doctor's checks of data and tokenizer. Each takes the patient and returns findings; none means all is well."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset
+from scipy import stats
+
+from ..trainers.data.chat import is_chat, render, spans
+from ..trainers.data.encode import Encoder
+from ..trainers.data.tokenize import LIST_FORMS, PAIR_FORMS, SFT_FORMS
+
+_MARKERS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "[INST]", "<|user|>", "<|assistant|>")
+
+
+class Finding(NamedTuple):
+    """What a check found: ok, note, warning or error; in words; by which check."""
+
+    level: str
+    text: str
+    check: str = ""
+
+
+@dataclass
+class Patient:
+    """What is looked at: the settings of the run, some of its rows, its tokenisation, its models."""
+
+    config: Any
+    rows: Dataset
+    encode: Encoder
+    model: Any
+    reward_model: Any = None
+    reward_tokenizer: Any = None
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.encode.tokenizer
+
+    @property
+    def form(self) -> tuple[str, ...]:
+        """The columns that the rows are read by. ValueError if they have no form that any trainer takes."""
+        names = set(self.rows.column_names)
+        for form in (*LIST_FORMS, *SFT_FORMS):
+            if set(form) <= names:
+                return form
+        raise ValueError(f"dataset has no form that a trainer takes; its columns are {', '.join(sorted(names))}")
+
+    def completions(self) -> Iterator[tuple[int, Any, list[Any]]]:
+        """(row, prompt, completions) of every row that is not a conversation in one piece."""
+        form = self.form
+        for i, row in enumerate(self.rows):
+            if form == ("messages",):
+                continue
+            ends = row["completions"] if "completions" in form else [row[n] for n in form if n != "prompt"]
+            yield i, row.get("prompt") if "prompt" in form else "", list(ends or [])
+
+    def texts(self) -> Iterator[tuple[int, str, list[str]]]:
+        """The same, of the rows of plain text alone."""
+        for i, prompt, ends in self.completions():
+            if isinstance(prompt, str) and all(isinstance(e, str) and e.strip() for e in ends):
+                yield i, prompt, ends
+
+
+def _rows(numbers: Sequence[int]) -> str:
+    """'rows 1, 2, 3 and 14 more (from 0)'."""
+    shown = ", ".join(map(str, numbers[:5]))
+    more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
+    return f"row{'s' if len(numbers) > 1 else ''} {shown}{more} (from 0)"
+
+
+def _content(completion: Any) -> str:
+    """A completion as text: of messages, what the last one says."""
+    if is_chat(completion):
+        return str(completion[-1].get("content") or "")
+    return completion if isinstance(completion, str) else ""
+
+
+# ---------------------------------------------------------------------------------------------------------- the checks
+def boundaries(p: Patient) -> list[Finding]:
+    """Prompts and completions whose joint tokenisation merges over the border."""
+    merged, spaces = [], 0
+    for i, prompt, ends in p.texts():
+        alone = p.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        for end in ends:
+            joined = p.tokenizer(prompt + end, add_special_tokens=False, verbose=False)["input_ids"]
+            if joined[: len(alone)] != alone:
+                merged.append(i)
+                spaces += prompt[-1:].isspace()
+                break
+    if not merged:
+        return []
+    hint = " Most of these prompts end in white space: move it to the completion." if spaces > len(merged) / 2 else ""
+    return [
+        Finding(
+            "warning",
+            f"in {_rows(merged)} a token would span prompt and completion. Training here splits at the border, as "
+            f"generation does, but the model has rarely seen such a split.{hint}",
+        )
+    ]
+
+
+def padding(p: Patient) -> list[Finding]:
+    """The tokenizer's end-of-sequence and padding tokens."""
+    t = p.tokenizer
+    if t.eos_token_id is None:
+        return [Finding("error", "the tokenizer has no end-of-sequence token: the model cannot learn to stop")]
+    if t.pad_token_id == t.eos_token_id:
+        return [
+            Finding(
+                "note",
+                f"padding and end-of-sequence are one token, {t.eos_token!r}. The trainers here mask by length, so it "
+                "is learned all the same; code that masks by token will never teach the model to stop. Reward models "
+                "get a padding token of their own",
+            )
+        ]
+    return []
+
+
+def empty(p: Patient) -> list[Finding]:
+    """Completions without text, which a trainer refuses."""
+    rows = [i for i, _, ends in p.completions() if not ends or any(not _content(e).strip() for e in ends)]
+    return [Finding("error", f"{_rows(rows)}: a completion is empty")] if rows else []
+
+
+def duplicates(p: Patient) -> list[Finding]:
+    """Rows that are there twice, and lists that hold one completion twice."""
+    seen: Counter[str] = Counter()
+    twice, inside = [], []
+    for i, prompt, ends in p.completions():
+        seen[repr((prompt, ends))] += 1
+        if seen[repr((prompt, ends))] > 1:
+            twice.append(i)
+        contents = [_content(e) for e in ends]
+        if "completions" in p.form and len(set(contents)) < len(contents):
+            inside.append(i)
+    out = []
+    if twice:
+        out.append(Finding("warning", f"{_rows(twice)} repeat earlier rows"))
+    if inside:
+        out.append(Finding("warning", f"{_rows(inside)}: the list holds one completion more than once"))
+    return out
+
+
+def chosen_is_rejected(p: Patient) -> list[Finding]:
+    """Pairs whose sides are the same text."""
+    if p.form not in PAIR_FORMS:
+        return []
+    rows = [i for i, _, (chosen, rejected) in p.completions() if _content(chosen).strip() == _content(rejected).strip()]
+    return [Finding("error", f"{_rows(rows)}: chosen and rejected are the same")] if rows else []
+
+
+def length_bias(p: Patient) -> list[Finding]:
+    """Whether the preferred completion is the longer one more often than chance and than is harmless."""
+    longer, gaps = [], []
+    for i, _, ends in p.completions():
+        lengths = [len(_content(e).split()) for e in ends]
+        for better, worse in _preferences(p, i, lengths):
+            if better != worse:
+                longer.append(better > worse)
+                gaps.append(better - worse)
+    if len(longer) < 10:
+        return []
+    share, pairs = float(np.mean(longer)), len(longer)
+    if abs(share - 0.5) < 0.1 or stats.binomtest(sum(longer), pairs).pvalue > 0.01:
+        return []
+    word, advice = (
+        ("longer", "length_alpha (dpo) penalises length") if share > 0.5 else ("shorter", "outputs may shrink")
+    )
+    return [
+        Finding(
+            "warning",
+            f"the preferred completion is the {word} one in {max(share, 1 - share):.0%} of {pairs} comparisons "
+            f"({np.mean(gaps):+.1f} words on average): length alone would earn that accuracy. {advice}",
+        )
+    ]
+
+
+def _preferences(p: Patient, row: int, lengths: list[int]) -> Iterator[tuple[int, int]]:
+    """(length of the better, length of the worse) of every comparison of a row."""
+    if p.form in PAIR_FORMS:
+        yield lengths[0], lengths[1]
+    elif "completions" in p.form:
+        names = p.rows.column_names
+        rewards = p.rows[row]["rewards"] if "rewards" in names else None
+        ranks = p.rows[row]["ranks"] if "ranks" in names else [-r for r in rewards] if rewards else range(len(lengths))
+        for a, b in itertools.permutations(range(len(lengths)), 2):
+            if ranks[a] < ranks[b]:
+                yield lengths[a], lengths[b]
+
+
+def truncation(p: Patient) -> list[Finding]:
+    """Completions that lose their end to max_length."""
+    cut, total = [], 0
+    for i, _, ends in p.texts():
+        total += 1
+        lengths = [len(p.tokenizer(e, add_special_tokens=False, verbose=False)["input_ids"]) for e in ends]
+        if max(lengths) + 2 > p.config.max_length:
+            cut.append(i)
+    if not cut:
+        return []
+    return [Finding("warning", f"{_rows(cut)} of {total}: a completion is longer than max_length and loses its end")]
+
+
+def template(p: Patient) -> list[Finding]:
+    """What a chat template does to conversations, and whether rows of text have one written into them already."""
+    conversations = list(_conversations(p))
+    if not conversations:
+        return _written_out(p)
+    if p.tokenizer.chat_template is None:
+        return [Finding("error", "the rows are conversations and the tokenizer has no chat template")]
+    out: list[Finding] = []
+    for i, messages in conversations:
+        try:
+            pieces = spans(p.tokenizer, messages)
+            render(p.tokenizer, messages, reply_follows=False)
+        except Exception as error:  # a template is a program of its own and may raise anything
+            out.append(Finding("error", f"row {i} (from 0): {error}"))
+            break
+        written = "".join(s.text for s in pieces)
+        if any(m["content"].strip() not in written for m in messages[:-1]):
+            out.append(Finding("warning", f"row {i} (from 0): the template leaves out a message's text"))
+            break
+    if not out:
+        out += _ending(p, conversations[0][1])
+    roles = [i for i, m in conversations if any(a["role"] == b["role"] for a, b in itertools.pairwise(m))]
+    if roles:
+        out.append(Finding("warning", f"{_rows(roles)}: two messages of one role follow each other"))
+    return out
+
+
+def _ending(p: Patient, messages: Any) -> list[Finding]:
+    """Whether what ends a reply is a token that generation stops at."""
+    ids = p.encode.conversation(messages)[1]
+    stops = getattr(p.model.generation_config, "eos_token_id", None)
+    known = {p.tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
+    if known & set(ids[-3:]):
+        return []
+    return [
+        Finding(
+            "error",
+            f"replies end with {p.tokenizer.decode(ids[-2:])!r}, at which generation does not stop: it stops at "
+            f"{', '.join(repr(p.tokenizer.decode([i])) for i in sorted(known))}. Set eos_token of the tokenizer or of "
+            "the model's generation config to what the template ends turns with",
+        )
+    ]
+
+
+def _conversations(p: Patient) -> Iterator[tuple[int, Any]]:
+    """(row, messages to the end of a reply) of the conversational rows."""
+    if p.form == ("messages",):
+        yield from ((i, row["messages"]) for i, row in enumerate(p.rows) if is_chat(row["messages"]))
+    for i, prompt, ends in p.completions():
+        for end in ends[:1]:
+            if is_chat(end):
+                yield i, [*(prompt if is_chat(prompt) else []), *end]
+            elif is_chat(prompt) and isinstance(end, str):
+                yield i, [*prompt, {"role": "assistant", "content": end}]
+
+
+def _written_out(p: Patient) -> list[Finding]:
+    """Rows of text: chat markers inside them, or a template that they do not use."""
+    marked = [i for i, prompt, ends in p.texts() if any(m in t for t in (prompt, *ends) for m in _MARKERS)]
+    if marked:
+        return [
+            Finding(
+                "warning",
+                f"{_rows(marked)} are text with chat markers in it: give messages instead, and the tokenizer's "
+                "template writes them as generation does",
+            )
+        ]
+    if p.tokenizer.chat_template is not None:
+        return [Finding("note", "the tokenizer has a chat template, which rows of plain text do not go through")]
+    return []
+
+
+DATA_CHECKS: dict[str, Callable[[Patient], list[Finding]]] = {
+    "boundaries": boundaries,
+    "padding": padding,
+    "empty completions": empty,
+    "duplicates": duplicates,
+    "chosen equals rejected": chosen_is_rejected,
+    "length bias": length_bias,
+    "truncation": truncation,
+    "chat template": template,
+}

@@ -1,0 +1,1 @@
+"""Evaluation by preference: judges, win rates, labelers, estimates with their intervals."""

@@ -1,0 +1,128 @@
+"""Sampling continuations in large batches, and comparing two policies on them token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..losses import kl_estimate
+from ..models.loading import pad_id
+from ..models.logits import logits_of
+from ..models.sampling import Sampling, continuations
+from ..trainers.data.chat import Messages
+from ..trainers.data.collate import pad
+from ..trainers.data.encode import Encoder
+from ..utils.batch import IGNORE
+from ..utils.checks import check_positive
+from ..utils.modes import evaluating
+
+
+class Sample(NamedTuple):
+    """One continuation: the prompt's token ids, its own (with the end-of-sequence token, if it got there), its text."""
+
+    prompt_ids: list[int]
+    ids: list[int]
+    text: str
+    finished: bool
+
+
+class PolicyComparison(NamedTuple):
+    """Sums over the tokens of each sampled continuation, [N] each."""
+
+    logp_ratio: Tensor
+    """log pi(y) - log pi_ref(y): its mean over y ~ pi is an unbiased, noisy estimate of the KL (k1)."""
+    kl: Tensor
+    """Sum over t of the exact KL(pi(.|y_<t) || pi_ref(.|y_<t)): the same mean (chain rule) with less noise."""
+    entropy: Tensor
+    """Sum over t of the policy's entropy."""
+    k3: Tensor
+    """Sum over t of exp(-d) - 1 + d with d = log pi - log pi_ref: never negative, and the same mean once more."""
+    tokens: Tensor
+    """Number of tokens, the end among them."""
+
+
+def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a text: the tokenizer's, and those of the model's generation config (ends of turns)."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return sorted({i for i in found if i is not None})
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Messages]) -> list[list[int]]:
+    """Token ids of prompts, texts or messages, as training sees them."""
+    encode = Encoder(tokenizer, max_length=2**30, append_eos=False)
+    return [encode(prompt, [" "])[0] for prompt in prompts]
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | Messages],
+    *,
+    per_prompt: int,
+    how: Sampling,
+    desc: str = "sampling",
+) -> list[list[Sample]]:
+    """`per_prompt` continuations of each prompt. Uses torch's global generator: seed it for the same samples again."""
+    rows = prompt_ids(tokenizer, prompts)
+    fill, ends = pad_id(tokenizer), end_ids(model, tokenizer)
+    out: list[list[Sample]] = []
+    step = max(1, how.batch_size // per_prompt)
+    with evaluating(model):
+        for start in tqdm(range(0, len(rows), step), desc=desc):
+            batch = pad([(ids, []) for ids in rows[start : start + step]], fill, "left")
+            inputs = {name: batch[name].repeat_interleave(per_prompt, 0) for name in ("input_ids", "attention_mask")}
+            numbers = torch.rand(len(inputs["input_ids"]), how.max_new_tokens, dtype=torch.float64)
+            tails = continuations(model, inputs, numbers, how, fill, ends or None)
+            for i, ids in enumerate(rows[start : start + step]):
+                mine = tails[i * per_prompt : (i + 1) * per_prompt]
+                out.append([_cut(ids, tail, ends, tokenizer) for tail in mine])
+    return out
+
+
+def _cut(start: list[int], tail: list[int], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Sample:
+    """The continuation up to and with its end; what follows is padding."""
+    end = next((i for i, token in enumerate(tail) if token in ends), None)
+    ids = tail if end is None else tail[: end + 1]
+    text = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return Sample(start, ids, text, end is not None)
+
+
+@torch.no_grad()
+def compare_policies(
+    policy: Any,
+    reference: Any,
+    samples: Sequence[Sample],
+    fill: int,
+    *,
+    batch_size: int = 64,
+    temperature: float = 1.0,
+) -> PolicyComparison:
+    """Policy against reference on what the policy sampled, on the very token ids that it sampled.
+
+    temperature divides both models' logits: that of the draws, so that the KL is that of what was drawn from.
+    """
+    check_positive("temperature", temperature)
+    parts = []
+    order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt_ids) + len(samples[i].ids))
+    with evaluating(policy, reference):
+        for start in tqdm(range(0, len(order), batch_size), desc="comparing policies"):
+            chosen = [samples[i] for i in order[start : start + batch_size]]
+            batch = pad([(s.prompt_ids, s.ids) for s in chosen], fill)
+            batch = {name: value.to(policy.device) for name, value in batch.items()}
+            ours, theirs = logits_of(policy, batch), logits_of(reference, batch)
+            stats, ref = ours.with_reference(theirs, batch["labels"], temperature=temperature)
+            if stats.kl is None or stats.entropy is None:
+                raise RuntimeError("token_stats did not return the entropy and the KL that it was asked for")
+            k1, k3 = (kl_estimate(stats.logps, ref.logps, kind=kind) for kind in ("k1", "k3"))
+            tokens = (batch["labels"] != IGNORE).to(k1.dtype)
+            parts.append(torch.stack([x.sum(-1) for x in (k1, stats.kl, stats.entropy, k3, tokens)]))
+    back = torch.empty(len(order), dtype=torch.int64)
+    back[torch.tensor(order)] = torch.arange(len(order))
+    return PolicyComparison(*torch.cat(parts, 1).cpu()[:, back])

@@ -1,0 +1,381 @@
+"""The fused head: token statistics from hidden states and the head's weight, the logits never held whole.
+
+The GEMMs are the platform's (oneDNN, cuBLAS); around them run the kernels of `token_stats`, on tiles of logits. What is
+kept between forward and backward is the plan's choice, with the number of GEMMs over [tokens, V] that it costs when
+hidden and weight are both trained, and when the weight is frozen:
+
+=============  ==========================================  ===========  ==========
+plan           kept                                        GEMMs        frozen
+=============  ==========================================  ===========  ==========
+`keep`         the logits of live tokens, [M, V]           3            2
+`recompute`    nothing but a tile                          4            3
+`project`      (p - onehot) @ weight, [M, H]               --           2
+`objective`    nothing: the gradients are there already    3            2
+=============  ==========================================  ===========  ==========
+
+`project` serves a frozen head and losses of the log-probs alone: their coefficients are row scales, applied to a tensor
+of the size of hidden in backward. Other gradients (entropy, KL, lse) fall back on recomputing there. `objective` is for
+the loss modules (`losses/_parts.py`), which know what becomes of the statistics: they form loss and gradients of some
+pairs, lists or sequences after the other, so that one part's logits are all there are.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Collection
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..ops.diagnostics import Extras, check_extras
+from ..ops.statistics import TokenStats, TokenStatsAndExtras
+from .inputs import live_problem, plain_head
+from .tiles import HeadGradient, Problem, RowStats, forward, joined
+
+PLANS = ("keep", "recompute", "project", "objective")
+_TILE_BYTES = 64 << 20  # of a tile where the caller sets no budget: GEMMs of this size run at full speed
+_WORTH = 256  # tokens of a part below which adding to the weight's gradient costs more than a GEMM done again
+_NARROWEST = 1024  # columns below which a GEMM over a part of the vocabulary loses speed
+
+
+class HeadPlan(NamedTuple):
+    """How a call of `head_token_stats` will run."""
+
+    name: str
+    """One of `PLANS`."""
+    rows: int
+    """Rows (live tokens) of a tile of logits."""
+    columns: int
+    """Part of the vocabulary in a tile."""
+    scratch_bytes: int
+    """Memory beyond inputs and outputs: what is kept between forward and backward, and one tile."""
+    gemms: int
+    """Products of [tokens, H] with [H, V], forward and backward, of the policy."""
+
+
+@runtime_checkable
+class LogitsSource(Protocol):
+    """Anything that stands in place of logits in a loss module: it has their shape and gives their statistics."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """[..., V]."""
+
+    def stats(self, labels: Tensor, *, ref_logits: Any = None, **options: Any) -> TokenStats:
+        """As `token_stats` of the logits."""
+
+
+class Head(NamedTuple):
+    """What stands in place of logits in a loss module: `loss(Head(hidden, weight), labels, ...)`, or a plain tuple."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    chunk_bytes: int | None = None
+    plan: str | None = None
+    rows: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the logits."""
+        leading = self.hidden.shape[:-1] if self.rows is None else self.rows.shape
+        return torch.Size((*leading, self.weight.shape[0]))
+
+    def stats(self, labels: Tensor, *, ref_logits: Any = None, **options: Any) -> TokenStats:
+        """`head_token_stats` of this head, `ref_logits` being the reference's; options as there."""
+        if ref_logits is not None:
+            reference = ref_logits if isinstance(ref_logits, Head) else as_head("ref_logits", ref_logits)
+            options |= {
+                "ref_hidden": reference.hidden,
+                "ref_weight": reference.weight,
+                "ref_bias": reference.bias,
+            }
+        return head_token_stats(
+            self.hidden,
+            self.weight,
+            labels,
+            bias=self.bias,
+            logit_scale=self.logit_scale,
+            rows=self.rows,
+            chunk_bytes=self.chunk_bytes,
+            plan=None if self.plan == "objective" and not self._trained else self.plan,
+            **options,
+        )
+
+    @property
+    def _trained(self) -> bool:
+        tensors = (self.hidden, self.weight, self.bias)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def as_head(name: str, value: Any) -> Head:
+    """A `Head` from one, or from a tuple (hidden, weight) or (hidden, weight, bias); TypeError for anything else."""
+    if not isinstance(value, tuple) or not 2 <= len(value) <= len(Head._fields):
+        raise TypeError(f"{name} must be a Head or a tuple (hidden, weight[, bias]); got {type(value).__name__}")
+    for part, t in zip(("hidden", "weight"), value, strict=False):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}'s {part} must be a torch.Tensor; got {type(t).__name__}")
+    return Head(*value)
+
+
+@functools.cache
+def _memory_bytes(device: torch.device) -> int:
+    """The device's memory, whoever uses it now: a plan that followed what is free would differ between two runs."""
+    if device.type in ("cuda", "xpu"):
+        return getattr(torch, device.type).get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # no such call on this system
+        return 16 << 30
+
+
+def head_plan(
+    tokens: int,
+    vocab: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    *,
+    device: torch.device | str = "cpu",
+    train_hidden: bool = True,
+    train_weight: bool = True,
+    entropy: bool = False,
+    kl: bool = False,
+    chunk_bytes: int | None = None,
+    plan: str | None = None,
+) -> HeadPlan:
+    """The plan that `head_token_stats` takes for so many live tokens.
+
+    Args:
+        tokens, vocab, hidden_size: M, V and H.
+        dtype: of the hidden states, and so of the logits.
+        train_hidden, train_weight: which gradients will be asked for; neither: nothing is kept.
+        chunk_bytes: budget for logits, in bytes; None: an eighth of the device's memory.
+        plan: forces one; ValueError for a name that is not in `PLANS`, or "project" with a trained head.
+    """
+    if plan is not None and plan not in PLANS:
+        raise ValueError(f"plan must be None or one of {', '.join(PLANS)}; got {plan!r}")
+    if plan == "project" and train_weight:
+        raise ValueError("plan 'project' needs a frozen head; got a weight or bias that requires a gradient")
+    if chunk_bytes is not None and chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes must be None or a number of bytes above 0; got {chunk_bytes}")
+    size = torch.empty(0, dtype=dtype).element_size()
+    per_logit = size * (2 if kl else 1)
+    whole = tokens * vocab * per_logit
+    budget = _memory_bytes(torch.device(device)) // 8 if chunk_bytes is None else chunk_bytes
+    tile = min(budget, _TILE_BYTES) if chunk_bytes is None else budget
+    training = train_hidden or train_weight
+    gemms = train_hidden + train_weight + 1
+    if plan is None:
+        frozen = training and not train_weight and not entropy and not kl
+        plan = "keep" if whole <= budget else "project" if frozen else "recompute"
+    if plan == "keep" and training:
+        return HeadPlan("keep", max(tokens, 1), vocab, whole, gemms)
+    if plan == "objective" and training:
+        # Beside a part's logits: of several parts the weight's gradient is summed in float32.
+        rows = max(1, min(tokens, (_TILE_BYTES if chunk_bytes is None else chunk_bytes) // (vocab * per_logit)))
+        sums = 4 * vocab * hidden_size if train_weight and size == 2 and rows < tokens else 0
+        return HeadPlan("objective", rows, vocab, rows * vocab * per_logit + sums, gemms)
+    if plan == "project" and training:
+        rows = max(1, min(tokens, tile // (vocab * per_logit)))
+        return HeadPlan("project", rows, vocab, rows * vocab * per_logit + tokens * hidden_size * size, 2)
+    columns = min(vocab, max(min(_NARROWEST, vocab), tile // (max(tokens, 1) * per_logit) // 64 * 64))
+    rows = max(1, min(tokens, tile // (columns * per_logit)))
+    wide = 4 * tokens * hidden_size if train_hidden and columns < vocab and size == 2 else 0
+    return HeadPlan("recompute", rows, columns, rows * columns * per_logit + wide, gemms + (1 if training else 0))
+
+
+def part_rows(head: Head, tokens: int, trained: bool) -> int:
+    """Tokens of a part where a loss module forms loss and gradients part by part; 0 where another plan serves.
+
+    Args:
+        tokens: live ones of the batch.
+        trained: weight or bias are.
+    """
+    vocab, size = head.weight.shape
+    hidden = head.hidden
+    per_token = vocab * hidden.element_size()
+    if head.plan == "objective":
+        return max(1, (_TILE_BYTES if head.chunk_bytes is None else head.chunk_bytes) // per_token)
+    plan = head_plan(
+        tokens, vocab, size, hidden.dtype, device=hidden.device, train_weight=trained, chunk_bytes=head.chunk_bytes
+    )
+    budget = _memory_bytes(hidden.device) // 8 if head.chunk_bytes is None else head.chunk_bytes
+    rows = budget // per_token
+    return rows if trained and plan.name == "recompute" and rows >= _WORTH else 0
+
+
+# ------------------------------------------------------------------------------------------------------------ autograd
+class _HeadStats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, problem: Problem, plan: HeadPlan, hidden: Tensor, weight: Tensor, bias: Tensor | None):
+        ctx.problem, ctx.plan = problem, plan
+        ctx.set_materialize_grads(False)
+        # A change of these in place before backward must raise, as it does for torch's own linear.
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.kept = ctx.projected = None
+        needs = ctx.needs_input_grad[2:5]
+        if plan.name == "keep" and any(needs):
+            rows, columns = slice(0, problem.labels.shape[0]), slice(0, problem.vocab)
+            ctx.kept = problem.logits(rows, columns)
+            stats = problem.stats(rows, columns, *ctx.kept)
+        elif plan.name == "project" and any(needs):
+            stats, ctx.projected = _project(problem, plan.rows)
+        else:
+            stats = forward(problem, plan.rows, plan.columns, problem.buffers(plan.rows, plan.columns))
+        ctx.stats = stats
+        if problem.extras is not None:
+            problem.found = problem.extras.results(problem.labels, stats.saved)
+        return stats.logps, stats.lse, stats.entropy, stats.kl, stats.mean
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        _ = ctx.saved_tensors  # raises where one was changed
+        problem, plan, stats = ctx.problem, ctx.plan, ctx.stats
+        only_logps = all(g is None for g in grads[1:])
+        if ctx.projected is not None and only_logps:
+            g_logps = torch.zeros_like(stats.logps) if grads[0] is None else grads[0]
+            return None, None, ctx.projected * -g_logps.unsqueeze(-1).to(ctx.projected.dtype), None, None
+        rows, columns = (plan.rows, plan.columns) if ctx.kept is not None else _grid(problem, plan)
+        total = HeadGradient(problem, rows, columns, ctx.needs_input_grad[2:5])
+        buffers = None if ctx.kept is not None else problem.buffers(rows, columns)
+        for at, part in problem.tiles(rows, columns):
+            logits, reference = problem.logits(at, part, buffers) if ctx.kept is None else ctx.kept
+            block = tuple(None if g is None else g[at] for g in grads)
+            total.add(at, part, problem.gradient(at, part, logits, reference, stats.rows(at), block))
+        if ctx.kept is not None:
+            ctx.kept = None  # overwritten by their gradient; where the graph is used again they are formed anew
+        return None, None, *total.results()
+
+
+def _grid(problem: Problem, plan: HeadPlan) -> tuple[int, int]:
+    """Tile of a recomputing backward: the plan's, or for `project`, whose rows are whole, another of that size."""
+    if plan.name != "project":
+        return plan.rows, plan.columns
+    columns = max(min(_NARROWEST, problem.vocab), plan.rows * plan.columns // problem.labels.shape[0])
+    return problem.labels.shape[0], min(columns, problem.vocab)
+
+
+def _project(problem: Problem, rows: int) -> tuple[RowStats, Tensor]:
+    """Statistics, and the projection (p - onehot) @ weight of every row."""
+    total, columns = problem.labels.shape[0], slice(0, problem.vocab)
+    hidden = problem.policy.hidden
+    result, blocks = torch.empty_like(hidden), []
+    buffers, weight = problem.buffers(rows, problem.vocab), problem.policy.part(columns)
+    for start in range(0, max(total, 1), rows):
+        at = slice(start, min(start + rows, total))
+        logits, reference = problem.logits(at, columns, buffers)
+        blocks.append(problem.stats(at, columns, logits, reference))
+        minus_one = torch.full_like(blocks[-1].logps, -1.0)
+        grads = (minus_one, None, None, None, None)
+        torch.mm(problem.gradient(at, columns, logits, reference, blocks[-1], grads), weight, out=result[at])
+    return joined(blocks), result
+
+
+# ---------------------------------------------------------------------------------------------------------- public API
+def head_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    entropy: bool = False,
+    kl: bool = False,
+    extras: Collection[str] = (),
+    rows: Tensor | None = None,
+    chunk_bytes: int | None = None,
+    plan: str | None = None,
+) -> TokenStats:
+    """`token_stats` of the logits `logit_scale * (hidden @ weight.T + bias)`, which are never held for all tokens.
+
+    Tokens with the label `ignore_index` are dropped before the first GEMM.
+
+    Args:
+        hidden: [..., H], float32, bfloat16, float16 or float64: the model's last hidden states.
+        weight: [V, H], `lm_head.weight` (tied or not). A dtype other than that of hidden is converted tile by tile;
+            its gradient has its own dtype. A DTensor is gathered.
+        labels: [...], int64 or int32; nothing is shifted inside.
+        bias: [V].
+        ref_hidden, ref_weight, ref_bias: the reference's, [..., H'], [V, H'] and [V], constants; with and only with kl.
+        ignore_index, temperature, softcap, label_smoothing, entropy, kl, extras: as in `token_stats`.
+        logit_scale: the model's own factor on its logits (Granite divides by `logits_scaling`, Cohere multiplies by
+            `logit_scale`), before soft-capping; for the reference too.
+        rows: [...] of labels' shape, int64: which of the hidden states (counted over all dimensions but the last)
+            predicts each label. Labels then need not have the shape of hidden: sequences packed end to end
+            (`packed_rows`), or completions of one prompt whose hidden states are there once. None: its own.
+        chunk_bytes: budget for logits in bytes; None: an eighth of the device's memory.
+        plan: "keep", "recompute" or "project" in place of the automatic choice; see `head_plan`.
+
+    Returns:
+        TokenStats(logps, lse, entropy, kl): [...] each, float32 (float64 for float64), differentiable once; with extras
+        `TokenStatsAndExtras`.
+
+    Raises:
+        TypeError: a dtype that is not supported, or not a tensor.
+        ValueError: shapes or devices that do not match, a label outside [0, V) (checked on CPU), an empty weight (a
+            ZeRO-3 shard that was not gathered), numbers out of range, a plan that cannot serve.
+    """
+    hidden, weight, bias = plain_head(hidden, weight, bias)
+    if kl != (ref_hidden is not None and ref_weight is not None):
+        raise ValueError("kl=True goes with ref_hidden and ref_weight, and they with it; got one without the other")
+    if plan == "objective":
+        raise ValueError("plan 'objective' is for loss modules, which know the objective: loss(Head(..., plan), ...)")
+    reference = None if ref_hidden is None or ref_weight is None else (ref_hidden, ref_weight, ref_bias)
+    live = live_problem(
+        hidden,
+        weight,
+        bias,
+        labels,
+        reference,
+        rows,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        label_smoothing=label_smoothing,
+        entropy=entropy,
+    )
+    if extras:
+        check_extras(extras)
+        live.problem.extras = Extras(extras, live.tokens.shape[0], weight.shape[0], weight.device)
+    chosen = _plan_of(live.problem, live.tokens, weight, bias, chunk_bytes, plan)
+    stats = live.spread(*_HeadStats.apply(live.problem, chosen, live.tokens, weight, bias))
+    if not extras:
+        return stats
+    found = {name: live.place(t) for name, t in live.problem.found.items()}
+    return TokenStatsAndExtras(*stats, **found)  # type: ignore[arg-type, return-value]
+
+
+# As `torch.compiler.disable` marks it, which would load the compiler, and Triton with it, at import.
+head_token_stats._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def _plan_of(
+    problem: Problem, tokens: Tensor, weight: Tensor, bias: Tensor | None, chunk_bytes: int | None, plan: str | None
+) -> HeadPlan:
+    training = torch.is_grad_enabled()
+    return head_plan(
+        tokens.shape[0],
+        problem.vocab,
+        tokens.shape[1],
+        tokens.dtype,
+        device=tokens.device,
+        train_hidden=training and tokens.requires_grad,
+        train_weight=training and (weight.requires_grad or (bias is not None and bias.requires_grad)),
+        entropy=problem.entropy,
+        kl=problem.reference is not None,
+        chunk_bytes=chunk_bytes,
+        plan=plan,
+    )

@@ -1,0 +1,280 @@
+"""Tiles of logits: [rows x part of the vocabulary], formed by one GEMM, used by the kernels, and gone or kept.
+
+A row's statistics merge over parts of its vocabulary exactly as over the shards of a tensor-parallel head, and its
+gradient on a part needs nothing but the merged ones. So a tile may have any shape, and memory any bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .. import _backends
+from ..ops.diagnostics import Extras
+
+_NO_LABEL = -100  # rows of a tile are all live; this value occurs nowhere among their labels
+
+Grads = tuple[Tensor | None, ...]
+
+
+@dataclass
+class Projection:
+    """Hidden states of the live tokens and the head that turns them into logits: hidden @ weight.T + bias."""
+
+    hidden: Tensor  # [M, H]
+    weight: Tensor  # [V, H]; converted to the dtype of hidden tile by tile
+    bias: Tensor | None  # [V]
+
+    def part(self, columns: slice) -> Tensor:
+        return self.weight[columns].to(self.hidden.dtype)
+
+    def logits(self, rows: slice, columns: slice, out: Tensor | None = None) -> Tensor:
+        """[rows, columns] in the dtype of hidden, into the flat buffer `out` if one is given."""
+        hidden, weight = self.hidden[rows], self.part(columns)
+        shape = hidden.shape[0], weight.shape[0]
+        out = _backends.empty(shape, hidden) if out is None else out[: shape[0] * shape[1]].view(shape)
+        if self.bias is None:
+            return torch.mm(hidden, weight.t(), out=out)
+        return torch.addmm(self.bias[columns].to(hidden.dtype), hidden, weight.t(), out=out)
+
+
+@dataclass
+class RowStats:
+    """Statistics of M rows: what `token_stats` returns, the vocabulary's mean logit, and what its backward needs."""
+
+    logps: Tensor
+    lse: Tensor
+    entropy: Tensor | None
+    kl: Tensor | None
+    mean: Tensor | None
+    saved: Tensor  # [M, 4]: see kernels/token_stats.h
+
+    def rows(self, at: slice) -> RowStats:
+        entropy, kl, mean = (None if t is None else t[at] for t in (self.entropy, self.kl, self.mean))
+        return RowStats(self.logps[at], self.lse[at], entropy, kl, mean, self.saved[at])
+
+
+@dataclass
+class Problem:
+    policy: Projection
+    reference: Projection | None  # of the exact KL; a constant
+    labels: Tensor  # [M], all of them in [0, V)
+    temperature: float
+    softcap: float
+    entropy: bool
+    mean: bool
+    extras: Extras | None = None  # sees every tile once
+    found: dict[str, Tensor] = field(default_factory=dict)  # what it made of them
+
+    @property
+    def vocab(self) -> int:
+        return self.policy.weight.shape[0]
+
+    @property
+    def projections(self) -> int:
+        """How many logits a token has: the policy's, and the reference's for the KL."""
+        return 1 if self.reference is None else 2
+
+    def tiles(self, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+        """The grid of tiles, all rows of one part of the vocabulary after the other."""
+        total = self.labels.shape[0]
+        for c in range(0, self.vocab, columns):
+            for r in range(0, total, rows):
+                yield slice(r, min(r + rows, total)), slice(c, min(c + columns, self.vocab))
+
+    def buffers(self, rows: int, columns: int) -> list[Tensor]:
+        size = min(rows, self.labels.shape[0]) * min(columns, self.vocab)
+        return [_backends.empty((size,), self.policy.hidden) for _ in range(self.projections)]
+
+    def logits(self, rows: slice, columns: slice, buffers: list[Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
+        first, second = (None, None) if buffers is None else (buffers[0], buffers[-1])
+        reference = None if self.reference is None else self.reference.logits(rows, columns, second)
+        return self.policy.logits(rows, columns, first), reference
+
+    def local(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
+        """(label within the tile or 0, is it within) of each row."""
+        labels = self.labels[rows]
+        inside = (labels >= columns.start) & (labels < columns.stop)
+        return torch.where(inside, labels - columns.start, 0), inside
+
+    def stats(self, rows: slice, columns: slice, logits: Tensor, reference: Tensor | None) -> RowStats:
+        """Statistics of a tile as if its part of the vocabulary were all of it."""
+        local, _ = self.local(rows, columns)
+        forward = _backends.pick(logits).forward
+        options = (self.temperature, self.softcap, self.entropy, self.mean)
+        if self.extras is not None:
+            self.extras.add(rows, columns, logits, self.temperature, self.softcap)
+        return RowStats(*forward(logits, local, reference, _NO_LABEL, *options))
+
+    def gradient(
+        self, rows: slice, columns: slice, logits: Tensor, reference: Tensor | None, stats: RowStats, grads: Grads
+    ) -> Tensor:
+        """Overwrites a tile's logits with their gradient. `stats` and `grads` are those of its rows."""
+        local, inside = self.local(rows, columns)
+        g_logps, g_lse, g_entropy, g_kl, g_mean = grads
+        if g_logps is not None and columns.stop - columns.start < self.vocab:
+            # d logps/dx = onehot - p. Where the target is elsewhere, -p alone is left, which is -d lse/dx.
+            outside = torch.where(inside, 0, g_logps)
+            g_lse = -outside if g_lse is None else g_lse - outside
+            g_logps = g_logps - outside
+        if g_mean is not None:
+            g_mean = g_mean * ((columns.stop - columns.start) / self.vocab)
+        moved = (g_logps, g_lse, g_entropy, g_kl, g_mean)
+        _backends.pick(logits).backward(
+            logits,
+            local,
+            reference,
+            stats.saved,
+            None if g_entropy is None else stats.entropy,
+            None if g_kl is None else stats.kl,
+            moved,
+            _NO_LABEL,
+            self.temperature,
+            self.softcap,
+            logits,
+        )
+        return logits
+
+
+class _Merger:
+    """Collects the statistics of parts of the vocabulary. In float64: entropy and KL are differences of merged sums."""
+
+    def __init__(self, problem: Problem):
+        self._problem = problem
+        self._parts: list[tuple[Tensor, ...]] = []
+
+    def add(self, rows: slice, columns: slice, part: RowStats) -> None:
+        m, r, ref_m, ref_r = part.saved.double().unbind(-1)
+        lse, ref_lse = m + r, ref_m + ref_r
+        inside = self._problem.local(rows, columns)[1]
+        zero = torch.zeros_like(lse)
+        # A part of nothing but -inf has no softmax: its target is -inf too.
+        target = torch.where(inside, torch.where(lse == -torch.inf, lse, part.logps + lse), 0)
+        # E[x] and E[x - z] under the part's own softmax
+        mean_x = zero if part.entropy is None else lse - part.entropy
+        mean_gap = zero if part.kl is None else part.kl + lse - ref_lse
+        total = zero if part.mean is None else part.mean * float(columns.stop - columns.start)
+        self._parts.append((lse, ref_lse, target, mean_x, mean_gap, total))
+
+    def merged(self, dtype: torch.dtype) -> RowStats:
+        problem = self._problem
+        all_lse, all_ref, target, mean_x, mean_gap, total = map(torch.stack, zip(*self._parts, strict=True))
+        lse, ref_lse = all_lse.logsumexp(0), all_ref.logsumexp(0)
+        weight = torch.exp(all_lse - lse)
+
+        def weighted(x: Tensor) -> Tensor:
+            return torch.where(weight == 0, 0, weight * x).sum(0)
+
+        entropy = lse - weighted(mean_x) if problem.entropy else None
+        has_kl = problem.reference is not None
+        kl = weighted(mean_gap) - lse + ref_lse if has_kl else None
+        mean = total.sum(0) / problem.vocab if problem.mean else None
+
+        def split(x: Tensor) -> tuple[Tensor, Tensor]:
+            high = x.to(dtype)
+            return high, (x - high).to(dtype)
+
+        none = torch.zeros_like(lse, dtype=dtype)
+        saved = torch.stack([*split(lse), *(split(ref_lse) if has_kl else (none, none))], -1)
+        entropy, kl, mean = (None if t is None else t.to(dtype) for t in (entropy, kl, mean))
+        return RowStats((target.sum(0) - lse).to(dtype), lse.to(dtype), entropy, kl, mean, saved)
+
+
+def forward(problem: Problem, rows: int, columns: int, buffers: list[Tensor]) -> RowStats:
+    """Statistics of all rows, tile by tile, in the given buffers."""
+    total = problem.labels.shape[0]
+    dtype = torch.float64 if problem.policy.hidden.dtype == torch.float64 else torch.float32
+    blocks: list[RowStats] = []
+    for start in range(0, max(total, 1), rows):
+        at = slice(start, min(start + rows, total))
+        merger = _Merger(problem)
+        for c in range(0, problem.vocab, columns):
+            part = slice(c, min(c + columns, problem.vocab))
+            stats = problem.stats(at, part, *problem.logits(at, part, buffers))
+            if columns >= problem.vocab:
+                break
+            merger.add(at, part, stats)
+        else:
+            stats = merger.merged(dtype)
+        blocks.append(stats)
+    return joined(blocks)
+
+
+def joined(blocks: list[RowStats]) -> RowStats:
+    if len(blocks) == 1:
+        return blocks[0]
+
+    def optional(parts: list[Tensor | None]) -> Tensor | None:
+        return torch.cat([t for t in parts if t is not None]) if parts and parts[0] is not None else None
+
+    return RowStats(
+        torch.cat([b.logps for b in blocks]),
+        torch.cat([b.lse for b in blocks]),
+        optional([b.entropy for b in blocks]),
+        optional([b.kl for b in blocks]),
+        optional([b.mean for b in blocks]),
+        torch.cat([b.saved for b in blocks]),
+    )
+
+
+class HeadGradient:
+    """Sums of the gradients of hidden, weight and bias over tiles, each rounded to its own dtype once if it can be."""
+
+    def __init__(self, problem: Problem, rows: int, columns: int, needs: tuple[bool, bool, bool]):
+        policy = problem.policy
+        self._policy, self._rows = policy, problem.labels.shape[0]
+        need_hidden, need_weight, need_bias = needs
+        self._one_part, self._one_block = columns >= problem.vocab, rows >= self._rows
+        wide = torch.float64 if policy.hidden.dtype == torch.float64 else torch.float32
+        hidden_dtype = policy.hidden.dtype if self._one_part else wide
+        self.hidden = torch.empty_like(policy.hidden, dtype=hidden_dtype) if need_hidden else None
+        self.weight = _backends.empty(policy.weight.shape, policy.weight) if need_weight else None
+        if self.weight is not None and not self._rows:
+            self.weight.zero_()  # nothing but ignored tokens: no tile will ever write it
+        self.bias = None
+        if need_bias and policy.bias is not None:
+            self.bias = torch.zeros_like(policy.bias, dtype=wide)
+        self._block: Tensor | None = None  # of the weight's gradient, in float32, while its rows come in blocks
+
+    def add(self, rows: slice, columns: slice, dlogits: Tensor) -> None:
+        if self.hidden is not None:
+            self._add_hidden(self.hidden[rows], columns, dlogits)
+        if self.weight is not None:
+            self._add_weight(self.weight[columns], rows, dlogits)
+        if self.bias is not None:
+            self.bias[columns] += dlogits.sum(0, dtype=self.bias.dtype)
+
+    def _add_hidden(self, to: Tensor, columns: slice, dlogits: Tensor) -> None:
+        part = self._policy.part(columns)
+        if to.dtype != dlogits.dtype:
+            product = torch.mm(dlogits, part)
+            to.copy_(product) if columns.start == 0 else to.add_(product)
+        elif columns.start == 0:
+            torch.mm(dlogits, part, out=to)
+        else:
+            to.addmm_(dlogits, part)
+
+    def _add_weight(self, to: Tensor, rows: slice, dlogits: Tensor) -> None:
+        hidden = self._policy.hidden[rows]
+        if self._one_block:
+            if to.dtype == dlogits.dtype:
+                torch.mm(dlogits.t(), hidden, out=to)
+            else:
+                to.copy_(torch.mm(dlogits.t(), hidden))
+            return
+        product = torch.mm(dlogits.t(), hidden)
+        if rows.start == 0:
+            self._block = product.to(torch.promote_types(product.dtype, torch.float32))
+        elif self._block is not None:
+            self._block += product
+        if rows.stop == self._rows and self._block is not None:
+            to.copy_(self._block)
+            self._block = None
+
+    def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        hidden = None if self.hidden is None else self.hidden.to(self._policy.hidden.dtype)
+        bias = None if self.bias is None or self._policy.bias is None else self.bias.to(self._policy.bias.dtype)
+        return hidden, self.weight, bias

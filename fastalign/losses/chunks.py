@@ -1,0 +1,201 @@
+"""The known-objective plan of a fused head: a loss and its gradients formed part by part, in the forward pass.
+
+Where a batch's loss is a sum over groups of sequences (pairs, lists, single ones), a part's logits live only while its
+own share of the loss and its gradients are formed: three GEMMs for a trained head, two for a frozen one, for any
+statistics, and memory for one part's logits. In 16 bits a factor on the loss that is no power of two rounds the
+gradients once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import _backends
+from ..head.head import Head, as_head, part_rows
+from ..head.inputs import Live, live_problem, plain_head
+from ..head.tiles import RowStats
+from ..ops.objective import attach_gradients
+from ..ops.statistics import TokenStats
+from .base import Logits
+
+T = TypeVar("T")
+_COLUMNS = 8192  # of the vocabulary, whose part of the weight's gradient is added at a time in 16 bits
+
+
+class Piece:
+    """Some sequences of a batch, in place of logits in a loss module; their gradient is formed at once."""
+
+    def __init__(self, head: Head, rows: Tensor, totals: _Totals) -> None:
+        self._head, self._totals = take(head, rows), totals
+        self._live: Live | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of their logits."""
+        return self._head.shape
+
+    def stats(self, labels: Tensor, *, ref_logits: Any = None, kl: bool = False, **options: Any) -> TokenStats:
+        """As `Head.stats`, once; `finish` then takes what became of them."""
+        head, reference = self._head, None
+        if ref_logits is not None:
+            other = as_head("ref_logits", ref_logits)
+            reference = (other.hidden, other.weight, other.bias)
+        options = {"ignore_index": -100, "temperature": 1.0, "softcap": None, "label_smoothing": 0.0, **options}
+        options.setdefault("entropy", False)
+        live = live_problem(
+            head.hidden, head.weight, head.bias, labels, reference, head.rows, logit_scale=head.logit_scale, **options
+        )
+        self._live, problem = live, live.problem
+        self._all = slice(0, problem.labels.shape[0]), slice(0, problem.vocab)
+        self._logits = problem.logits(*self._all)
+        self._stats = problem.stats(*self._all, *self._logits)
+        s = self._stats
+        self._leaves = [
+            t if t is None else t.detach().requires_grad_() for t in (s.logps, s.lse, s.entropy, s.kl, s.mean)
+        ]
+        return live.spread(*self._leaves)  # type: ignore[arg-type]
+
+    def finish(self, share: Tensor) -> None:
+        """Adds the gradients of the batch's loss, of which `share` is this piece's."""
+        if self._live is None or not share.requires_grad:
+            return
+        there = [t for t in self._leaves if t is not None]
+        found = dict(zip(map(id, there), torch.autograd.grad(share, there, allow_unused=True), strict=True))
+        grads = tuple(None if t is None else found[id(t)] for t in self._leaves)
+        stats: RowStats = self._stats
+        dlogits = self._live.problem.gradient(*self._all, *self._logits, stats, grads)
+        self._totals.add(self._live, dlogits)
+        self._live = None
+        del self._logits
+
+
+class _Totals:
+    """Sums of the gradients over parts: the weight's in float32, where there are several, and rounded once."""
+
+    several = True
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self._needs = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
+        self.hidden = hidden.detach().requires_grad_(self._needs[0])
+        self._dtypes = weight.dtype, None if bias is None else bias.dtype
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def add(self, live: Live, dlogits: Tensor) -> None:
+        policy = live.problem.policy
+        if self._needs[0]:
+            live.tokens.backward(torch.mm(dlogits, policy.part(slice(None))))
+        if self._needs[1]:
+            self._add_weight(dlogits, policy.hidden)
+        if self._needs[2]:
+            total = dlogits.sum(0, dtype=torch.promote_types(dlogits.dtype, torch.float32))
+            self.bias = total if self.bias is None else self.bias + total
+
+    def _add_weight(self, dlogits: Tensor, hidden: Tensor) -> None:
+        wide = torch.promote_types(dlogits.dtype, torch.float32)
+        first = self.weight is None
+        if first and (dlogits.dtype == wide or not self.several):
+            self.weight = self._new_weight(dlogits, hidden, dlogits.dtype)
+            torch.mm(dlogits.t(), hidden, out=self.weight)
+        elif self.weight is not None and dlogits.dtype == wide:
+            self.weight.addmm_(dlogits.t(), hidden)
+        else:
+            if self.weight is None:
+                self.weight = self._new_weight(dlogits, hidden, wide)
+            for start in range(0, dlogits.shape[1], _COLUMNS):
+                product = torch.mm(dlogits[:, start : start + _COLUMNS].t(), hidden)
+                to = self.weight[start : start + _COLUMNS]
+                to.copy_(product) if first else to.add_(product)
+
+    @staticmethod
+    def _new_weight(dlogits: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        return _backends.empty((dlogits.shape[1], hidden.shape[1]), dlogits, dtype)
+
+    def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of hidden, weight and bias; None for those that are not trained."""
+        weight_dtype, bias_dtype = self._dtypes
+        weight = None if self.weight is None else self.weight.to(weight_dtype)
+        self.weight = None
+        return self.hidden.grad, weight, None if self.bias is None else self.bias.to(bias_dtype)
+
+
+def known_objective(logits: Logits, labels: Tensor, ignore_index: int) -> Head | None:
+    """The head, if its loss is to be formed by parts: as asked for, or where its logits do not fit the budget."""
+    if not isinstance(logits, tuple) or not torch.is_grad_enabled() or labels.numel() == 0:
+        return None
+    head = as_head("logits", logits)
+    trained = [t is not None and t.requires_grad for t in (head.hidden, head.weight, head.bias)]
+    if not any(trained) or head.plan not in (None, "objective"):
+        return None
+    return head if part_rows(head, int((labels != ignore_index).sum()), any(trained[1:])) else None
+
+
+def take(head: Any, rows: Tensor) -> Head:
+    """The head of some sequences: `rows` of the first dimension of its labels."""
+    head = as_head("ref_logits", head)
+    if head.rows is not None:
+        return head._replace(rows=head.rows[rows])
+    return head._replace(hidden=head.hidden.index_select(0, rows))
+
+
+def flat_head(head: Head) -> Head:
+    """[R, T, V] from [..., T, V]."""
+    if head.rows is not None:
+        return head._replace(rows=head.rows.flatten(0, -2))
+    return head._replace(hidden=head.hidden.flatten(0, -3))
+
+
+def by_parts(
+    head: Head,
+    labels: Tensor,
+    ignore_index: int,
+    groups: Tensor,
+    run: Callable[[Piece, Tensor, Tensor], tuple[T, Tensor]],
+    *,
+    by_place: bool = False,
+) -> tuple[Tensor, list[T]]:
+    """The loss, differentiable once, and what `run` returned for each part.
+
+    Args:
+        head: [R, T, V], with its gradient's path.
+        labels: [R, T].
+        groups: [G, r], int64: numbers of the sequences of each of G groups, which belong together.
+        run: (piece, groups of the part [g], numbers of its sequences [g * r]) to (anything, the part's share of the
+            batch's loss).
+        by_place: a part's sequences come place by place, the first ones of all its groups first.
+    """
+    plain = plain_head(head.hidden, head.weight, head.bias)
+    totals = _Totals(*plain)
+    detached = head._replace(
+        hidden=totals.hidden, weight=plain[1].detach(), bias=None if plain[2] is None else plain[2].detach()
+    )
+    tokens = (labels != ignore_index).flatten(1).sum(-1)[groups].sum(-1)
+    limit = part_rows(head, int(tokens.sum()), plain[1].requires_grad) or 1
+    outputs, shares = [], []
+    splits = list(_split(tokens.tolist(), limit))
+    totals.several = len(splits) > 1
+    for part in splits:
+        which = torch.arange(part.start, part.stop, device=labels.device)
+        rows = (groups[which].t() if by_place else groups[which]).reshape(-1)
+        piece = Piece(detached, rows, totals)
+        output, share = run(piece, which, rows)
+        piece.finish(share)
+        outputs.append(output)
+        shares.append(share.detach())
+    return attach_gradients(torch.stack(shares).sum(), plain, totals.results()), outputs
+
+
+def _split(tokens: list[int], limit: int) -> Iterator[slice]:
+    """Runs of groups of at most `limit` tokens together, or of one group."""
+    start, held = 0, 0
+    for at, count in enumerate(tokens):
+        if at > start and held + count > limit:
+            yield slice(start, at)
+            start, held = at, 0
+        held += count
+    if tokens:
+        yield slice(start, len(tokens))

@@ -1,0 +1,104 @@
+"""Distances between policies at the tokens they sampled: KL estimators and importance weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .base import check_float, check_mask, check_range, lookup
+from .reductions import as_real
+
+
+def _k1(log_ratio: Tensor) -> Tensor:
+    return log_ratio
+
+
+def _k2(log_ratio: Tensor) -> Tensor:
+    return 0.5 * log_ratio.square()
+
+
+def _k3(log_ratio: Tensor) -> Tensor:
+    return torch.expm1(-log_ratio) + log_ratio
+
+
+KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": _k1, "k2": _k2, "k3": _k3}
+
+
+def kl_estimate(logps: Tensor, ref_logps: Tensor, *, kind: str = "k1") -> Tensor:
+    """Per-token estimates of KL(pi, pi_ref) from tokens that pi sampled, elementwise (Schulman 2020).
+
+    With d = logps - ref_logps: `k1` = d (unbiased, of either sign), `k2` = d^2 / 2 (biased, low variance),
+    `k3` = exp(-d) - 1 + d (unbiased, never negative).
+
+    Unbiased in value is not unbiased in gradient. Differentiated as a loss over pi's samples, k1 has gradient
+    E[grad log pi] = 0: it regularises nothing, and belongs in the reward. k2 has the gradient of KL(pi, pi_ref), k3
+    that of KL(pi_ref, pi). The exact per-token KL (`token_stats(..., kl=True)`) is right in value and in gradient.
+
+    Args:
+        logps, ref_logps: log-probabilities of any one shape, floating point.
+        kind: "k1", "k2" or "k3".
+
+    Returns:
+        Estimates of that shape, in nats.
+
+    Raises:
+        ValueError: an unknown kind, or shapes that differ.
+        TypeError: not a floating-point tensor.
+    """
+    estimator = lookup("kind", KL_ESTIMATORS, kind)
+    check_float("logps", logps)
+    check_float("ref_logps", ref_logps, logps.shape, "logps")
+    return estimator(logps - ref_logps)
+
+
+def token_kl(
+    logps: Tensor, ref_logps: Tensor | None, kl: Tensor | None, kl_estimator: str, mask: Tensor
+) -> Tensor | None:
+    """Per-token KL by estimator name, 0 where hidden; `exact` takes the given `kl`. None with nothing to compare with.
+
+    Shared by the KL in the loss and the KL in the reward. The reference is a constant.
+    """
+    lookup("kl_estimator", {**KL_ESTIMATORS, "exact": None}, kl_estimator)
+    if (kl is not None) != (kl_estimator == "exact"):
+        got = f"kl_estimator={kl_estimator!r} {'with' if kl is not None else 'without'} kl"
+        raise ValueError(f"kl, the exact KL of each token, goes with kl_estimator='exact' and with no other; got {got}")
+    if kl is not None:
+        return as_real(check_float("kl", kl, mask.shape, "logps"), mask)
+    if ref_logps is None:
+        return None
+    ref = as_real(check_float("ref_logps", ref_logps, mask.shape, "logps"), mask).detach()
+    return kl_estimate(as_real(logps, mask), ref, kind=kl_estimator)
+
+
+def importance_weights(
+    logps: Tensor, sampler_logps: Tensor, mask: Tensor, *, level: str = "token", cap: float | None = 2.0
+) -> Tensor:
+    """Truncated importance weights min(pi / pi_sampler, cap), for tokens that another policy or engine sampled.
+
+    An inference engine's log-probabilities differ from the trainer's in precision and sampling options; weighting the
+    loss by the ratio of the two corrects for it (Yao et al. 2025), and the cap bounds its variance (Ionides 2008).
+
+    Args:
+        logps: [..., T], log-probabilities by the trainer of the policy that was sampled: the old ones.
+        sampler_logps: [..., T], those that the sampler reported.
+        mask: [..., T], boolean.
+        level: "token" for each token's own ratio, "sequence" for their product over the sequence.
+        cap: upper bound of a weight; None for none.
+
+    Returns:
+        [..., T], detached; 1 at hidden tokens under "token".
+    """
+    check_float("logps", logps)
+    check_mask("mask", mask, logps.shape, "logps")
+    check_float("sampler_logps", sampler_logps, logps.shape, "logps")
+    reduce = lookup("importance_level", _IMPORTANCE_LEVELS, level)
+    log_weight = reduce((as_real(logps, mask) - as_real(sampler_logps, mask)).detach())
+    return log_weight.exp() if cap is None else log_weight.exp().clamp(max=check_range("importance_cap", cap, 0))
+
+
+_IMPORTANCE_LEVELS: dict[str, Callable[[Tensor], Tensor]] = {
+    "token": lambda log_weight: log_weight,
+    "sequence": lambda log_weight: log_weight.sum(-1, keepdim=True).expand_as(log_weight),
+}

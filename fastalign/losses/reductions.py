@@ -1,0 +1,84 @@
+"""How a per-token loss becomes a number: the normalisations that tell GRPO, DAPO, Dr. GRPO and PPO apart.
+
+All of them count real tokens and sequences that hold one, never padding: neither padded columns nor padded rows change
+the result. With `num_items`, the count over the whole batch, the losses of microbatches add up to the batch's loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .base import check_range, hide, lookup, masked_mean, total
+
+Count = int | float | Tensor
+
+
+def _over(sums: Tensor, count: Count) -> Tensor:
+    """sums / count, with an empty count taken as 1: the sum is 0 there."""
+    return sums / (count.clamp(min=1).to(sums.dtype) if isinstance(count, Tensor) else max(count, 1))
+
+
+def _sequences(mask: Tensor) -> Tensor:
+    return mask.any(-1).sum()
+
+
+def _token(x: Tensor, mask: Tensor, num_items: Count | None, max_length: int | None) -> Tensor:
+    return _over(total(hide(x, mask)), mask.sum() if num_items is None else num_items)
+
+
+def _grpo(x: Tensor, mask: Tensor, num_items: Count | None, max_length: int | None) -> Tensor:
+    return _over(masked_mean(x, mask, dim=-1).sum(), _sequences(mask) if num_items is None else num_items)
+
+
+def _dapo(x: Tensor, mask: Tensor, num_items: Count | None, max_length: int | None) -> Tensor:
+    if num_items is None:
+        raise ValueError("normalization='dapo' needs num_items, the number of real tokens of the whole batch; got None")
+    return _token(x, mask, num_items, max_length)
+
+
+def _dr_grpo(x: Tensor, mask: Tensor, num_items: Count | None, max_length: int | None) -> Tensor:
+    if max_length is None:
+        raise ValueError("normalization='dr_grpo' needs max_length, the generation budget in tokens; got None")
+    return _over(hide(x, mask).sum() / max_length, _sequences(mask) if num_items is None else num_items)
+
+
+NORMALIZATIONS: dict[str, Callable[[Tensor, Tensor, Count | None, int | None], Tensor]] = {
+    "token": _token,  # mean over real tokens
+    "bnpo": _token,  # the same, under the name that trainers give it
+    "grpo": _grpo,  # mean over sequences of the mean over their tokens: Shao et al. 2024, eq. 3
+    "dapo": _dapo,  # sum over the batch's real tokens, counted globally: Yu et al. 2025, eq. 8
+    "dr_grpo": _dr_grpo,  # sum / (sequences * max_length), a constant: Liu et al. 2025, sec. 3.2
+}
+
+
+def normalize(
+    x: Tensor, mask: Tensor, normalization: str, num_items: Count | None = None, max_length: int | None = None
+) -> Tensor:
+    """The scalar that a per-token loss [..., T] is reduced to.
+
+    Args:
+        x: [..., T], sequences along the last axis. What the mask hides changes nothing.
+        mask: [..., T], boolean.
+        normalization: a key of `NORMALIZATIONS`.
+        num_items: the count to divide by in place of this batch's own: real tokens (`token`, `bnpo`, `dapo`) or
+            sequences (`grpo`, `dr_grpo`) over all microbatches and processes. `dapo` needs it.
+        max_length: tokens that a completion may have; `dr_grpo` needs it.
+    """
+    reduce = lookup("normalization", NORMALIZATIONS, normalization)
+    if num_items is not None and not isinstance(num_items, Tensor):
+        check_range("num_items", num_items, 0)
+    if isinstance(num_items, Tensor) and num_items.numel() != 1:
+        raise ValueError(f"num_items must be one number; got a tensor of shape {list(num_items.shape)}")
+    if max_length is not None:
+        check_range("max_length", max_length, 1)
+    if x.dim() == 0:
+        raise ValueError("a per-token loss must have the tokens as its last axis; got a tensor without axes")
+    return reduce(x, mask, num_items, max_length)
+
+
+def as_real(x: Tensor, mask: Tensor) -> Tensor:
+    """x in float32 at least, with 0 where the mask is False: log-ratios and token counts do not fit half precision."""
+    return hide(x.to(torch.promote_types(x.dtype, torch.float32)), mask)

@@ -1,0 +1,1 @@
+"""What is done to other people's models: their heads, adapters, prompts and samples."""

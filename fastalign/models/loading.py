@@ -1,0 +1,81 @@
+"""Models and tokenizers from folders or hub names, with errors that name the key that gave them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..utils.text import first_line
+
+CONFIGS = {"config.json", "adapter_config.json"}
+"""Files of which a folder with a model, or with adapters of one, holds one."""
+
+
+def model_options(args: Any) -> dict[str, Any]:
+    """What from_pretrained is told of dtype and attention."""
+    attention = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
+    return {"dtype": getattr(torch, args.dtype), **attention}
+
+
+def load(key: str, kind: Any, path: str, **options: Any) -> Any:
+    """What one of transformers' Auto classes loads from the folder, or hub's name, that a key gave.
+
+    Raises:
+        ValueError: nothing there, or nothing of this kind; naming the key.
+    """
+    local = path.startswith((".", "/", "~")) or path.count("/") > 1 or os.path.exists(path)
+    if local and not os.path.isdir(path):
+        raise ValueError(f"{key} must be a model's folder or a hub's name; there is no folder {path!r}")
+    try:
+        return kind.from_pretrained(path, **options)
+    except ImportError:  # a package that an option needs: the command names it
+        raise
+    except Exception as error:  # each kind of damaged file raises its own
+        if os.path.isdir(path):
+            empty = kind is not AutoTokenizer and not any(os.path.exists(os.path.join(path, n)) for n in CONFIGS)
+            said = "the folder has no config.json" if empty else first_line(error)
+            raise ValueError(f"{key} {path!r} could not be loaded: {said}") from error
+        raise ValueError(
+            f"{key} must be a model's folder or a hub's name; there is no folder {path!r}, and no hub gave it: "
+            f"{first_line(error)}"
+        ) from error
+
+
+def placed(model: Any) -> Any:
+    """The model on the accelerator, if there is one: for what runs models without a trainer, which places its own."""
+    return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model
+
+
+def load_model(path: str, args: Any, key: str = "model") -> PreTrainedModel:
+    """The causal language model in that folder, with the dtype and attention that the configuration asks for."""
+    return load(key, AutoModelForCausalLM, path, **model_options(args))
+
+
+def load_tokenizer(path: str | None, model: str, key: str = "model") -> PreTrainedTokenizerBase:
+    """The tokenizer in that folder, or beside the model, which `key` gave."""
+    key, path = (key, model) if path is None else ("tokenizer", path)
+    tokenizer = load(key, AutoTokenizer, path)
+    if not tokenizer("a", verbose=False)["input_ids"]:  # what transformers makes of a folder without its files
+        raise ValueError(f"{key} {path!r} must hold a tokenizer's files; the one there turns text into no tokens")
+    return tokenizer
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Sets every dropout rate to 0: log-probabilities that are compared must be those of one and the same policy."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and "dropout" in name:
+                setattr(module, name, 0.0)
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id to fill with: the padding token, else the end-of-sequence token, else 0; masks never depend on it."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    return 0

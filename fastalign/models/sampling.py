@@ -1,0 +1,158 @@
+"""Drawing tokens: transformers' generate, each token by inverting the distribution at a given uniform number.
+
+So a response depends on its own numbers and not on what else is in its batch, and on a CPU drawing costs a quarter of
+what `torch.multinomial` takes, which makes a random number for every token of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ..utils.checks import check_positive
+from .lora import is_adapted
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How continuations are drawn; by default from the model's own distribution.
+
+    Attributes:
+        max_new_tokens: longest continuation.
+        batch_size: continuations drawn at once.
+        temperature: divides the logits; 0 takes the likeliest token each time.
+        top_k: only the k likeliest tokens; 0: all.
+        top_p: only the likeliest tokens that together have this probability; 1: all.
+    """
+
+    max_new_tokens: int
+    batch_size: int = 64
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch_size"):
+            check_positive(name, getattr(self, name))
+        if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                "temperature and top_k must be at least 0 and top_p in (0, 1]; "
+                f"got {self.temperature}, {self.top_k} and {self.top_p}"
+            )
+
+
+class Draw(LogitsProcessor):
+    """Leaves one token possible: the one at which the cumulative probability passes the row's uniform number.
+
+    Args:
+        uniforms: [B, steps] float64 in [0, 1): one for each token to come.
+        prompt_length: tokens before the first of them.
+    """
+
+    def __init__(self, uniforms: Tensor, prompt_length: int) -> None:
+        self.uniforms, self.prompt_length = uniforms, prompt_length
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        # In float64: with float32 sums, a vocabulary's rare tokens would drown in rounding.
+        cumulative = scores.double().softmax(-1).cumsum(-1)
+        total = cumulative[:, -1:]
+        at = self.uniforms[:, input_ids.shape[1] - self.prompt_length, None] * total
+        below = torch.nextafter(total, torch.zeros_like(total))
+        token = torch.searchsorted(cumulative, torch.minimum(at, below), right=True)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
+@contextlib.contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Sets the model's own generation settings aside: transformers fills gaps in the given ones from them."""
+    inner = model.get_base_model() if is_adapted(model) else model
+    before = inner.generation_config
+    inner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        inner.generation_config = before
+
+
+@contextlib.contextmanager
+def _within_tables(model: Any) -> Iterator[None]:
+    """IndexError for a position that has no row in its table; a GPU's own check would end all use of the GPU."""
+    tokens = model.get_input_embeddings()
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+    hooks = [table.register_forward_pre_hook(_check_row) for table in tables]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _check_row(table: Any, args: tuple[Any, ...]) -> None:
+    if args and int(args[0].max()) >= table.num_embeddings:
+        raise IndexError(f"there is no row {int(args[0].max())} in a table of {table.num_embeddings}")
+
+
+@torch.no_grad()
+def continuations(
+    model: Any,
+    batch: dict[str, Tensor],
+    uniforms: Tensor,
+    how: Sampling,
+    pad_token_id: int,
+    eos_token_id: int | Sequence[int] | None,
+) -> list[list[int]]:
+    """The tokens that follow each prompt, with padding behind their end. No other option of generation applies.
+
+    Args:
+        model: a causal language model of transformers.
+        batch: `input_ids` and `attention_mask`, [B, T], padded on the left.
+        uniforms: [B, how.max_new_tokens] float64 in [0, 1), a number for each token; not used at temperature 0.
+        how: the draws; its batch size is the caller's affair.
+
+    Raises ValueError where a model with learned positions has too few of them.
+    """
+    width = batch["input_ids"].shape[1]
+    processors: list[Any] = []
+    if how.temperature:
+        processors += [TemperatureLogitsWarper(float(how.temperature))] if how.temperature != 1 else []
+        processors += [TopKLogitsWarper(how.top_k)] if how.top_k else []
+        processors += [TopPLogitsWarper(how.top_p)] if how.top_p < 1 else []
+        processors.append(Draw(uniforms.to(model.device), width))
+    config = GenerationConfig(
+        max_new_tokens=how.max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=pad_token_id,
+        eos_token_id=eos_token_id,
+    )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    short = positions is not None and width + how.max_new_tokens > positions
+    try:
+        with _plain_generation(model), _within_tables(model) if short else contextlib.nullcontext():
+            out = model.generate(
+                input_ids=batch["input_ids"].to(model.device),
+                attention_mask=batch["attention_mask"].to(model.device),
+                generation_config=config,
+                logits_processor=LogitsProcessorList(processors),
+            )
+    except IndexError as error:  # learned positions have run out; rotary ones go on, so this is not asked beforehand
+        if not short:
+            raise
+        raise ValueError(
+            f"prompt and continuation must fit in the model's {positions} positions; got a prompt of {width} tokens "
+            f"and up to {how.max_new_tokens} new ones"
+        ) from error
+    return out[:, width:].tolist()

@@ -1,0 +1,279 @@
+"""The gate: the one place where logits enter. Autograd of the operators in `_token_op`, and the public functions.
+
+Nothing below this file checks again and nothing above it touches logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from types import NoneType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _backends
+from .call import as_saved, as_softcap, check_types
+from .diagnostics import of_logits
+from .results import TokenStats, TokenStatsAndExtras
+from .schema import check_backward, checked_forward, kernel_backward, library, room_for_gradient, written
+
+
+# ----------------------------------------------------------------------------------------------------------- autograd
+# Plain autograd.Functions, one on the Autograd key and one for calls that nobody watches:
+# `torch.library.register_autograd` does the same for 40 us a call more.
+def _save(ctx, logits, labels, ref_logits, options, outputs) -> None:
+    ignore_index, temperature, softcap, want_entropy, _, ctx.inplace = options
+    _, _, entropy, kl, _, saved = outputs
+    entropy, kl = entropy if want_entropy else None, kl if ref_logits is not None else None
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, labels, ref_logits, saved, entropy, kl)
+    ctx.options = (ignore_index, temperature, softcap)
+
+
+def _gradient(ctx, *grads):
+    logits, labels, ref_logits, saved, entropy, kl = ctx.saved_tensors
+    g_logps, g_lse, g_entropy, g_kl, g_mean = grads + (None,) * (5 - len(grads))
+    grads = (g_logps, g_lse, None if entropy is None else g_entropy, None if kl is None else g_kl, g_mean)
+    return gradient(logits, labels, ref_logits, saved, entropy, kl, grads, ctx.options, ctx.inplace)
+
+
+def gradient(logits, labels, ref_logits, saved, entropy, kl, grads, options, inplace: bool) -> Tensor:
+    """The logits' gradient, given that of each statistic that a forward returned; `saved` and the rest are its own."""
+    args = (logits.detach() if inplace else logits, labels, ref_logits, saved, entropy, kl, *grads, *options)
+    if (
+        torch.is_grad_enabled()
+        or not unwatched(logits, labels)
+        or not all(type(g) in (Tensor, NoneType) for g in grads)
+    ):
+        if not inplace:
+            return torch.ops.fastalign.token_stats_backward(*args)
+        torch.ops.fastalign.token_stats_backward_(*args)
+        return args[0]
+    grads = tuple(None if g is None else g.resolve_neg() for g in grads)
+    args = (*args[:6], *grads, *options)
+    # What the forward made needs no second check, and two rounds of the dispatcher cost as much as a small gradient.
+    if not as_saved(logits, labels, ref_logits, saved, entropy, kl):
+        check_backward(*args)
+    out = room_for_gradient(args[0], inplace)
+    kernel_backward(out, *args)
+    return written(args[0], out) if inplace else out
+
+
+class _TokenStats(torch.autograd.Function):
+    """The operator's."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, ref_logits, *options):
+        outputs = _redispatch(logits, labels, ref_logits, *options)
+        ctx.mark_non_differentiable(outputs[-1])
+        _save(ctx, logits, labels, ref_logits, options, outputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _gradient(ctx, *grads[:-1]), *[None] * 8
+
+
+class _PlainStats(torch.autograd.Function):
+    """The same without what autograd charges for: options one by one, results that nobody asked for."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, ref_logits, options):
+        outputs = checked_forward(logits, labels, ref_logits, *options)
+        _save(ctx, logits, labels, ref_logits, options, outputs)
+        if outputs[2] is outputs[3] is outputs[4] is None:
+            return outputs[:2]
+        return outputs[:5]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _gradient(ctx, *grads), None, None, None
+
+
+class _Logps(torch.autograd.Function):
+    """The log-probabilities alone, `made` already: (logps, lse, saved, options, inplace)."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, made):
+        logps, lse, saved, *ctx.options = made
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, labels)
+        ctx.kept = saved
+        return logps, lse
+
+    @staticmethod
+    def backward(ctx, g_logps, g_lse):
+        logits, labels = ctx.saved_tensors
+        parts = (g_logps,) if g_lse is None else None
+        return logps_gradient(logits, labels, ctx.kept, parts, (g_logps, g_lse), *ctx.options), None, None
+
+
+def logps_gradient(logits, labels, kept, parts, grads, options, inplace: bool) -> Tensor:
+    """The logits' gradient, given what a direct forward kept (`cpu.Kept`), the gradients of logps and lse, and, if
+    nothing else has one, that of logps as a backend takes it directly (see `cpu.logps_backward`); `grads` may be a
+    function that makes them."""
+    if parts is not None and not inplace and not torch.is_grad_enabled() and unwatched(logits, labels):
+        cpu = _backends.direct(logits)
+        out = room_for_gradient(logits, False)
+        if cpu is not None and cpu.logps_backward(logits, labels, kept, parts, options, out):
+            return out
+    g_logps, g_lse = grads() if callable(grads) else grads
+    all_grads = (g_logps, g_lse, None, None, None)
+    saved = _backends.saved_tensor(kept, labels)
+    return gradient(logits, labels, None, saved, None, None, all_grads, options, inplace)
+
+
+def sums_gradient(logits, labels, kept, grads, options, inplace: bool) -> Tensor:
+    """The logits' gradient, given that of the logps, or of their sums over equally long runs, in one or more parts."""
+
+    def of_tokens() -> tuple[Tensor, None]:
+        runs = torch.cat(grads).float().view(-1, 1)
+        return runs.expand(-1, labels.numel() // max(len(runs), 1)).reshape(labels.shape), None
+
+    return logps_gradient(logits, labels, kept, grads, of_tokens, options, inplace)
+
+
+class _Once(torch.autograd.Function):
+    """The backward operator as a node of the graph, so that a second derivative is refused and not silently zero."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.fastalign.token_stats_backward(*args)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "fastalign: token_stats can be differentiated once only (its backward is a kernel). For second "
+            "derivatives, as in a Fisher-vector product, use plain torch operations (torch.log_softmax) on that batch."
+        )
+
+
+# Bound here: looking them up takes longer than most of them do.
+_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
+_of_transform = torch._C._functorch.is_functorch_wrapped_tensor  # also of one that is over
+
+
+def unwatched(logits, labels) -> bool:
+    """Nobody watches: no tensor subclass, no dispatch mode. The dispatcher's two rounds (20 us) would add nothing."""
+    return type(logits) is Tensor and type(labels) is Tensor and not _modes()
+
+
+def alone(logits, labels) -> bool:
+    """Neither a mode, a subclass, a compiler nor a transform of functions: there is nothing but autograd, and memory
+    that says what the logits are (a bit may say that they are its negative)."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(logits) is Tensor
+        and type(labels) is Tensor
+        and not _modes()
+        and not _transforms()
+        and not _of_transform(logits)
+        and not logits.is_neg()
+    )
+
+
+def node_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Its `apply` for calls that are `alone`: without torch's looking for transforms, 2 us a call."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+def _redispatch(*args):
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.fastalign.token_stats(*args)
+
+
+_plain_node, _logps_node = node_of(_PlainStats), node_of(_Logps)
+
+
+def _call_plain(logits, labels, ref_logits, *options):
+    """The operator's work for a call that nobody watches; None in place of what was not asked for."""
+    ignore_index, temperature, softcap, entropy, mean, inplace = options
+    cpu = _backends.direct(logits)
+    if cpu is not None and ref_logits is None and not entropy and not mean:
+        kept = (ignore_index, temperature, softcap)
+        made = cpu.logps(logits, labels, kept, inplace)
+        if made is not None and not (logits.requires_grad and torch.is_grad_enabled()):
+            return (*made[:2], None, None, None)
+        if made is not None:
+            return (*_logps_node(logits, labels, (*made, kept, inplace)), None, None, None)
+    if not (logits.requires_grad and torch.is_grad_enabled()):
+        return checked_forward(logits, labels, ref_logits, *options)
+    outputs = _plain_node(logits, labels, ref_logits, options)
+    return outputs if len(outputs) > 2 else (*outputs, None, None, None)
+
+
+def _stats_autograd(logits, labels, *args):
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        return _redispatch(logits, labels, *args)
+    return _TokenStats.apply(logits, labels, *args)
+
+
+library.impl("token_stats", _stats_autograd, "Autograd")
+library.impl("token_stats_backward", _Once.apply, "Autograd")
+
+
+# --------------------------------------------------------------------------------------------------------- public API
+def token_stats(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ref_logits: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    entropy: bool = False,
+    kl: bool = False,
+    extras: Collection[str] = (),
+    inplace_backward: bool = False,
+) -> TokenStats:
+    """Log-probability of each label and, on request, entropy and exact KL, in one read of the logits.
+
+    Args:
+        logits: [..., V], float32, bfloat16, float16 or float64, any strides (a vocabulary stride other than 1 costs one
+            copy). Accumulation is in float32, in float64 for float64.
+        labels: [...], int64 or int32: `labels[i]` is the target of `logits[i]`; nothing is shifted inside.
+        ref_logits: [..., V] of the same dtype: the reference policy's logits, a constant; needed by, and only by, `kl`.
+        ignore_index: tokens with this label are not read; their statistics and gradients are 0.
+        temperature: the logits are divided by it (after soft-capping). The reference's too.
+        softcap: logits become `softcap * tanh(logits / softcap)` first (Gemma 2). The reference's too.
+        label_smoothing: e in [0, 1]: `logps` becomes (1 - e) log p[label] + (e / V) sum_j log p_j (Szegedy et al. 2016,
+            sec. 7), so that `-logps` is the smoothed cross-entropy.
+        entropy: return the entropy of the distribution.
+        kl: return KL(p || q) over the whole vocabulary.
+        extras: which of "log_sum_sq_probs", "mean_logits", "is_top1" to return; constants, each for a read more.
+        inplace_backward: the backward writes the gradient over `logits`, saving one buffer of their size. Their version
+            counter rises, so that a later use of the old values by autograd raises. Ignored under `torch.compile`.
+
+    Returns:
+        TokenStats(logps, lse, entropy, kl): float32 [...] each (float64 for float64), differentiable in `logits` once.
+        With extras `TokenStatsAndExtras`, which has them too.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or devices that do not match, an empty vocabulary, a label outside [0, V) (checked on CPU),
+            a temperature or soft-cap that is not finite and positive, a reference that requires a gradient, an unknown
+            extra.
+    """
+    check_types(logits, labels, ref_logits, kl, label_smoothing)
+    cap = as_softcap(softcap)
+    smooth = label_smoothing != 0.0
+    call = _call_plain if alone(logits, labels) else torch.ops.fastalign.token_stats
+    inplace = inplace_backward and not torch.compiler.is_compiling()
+    logps, lse, ent, div, mean, *_ = call(
+        logits, labels, ref_logits, ignore_index, temperature, cap, entropy, smooth, inplace
+    )
+    if smooth:
+        logps = (1 - label_smoothing) * logps + label_smoothing * (mean - lse)
+    stats = TokenStats(logps, lse, ent if entropy else None, div if kl else None)
+    if not extras:
+        return stats
+    found = of_logits(extras, logits, labels, ignore_index, temperature, cap)
+    return TokenStatsAndExtras(*stats, **found)  # type: ignore[return-value]
+
+
+def token_logps(logits: Tensor, labels: Tensor, **options) -> Tensor:
+    """Log-probability of each label: `token_stats(...).logps`, [...]; 0 where ignored. Options as in `token_stats`."""
+    return token_stats(logits, labels, **options).logps

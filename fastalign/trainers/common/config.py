@@ -1,0 +1,163 @@
+"""What every training command can be told."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from ...utils.arguments import key
+from ...utils.checks import check_choice, check_positive
+
+COMMON = (
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "optim",
+    "bf16",
+    "gradient_checkpointing",
+    "logging_steps",
+    "eval_strategy",
+    "eval_steps",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "report_to",
+    "seed",
+)
+"""Keys of transformers.TrainingArguments that the help of a command explains in full."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Of weights."""
+
+STRATEGIES = ("group_by_length", "random", "sequential", "batch_rebalance")
+"""Orders of the rows: ours and transformers'."""
+
+_REPLACED = {
+    "label_smoothing_factor": (0.0, "label_smoothing"),
+    "use_liger_kernel": (False, "nothing: fastalign's own kernels always serve the loss"),
+}
+
+
+@dataclass
+class CommonConfig:
+    """Keys of every command that trains: the model, its head and adapters, the data, and where it goes."""
+
+    model: str | None = key(None, "Folder (or hub name) of the causal language model to train", group="Model and data")
+    tokenizer: str | None = key(None, "Folder of the tokenizer, if not the model's own", group="Model and data")
+    dtype: str = key("float32", "Dtype of the weights: float32, bfloat16 or float16", group="Model and data")
+    attn_implementation: str | None = key(
+        None, "Attention of the model, as in transformers (eager, sdpa, ...)", group="Model and data"
+    )
+    dataset: str | None = key(None, "Training data: .jsonl, .json, .csv or .parquet", group="Model and data")
+    eval_dataset: str | None = key(None, "Evaluation data of the same form", group="Model and data")
+    fused_head: bool = key(
+        True,
+        "Losses from hidden states, logits never held whole; false, or a head of unknown form: whole logits",
+        group="Loss",
+    )
+    chunk_bytes: int | None = key(
+        None,
+        "Memory for logits in bytes; beyond it they are computed twice. By default an eighth of the machine's",
+        group="Loss",
+    )
+    lora_rank: int = key(0, "Rank of LoRA adapters; 0 trains all weights", group="LoRA")
+    lora_alpha: int = key(16, "Scale of the adapters: they are multiplied by lora_alpha / lora_rank", group="LoRA")
+    lora_dropout: float = key(0.0, "Dropout in front of the adapters", group="LoRA")
+    lora_target_modules: list[str] | None = key(  # noqa: RUF009 (it makes a dataclasses.field)
+        None, "Names of the layers that get adapters; all linear ones by default", group="LoRA"
+    )
+    lora_merge: bool = key(
+        True, "Save a plain model with the adapters merged in at the end; false: the adapters alone", group="LoRA"
+    )
+    output_dir: str | None = key(None, "Folder for checkpoints, logs and the trained model")
+    overwrite_output_dir: bool = key(
+        False, "Train from the start, even over the checkpoints or the model in output_dir"
+    )
+    resume_from_checkpoint: str | None = key(
+        None, "Continue: 'auto' for the newest whole checkpoint, or its folder", bare=True
+    )
+
+    def __post_init__(self) -> None:
+        check_choice("dtype", self.dtype, DTYPES)
+        if self.chunk_bytes is not None:
+            check_positive("chunk_bytes", self.chunk_bytes)
+        check_positive("lora_alpha", self.lora_alpha)
+        if self.lora_rank < 0 or not 0 <= self.lora_dropout < 1:
+            raise ValueError(
+                f"lora_rank must be at least 0 and lora_dropout in [0, 1); got {self.lora_rank} and {self.lora_dropout}"
+            )
+        self.output_dir = self.output_dir and os.path.expanduser(self.output_dir)
+
+
+@dataclass
+class TrainingConfig(CommonConfig, TrainingArguments):
+    """Keys shared by the training commands; every key of transformers.TrainingArguments is accepted beside them."""
+
+    max_length: int = key(1024, "Tokens of prompt and completion together; the rest is cut", group="Model and data")
+    max_prompt_length: int | None = key(
+        None, "Tokens of the prompt; its beginning is cut, before any completion is", group="Model and data"
+    )
+    append_eos: bool = key(True, "End every completion with the end-of-sequence token", group="Model and data")
+    padding_side: str = key(
+        "right", "Side of a batch's padding: right or left, with one result", group="Model and data"
+    )
+    train_sampling_strategy: str = key(
+        "group_by_length",
+        "Order of the rows: group_by_length (random updates, sorted by length among their micro-batches), random or "
+        "sequential",
+        group="Training loop",
+    )
+    logging_steps: float = key(10, "Log every so many updates", group="Training loop")
+
+    def __post_init__(self) -> None:
+        for name, (default, instead) in _REPLACED.items():
+            if getattr(self, name) != default:
+                raise ValueError(f"--{name} is not used here; use {instead}")
+        CommonConfig.__post_init__(self)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            check_positive(name, getattr(self, name))
+        for name in ("learning_rate", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
+        if self.max_steps != -1:  # which transformers takes for "as many as num_train_epochs makes"
+            check_positive("max_steps", self.max_steps)
+        for name in ("num_train_epochs", "logging_steps", "save_steps"):
+            check_positive(name, getattr(self, name))
+        check_choice("train_sampling_strategy", self.train_sampling_strategy, STRATEGIES)
+        check_choice("padding_side", self.padding_side, ("right", "left"))
+        check_positive("max_length", self.max_length)
+        if self.max_prompt_length is not None:
+            check_positive("max_prompt_length", self.max_prompt_length)
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False
+        # The columns that our collators read are not arguments of the model's forward, so none may be dropped.
+        self.remove_unused_columns = False
+        TrainingArguments.__post_init__(self)
+
+
+def share_prompts_key() -> Any:
+    """The key of the commands that have several completions of one prompt."""
+    return key(
+        None,
+        "Run a prompt once for all of its completions, if the model can. By default on a CPU; it attends through a "
+        "mask, which some of a GPU's attention kernels do not take",
+        group="Training loop",
+    )
+
+
+@dataclass
+class GroupsConfig(TrainingConfig):
+    """Keys of the commands whose rows hold several completions of one prompt."""
+
+    share_prompts: bool | None = share_prompts_key()

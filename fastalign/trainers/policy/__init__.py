@@ -1,0 +1,1 @@
+"""What PPO and GRPO share: rollouts, rewards, updates, checkpoints."""

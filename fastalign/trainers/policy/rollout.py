@@ -1,0 +1,245 @@
+"""Rollouts: prompts in; sampled responses out, with the log-probabilities, values and scores that an update needs.
+
+Two rules keep sampler and trainer in step. The sampler's options are those declared here and no others (a model's own
+generation settings, repetition penalties among them, are set aside), and every log-probability is computed by the
+trainer's forward pass under the sampling temperature, never taken from the sampler.
+
+A response depends on the seed, the step and its own number, not on the batch or the process that it was sampled in:
+each token is drawn by inverting the distribution at a uniform number that belongs to that response and position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from ...models.loading import pad_id
+from ...models.logits import GROUPS, ModelLogits
+from ...models.sampling import Sampling, continuations
+from ...rl.rewards import ShapedRewards
+from ...utils.batch import IGNORE, Batch
+from ..data.chat import is_chat, render
+from ..data.collate import pad
+from ..data.encode import Encoder
+from ..data.files import Rows, load_rows, named, text_of
+
+
+class Prompt(NamedTuple):
+    """What a response is sampled for: token ids, text, and the columns of its row that the reward asks for."""
+
+    ids: list[int]
+    text: str
+    columns: Mapping[str, Any]
+
+
+@dataclass
+class Episode:
+    """One response. Tensors are float32 on the CPU, one number per token of the response; None where not asked for."""
+
+    prompt: Prompt
+    ids: list[int]
+    """Token ids, with the end-of-sequence token if it ended."""
+    text: str
+    ended: bool
+    score: float = 0.0
+    logps: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """By the policy that sampled, at the sampling temperature."""
+    entropy: Tensor = field(default_factory=lambda: torch.zeros(0))
+    ref_logps: Tensor | None = None
+    kl: Tensor | None = None
+    """Exact KL to the reference of each token's distribution."""
+    values: Tensor | None = None
+    advantages: Tensor = field(default_factory=lambda: torch.zeros(0))
+    returns: Tensor | None = None
+
+
+# ------------------------------------------------------------------------------------------------------------ prompts
+def load_prompts(
+    source: Rows | None,
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_length: int,
+    columns: Sequence[str] = (),
+    key: str = "dataset",
+) -> list[Prompt]:
+    """Rows with a `prompt` (text, or a list of chat messages) and further columns, which `key` gave; none for None.
+
+    Raises ValueError naming the row if a prompt has no token at all.
+    """
+    if source is None:
+        return []
+    with named(key):
+        rows = load_rows(source, required=("prompt", *columns))
+        return list(_prompts(rows, tokenizer, max_prompt_length, columns))
+
+
+def _prompts(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int, columns: Sequence[str]
+) -> Iterator[Prompt]:
+    encode = Encoder(tokenizer, 2**30, max_prompt_length, append_eos=False)
+    for index, row in enumerate(rows):
+        given: Any = row
+        if is_chat(given["prompt"]):
+            text = render(tokenizer, given["prompt"], reply_follows=True)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"][-max_prompt_length:]
+        else:
+            text = text_of(given, "prompt", index, may_be_empty=True)
+            ids, _ = encode(text, [" "])
+        if not ids:
+            raise ValueError(f"column 'prompt' must have at least one token; row {index} (from 0) has none")
+        yield Prompt(list(ids), str(text), {name: given[name] for name in columns})
+
+
+def prompt_order(count: int, start: int, number: int, seed: int) -> list[int]:
+    """Indices of `number` prompts from position `start` of an endless series of shuffles of all of them."""
+    wanted = range(start, start + number)
+    shuffles = {
+        epoch: np.random.default_rng((seed, 1, epoch)).permutation(count)
+        for epoch in range(start // count, (start + number - 1) // count + 1)
+    }
+    return [int(shuffles[i // count][i % count]) for i in wanted]
+
+
+# ----------------------------------------------------------------------------------------------------------- sampling
+@torch.no_grad()
+def generate(
+    policy: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    keys: Sequence[tuple[int, ...]],
+    sampling: Sampling,
+    seed: int = 0,
+) -> list[Episode]:
+    """One response per prompt, in the prompts' order.
+
+    `keys[i]` (whole numbers) says which response of all it is, which with the seed decides its draws.
+    """
+    fill, eos = pad_id(tokenizer), tokenizer.eos_token_id
+    episodes: dict[int, Episode] = {}
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+    for start in range(0, len(order), sampling.batch_size):
+        chosen = order[start : start + sampling.batch_size]
+        draws = [np.random.default_rng((seed, 2, *keys[i])).random(sampling.max_new_tokens) for i in chosen]
+        batch = pad([(prompts[i].ids, []) for i in chosen], fill, "left")
+        tails = continuations(policy, batch, torch.from_numpy(np.stack(draws)), sampling, fill, eos)
+        for i, tail in zip(chosen, tails, strict=True):
+            episodes[i] = _episode(prompts[i], tail, eos, tokenizer)
+    return [episodes[i] for i in range(len(prompts))]
+
+
+def _episode(prompt: Prompt, tail: list[int], eos: int | None, tokenizer: PreTrainedTokenizerBase) -> Episode:
+    """The response up to and with its end; what follows is padding."""
+    ended = eos is not None and eos in tail
+    ids = tail[: tail.index(eos) + 1] if eos is not None and ended else tail
+    text = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return Episode(prompt, ids, text, ended)
+
+
+# ------------------------------------------------------------------------------------------------------------ scoring
+def collate(episodes: Sequence[Episode], fill: int, *, grouped: bool = False) -> Batch:
+    """Prompt and response of each, padded on the right: see `data.collate.pad`. Labels are the response's tokens.
+
+    grouped: say which of them have a prompt in common.
+    """
+    batch = pad([(e.prompt.ids, e.ids) for e in episodes], fill)
+    return {**batch, GROUPS: torch.tensor(group_numbers(episodes))} if grouped else batch
+
+
+def group_numbers(episodes: Sequence[Episode]) -> list[int]:
+    """The number of each one's prompt, in the order in which they come."""
+    numbers: dict[tuple[int, ...], int] = {}
+    return [numbers.setdefault(tuple(e.prompt.ids), len(numbers)) for e in episodes]
+
+
+def spread(rows: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """[B, T] from one number per response token of each row, placed where the labels are; 0 elsewhere."""
+    out = torch.zeros(labels.shape, device=labels.device)
+    out[labels != IGNORE] = torch.cat(list(rows)).to(labels.device)
+    return out
+
+
+def _rows(x: Tensor, labels: Tensor) -> list[Tensor]:
+    """The inverse of `spread`, on the CPU."""
+    mask = labels != IGNORE
+    return list(x[mask].float().cpu().split(mask.sum(-1).tolist()))
+
+
+@torch.no_grad()
+def fill_in(
+    episodes: Sequence[Episode],
+    policy: Callable[[Batch], ModelLogits],
+    reference: Callable[[Batch], ModelLogits] | None,
+    *,
+    fill: int,
+    device: torch.device,
+    temperature: float = 1.0,
+    exact_kl: bool = False,
+    batch_size: int = 64,
+    grouped: bool = False,
+) -> None:
+    """Sets each episode's log-probabilities, entropies, values and, with a reference, its log-probabilities or KL.
+
+    policy, reference: a padded batch to what stands for logits [B, T, V]; after its statistics the policy's `answer`
+        holds the values. With exact_kl both distributions are compared whole.
+    grouped: run a prompt once for all of its responses in a batch.
+    """
+    order = sorted(range(len(episodes)), key=lambda i: len(episodes[i].prompt.ids) + len(episodes[i].ids))
+    for start in range(0, len(order), batch_size):
+        chosen = [episodes[i] for i in order[start : start + batch_size]]
+        batch = {name: value.to(device) for name, value in collate(chosen, fill, grouped=grouped).items()}
+        labels = batch["labels"]
+        logits = policy(batch)
+        ref_logits = None if reference is None else reference(batch)
+        options: dict[str, Any] = {"temperature": temperature, "entropy": True}
+        if ref_logits is not None and exact_kl:
+            options |= {"kl": True, "ref_logits": ref_logits}
+        stats = logits.stats(labels, **options)
+        found: dict[str, Tensor | None] = {"logps": stats.logps, "entropy": stats.entropy, "kl": stats.kl}
+        found["values"] = logits.answer.values
+        if ref_logits is not None and not exact_kl:
+            found["ref_logps"] = ref_logits.stats(labels, temperature=temperature).logps
+        for name, x in found.items():
+            if x is not None:
+                for episode, row in zip(chosen, _rows(x, labels), strict=True):
+                    setattr(episode, name, row)
+
+
+def stacked(episodes: Sequence[Episode], name: str) -> Tensor:
+    """[E, R]: one of the episodes' tensors, a column for each token of the longest response."""
+    return pad_sequence([getattr(e, name) for e in episodes], batch_first=True)
+
+
+def response_mask(episodes: Sequence[Episode]) -> Tensor:
+    """[E, R], True = a token of the response."""
+    lengths = torch.tensor([len(e.ids) for e in episodes])
+    return torch.arange(int(lengths.max())) < lengths[:, None]
+
+
+def unstack(x: Tensor, episodes: Sequence[Episode], name: str) -> None:
+    """The inverse of `stacked`: gives each episode its row."""
+    for episode, row in zip(episodes, x, strict=True):
+        setattr(episode, name, row[: len(episode.ids)].clone())
+
+
+def describe(episodes: Sequence[Episode], shaped: ShapedRewards) -> dict[str, float]:
+    """What users follow: sums over the tokens of a response, means over responses."""
+    non_score = shaped.non_score_rewards
+    ended = [e.ended for e in episodes]
+    return {
+        "objective/kl": float(shaped.kl.mean()),
+        "objective/entropy": float(np.mean([float(e.entropy.sum()) for e in episodes])),
+        "objective/non_score_reward": float(non_score.mean()),
+        "objective/rlhf_reward": float((shaped.scores + non_score).mean()),
+        "objective/scores": float(np.mean([e.score for e in episodes])),
+        "objective/scores_std": float(np.std([e.score for e in episodes])),
+        "length": float(np.mean([len(e.ids) for e in episodes])),
+        "eos_rate": float(np.mean(ended)),
+        "val/num_eos_tokens": float(np.sum(ended)),
+    }
