@@ -19,12 +19,27 @@ namespace {
 
 using namespace fastalign;
 
+// The instruction set is a choice of the caller's context, that is of its thread or asyncio task: a ContextVar of
+// Python's, whose value is a position in `all_cpu_kernels`. Every call follows it before it gives up the interpreter.
+PyObject* isa_variable = nullptr;
+
+void follow_isa(const py::object& variable) { isa_variable = py::object(variable).release().ptr(); }
+
+void use_isa_of_context() {
+    if (!isa_variable) return;
+    PyObject* value = nullptr;
+    if (PyContextVar_Get(isa_variable, nullptr, &value) < 0) throw py::error_already_set();
+    const auto position = py::reinterpret_steal<py::int_>(value);
+    set_cpu_kernels(all_cpu_kernels()[PyLong_AsLong(position.ptr())]);
+}
+
 // All calls on tokens return how many labels are not ignored, after the work is done; or, before any logit is read, -1
 // less the flat position of the first bad label. A backward checks too: it can be called with labels that no forward
 // has seen.
 template <class Work>
 std::int64_t with_labels(const TokenArgs& a, Work work) {
     constexpr std::int64_t kShort = 1 << 14;  // logits that take no longer than handing over the interpreter
+    use_isa_of_context();
     std::optional<py::gil_scoped_release> release;
     if (a.rows * a.vocab > kShort) release.emplace();
     const std::int64_t live = count_labels(a);
@@ -180,17 +195,6 @@ class HeldBlock {
     LargeBlocks::Block block_;
 };
 
-void set_isa(const std::string& name) {
-    const CpuKernels* k = find_cpu_kernels(name.c_str());
-    if (!k) {
-        std::string known;
-        for (const std::string& n : isas()) known += (known.empty() ? "" : ", ") + n;
-        throw std::invalid_argument("FASTALIGN_CPU_ISA must be one of " + known + " on this machine; got '" + name +
-                                    "'");
-    }
-    set_cpu_kernels(k);
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -215,14 +219,15 @@ PYBIND11_MODULE(_C, m) {
         .def_static("release_kept", [] { return LargeBlocks::all().release(); });
     m.def("gae_float32", &gae_rows<float>);
     m.def("gae_float64", &gae_rows<double>);
-    m.def("isa", [] { return std::string(cpu_kernels().isa); });
     m.def("isas", &isas);
-    m.def("set_isa", &set_isa);
+    m.def("follow_isa", &follow_isa);
     m.def("read", [](Address data, std::int64_t bytes, int threads) {
+        use_isa_of_context();
         py::gil_scoped_release release;
         return cpu_kernels().read(at<const void>(data), bytes, threads);
     });
     m.def("copy", [](Address to, Address from, std::int64_t bytes, int threads) {
+        use_isa_of_context();
         py::gil_scoped_release release;
         cpu_kernels().copy(at<void>(to), at<const void>(from), bytes, threads);
     });

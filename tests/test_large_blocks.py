@@ -159,4 +159,4 @@ def test_environment_variable():
             cwd=tempfile.gettempdir(),
         )
         assert done.stdout.strip() == expected, done.stderr
-    assert "FASTALIGN_KEPT_MIB must be a number of MiB, 0 for none; got 'many'" in done.stderr
+    assert "FASTALIGN_KEPT_MIB must be a whole number of MiB, 0 for none; got 'many'" in done.stderr

@@ -28,6 +28,20 @@ def test_types_go_with_the_package(build_py):
     assert {path.name for pattern in patterns for path in ROOT.joinpath("fastalign").glob(pattern)} == set(TYPES)
 
 
+def test_a_source_distribution_holds_every_file_that_is_compiled(monkeypatch):
+    """What the CPU's module names beside its sources: it is always built, the CUDA one only where there is an nvcc."""
+    for package in ("setuptools", "pybind11"):
+        pytest.importorskip(package, reason=f"needs {package}")
+    from setuptools._distutils.core import run_setup
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("FASTALIGN_CUDA", "0")
+    (cpu,) = run_setup("setup.py", stop_after="init").ext_modules
+    kinds, folders = (".h", ".cuh", ".cpp", ".cu"), (ROOT / "csrc", ROOT / "kernels")
+    there = {path.relative_to(ROOT).as_posix() for f in folders for path in f.rglob("*") if path.suffix in kinds}
+    assert there == {*cpu.sources, *cpu.depends}
+
+
 def test_every_folder_of_modules_is_a_package(build_py):
     packages = {path.parent for name in ("fastalign", "kernels") for path in ROOT.joinpath(name).rglob("*.py")}
     assert {Path(build_py.get_package_dir(name)).resolve() for name in build_py.packages} == packages

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from contextvars import ContextVar
 from typing import Any
 
 # torch is imported first: the compiled module takes its OpenMP runtime from the process, and that must be torch's.
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.token_results import new_saved, new_statistics
+from ..utils import environment
 from ._interface import DTYPES, KINDS, KL_TERMS, Objective, Statistics, bad_label
 
 try:
@@ -21,8 +22,6 @@ else:
     _C_ERROR, _UNUSUAL = "", _C.UNUSUAL
     _SEEN = (Tensor, (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.float64))
     _C.learn_tensors(*_SEEN, False)
-    if os.environ.get("FASTALIGN_CPU_ISA"):
-        _C.set_isa(os.environ["FASTALIGN_CPU_ISA"])
 
 
 def unavailable() -> str:
@@ -42,22 +41,44 @@ def serves(tensor: Tensor, job: str) -> str:
     return f"serves {names} tensors on cpu; got {tensor.dtype} on {tensor.device}"
 
 
-def cpu_isa() -> str | None:
-    """Instruction set that the `cpu` backend runs: "avx512", "avx2" or "portable"; None where it is not built.
-
-    The best one that the processor has, unless the environment variable FASTALIGN_CPU_ISA names another.
-    """
-    return None if _C is None else _C.isa()
-
-
 def cpu_isas() -> tuple[str, ...]:
     """Instruction sets that this build holds and this processor can run, best first."""
     return () if _C is None else tuple(_C.isas())
 
 
+def _default_isa() -> int:
+    names, wanted = cpu_isas(), environment.CPU_ISA
+    if wanted is not None and names and wanted not in names:
+        environment.refuse(f"FASTALIGN_CPU_ISA must be one of {', '.join(names)} on this processor; got {wanted!r}")
+    return names.index(wanted) if wanted in names else 0
+
+
+_DEFAULT_ISA = _default_isa()
+_isa: ContextVar[int] = ContextVar("fastalign_cpu_isa", default=_DEFAULT_ISA)
+"""Position in `cpu_isas()` of what this thread or asyncio task runs; the compiled module reads it with every call."""
+if _C is not None:
+    _C.follow_isa(_isa)
+
+
+def cpu_isa() -> str | None:
+    """Instruction set that the `cpu` backend runs in this thread or asyncio task: "avx512_bf16", "avx512", "avx2" or
+    "portable"; None where it is not built.
+
+    The best one that the processor has, unless `use_backend` or FASTALIGN_CPU_ISA in the environment names another.
+    """
+    return None if _C is None else cpu_isas()[_isa.get()]
+
+
 def set_isa(name: str) -> None:
-    """Runs the named instruction set from now on; ValueError for one that `cpu_isas` does not list."""
-    _C.set_isa(name)
+    """Runs the named instruction set from now on in this thread or asyncio task.
+
+    Raises:
+        ValueError: one that `cpu_isas` does not list.
+    """
+    names = cpu_isas()
+    if name not in names:
+        raise ValueError(f"isa must be one of {', '.join(names)} on this processor; got {name!r}")
+    _isa.set(names.index(name))
 
 
 # ------------------------------------------------------------------------------------------------ token statistics
