@@ -156,6 +156,9 @@ class _Merger:
         # E[x] and E[x - z] under the part's own softmax
         mean_x = zero if part.entropy is None else lse - part.entropy
         mean_gap = zero if part.kl is None else part.kl + lse - ref_lse
+        if part.kl is not None:
+            # The part has no reference, of which the whole has one: infinite, if the part weighs anything.
+            mean_gap = torch.where(ref_lse == -torch.inf, torch.inf, mean_gap)
         total = zero if part.mean is None else part.mean * float(columns.stop - columns.start)
         self._parts.append((lse, ref_lse, target, mean_x, mean_gap, total))
 
@@ -175,7 +178,7 @@ class _Merger:
 
         def split(x: Tensor) -> tuple[Tensor, Tensor]:
             high = x.to(dtype)
-            return high, (x - high).to(dtype)
+            return high, torch.where(high == -torch.inf, 0, x - high).to(dtype)
 
         none = torch.zeros_like(lse, dtype=dtype)
         saved = torch.stack([*split(lse), *(split(ref_lse) if has_kl else (none, none))], -1)
