@@ -203,7 +203,7 @@ def backward_kernel(
     if KL:
         z_row = row_pointer(z_ptr, row, inner, z_outer, z_inner)
     g_kl = optional(g_kl_ptr, row)
-    if KL:
+    if KL:  # noqa: SIM102 (known at compile time)
         if g_kl == 0:  # any finite number where x is one: the reference may be -inf there
             z_row = x_row
     saved = saved_ptr + row.to(tl.int64) * 4

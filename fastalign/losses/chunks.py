@@ -131,6 +131,8 @@ def known_objective(logits: Logits, labels: Tensor, ignore_index: int) -> Head |
     trained = [t is not None and t.requires_grad for t in (head.hidden, head.weight, head.bias)]
     if not any(trained) or head.plan not in (None, "objective"):
         return None
+    if not part_rows(head, labels.numel(), any(trained[1:])):
+        return None  # nor for the real ones among them
     return head if part_rows(head, int((labels != ignore_index).sum()), any(trained[1:])) else None
 
 
