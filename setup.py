@@ -178,7 +178,9 @@ class Build(build_ext):
             header = f"simd_{isa.removesuffix('_bf16')}.h"
             defines = [f"-DFA_ISA={isa}", f'-DFA_ISA_NAME="{isa}"', f'-DFA_SIMD_HEADER="{header}"']
             units.append(("kernels/token_stats_cpu.cpp", isa, [*defines, *flags]))
-        units += [(f"kernels/{name}.cpp", name, []) for name in ("fresh_pages", "large_blocks", "gae_cpu")]
+        units += [
+            (f"kernels/{name}.cpp", name, []) for name in ("fresh_pages", "large_blocks", "gae_cpu", "loss_interpreter")
+        ]
         units += [("csrc/bindings.cpp", "bindings", [])]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(lambda unit: self.compile_one(ext, *unit), units))
@@ -213,6 +215,7 @@ setup(
                 "kernels/fresh_pages.cpp",
                 "kernels/gae_cpu.cpp",
                 "kernels/large_blocks.cpp",
+                "kernels/loss_interpreter.cpp",
                 "kernels/token_stats_cpu.cpp",
             ],
             # All of them, and what only the other module is made of: a source distribution holds what is named here.

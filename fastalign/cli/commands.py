@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from ..trainers.common.arguments import Helped
 from ..utils import environment
-from ..utils.arguments import Helped
 from ..utils.version import __version__
 
 

@@ -19,12 +19,11 @@ from rich.markup import escape
 from transformers import AutoModelForSequenceClassification, set_seed
 
 from ..evaluation.sample import load
-from ..trainers.common import run
+from ..trainers.common import arguments, run
+from ..trainers.common.arguments import key
 from ..trainers.common.config import DTYPES
 from ..trainers.data.encode import Encoder
 from ..trainers.data.files import check_sources, read_rows
-from ..utils import arguments
-from ..utils.arguments import key
 from ..utils.checks import check_choice, check_positive
 from .data import DATA_CHECKS, Finding, Patient
 from .model import MODEL_CHECKS, REWARD_CHECKS

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ...utils.arguments import key
 from ...utils.checks import check_choice, check_positive
+from .arguments import key
 
 COMMON = (
     "learning_rate",
