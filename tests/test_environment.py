@@ -96,7 +96,7 @@ def test_no_other_file_reads_the_environment():
 # ------------------------------------------------------------------------------------------------------------- threads
 COMMAND = """
 import os, sys
-from fastalign import cli
+from fastalign.cli import commands as cli
 def run(argv):
     assert "torch" not in sys.modules
     print(*(os.environ.get(name) for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")))
