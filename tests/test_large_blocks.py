@@ -27,7 +27,7 @@ def empty_stock():
     fa.release_memory()
     yield
     fa.release_memory()
-    fa.keep_memory(_backends.memory._default_limit())
+    fa.keep_memory(_backends.cache._default_limit())
 
 
 def held():
