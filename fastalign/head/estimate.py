@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from .gemm_copies import Copies, gemm_copies
-from .head import PLANS, HeadPlan, head_plan
+from .head import PLANS, SUM_COLUMNS, HeadPlan, head_plan
 
 
 class Estimate(NamedTuple):
@@ -24,10 +24,10 @@ def _eager_peak(logits: int, gradients: int, size: int, copies: int) -> int:
     """Peak of `log_softmax(hidden @ weight.T)`, gather, and their backward, from the bytes of one [tokens, V] tensor.
 
     The gradient of log_softmax is formed from the kept log-probs and a [tokens, V] of zeros but for the labels; then,
-    with the log-probs still there, it turns into the gradients of hidden and weight, `copies` being the larger float32
-    copy that the products make. In 16 bits the CPU takes one more tensor of that size on the way.
+    with the log-probs gone, it turns into the gradients of hidden and weight, `copies` being the larger float32 copy
+    that the products make. In 16 bits the CPU takes one more tensor of that size on the way.
     """
-    return max((3 if size > 2 else 4) * logits, 2 * logits + gradients + copies)
+    return max((3 if size > 2 else 4) * logits, logits + gradients + copies)
 
 
 def estimates(
@@ -61,7 +61,7 @@ def estimates(
             continue
         budget = 64 << 20 if chunk_bytes is None else chunk_bytes
         plan = head_plan(tokens, vocab, hidden, dtype, train_weight=not frozen, kl=kl, chunk_bytes=budget, plan=name)
-        peak = _peak(plan, copies, tokens, hidden, size, gradients, frozen, kl)
+        peak = _peak(plan, copies, tokens, vocab, hidden, size, gradients, frozen, kl)
         found.append(Estimate(name, peak, gradients, plan.gemms))
     return found
 
@@ -72,7 +72,15 @@ def _backward_copies(copies: Copies, rows: int, columns: int, hidden: int, froze
 
 
 def _peak(
-    plan: HeadPlan, copies: Copies, tokens: int, hidden: int, size: int, gradients: int, frozen: bool, kl: bool
+    plan: HeadPlan,
+    copies: Copies,
+    tokens: int,
+    vocab: int,
+    hidden: int,
+    size: int,
+    gradients: int,
+    frozen: bool,
+    kl: bool,
 ) -> int:
     """Peak of a plan beyond inputs, the gradients included."""
     tile = plan.rows * plan.columns
@@ -81,9 +89,16 @@ def _peak(
     peak = _scratch(plan, tokens, hidden, size) + gradients
     if plan.name == "keep":  # the gradients are not there yet when the logits are formed
         return max(plan.scratch_bytes + forward, peak + backward)
+    if plan.name == "recompute" and not frozen:
+        # Memory is taken when it is written: the weight's gradient for the last, narrower tile not before that tile.
+        rest = vocab % plan.columns
+        last = _backward_copies(copies, plan.rows, rest, hidden, frozen)
+        return peak + max(forward - rest * hidden * size, backward - rest * hidden * size, last)
     sums = plan.scratch_bytes - tile * size if plan.name == "objective" and not kl else 0
     if sums:  # the gradients are made from them when the last part's logits are gone
-        peak -= min(gradients, tile * size)
+        columns = min(vocab, SUM_COLUMNS)
+        part = _backward_copies(copies, plan.rows, columns, hidden, frozen) + columns * hidden * size
+        return plan.scratch_bytes + max(part, forward, gradients - min(gradients, tile * size))
     return peak + max(forward, backward)
 
 
