@@ -38,6 +38,7 @@ from .tiles import HeadGradient, Problem, RowStats, cut, forward, joined
 PLANS = ("keep", "recompute", "project", "objective")
 _TILE_BYTES = 64 << 20  # of a tile where the caller sets no budget: GEMMs of this size run at full speed
 _WORTH = 256  # tokens of a part below which adding to the weight's gradient costs more than a GEMM done again
+SUM_COLUMNS = 8192  # of the vocabulary, whose part of the weight's gradient `objective` adds at a time in 16 bits
 _NARROWEST = 1024  # columns below which a GEMM over a part of the vocabulary loses speed
 
 
