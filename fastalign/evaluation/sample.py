@@ -23,6 +23,7 @@ from ..trainers.common import run
 from ..trainers.common.config import DTYPES
 from ..trainers.data.chat import check_messages, is_chat
 from ..trainers.data.files import read_rows
+from ..trainers.data.targets import as_prompts
 from ..utils import arguments
 from ..utils.arguments import key
 from ..utils.checks import check_choice, check_positive
@@ -84,7 +85,7 @@ def load(path: str, tokenizer: str | None, dtype: str, key: str = "model") -> tu
 
 def read_prompts(source: str, limit: int) -> list[Any]:
     """The column `prompt` of a dataset: texts or messages. ValueError naming the row that is neither."""
-    rows = read_rows(source)
+    rows = as_prompts(read_rows(source))
     if "prompt" not in rows.column_names:
         raise ValueError(f"dataset needs the column prompt; {source!r} has {', '.join(rows.column_names)}")
     prompts = list(rows["prompt"])[: limit or None]

@@ -147,8 +147,8 @@ class RewardTrainer(AlignmentTrainer):
         self._known = 0
         self._right: dict[int, list[float]] = {}
         if args.held_out_labelers and train_dataset is not None:
-            train_dataset, held_out = split_labelers(read_rows(train_dataset), args.held_out_labelers, args.seed)
-            parts = [held_out] if eval_dataset is None else [read_rows(eval_dataset), held_out]
+            train_dataset, held_out = split_labelers(read_rows(train_dataset, args.reading), args.held_out_labelers, args.seed)
+            parts = [held_out] if eval_dataset is None else [read_rows(eval_dataset, args.reading), held_out]
             eval_dataset = concatenate_datasets(parts)
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, **kwargs)
 

@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,7 +53,8 @@ class PolicyTrainer(ABC):
     Args:
         model: a causal language model (transformers), or its folder; None takes `args.model`.
         args: the configuration.
-        train_dataset, eval_dataset: rows with a `prompt`: a path, a list of dicts or a datasets.Dataset.
+        train_dataset, eval_dataset: rows with a `prompt` (see `data.files.read_rows`); evaluation sets may be several,
+            as a mapping of names to rows.
         processing_class: the model's tokenizer; None loads that of `args.tokenizer` or the model's folder.
         reward: a function of the lists `prompts` and `completions` (and columns of the rows, by name) that returns one
             number each; None takes `args.reward_fn` or `args.reward_model`.
@@ -87,9 +88,13 @@ class PolicyTrainer(ABC):
         self.fill = pad_id(self.processing_class)
         self.state = RunState(is_world_process_zero=self.accelerator.is_main_process)
         self.reward = load_reward(args, reward, self.accelerator.device)
-        options = (self.processing_class, args.max_prompt_length, self.reward.columns)
-        self.prompts: list[Prompt] = load_prompts(train_dataset, *options)
-        self.eval_prompts: list[Prompt] = load_prompts(eval_dataset, *options, "eval_dataset")
+        self.data_counts: dict[str, int] = {}
+        self.prompts: list[Prompt] = self._load(train_dataset, "dataset")
+        self.eval_sets: dict[str, list[Prompt]] = {}
+        if isinstance(eval_dataset, Mapping):
+            self.eval_sets = {name: self._load(rows, f"eval_dataset_{name}") for name, rows in eval_dataset.items()}
+        self.eval_prompts = [p for each in self.eval_sets.values() for p in each]
+        self.eval_prompts = self.eval_prompts or self._load(eval_dataset, "eval_dataset")
         self._reference = self._keep_reference(policy, ref_model)
         self.inner = self.build(policy)
         disable_dropout(self.inner)
@@ -107,6 +112,20 @@ class PolicyTrainer(ABC):
         self.scheduler: Any = None
         self.updater: Updater | None = None
         self._jsonl = JsonlCallback()
+
+    def _load(self, rows: Rows | None, key: str) -> list[Prompt]:
+        """The prompts that a key gave."""
+        args = self.args
+        return load_prompts(
+            rows,
+            self.processing_class,
+            args.max_prompt_length,
+            self.reward.columns,
+            key,
+            truncation_mode=args.truncation_mode,
+            reading=args.reading,
+            counts=self.data_counts,
+        )
 
     # ------------------------------------------------------------------------------------------- for subclasses
     def build(self, policy: Any) -> ActorCritic:
@@ -342,16 +361,28 @@ class PolicyTrainer(ABC):
             bar.write(f"step {self.state.global_step:>5}  {text}")
 
     def evaluate(self) -> dict[str, float]:
-        """One response to each evaluation prompt, always drawn alike: score, KL, entropy, length, share that ended."""
+        """One response to each evaluation prompt, always drawn alike: score, KL, entropy, length, share that ended.
+
+        Of several sets (`eval_sets`) also each one's, as `eval/NAME/score` and so on.
+        """
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         numbers = list(range(rank, len(self.eval_prompts), processes))
         # A step number that no training step has: the same draws at every evaluation.
         episodes = self._sample([self.eval_prompts[i] for i in numbers], [(2**31, i) for i in numbers])
-        shaped = self.shape(episodes, 0.0)
-        found = describe(episodes, shaped)
+        found = self._described(episodes, "eval")
+        order = [i for r in range(processes) for i in range(r, len(self.eval_prompts), processes)]
+        start = 0
+        for name, prompts in self.eval_sets.items():
+            mine = range(start, start := start + len(prompts))
+            own = [episode for i, episode in zip(order, episodes, strict=True) if i in mine]
+            found |= self._described(own, f"eval/{name}")
+        return found
+
+    def _described(self, episodes: Sequence[Episode], prefix: str) -> dict[str, float]:
+        found = describe(episodes, self.shape(episodes, 0.0))
         names = {"objective/scores": "score", "objective/kl": "kl", "objective/entropy": "entropy"}
         names |= {"length": "length", "eos_rate": "eos_rate"}
-        return {f"eval/{short}": found[name] for name, short in names.items()}
+        return {f"{prefix}/{short}": found[name] for name, short in names.items()}
 
     # ----------------------------------------------------------------------------------------------------- saving
     @property
