@@ -63,9 +63,12 @@ class Encoder:
     def seen_prompt(self, prompt: str | Messages) -> tuple[list[int], str]:
         """(token ids, text) of a prompt as a model that goes on from it sees it: what was cut is in neither."""
         text, _ = self._texts(prompt, [])
+        whole, head = self._ids(text), self._bos()
+        if not isinstance(prompt, str) and whole[: len(head)] != head:
+            head = []  # a chat template says itself what prompts begin with
         self.cuts.prompt = False
-        ids, _ = self._fit(self._ids(text), [])
-        return ids, self._decode(ids[len(self._bos()) :]) if self.cuts.prompt else text
+        ids, _ = self._fit(whole, [], head)
+        return ids, self._decode(ids[len(head) :]) if self.cuts.prompt else text
 
     def conversation(self, messages: Messages) -> tuple[list[int], list[int], list[bool]]:
         """(prompt, rest, which tokens of the rest are the assistant's own).
@@ -123,9 +126,11 @@ class Encoder:
         due = append and self.append_eos and not reply.is_closed
         return [*ids, eos] if due and eos is not None else ids
 
-    def _fit(self, ids: list[int], tails: list[list[int]]) -> tuple[list[int], list[list[int]]]:
+    def _fit(
+        self, ids: list[int], tails: list[list[int]], head: list[int] | None = None
+    ) -> tuple[list[int], list[list[int]]]:
         """The prompt's ids, with the beginning-of-sequence token, and the completions', cut to what there is room for."""
-        head = self._bos()
+        head = self._bos() if head is None else head
         body = ids[len(head) :] if ids[: len(head)] == head else ids  # a chat template writes it out
         room = Room(self.max_length, self.max_prompt_length, mode_of(self.truncation_mode))
         return room.fit(head, body, tails, self.cuts)
