@@ -147,7 +147,9 @@ class RewardTrainer(AlignmentTrainer):
         self._known = 0
         self._right: dict[int, list[float]] = {}
         if args.held_out_labelers and train_dataset is not None:
-            train_dataset, held_out = split_labelers(read_rows(train_dataset, args.reading), args.held_out_labelers, args.seed)
+            train_dataset, held_out = split_labelers(
+                read_rows(train_dataset, args.reading), args.held_out_labelers, args.seed
+            )
             if isinstance(eval_dataset, Mapping):
                 eval_dataset = {**eval_dataset, "held_out_labelers": held_out}
             else:

@@ -71,7 +71,7 @@ class CommonConfig:
     eval_dataset: str | list[str] | dict[str, str] | None = key(  # noqa: RUF009
         None, "Evaluation data of the same form; or several sets, by name", group="Model and data"
     )
-    columns: dict[str, str] | str = key(
+    columns: dict[str, str] | str = key(  # noqa: RUF009
         "", "Names of columns in the data and here: question=prompt,answer=completion", group="Model and data"
     )
     skip_bad_rows: bool = key(
@@ -133,9 +133,13 @@ class CommonConfig:
 class TrainingConfig(CommonConfig, TrainingArguments):
     """Keys shared by the training commands; every key of transformers.TrainingArguments is accepted beside them."""
 
-    max_length: int = key(1024, "Tokens of prompt and completion together; what is longer: see truncation_mode", group="Model and data")
+    max_length: int = key(
+        1024, "Tokens of prompt and completion together; what is longer: see truncation_mode", group="Model and data"
+    )
     max_prompt_length: int | None = key(
-        None, "Tokens of the prompt; what is longer loses its beginning (or see truncation_mode)", group="Model and data"
+        None,
+        "Tokens of the prompt; what is longer loses its beginning (or see truncation_mode)",
+        group="Model and data",
     )
     append_eos: bool = key(True, "End every completion with the end-of-sequence token", group="Model and data")
     padding_side: str = key(

@@ -129,7 +129,7 @@ class Encoder:
     def _fit(
         self, ids: list[int], tails: list[list[int]], head: list[int] | None = None
     ) -> tuple[list[int], list[list[int]]]:
-        """The prompt's ids, with the beginning-of-sequence token, and the completions', cut to what there is room for."""
+        """The prompt's ids, with the beginning-of-sequence token, and the completions', cut to their room."""
         head = self._bos() if head is None else head
         body = ids[len(head) :] if ids[: len(head)] == head else ids  # a chat template writes it out
         room = Room(self.max_length, self.max_prompt_length, mode_of(self.truncation_mode))

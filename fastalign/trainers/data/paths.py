@@ -1,4 +1,4 @@
-"""What a source's text names: one file, several, those of a pattern or a folder, each with its split; or a hub's name."""
+"""What a source's text names: a file, several, those of a pattern or a folder, with their splits; or a hub's name."""
 
 from __future__ import annotations
 

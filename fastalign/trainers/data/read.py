@@ -64,7 +64,9 @@ def read_file(path: str, skip_bad_rows: bool = False) -> Dataset:
     """
     ending, packed = kind_of(path)
     if packed == ".zst" and not pa.Codec.is_available("zstd"):
-        raise ValueError(f"dataset {path!r} is packed with Zstandard, which this pyarrow cannot unpack: unpack it first")
+        raise ValueError(
+            f"dataset {path!r} is packed with Zstandard, which this pyarrow cannot unpack: unpack it first"
+        )
     try:
         if KINDS[ending] == "csv":
             return _read_csv(path, "\t" if ending == ".tsv" else ",", skip_bad_rows)
@@ -77,7 +79,9 @@ def read_file(path: str, skip_bad_rows: bool = False) -> Dataset:
         raise
     except (DatasetGenerationError, pa.ArrowException, OSError, EOFError, lzma.LZMAError, ValueError) as error:
         said = f"it is not text in UTF-8: {error}" if isinstance(error, UnicodeDecodeError) else ""
-        raise ValueError(f"dataset {path!r} could not be read: {said or first_line(error.__cause__ or error)}") from error
+        raise ValueError(
+            f"dataset {path!r} could not be read: {said or first_line(error.__cause__ or error)}"
+        ) from error
 
 
 class _Named(ValueError):

@@ -9,8 +9,8 @@
 | ranked list | `prompt`, `completions`, and `rewards` (high is good) or `ranks` (0 is best); without them best first |
 
 Beside pairs may stand `margin`, and both of `ref_chosen_logps`, `ref_rejected_logps`; beside pairs and lists `labeler`.
-Every prompt and completion is a text or a list of messages (`role`, `content`). Forms of well-known data sets become one
-of these on reading (see `forms`), rated completions become lists, lists become pairs where pairs are asked for.
+Every prompt and completion is a text or a list of messages (`role`, `content`). Forms of well-known data sets become
+one of these on reading (see `forms`); rated completions become lists, and lists pairs, where they are asked for.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class PolicyConfig(CommonConfig, EpisodeConfig):
     eval_dataset: str | list[str] | dict[str, str] | None = key(  # noqa: RUF009
         None, "Prompts to evaluate on, of the same form; or several sets, by name", group="Model and data"
     )
-    max_prompt_length: int = key(512, "Tokens of the prompt; what is longer: see truncation_mode", group="Model and data")
+    max_prompt_length: int = key(512, "Tokens of the prompt; longer: see truncation_mode", group="Model and data")
     truncation_mode: str = key(
         "left",
         "For prompts beyond max_prompt_length: left cuts their beginning, for policy and reward alike; drop; raise",

@@ -269,3 +269,11 @@ def describe(episodes: Sequence[Episode], shaped: ShapedRewards) -> dict[str, fl
         "eos_rate": float(np.mean(ended)),
         "val/num_eos_tokens": float(np.sum(ended)),
     }
+
+
+def describe_briefly(episodes: Sequence[Episode], shaped: ShapedRewards, prefix: str) -> dict[str, float]:
+    """What an evaluation tells: score, KL, entropy, length, share that ended, as `prefix/score` and so on."""
+    found = describe(episodes, shaped)
+    names = {"objective/scores": "score", "objective/kl": "kl", "objective/entropy": "entropy"}
+    names |= {"length": "length", "eos_rate": "eos_rate"}
+    return {f"{prefix}/{short}": found[name] for name, short in names.items()}

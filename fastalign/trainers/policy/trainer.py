@@ -38,6 +38,7 @@ from ..common.callbacks import JsonlCallback
 from ..common.checkpoints import PARTIAL, rotate, write_folder
 from ..data.collate import pad
 from ..data.files import Rows
+from . import rollout
 from .checkpoint import RunState, load_training_state, save_policy, save_whole
 from .config import PolicyConfig
 from .rewards import RewardFunction, load_reward
@@ -89,12 +90,13 @@ class PolicyTrainer(ABC):
         self.state = RunState(is_world_process_zero=self.accelerator.is_main_process)
         self.reward = load_reward(args, reward, self.accelerator.device)
         self.data_counts: dict[str, int] = {}
-        self.prompts: list[Prompt] = self._load(train_dataset, "dataset")
-        self.eval_sets: dict[str, list[Prompt]] = {}
-        if isinstance(eval_dataset, Mapping):
-            self.eval_sets = {name: self._load(rows, f"eval_dataset_{name}") for name, rows in eval_dataset.items()}
-        self.eval_prompts = [p for each in self.eval_sets.values() for p in each]
-        self.eval_prompts = self.eval_prompts or self._load(eval_dataset, "eval_dataset")
+        options = (self.processing_class, args.max_prompt_length, self.reward.columns)
+        how: Any = {"truncation_mode": args.truncation_mode, "reading": args.reading, "counts": self.data_counts}
+        self.prompts: list[Prompt] = load_prompts(train_dataset, *options, **how)
+        sets = eval_dataset if isinstance(eval_dataset, Mapping) else {}
+        self.eval_sets = {n: load_prompts(x, *options, f"eval_dataset_{n}", **how) for n, x in sets.items()}
+        rest = load_prompts(None if sets else eval_dataset, *options, "eval_dataset", **how)
+        self.eval_prompts: list[Prompt] = [*rest, *(p for each in self.eval_sets.values() for p in each)]
         self._reference = self._keep_reference(policy, ref_model)
         self.inner = self.build(policy)
         disable_dropout(self.inner)
@@ -112,20 +114,6 @@ class PolicyTrainer(ABC):
         self.scheduler: Any = None
         self.updater: Updater | None = None
         self._jsonl = JsonlCallback()
-
-    def _load(self, rows: Rows | None, key: str) -> list[Prompt]:
-        """The prompts that a key gave."""
-        args = self.args
-        return load_prompts(
-            rows,
-            self.processing_class,
-            args.max_prompt_length,
-            self.reward.columns,
-            key,
-            truncation_mode=args.truncation_mode,
-            reading=args.reading,
-            counts=self.data_counts,
-        )
 
     # ------------------------------------------------------------------------------------------- for subclasses
     def build(self, policy: Any) -> ActorCritic:
@@ -369,20 +357,14 @@ class PolicyTrainer(ABC):
         numbers = list(range(rank, len(self.eval_prompts), processes))
         # A step number that no training step has: the same draws at every evaluation.
         episodes = self._sample([self.eval_prompts[i] for i in numbers], [(2**31, i) for i in numbers])
-        found = self._described(episodes, "eval")
+        found = rollout.describe_briefly(episodes, self.shape(episodes, 0.0), "eval")
         order = [i for r in range(processes) for i in range(r, len(self.eval_prompts), processes)]
         start = 0
         for name, prompts in self.eval_sets.items():
             mine = range(start, start := start + len(prompts))
             own = [episode for i, episode in zip(order, episodes, strict=True) if i in mine]
-            found |= self._described(own, f"eval/{name}")
+            found |= rollout.describe_briefly(own, self.shape(own, 0.0), f"eval/{name}")
         return found
-
-    def _described(self, episodes: Sequence[Episode], prefix: str) -> dict[str, float]:
-        found = describe(episodes, self.shape(episodes, 0.0))
-        names = {"objective/scores": "score", "objective/kl": "kl", "objective/entropy": "entropy"}
-        names |= {"length": "length", "eos_rate": "eos_rate"}
-        return {f"{prefix}/{short}": found[name] for name, short in names.items()}
 
     # ----------------------------------------------------------------------------------------------------- saving
     @property
