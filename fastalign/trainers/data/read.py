@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import csv
+import glob
 import gzip
 import inspect
 import io
@@ -72,7 +74,7 @@ def read_file(path: str, skip_bad_rows: bool = False) -> Dataset:
             return _read_csv(path, "\t" if ending == ".tsv" else ",", skip_bad_rows)
         if KINDS[ending] == "json":
             return _read_json(path, skip_bad_rows)
-        return load_dataset(KINDS[ending], data_files=path, split="train")
+        return _load(path, KINDS[ending])
     except StopIteration:  # what an empty file comes to
         return Dataset.from_dict({})
     except _Named:
@@ -88,11 +90,18 @@ class _Named(ValueError):
     """An error that names its file already."""
 
 
-def _text(path: str) -> io.TextIOBase:
-    """The file's text, unpacked, without a byte-order mark."""
+def _load(path: str, kind: str) -> Dataset:
+    """What datasets reads of the file. UnicodeDecodeError and the like if a text in it is none."""
+    rows = load_dataset(kind, data_files=glob.escape(path), split="train")
+    # Nothing before here looks whether bytes that are called a text are one.
+    rows.data.table.validate(full=True)
+    return rows
+
+
+def _bytes(path: str) -> Any:
+    """The file's content, unpacked."""
     packed = kind_of(path)[1]
-    raw = _OPEN[packed](path) if packed else open(path, "rb")  # noqa: SIM115 (the wrapper closes it)
-    return io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
+    return _OPEN[packed](path) if packed else open(path, "rb")
 
 
 def _finish(path: str, problems: Problems, used: int) -> None:
@@ -107,7 +116,7 @@ def _read_csv(path: str, separator: str, skip: bool) -> Dataset:
     """All cells as text: `NA`, `null` and `007` are what they look like. See `typed` for columns of numbers."""
     problems, names = Problems(skip), []
     columns: list[list[str]] = []
-    with _text(path) as file:
+    with io.TextIOWrapper(_bytes(path), encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file, delimiter=separator, strict=True)
         names = next(lines, [])
         columns = [[] for _ in names]
@@ -179,7 +188,7 @@ def _read_json(path: str, skip: bool) -> Dataset:
     if kind_of(path)[1]:
         return _json_rows(path, skip)
     try:
-        rows = load_dataset("json", data_files=path, split="train")
+        rows = _load(path, "json")
     except StopIteration:
         raise
     except (DatasetGenerationError, pa.ArrowException, ValueError, TypeError, OverflowError):
@@ -200,7 +209,7 @@ def _has_dates(types: Any) -> bool:
 
 def _json_rows(path: str, skip: bool) -> Dataset:
     problems = Problems(skip)
-    with _text(path) as file:
+    with _bytes(path) as file:
         rows = list(_objects(file, problems, path))
     _finish(path, problems, len(rows))
     return from_rows(rows)
@@ -209,9 +218,9 @@ def _json_rows(path: str, skip: bool) -> Dataset:
 def _objects(file: Any, problems: Problems, path: str) -> Iterator[dict[str, Any]]:
     """The objects of JSON lines, or of one JSON list."""
     start = file.read(1)
-    while start and start.isspace():
+    while start and (start.isspace() or start in codecs.BOM_UTF8):
         start = file.read(1)
-    if start == "[":
+    if start == b"[":
         found = json.loads(start + file.read())
         numbered: Any = ((f"row {i} (from 0)", item) for i, item in enumerate(found))
     else:
@@ -225,18 +234,29 @@ def _objects(file: Any, problems: Problems, path: str) -> Iterator[dict[str, Any
             yield item
 
 
-def _lines(start: str, file: Any, problems: Problems, path: str) -> Iterator[tuple[str, Any]]:
+def _lines(start: bytes, file: Any, problems: Problems, path: str) -> Iterator[tuple[str, Any]]:
     row = 0
-    for number, line in enumerate(file):
+    for number, line in enumerate(_split(file)):
         text = (start + line if number == 0 else line).strip()
         if not text:
             continue
         where = f"row {row} (from 0)"
         row += 1
         try:
-            yield where, json.loads(text)
+            yield where, json.loads(text.decode())
+        except UnicodeDecodeError as error:
+            _add(problems, path, f"{where} is not text in UTF-8: {error}")
         except (ValueError, RecursionError) as error:
             _add(problems, path, f"JSON parse error in {where}: {first_line(error)}")
+
+
+def _split(file: Any) -> Iterator[bytes]:
+    """The file's lines; those of pyarrow's streams cannot be iterated over."""
+    rest = b""
+    while block := file.read(1 << 20):
+        *whole, rest = (rest + block).split(b"\n")
+        yield from whole
+    yield rest
 
 
 def _unfit(value: Any) -> str | None:
