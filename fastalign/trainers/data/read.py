@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import contextlib
 import csv
 import glob
 import gzip
 import inspect
 import io
 import json
+import logging
 import lzma
 import os
 import re
@@ -188,13 +190,26 @@ def _read_json(path: str, skip: bool) -> Dataset:
     if kind_of(path)[1]:
         return _json_rows(path, skip)
     try:
-        rows = _load(path, "json")
+        with _quiet():
+            rows = _load(path, "json")
     except StopIteration:
         raise
     except (DatasetGenerationError, pa.ArrowException, ValueError, TypeError, OverflowError):
         return _json_rows(path, skip)
     # Texts that look like dates have become dates: read them as they stand.
     return _json_rows(path, skip) if _has_dates(rows.features.arrow_schema) else rows
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without datasets' own words on what it could not read: ours follow."""
+    logger = logging.getLogger("datasets")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _has_dates(types: Any) -> bool:
