@@ -176,6 +176,21 @@ class TestJSON:
         assert list(read_rows(folder("r.jsonl", lines(rows[:1])))) == rows[:1]
         assert list(read_rows(folder("s.jsonl", lines(rows)))) == rows
 
+    @pytest.mark.parametrize("text", ["007", "1.0", "true", "null", '{"a": 1}', "[1, 2]", '"quoted"', "plain"])
+    def test_texts_beside_other_kinds_stay_texts(self, folder, text):
+        """datasets stores mixed cells as JSON and would take these for it."""
+        content = [text, [{"type": "text", "text": text}]]
+        rows = [
+            {"messages": [{"role": "assistant", "content": c}], "extra": c, "x": 0.1234567890123456} for c in content
+        ]
+        for source in (folder("r.jsonl", lines(rows)), rows):
+            assert list(read_rows(source)) == rows
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": text}]
+        pair = {"chosen": turns, "rejected": turns}  # which is converted: the other column goes along
+        read = read_rows(folder("s.jsonl", lines([{**pair, "extra": text}, {**pair, "extra": [1]}])))
+        assert read[0]["chosen"] == turns[1:]
+        assert read["extra"] == [text, [1]]
+
     def test_keys_that_only_later_rows_have(self, folder):
         rows = [{"prompt": "a"}, {"prompt": "b", "completion": "c"}]
         for source in (folder("r.jsonl", lines(rows)), rows):

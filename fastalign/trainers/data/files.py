@@ -11,9 +11,10 @@ from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
 
 from ...utils.text import first_line
 from .forms import TEXTS, renamed, standard
+from .mixed import from_rows
 from .paths import expand, folder_splits, split_of
 from .problems import Reading
-from .read import KINDS, from_rows, kind_of, read_file, typed
+from .read import KINDS, kind_of, read_file, typed
 
 _SAVED = ("state.json", "dataset_dict.json")
 """What Dataset.save_to_disk and DatasetDict.save_to_disk leave in their folder."""

@@ -71,15 +71,18 @@ _open: ContextVar[Tally | None] = ContextVar("fastalign_tally", default=None)
 
 
 @contextlib.contextmanager
-def tally(key: str) -> Iterator[Tally]:
-    """Counts what the rows read and tokenised inside lose, and prints it at the end under the name of the source."""
+def tally(key: str, *, told: bool = True) -> Iterator[Tally]:
+    """Counts what the rows read and tokenised inside lose, and prints it at the end under the name of the source.
+
+    told: whether to print it.
+    """
     counts = Tally()
     token = _open.set(counts)
     try:
         yield counts
     finally:
         _open.reset(token)
-    for line in counts.words():
+    for line in counts.words() if told else ():
         note(f"{key}: {line}")
 
 

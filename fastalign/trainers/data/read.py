@@ -8,7 +8,6 @@ import contextlib
 import csv
 import glob
 import gzip
-import inspect
 import io
 import json
 import logging
@@ -23,6 +22,7 @@ from datasets import Dataset, Features, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from ...utils.text import first_line
+from .mixed import from_rows, has_json
 from .problems import Problems
 
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
@@ -35,11 +35,6 @@ _OPEN: dict[str, Callable[[str], Any]] = {
     ".zst": lambda path: pa.input_stream(path, compression="zstd"),
 }
 """Endings of compressed text files, and what unpacks them."""
-
-_MIXED: dict[str, Any] = (
-    {"on_mixed_types": "use_json"} if "on_mixed_types" in inspect.signature(Dataset.from_list).parameters else {}
-)
-"""Keeps structs of different keys apart, where the installed datasets can; else keys that a row lacks become None."""
 
 
 def kind_of(path: str) -> tuple[str, str]:
@@ -196,8 +191,9 @@ def _read_json(path: str, skip: bool) -> Dataset:
         raise
     except (DatasetGenerationError, pa.ArrowException, ValueError, TypeError, OverflowError):
         return _json_rows(path, skip)
-    # Texts that look like dates have become dates: read them as they stand.
-    return _json_rows(path, skip) if _has_dates(rows.features.arrow_schema) else rows
+    # Texts that look like dates have become dates and, in columns of mixed kinds, texts that look like JSON what they
+    # say: read them as they stand.
+    return _json_rows(path, skip) if _has_dates(rows.features.arrow_schema) or has_json(rows.features) else rows
 
 
 @contextlib.contextmanager
@@ -288,9 +284,3 @@ def _unfit(value: Any) -> str | None:
     elif isinstance(value, list):
         return next((fault for fault in map(_unfit, value) if fault), None)
     return None
-
-
-def from_rows(rows: Sequence[Mapping[str, Any]]) -> Dataset:
-    """A dataset of these, with the columns of all of them: one that a row lacks is None there."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return Dataset.from_list([{name: row.get(name) for name in names} for row in rows], **_MIXED)

@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from .mixed import from_rows, has_json
 from .problems import Problems, Tally, report
 
 Row = Mapping[str, Any]
@@ -40,17 +41,20 @@ def map_rows(rows: Dataset, convert: Convert, gone: Sequence[str], *, skip_bad_r
         out, fault, dropped = _try(row, index, convert)
         return {**(sample if out is None else out), _FAULT: fault, _DROPPED: dropped}
 
-    found = rows.map(one, with_indices=True, remove_columns=list(gone), desc=desc)
+    kept = {name: feature for name, feature in rows.features.items() if name not in gone}
+    found = None if has_json(kept) else rows.map(one, with_indices=True, remove_columns=list(gone), desc=desc)
+    if found is None or has_json(found.features):  # which map would not give back as they were
+        found = from_rows([{**_without(row, gone), **one(row, i)} for i, row in enumerate(rows)])
     faults, dropped = list(found[_FAULT]), list(found[_DROPPED])
-    kept = [i for i, fault in enumerate(faults) if not fault and not dropped[i]]
+    left = [i for i, fault in enumerate(faults) if not fault and not dropped[i]]
     found = found.remove_columns([_FAULT, _DROPPED])
     problems = Problems(skip_bad_rows)
     for fault in filter(None, faults):
         problems.add(fault)
-    problems.close(len(kept))
+    problems.close(len(left))
     if any(dropped):
         report(Tally(dropped=sum(dropped)))
-    return found if len(kept) == len(faults) else found.select(kept)
+    return found if len(left) == len(faults) else found.select(left)
 
 
 def _try(row: Row, index: int, convert: Convert) -> tuple[dict[str, Any] | None, str, bool]:
@@ -62,6 +66,10 @@ def _try(row: Row, index: int, convert: Convert) -> tuple[dict[str, Any] | None,
     except ValueError as error:
         text = str(error)
         return None, text if f"row {index} " in text else f"row {index} (from 0): {text}", False
+
+
+def _without(row: Row, names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in names}
 
 
 def _first_good(rows: Dataset, convert: Convert, skip_bad_rows: bool) -> dict[str, Any]:

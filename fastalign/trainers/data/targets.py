@@ -12,8 +12,8 @@ from datasets import Dataset
 
 from .chat import is_chat
 from .forms import number_of
+from .mixed import from_rows
 from .problems import Tally, report
-from .read import from_rows
 from .rowwise import Row, map_rows
 
 _RATINGS = ("label", "helpfulness")

@@ -118,7 +118,20 @@ def _map(
     return found.remove_columns([_PROMPT_CUT, _REPLY_CUT])
 
 
+def converter(form: Sequence[str]) -> Callable[[Row, int, Encoder], dict[str, Any]]:
+    """What makes token ids and their `length` of a row of these columns; of a `prompt` alone its `prompt_ids`."""
+    single = {("messages",): _conversation, ("prompt", "completions"): _ranked, ("prompt",): _prompt}
+    return single.get(tuple(form)) or (_pair if tuple(form) in PAIR_FORMS else _completion)
+
+
 # ---------------------------------------------------------------------------------------------------- one row of each
+def _prompt(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
+    ids, _ = encode.seen_prompt(cell(row, "prompt", index, may_be_empty=True))
+    if not ids:
+        raise ValueError("column 'prompt' must have at least one token")
+    return {"prompt_ids": ids, "length": len(ids)}
+
+
 def _completion(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
     prompt = cell(row, "prompt", index, may_be_empty=True) if "prompt" in row else ""
     column = "text" if "text" in row else "completion"
