@@ -90,7 +90,7 @@ def load_prompts(
         return []
     reading = reading or Reading()
     with named(key), tally(key) as told:
-        rows = as_prompts(read_rows(source, reading))
+        rows = as_prompts(read_rows(source, reading), reading.skip_bad_rows)
         rows = load_rows(rows, required=("prompt", *columns))
         encode = Encoder(tokenizer, 2**30, max_prompt_length, append_eos=False, truncation_mode=truncation_mode)
         found = list(_prompts(rows, encode, columns, reading.skip_bad_rows))
