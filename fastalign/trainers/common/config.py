@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from transformers import TrainingArguments
 
-from ...utils.arguments import key
 from ...utils.checks import check_choice, check_positive
 from ..data.cut import MODES, mode_of
 from ..data.problems import Reading, columns_of
+from .arguments import key
 
 COMMON = (
     "learning_rate",
