@@ -1,4 +1,4 @@
-"""Loss programs: every operation as torch has it, value and derivative; levels, passes, threads; what does not trace."""
+"""Loss programs: operations as torch has them, value and derivative; levels, passes, threads; what does not trace."""
 
 import re
 from pathlib import Path
