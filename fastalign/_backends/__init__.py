@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..kernels.token_results import SAVED
 from . import cpu, cuda, eager, triton
 from ._interface import KINDS, KL_TERMS, Backend, Objective
 from .cache import LARGE, empty, keep_memory, release_memory
@@ -23,6 +24,7 @@ __all__ = [
     "KINDS",
     "KL_TERMS",
     "LARGE",
+    "SAVED",
     "Backend",
     "Objective",
     "automatic",

@@ -8,7 +8,7 @@ import os
 import torch
 from torch import Tensor
 
-from ..kernels.token_results import new_saved, new_statistics
+from ..kernels.token_results import SAVED, new_saved, new_statistics
 from ._interface import DTYPES, KINDS, KL_TERMS, Objective, Statistics, bad_label
 
 try:
@@ -145,9 +145,9 @@ def _done(live: int, labels: Tensor, options: tuple[int, float, float], logits: 
 
 
 def saved_tensor(saved: Kept, labels: Tensor) -> Tensor:
-    """[..., 4], as `forward` returns it, if these are its labels."""
+    """[..., SAVED], as `forward` returns it, if these are its labels."""
     rows = torch.frombuffer(bytearray(saved), dtype=torch.float32) if saved else _ONE.new_empty(0)
-    return rows.view(*labels.shape, 4) if rows.numel() == 4 * labels.numel() else rows
+    return rows.view(*labels.shape, SAVED) if rows.numel() == SAVED * labels.numel() else rows
 
 
 def logps(
