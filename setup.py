@@ -32,7 +32,6 @@ HEADERS = [
         "large_blocks",
         "loss_interpreter",
         "loss_program",
-        "objectives",
         "scalar",
         "parallel",
         "probes_cpu",
@@ -89,7 +88,7 @@ CUDA_SOURCES = ["kernels/gae_cuda.cu", "kernels/token_stats_cuda.cu"]
 CUDA_HEADERS = [
     *(
         f"kernels/{name}.h"
-        for name in ("approximations", "gae_args", "gae_cuda", "launch_cuda", "objectives", "simd_types")
+        for name in ("approximations", "gae_args", "gae_cuda", "launch_cuda", "loss_program", "simd_types")
     ),
     *(f"kernels/{name}.h" for name in ("token_args", "token_stats", "token_stats_cuda")),
     *(f"kernels/token_{name}_cuda.cuh" for name in ("gradient", "memory", "rows", "short", "vectors")),

@@ -15,16 +15,14 @@ from typing import Any
 from torch import Tensor
 
 from . import cpu, cuda, eager, triton
-from ._interface import KINDS, KL_TERMS, Backend, Objective
+from ._interface import Backend, TokenProgram
 from .cache import LARGE, empty, keep_memory, release_memory
 from .cpu import cpu_isa, cpu_isas, loss_program, probe_copy, probe_read, saved_rows
 
 __all__ = [
-    "KINDS",
-    "KL_TERMS",
     "LARGE",
     "Backend",
-    "Objective",
+    "TokenProgram",
     "automatic",
     "backends",
     "choose",

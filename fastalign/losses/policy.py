@@ -8,6 +8,7 @@ are averaged (`normalization`) and what holds the policy close to another (`kl_c
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -15,14 +16,15 @@ from torch import Tensor
 
 from ..head.head import Head
 from ..ops.fused_loss import BATCH, SEQUENCE, TOKEN, FusedLoss, Grouping, Input, Values
-from ..ops.objective import attach_gradient, token_objective
+from ..ops.objective import attach_gradient, fused_gradient
+from ..ops.programs import NotTraced
 from ..ops.results import TokenStats
+from ..ops.token_programs import TokenProgram, trace_token
 from .base import Logits, LogitsLoss, check_float, check_mask, check_range, lookup, mean_over, real_tokens
 from .chunks import Piece, by_parts, known_objective, take
-from .kl import IMPORTANCE_LEVELS, KL_ESTIMATORS, importance_ratio
-from .one_launch import policy_inputs, policy_objective, token_weights
-from .policy_objectives import KINDS, Terms
-from .reductions import NORMALIZATIONS, Count, as_real, check_normalization, normalize_real
+from .kl import IMPORTANCE_LEVELS, KL_ESTIMATORS, importance_ratio, importance_weights
+from .policy_objectives import KINDS, Objective, Terms, with_penalties
+from .reductions import NORMALIZATIONS, Count, as_real, check_normalization, normalize_real, token_weights
 
 
 class PolicyLossOutput(NamedTuple):
@@ -142,35 +144,51 @@ def policy_loss(
     return policy_formula(Values(mask, stats, [*inputs, Input("num_items", num_items, BATCH)]), config)
 
 
-def policy_formula(t: Any, config: dict[str, Any]) -> PolicyLossOutput:
-    """The loss and its metrics from what is known of every token: `t` has logps, old_logps, advantages, mask and, where
-    they were given, ref_logps, kl, entropy, sampler_logps and num_items."""
+class _OfTokens(NamedTuple):
+    """What each token contributes."""
+
+    log_ratio: Any
+    objective: Objective
+    policy: Any
+    """The objective's loss, weighted by importance."""
+    divergence: Any
+
+
+def _of_tokens(t: Any, config: dict[str, Any], importance: Any) -> _OfTokens:
     high = config["cliprange"] if config["cliprange_high"] is None else config["cliprange_high"]
     log_ratio = t.logps - t.old_logps
     terms = Terms(t.logps, log_ratio, t.advantages, t.mask, config["cliprange"], high, config["dual_clip"])
     objective = KINDS[config["kind"]](terms)
-    policy = objective.loss
+    policy = objective.loss if importance is None else objective.loss * importance
+    return _OfTokens(log_ratio, objective, policy, _divergence(t, config))
+
+
+def policy_formula(t: Any, config: dict[str, Any]) -> PolicyLossOutput:
+    """The loss and its metrics from what is known of every token: `t` has logps, old_logps, advantages, mask and, where
+    they were given, ref_logps, kl, entropy, sampler_logps and num_items."""
+    importance = None
     if t.sampler_logps is not None:
-        level, cap = config["importance_level"], config["importance_cap"]
-        policy = policy * importance_ratio(t.old_logps - t.sampler_logps, level, cap)
-    divergence = _divergence(t, config)
+        importance = importance_ratio(
+            t.old_logps - t.sampler_logps, config["importance_level"], config["importance_cap"]
+        )
+    log_ratio, objective, policy, divergence = _of_tokens(t, config, importance)
 
     def reduced(x: Any) -> Any:
         return normalize_real(x, t.mask, config["normalization"], t.num_items, config["max_length"])
 
-    # A term whose weight is 0 is not formed: 0 times an infinite divergence would be NaN.
-    loss = policy_term = reduced(policy)
-    if config["kl_coef"] != 0.0:
-        loss = loss + config["kl_coef"] * reduced(divergence)
-    if config["entropy_coef"] != 0.0:
-        loss = loss - config["entropy_coef"] * reduced(t.entropy)
+    def weighted(x: Any, coefficient: float) -> Any:
+        return None if coefficient == 0.0 else reduced(x)
+
+    policy_term = reduced(policy)
+    kl_coef, entropy_coef = config["kl_coef"], config["entropy_coef"]
+    kl, entropy = weighted(divergence, kl_coef), weighted(t.entropy, entropy_coef)
     count = real_tokens(t.mask, log_ratio.dtype)
 
     def metric(x: Any) -> Any:
         return mean_over(x.detach(), t.mask, count)
 
     return PolicyLossOutput(
-        loss,
+        with_penalties(policy_term, kl, kl_coef, entropy, entropy_coef),
         policy_term.detach(),
         None if divergence is None else metric(divergence),
         None if t.entropy is None else metric(t.entropy),
@@ -178,6 +196,18 @@ def policy_formula(t: Any, config: dict[str, Any]) -> PolicyLossOutput:
         metric(objective.clipped.to(log_ratio.dtype)),
         metric(objective.ratio),
     )
+
+
+@functools.lru_cache(maxsize=128)
+def _token_program(config: tuple[tuple[str, Any], ...], given: tuple[str, ...]) -> TokenProgram:
+    """The loss of one token, for the kernels of one launch; NotTraced for kinds that need whole sequences."""
+    options = dict(config)
+
+    def loss(t: Any) -> Any:
+        found = _of_tokens(t, options, t.importance)
+        return with_penalties(found.policy, found.divergence, options["kl_coef"], t.entropy, options["entropy_coef"])
+
+    return trace_token(loss, given)
 
 
 def _divergence(t: Any, config: dict[str, Any]) -> Any:
@@ -221,10 +251,36 @@ def _check_given(config: dict[str, Any], mask: Tensor, kl: Any, entropy: Any, gi
     for name, x in ({"kl": kl, "entropy": entropy} | given).items():
         if x is not None:
             check_float(name, x, mask.shape, "logps")
-    if config["kl_coef"] != 0.0 and kl is given["ref_logps"] is None and config["kind"] != "penalty":
-        raise ValueError("kl_coef other than 0 needs ref_logps, or kl with kl_estimator='exact'; got neither")
+    _check_compared(config, given["ref_logps"] is not None)
     if config["entropy_coef"] != 0.0 and entropy is None:
         raise ValueError("entropy_coef other than 0 needs entropy, that of each token; got None")
+
+
+def _check_compared(config: dict[str, Any], has_reference: bool) -> None:
+    """Raises where a KL is weighted and there is nothing to compare with."""
+    compared = has_reference or config["kl_estimator"] == "exact" or config["kind"] == "penalty"
+    if config["kl_coef"] != 0.0 and not compared:
+        raise ValueError("kl_coef other than 0 needs ref_logps, or kl with kl_estimator='exact'; got neither")
+
+
+def _token_inputs(
+    config: dict[str, Any],
+    mask: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    ref_logps: Tensor | None,
+    sampler_logps: Tensor | None,
+) -> dict[str, Tensor]:
+    """What the program of a token is given, by name: float32, 0 where hidden."""
+    found = {"old_logps": old_logps, "advantages": advantages}
+    if ref_logps is not None:
+        found["ref_logps"] = ref_logps
+    for name, x in found.items():
+        found[name] = as_real(check_float(name, x, mask.shape, "labels"), mask).detach().float()
+    if sampler_logps is not None:
+        level, cap = config["importance_level"], config["importance_cap"]
+        found["importance"] = importance_weights(old_logps, sampler_logps, mask, level=level, cap=cap).float()
+    return found
 
 
 def _advantages(advantages: Tensor, mask: Tensor) -> Tensor:
@@ -303,7 +359,10 @@ class PPOLoss(LogitsLoss):
         statistics = ["logps"] + self.want_entropy * ["entropy"] + (kl_estimator == "exact") * ["kl"]
         self.fused = FusedLoss(self._formula, statistics)
         if one_launch:
-            policy_objective(self.config, has_reference=True)  # refuses a kind that needs whole sequences
+            try:
+                _token_program(tuple(self.config.items()), ("old_logps", "advantages", "ref_logps", "importance"))
+            except NotTraced as reason:
+                raise ValueError(f"one_launch is for losses of single tokens; got kind={kind!r}: {reason}") from None
 
     def _formula(self, t: Any) -> PolicyLossOutput:
         return policy_formula(t, self.config)
@@ -432,18 +491,20 @@ class PPOLoss(LogitsLoss):
         num_items: Count | None,
         ref_logits: Any,
     ) -> PolicyLossOutput:
-        weight = token_weights(mask, self.config["normalization"], num_items, self.config["max_length"])
-        objective = policy_objective(self.config, given["ref_logps"] is not None)
-        inputs: dict[str, Any] = policy_inputs(self.config, mask, old_logps, _advantages(advantages, mask), **given)
-        stats, gradient = token_objective(
+        config = self.config
+        _check_config(config)
+        _check_compared(config, given["ref_logps"] is not None)
+        weight = token_weights(mask, config["normalization"], num_items, config["max_length"])
+        inputs = _token_inputs(config, mask, old_logps, _advantages(advantages, mask), **given)
+        stats, _, gradient = fused_gradient(
             logits,
             labels,
             weight,
-            objective,
+            _token_program(tuple(config.items()), tuple(inputs)),
+            inputs,
             inplace=self.inplace_backward,
             ref_logits=ref_logits,
             entropy=self.want_entropy,
-            **inputs,
             **self.stats_options,
         )
         output = self._terms(stats, old_logps, advantages, mask, given, num_items)
