@@ -8,8 +8,7 @@ are averaged (`normalization`) and what holds the policy close to another (`kl_c
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,31 +18,12 @@ from ..ops.fused_loss import BATCH, SEQUENCE, TOKEN, FusedLoss, Grouping, Input,
 from ..ops.objective import attach_gradient, fused_gradient
 from ..ops.programs import NotTraced
 from ..ops.results import TokenStats
-from ..ops.token_programs import TokenProgram, trace_token
-from .base import Logits, LogitsLoss, check_float, check_mask, check_range, lookup, mean_over, real_tokens
+from .base import Logits, LogitsLoss, check_float, check_mask, check_range, lookup
 from .chunks import Piece, by_parts, known_objective, take
-from .kl import IMPORTANCE_LEVELS, KL_ESTIMATORS, importance_ratio, importance_weights
-from .policy_objectives import KINDS, Objective, Terms, with_penalties
-from .reductions import NORMALIZATIONS, Count, as_real, check_normalization, normalize_real, token_weights
-
-
-class PolicyLossOutput(NamedTuple):
-    """`loss` is differentiable; all else is detached and, but for `policy_loss`, the mean over real tokens."""
-
-    loss: Tensor
-    """Scalar: policy_loss + kl_coef * KL - entropy_coef * entropy, all under the chosen normalisation."""
-    policy_loss: Tensor
-    """Scalar: the policy term alone, under the chosen normalisation."""
-    kl: Tensor | None
-    """Scalar: KL by the chosen estimator, in nats a token; None where there is nothing to compare with."""
-    entropy: Tensor | None
-    """Scalar, in nats a token; None where no entropy was given."""
-    approxkl: Tensor
-    """Scalar: half the mean squared log-ratio to the old policy."""
-    clipfrac: Tensor
-    """Scalar: share of tokens whose ratio was cut."""
-    ratio: Tensor
-    """Scalar: mean ratio of new to old policy (of sequences, for `gspo`)."""
+from .kl import IMPORTANCE_LEVELS, KL_ESTIMATORS
+from .policy_formula import PolicyLossOutput, policy_formula, token_inputs, token_program
+from .policy_objectives import KINDS
+from .reductions import NORMALIZATIONS, Count, as_real, check_normalization, token_weights
 
 
 def policy_loss(
@@ -144,84 +124,6 @@ def policy_loss(
     return policy_formula(Values(mask, stats, [*inputs, Input("num_items", num_items, BATCH)]), config)
 
 
-class _OfTokens(NamedTuple):
-    """What each token contributes."""
-
-    log_ratio: Any
-    objective: Objective
-    policy: Any
-    """The objective's loss, weighted by importance."""
-    divergence: Any
-
-
-def _of_tokens(t: Any, config: dict[str, Any], importance: Any) -> _OfTokens:
-    high = config["cliprange"] if config["cliprange_high"] is None else config["cliprange_high"]
-    log_ratio = t.logps - t.old_logps
-    terms = Terms(t.logps, log_ratio, t.advantages, t.mask, config["cliprange"], high, config["dual_clip"])
-    objective = KINDS[config["kind"]](terms)
-    policy = objective.loss if importance is None else objective.loss * importance
-    return _OfTokens(log_ratio, objective, policy, _divergence(t, config))
-
-
-def policy_formula(t: Any, config: dict[str, Any]) -> PolicyLossOutput:
-    """The loss and its metrics from what is known of every token: `t` has logps, old_logps, advantages, mask and, where
-    they were given, ref_logps, kl, entropy, sampler_logps and num_items."""
-    importance = None
-    if t.sampler_logps is not None:
-        importance = importance_ratio(
-            t.old_logps - t.sampler_logps, config["importance_level"], config["importance_cap"]
-        )
-    log_ratio, objective, policy, divergence = _of_tokens(t, config, importance)
-
-    def reduced(x: Any) -> Any:
-        return normalize_real(x, t.mask, config["normalization"], t.num_items, config["max_length"])
-
-    def weighted(x: Any, coefficient: float) -> Any:
-        return None if coefficient == 0.0 else reduced(x)
-
-    policy_term = reduced(policy)
-    kl_coef, entropy_coef = config["kl_coef"], config["entropy_coef"]
-    kl, entropy = weighted(divergence, kl_coef), weighted(t.entropy, entropy_coef)
-    count = real_tokens(t.mask, log_ratio.dtype)
-
-    def metric(x: Any) -> Any:
-        return mean_over(x.detach(), t.mask, count)
-
-    return PolicyLossOutput(
-        with_penalties(policy_term, kl, kl_coef, entropy, entropy_coef),
-        policy_term.detach(),
-        None if divergence is None else metric(divergence),
-        None if t.entropy is None else metric(t.entropy),
-        metric(0.5 * log_ratio.square()),
-        metric(objective.clipped.to(log_ratio.dtype)),
-        metric(objective.ratio),
-    )
-
-
-@functools.lru_cache(maxsize=128)
-def _token_program(config: tuple[tuple[str, Any], ...], given: tuple[str, ...]) -> TokenProgram:
-    """The loss of one token, for the kernels of one launch; NotTraced for kinds that need whole sequences."""
-    options = dict(config)
-
-    def loss(t: Any) -> Any:
-        found = _of_tokens(t, options, t.importance)
-        return with_penalties(found.policy, found.divergence, options["kl_coef"], t.entropy, options["entropy_coef"])
-
-    return trace_token(loss, given)
-
-
-def _divergence(t: Any, config: dict[str, Any]) -> Any:
-    """The KL term: to the reference where one is given, and for `penalty` without one KL(pi_old, pi)."""
-    if config["kl_estimator"] == "exact":
-        return t.kl
-    estimator = KL_ESTIMATORS[config["kl_estimator"]]
-    if t.ref_logps is not None:
-        return estimator(t.logps - t.ref_logps)
-    if config["kind"] == "penalty":
-        return estimator(t.old_logps - t.logps)  # the samples are the old policy's: it comes first
-    return None
-
-
 def _check_config(config: dict[str, Any]) -> None:
     lookup("kind", KINDS, config["kind"])
     lookup("kl_estimator", {**KL_ESTIMATORS, "exact": None}, config["kl_estimator"])
@@ -261,26 +163,6 @@ def _check_compared(config: dict[str, Any], has_reference: bool) -> None:
     compared = has_reference or config["kl_estimator"] == "exact" or config["kind"] == "penalty"
     if config["kl_coef"] != 0.0 and not compared:
         raise ValueError("kl_coef other than 0 needs ref_logps, or kl with kl_estimator='exact'; got neither")
-
-
-def _token_inputs(
-    config: dict[str, Any],
-    mask: Tensor,
-    old_logps: Tensor,
-    advantages: Tensor,
-    ref_logps: Tensor | None,
-    sampler_logps: Tensor | None,
-) -> dict[str, Tensor]:
-    """What the program of a token is given, by name: float32, 0 where hidden."""
-    found = {"old_logps": old_logps, "advantages": advantages}
-    if ref_logps is not None:
-        found["ref_logps"] = ref_logps
-    for name, x in found.items():
-        found[name] = as_real(check_float(name, x, mask.shape, "labels"), mask).detach().float()
-    if sampler_logps is not None:
-        level, cap = config["importance_level"], config["importance_cap"]
-        found["importance"] = importance_weights(old_logps, sampler_logps, mask, level=level, cap=cap).float()
-    return found
 
 
 def _advantages(advantages: Tensor, mask: Tensor) -> Tensor:
@@ -360,7 +242,7 @@ class PPOLoss(LogitsLoss):
         self.fused = FusedLoss(self._formula, statistics)
         if one_launch:
             try:
-                _token_program(tuple(self.config.items()), ("old_logps", "advantages", "ref_logps", "importance"))
+                token_program(tuple(self.config.items()), ("old_logps", "advantages", "ref_logps", "importance"))
             except NotTraced as reason:
                 raise ValueError(f"one_launch is for losses of single tokens; got kind={kind!r}: {reason}") from None
 
@@ -495,12 +377,12 @@ class PPOLoss(LogitsLoss):
         _check_config(config)
         _check_compared(config, given["ref_logps"] is not None)
         weight = token_weights(mask, config["normalization"], num_items, config["max_length"])
-        inputs = _token_inputs(config, mask, old_logps, _advantages(advantages, mask), **given)
+        inputs = token_inputs(config, mask, old_logps, _advantages(advantages, mask), **given)
         stats, _, gradient = fused_gradient(
             logits,
             labels,
             weight,
-            _token_program(tuple(config.items()), tuple(inputs)),
+            token_program(tuple(config.items()), tuple(inputs)),
             inputs,
             inplace=self.inplace_backward,
             ref_logits=ref_logits,
