@@ -8,10 +8,12 @@
 #ifdef __CUDACC__
 #define FA_HD __host__ __device__ inline
 #define FA_MEMBER __host__ __device__
+#define FA_APART __noinline__
 #else
 // static: each instruction set keeps its own copy, none of which may serve another processor.
 #define FA_HD static inline
 #define FA_MEMBER
+#define FA_APART
 #endif
 
 namespace fastalign {

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "objectives.h"
+#include "loss_program.h"
 #include "token_stats.h"
 
 namespace fastalign {
@@ -68,8 +68,9 @@ struct BackwardArgs : TokenArgs {
 };
 
 struct ObjectiveArgs : TokenArgs {
-    ObjectiveOptions options;
-    const float *weight, *old_logps, *advantages, *ref_logps;  // one per row; weight is needed, others may be null
+    TokenProgram program;                           // of the loss of a row
+    const float* weight;                            // what that counts for, one per row
+    const float* inputs[TokenProgram::kMaxInputs];  // what the program is given, one per row
     PerRow<float> out;
     float* saved;  // as the forward's; null: not wanted
     void* out_gradient;
@@ -133,12 +134,18 @@ FA_HD Coefficients row_coefficients(const BackwardArgs& a, int64_t row, Mode mod
     return coefficients(o, d, a.temperature, a.inv_temperature, static_cast<double>(a.vocab), exact);
 }
 
+// The gradients of a row's statistics under an objective. One thread finds them, in memory of its own, so on devices it
+// is a function apart, or its registers would be every kernel's.
+FA_HD FA_APART Grads objective_gradient(const ObjectiveArgs& a, int64_t row, Stats o) {
+    const auto input = [&](int i) { return a.inputs[i][row]; };
+    return token_slopes(a.program, o, input, a.weight[row]);
+}
+
 // The same under an objective, from the statistics just found.
 template <class Exact = AsGiven>
 FA_HD Coefficients row_coefficients(const ObjectiveArgs& a, int64_t row, const Stats& o, Mode mode = kReference,
                                     Exact exact = {}) {
-    const TokenInputs t{a.weight[row], at_row(a.old_logps, row), at_row(a.advantages, row), at_row(a.ref_logps, row)};
-    const Grads d = wanted(objective_gradient(a.options, o, t), mode);
+    const Grads d = wanted(objective_gradient(a, row, o), mode);
     return coefficients(o, d, a.temperature, a.inv_temperature, static_cast<double>(a.vocab), exact);
 }
 

@@ -38,7 +38,7 @@ _POINTERS = tuple(
     f"{name}_ptr"
     for name in (
         *("x", "z", "out", "labels", "logps", "lse", "entropy", "kl", "mean", "saved"),
-        *("g_logps", "g_lse", "g_entropy", "g_kl", "g_mean", "weight", "old_logps", "advantages", "ref_logps"),
+        *("g_logps", "g_lse", "g_entropy", "g_kl", "g_mean", "weight", *(f"input{i}" for i in range(8))),
     )
 )
 

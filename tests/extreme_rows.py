@@ -150,7 +150,7 @@ LEADS = (17.0, 25.0, 37.5, 60.0)
 
 
 def certain(dtype, vocab, places, temperature=1.0, leads=LEADS):
-    """Rows whose target leads, by each of `leads` at each place, [leads * places, vocab] in the dtype; and the labels."""
+    """Rows whose target leads, by each of `leads` at each place, [leads * places, vocab] in the dtype; their labels."""
     g = torch.Generator().manual_seed(vocab)
     cases = list(itertools.product(leads, places))
     x = torch.rand(len(cases), vocab, generator=g) - 3

@@ -20,17 +20,15 @@ from torch import Tensor
 from ..kernels.token_results import SAVED
 from ..utils import environment
 from . import cpu, cuda, eager, triton
-from ._interface import KINDS, KL_TERMS, Backend, Objective
+from ._interface import Backend, TokenProgram
 from .cache import LARGE, empty, keep_memory, release_memory
 from .cpu import cpu_isa, cpu_isas, kept_rows, loss_program, probe_copy, probe_read
 
 __all__ = [
-    "KINDS",
-    "KL_TERMS",
     "LARGE",
     "SAVED",
     "Backend",
-    "Objective",
+    "TokenProgram",
     "automatic",
     "backends",
     "choose",

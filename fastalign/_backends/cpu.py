@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..kernels.token_results import SAVED, new_saved, new_statistics
 from ..utils import environment
-from ._interface import DTYPES, KINDS, KL_TERMS, Objective, Statistics, bad_label
+from ._interface import DTYPES, Statistics, TokenProgram, bad_label
 
 
 def _new_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -272,16 +272,13 @@ def loss_backward(
 
 
 # ------------------------------------------------------------------------------------------------- one launch
-def _codes(o: Objective) -> tuple:
-    return (KINDS[o.kind], *o[1:4], KL_TERMS[o.kl], *o[5:])
-
-
 def objective(
     logits: Tensor,
     labels: Tensor,
     ref_logits: Tensor | None,
-    inputs: tuple[Tensor | None, ...],
-    options: Objective,
+    program: TokenProgram,
+    weight: Tensor,
+    inputs: tuple[Tensor, ...],
     ignore_index: int,
     temperature: float,
     softcap: float,
@@ -289,11 +286,11 @@ def objective(
     out: Tensor,
 ) -> Statistics:
     labels = labels.contiguous()
-    dense = [None if t is None else t.contiguous() for t in inputs]
-    found = new_statistics(labels, want_entropy, ref_logits is not None, options.label_smoothing != 0)
+    dense = [t.contiguous() for t in (weight, *inputs)]
+    found = new_statistics(labels, want_entropy, ref_logits is not None, program.uses[4])
     live = _C.token_objective(
         tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
-        _codes(options),
+        program.encoded,
         tuple(map(_address, dense)),
         tuple(map(_address, (*found, None))),
         out.data_ptr(),
