@@ -19,10 +19,12 @@ from rich.markup import escape
 from transformers import AutoModelForSequenceClassification, set_seed
 
 from ..evaluation.sample import load
-from ..trainers.common import run
+from ..models.loading import load as load_any
+from ..models.loading import load_tokenizer, placed
 from ..trainers.common.config import DTYPES
 from ..trainers.data.encode import Encoder
 from ..trainers.data.files import check_sources, read_rows
+from ..trainers.data.template import OPTIONS_HELP, PATH_HELP
 from ..utils import arguments
 from ..utils.arguments import key
 from ..utils.checks import check_choice, check_positive
@@ -49,6 +51,10 @@ class DoctorConfig:
     reference_model: bool = key(False, "The run holds a second model in memory", group="Training loop")
     rows: int = key(1000, "Rows to look at; drawn at random if there are more")
     seed: int = key(0, "Seed of that choice and of the sampled texts")
+    chat_template_path: str | None = key(None, PATH_HELP, group="Model and data")
+    chat_template_kwargs: dict[str, Any] | None = key(  # noqa: RUF009 (it makes a dataclasses.field)
+        None, OPTIONS_HELP, group="Model and data"
+    )
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
@@ -61,19 +67,20 @@ def examine(config: DoctorConfig) -> list[Finding]:
     if not config.model or not config.dataset:
         raise ValueError("doctor needs a model and a dataset")
     check_sources(config, ("dataset",))
-    model, tokenizer = load(config.model, config.tokenizer, config.dtype)
+    model, tokenizer = load(config.model, config.tokenizer, config.dtype, chat_template_path=config.chat_template_path)
     encode = Encoder(
         tokenizer,
         config.max_length,
         config.max_prompt_length,
         config.append_eos and tokenizer.eos_token_id is not None,
+        config.chat_template_kwargs or {},
     )
     patient = Patient(config, _some(read_rows(config.dataset), config), encode, model)
     checks: dict[str, Callable[[Any], list[Finding]]] = {**DATA_CHECKS, **MODEL_CHECKS}
     if config.reward_model:
-        patient.reward_tokenizer = run.load_tokenizer(None, config.reward_model, "reward_model")
-        reward_model = run.load("reward_model", AutoModelForSequenceClassification, config.reward_model)
-        patient.reward_model = run.placed(reward_model.eval())
+        patient.reward_tokenizer = load_tokenizer(None, config.reward_model, "reward_model")
+        reward_model = load_any("reward_model", AutoModelForSequenceClassification, config.reward_model)
+        patient.reward_model = placed(reward_model.eval())
         checks |= REWARD_CHECKS
     set_seed(config.seed)
     findings: list[Finding] = []

@@ -27,7 +27,9 @@ from transformers import set_seed
 
 from ..models.loading import pad_id
 from ..trainers.common.checkpoints import write_json
+from ..trainers.data.chat import check_messages, content_of, is_chat
 from ..trainers.data.files import read_rows
+from ..trainers.data.tokenize import TEMPLATE_COLUMNS
 from ..utils import arguments
 from ..utils.arguments import key
 from ..utils.checks import check_choice
@@ -35,7 +37,7 @@ from .diversity import self_bleu
 from .estimates import distinct, estimate
 from .judges import PairJudge, ScoreJudge, load_pair_judge
 from .perplexity import likelihood
-from .sample import DrawConfig, load, output_path, read_prompts
+from .sample import DrawConfig, load, output_path, read_options, read_prompts
 from .sampling import Sample, compare_policies, sample
 from .scorers import Judge, load_judge
 from .winrate import win_rate
@@ -95,11 +97,13 @@ def evaluate(config: EvalConfig) -> dict[str, dict[str, Any]]:
     judge = _pair_judge(config, score)
     reference = load(config.reference, None, config.dtype, "reference")[0] if config.reference else None
     result: dict[str, dict[str, Any]] = {}
-    base = None if config.against == "first" or rows is None else [[str(row["completion"])] for row in rows]
+    base = None if config.against == "first" or rows is None else completion_texts(rows)
+    options = read_options(config.dataset, config.limit, config.chat_template_kwargs)
+    many, how = config.samples_per_prompt, config.how()
     for path in config.models:
-        model, tokenizer = load(path, None, config.dtype, "models")
+        model, tokenizer = load(path, None, config.dtype, "models", config.chat_template_path)
         set_seed(config.seed)
-        drawn = sample(model, tokenizer, prompts, per_prompt=config.samples_per_prompt, how=config.how())
+        drawn = sample(model, tokenizer, prompts, per_prompt=many, how=how, options=options)
         texts = [[s.text for s in each] for each in drawn]
         found = figures(drawn)
         if score is not None:
@@ -111,7 +115,12 @@ def evaluate(config: EvalConfig) -> dict[str, dict[str, Any]]:
             found |= distance(model, reference, tokenizer, drawn, config)
         if rows is not None:
             found["perplexity"] = likelihood(
-                model, tokenizer, rows, max_length=config.max_length, batch_size=config.batch_size
+                model,
+                tokenizer,
+                rows,
+                max_length=config.max_length,
+                batch_size=config.batch_size,
+                template_options=config.chat_template_kwargs,
             ).perplexity
         result[path] = found
     return result
@@ -171,13 +180,37 @@ def distance(
 
 
 def own_completions(dataset: str, limit: int) -> Any:
-    """The rows' `prompt` and `completion` (or `chosen`, under that name); None if they have neither."""
+    """The rows' `prompt` and `completion` (or `chosen`, under that name), and what their chat template is told; None if
+    they have neither."""
     rows = read_rows(dataset)
     column = next((name for name in _COMPLETIONS if name in rows.column_names), None)
     if column is None:
         return None
     rows = rows.select(range(min(limit or len(rows), len(rows))))
-    return rows.select_columns(["prompt", column]).rename_columns({column: "completion"} if column == "chosen" else {})
+    columns = ["prompt", column, *(name for name in TEMPLATE_COLUMNS if name in rows.column_names)]
+    return rows.select_columns(columns).rename_columns({column: "completion"} if column == "chosen" else {})
+
+
+def completion_texts(rows: Any) -> list[list[str]]:
+    """The rows' own completions, one for each prompt, as judges read the models': of messages, what the reply says.
+
+    Raises:
+        ValueError: naming the row whose completion is neither text nor one reply that says something.
+    """
+    out = []
+    for i, completion in enumerate(rows["completion"]):
+        if is_chat(completion):
+            check_messages(completion, f"the completion of row {i} (from 0)")
+            if len(completion) != 1 or completion[0]["role"] != "assistant" or completion[0].get("tool_calls"):
+                raise ValueError(
+                    "against=completion needs completions of text, or of one reply of the assistant without "
+                    f"tool_calls; row {i} (from 0) has {len(completion)} messages, the last {dict(completion[-1])!r}"
+                )
+            completion = content_of(completion[0])
+        if not isinstance(completion, str):
+            raise ValueError(f"column 'completion' must hold text or messages; row {i} (from 0) has {completion!r}")
+        out.append([completion])
+    return out
 
 
 # -------------------------------------------------------------------------------------------------------------- table

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,18 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, set_seed
 
+from ..models.loading import load as load_any
+from ..models.loading import load_tokenizer, placed
 from ..models.sampling import Sampling
-from ..trainers.common import run
 from ..trainers.common.config import DTYPES
-from ..trainers.data.chat import check_messages, is_chat
+from ..trainers.data.chat import check_messages, is_chat, template_options
 from ..trainers.data.files import read_rows
+from ..trainers.data.template import OPTIONS_HELP, PATH_HELP, use_template
+from ..trainers.data.tokenize import TEMPLATE_COLUMNS
 from ..utils import arguments
 from ..utils.arguments import key
 from ..utils.checks import check_choice, check_positive
-from .sampling import sample
+from .sampling import Sample, sample
 
 
 @dataclass
@@ -42,6 +46,10 @@ class DrawConfig:
     temperature: float = key(1.0, "Divides the logits; 0 takes the likeliest token each time")
     batch_size: int = key(64, "Continuations drawn at once")
     seed: int = key(0, "Seed of the draws")
+    chat_template_path: str | None = key(None, PATH_HELP, group="Model and data")
+    chat_template_kwargs: dict[str, Any] | None = key(  # noqa: RUF009 (it makes a dataclasses.field)
+        None, OPTIONS_HELP, group="Model and data"
+    )
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
@@ -76,10 +84,14 @@ class SampleConfig(DrawConfig):
         return replace(super().how(), top_k=self.top_k, top_p=self.top_p)
 
 
-def load(path: str, tokenizer: str | None, dtype: str, key: str = "model") -> tuple[Any, Any]:
+def load(
+    path: str, tokenizer: str | None, dtype: str, key: str = "model", chat_template_path: str | None = None
+) -> tuple[Any, Any]:
     """(model on the accelerator if there is one, tokenizer), for inference; `key` is the one that gave the path."""
-    model: Any = run.load(key, AutoModelForCausalLM, path, dtype=getattr(torch, dtype)).eval()
-    return run.placed(model), run.load_tokenizer(tokenizer, path, key)
+    model: Any = load_any(key, AutoModelForCausalLM, path, dtype=getattr(torch, dtype)).eval()
+    found = load_tokenizer(tokenizer, path, key)
+    use_template(found, chat_template_path)
+    return placed(model), found
 
 
 def read_prompts(source: str, limit: int) -> list[Any]:
@@ -94,6 +106,24 @@ def read_prompts(source: str, limit: int) -> list[Any]:
         elif not isinstance(prompt, str):
             raise ValueError(f"column 'prompt' must hold text or messages; row {i} (from 0) has {prompt!r}")
     return prompts
+
+
+def read_options(source: str, limit: int, given: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """What the chat template is told of each row's prompt: the row's `tools` and `chat_template_kwargs` over `given`.
+
+    Raises:
+        ValueError: naming the row whose column is not of that form.
+    """
+    rows = read_rows(source)
+    columns = [name for name in TEMPLATE_COLUMNS if name in rows.column_names]
+    rows = rows.select(range(min(limit or len(rows), len(rows))))
+    out = []
+    for i in range(len(rows)):
+        try:
+            out.append({**(given or {}), **template_options({name: rows[i][name] for name in columns})})
+        except ValueError as error:
+            raise ValueError(f"row {i} (from 0): {error}") from None
+    return out
 
 
 def output_path(given: str | None) -> Path | None:
@@ -115,18 +145,27 @@ def main(argv: list[str]) -> int:
     config = arguments.parse(SampleConfig, argv, command="sample", needs=("model",))
     path = output_path(config.output)
     prompts: list[Any] = [config.prompt]
+    options: list[dict[str, Any]] = [{}]
     if config.dataset is not None:
         prompts = read_prompts(config.dataset, config.limit)
-    model, tokenizer = load(str(config.model), config.tokenizer, config.dtype)
+        options = read_options(config.dataset, config.limit, config.chat_template_kwargs)
+    model, tokenizer = load(
+        str(config.model), config.tokenizer, config.dtype, chat_template_path=config.chat_template_path
+    )
     set_seed(config.seed)
-    drawn = sample(model, tokenizer, prompts, per_prompt=config.samples_per_prompt, how=config.how())
-    lines = [
-        json.dumps({"prompt": p, "completions": [s.text for s in each], "finished": [s.finished for s in each]})
-        for p, each in zip(prompts, drawn, strict=True)
-    ]
+    many = config.samples_per_prompt
+    drawn = sample(model, tokenizer, prompts, per_prompt=many, how=config.how(), options=options)
+    lines = [json.dumps(_line(*each)) for each in zip(prompts, options, drawn, strict=True)]
     if path is None:
         print("\n".join(lines))
         return 0
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{len(lines)} rows in {path}")
     return 0
+
+
+def _line(prompt: Any, options: Mapping[str, Any], drawn: Sequence[Sample]) -> dict[str, Any]:
+    """A row to write: the prompt, with its tools, and what was drawn."""
+    tools = {"tools": options["tools"]} if "tools" in options else {}
+    texts, finished = [s.text for s in drawn], [s.finished for s in drawn]
+    return {"prompt": prompt, **tools, "completions": texts, "finished": finished}

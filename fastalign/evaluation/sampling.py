@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,10 +53,26 @@ def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted({i for i in found if i is not None})
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Messages]) -> list[list[int]]:
-    """Token ids of prompts, texts or messages, as training sees them."""
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | Messages],
+    options: Sequence[Mapping[str, Any]] | None = None,
+) -> list[list[int]]:
+    """Token ids of prompts, texts or messages, as training sees them.
+
+    options: what the chat template is told of each, beside its messages.
+
+    Raises:
+        ValueError: what the chat template has against a prompt, which is named.
+    """
     encode = Encoder(tokenizer, max_length=2**30, append_eos=False)
-    return [encode(prompt, [" "])[0] for prompt in prompts]
+    out = []
+    for i, (prompt, each) in enumerate(zip(prompts, options or [{}] * len(prompts), strict=True)):
+        try:
+            out.append(encode.prompt(prompt, each))
+        except ValueError as error:
+            raise ValueError(f"row {i} (from 0): {error}") from None
+    return out
 
 
 @torch.no_grad()
@@ -68,9 +84,13 @@ def sample(
     per_prompt: int,
     how: Sampling,
     desc: str = "sampling",
+    options: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[list[Sample]]:
-    """`per_prompt` continuations of each prompt. Uses torch's global generator: seed it for the same samples again."""
-    rows = prompt_ids(tokenizer, prompts)
+    """`per_prompt` continuations of each prompt. Uses torch's global generator: seed it for the same samples again.
+
+    options: what the chat template is told of each prompt, beside its messages: `tools` and other names that it reads.
+    """
+    rows = prompt_ids(tokenizer, prompts, options)
     fill, ends = pad_id(tokenizer), end_ids(model, tokenizer)
     out: list[list[Sample]] = []
     step = max(1, how.batch_size // per_prompt)

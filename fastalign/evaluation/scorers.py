@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from ..models.loading import load, load_tokenizer, pad_id, placed
 from ..models.logits import model_logits
-from ..trainers.data.chat import Messages
+from ..trainers.data.chat import Messages, transcript
 from ..trainers.data.collate import pad
 from ..trainers.data.encode import Encoder
 from ..trainers.data.reviews import load_reviews, split_reviews
@@ -23,6 +23,16 @@ from .gold import fit_gold
 Prompt: TypeAlias = str | Messages
 Judge: TypeAlias = Callable[[Sequence[Prompt], Sequence[str]], np.ndarray]
 """(prompts, completions) → one score each; higher is better."""
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt for a judge to read: a text, or a line for each message."""
+    return prompt if isinstance(prompt, str) else transcript(prompt)
+
+
+def whole_text(prompt: Prompt, completion: str) -> str:
+    """Prompt and completion in one text."""
+    return f"{prompt}{completion}" if isinstance(prompt, str) else f"{transcript(prompt)}\nassistant: {completion}"
 
 
 def load_judge(spec: str, *, batch_size: int = 64, key: str = "reward") -> Judge:
@@ -88,9 +98,10 @@ def score_texts(
 ) -> np.ndarray:
     """The model's score of each completion, tokenised as its training tokenised them."""
     encode = Encoder(tokenizer, getattr(model.config, "max_position_embeddings", None) or 2**30)
-    rows = [
-        (ids, tails[0]) for ids, tails in (encode(p, [c or " "]) for p, c in zip(prompts, completions, strict=True))
-    ]
+    rows = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        ids, (tail,) = encode(prompt, [completion or " "], ended=True)
+        rows.append((ids, tail))
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
     scores = np.zeros(len(rows))
     for start in range(0, len(order), batch_size):

@@ -27,6 +27,7 @@ from ...utils.batch import Batch
 from ..data.collate import padding_last
 from ..data.files import Rows, named
 from ..data.sampler import UpdateSampler
+from ..data.template import use_template
 from .callbacks import ConsoleCallback, GiveBackCallback, JsonlCallback
 from .checkpoints import PARTIAL, publish, rotate, seal, write_folder
 from .config import GroupsConfig, TrainingConfig
@@ -117,6 +118,7 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
                 f"a process must train on one device; got {args.n_gpu} GPUs: start it with torchrun or accelerate "
                 "launch, or choose one with CUDA_VISIBLE_DEVICES"
             )
+        use_template(processing_class, args.chat_template_path)
         self.check_model(model, args, processing_class)
         self._means = {"train": Means(), "eval": Means()}
         self._partial: str | None = None

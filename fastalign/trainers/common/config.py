@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from ...utils.arguments import key
 from ...utils.checks import check_choice, check_positive
+from ..data.template import OPTIONS_HELP, PATH_HELP
 
 COMMON = (
     "learning_rate",
@@ -61,6 +62,10 @@ class CommonConfig:
     )
     dataset: str | None = key(None, "Training data: .jsonl, .json, .csv or .parquet", group="Model and data")
     eval_dataset: str | None = key(None, "Evaluation data of the same form", group="Model and data")
+    chat_template_path: str | None = key(None, PATH_HELP, group="Model and data")
+    chat_template_kwargs: dict[str, Any] | None = key(  # noqa: RUF009 (it makes a dataclasses.field)
+        None, OPTIONS_HELP, group="Model and data"
+    )
     fused_head: bool = key(
         True,
         "Losses from hidden states, logits never held whole; false, or a head of unknown form: whole logits",

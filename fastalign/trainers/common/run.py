@@ -18,7 +18,8 @@ __all__ = ["checkpoints", "encoder", "make_room", "run", "start_point", "train"]
 
 def encoder(tokenizer: PreTrainedTokenizerBase, args: TrainingConfig) -> Encoder:
     """Tokenisation as the configuration asks for it."""
-    return Encoder(tokenizer, args.max_length, args.max_prompt_length, args.append_eos)
+    options = args.chat_template_kwargs or {}
+    return Encoder(tokenizer, args.max_length, args.max_prompt_length, args.append_eos, options)
 
 
 # -------------------------------------------------------------------------------------------------------- a command

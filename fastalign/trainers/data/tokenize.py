@@ -9,7 +9,9 @@
 | ranked list | `prompt`, `completions`, and `rewards` (high is good) or `ranks` (0 is best); without them best first |
 
 Beside pairs may stand `margin`, and both of `ref_chosen_logps`, `ref_rejected_logps`; beside pairs and lists `labeler`.
-Every prompt and completion is a text or a list of messages (`role`, `content`).
+Every prompt and completion is a text or a list of messages (`role`, `content`, and what else the chat template reads:
+`tool_calls`, `reasoning_content`, ...). Beside messages may stand `tools` and `chat_template_kwargs`. A reply of the
+assistant with a `weight` of 0 is context. What the chat template leaves out is refused, with the row.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Value
 
-from .chat import check_messages, is_chat
+from .chat import Messages, check_messages, is_chat, template_options
 from .encode import Encoder
 from .files import Rows, checked_text, read_rows, text_of, together
 
@@ -29,17 +31,24 @@ SFT_FORMS = (("messages",), ("prompt", "completion"), ("text",), ("completion",)
 PAIR_FORMS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
 LIST_FORMS = (("prompt", "completions"), *PAIR_FORMS)
 
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+"""Columns that the chat template is told of."""
+
 Row = Mapping[str, Any]
 
 
 def tokenize_sft(source: Rows, encode: Encoder) -> Dataset:
     """Rows to `prompt_ids`, `completion_ids`, `length`, and for conversations `own`: which ids are the assistant's.
 
+    A conversation whose earlier turns the chat template writes anew when later ones follow gives several rows (see
+    `Encoder.conversations`), in its place.
+
     Raises ValueError naming the row if a completion is empty.
     """
     rows = read_rows(source)
     form = _form(rows, SFT_FORMS)
-    return _map(rows, _conversation if form == ("messages",) else _completion, form, encode)
+    is_text = isinstance(rows.features[form[-1]], Value) and form != ("messages",)
+    return _map(rows, _completion if is_text else _conversations, form, encode)
 
 
 def tokenize_preferences(source: Rows, encode: Encoder) -> Dataset:
@@ -85,23 +94,28 @@ def _present(rows: Dataset, *names: str) -> list[str]:
 
 def _map(
     rows: Dataset,
-    convert: Callable[[Row, int, Encoder], dict[str, Any]],
+    convert: Callable[[Row, int, Encoder], dict[str, Any] | list[dict[str, Any]]],
     columns: Sequence[str],
     encode: Encoder,
     keep: Sequence[str] = (),
 ) -> Dataset:
-    """Every row through `convert`, which sees `columns`; the columns `keep` stay as they are, all others go."""
-    rows = rows.select_columns([*columns, *keep])
+    """Every row through `convert`, which sees `columns`, to one row or several; of all others only `keep` stay."""
+    rows = rows.select_columns([*columns, *_present(rows, *TEMPLATE_COLUMNS), *keep])
 
-    def one(row: Row, index: int) -> dict[str, Any]:
-        try:
-            return convert(row, index, encode)
-        except ValueError as error:
-            text = str(error)
-            raise ValueError(text if f"row {index} " in text else f"row {index} (from 0): {text}") from None
+    def some(batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        out: list[dict[str, Any]] = []
+        for k, index in enumerate(indices):
+            row = {name: values[k] for name, values in batch.items()}
+            try:
+                found = convert(row, index, encode)
+            except ValueError as error:
+                text = str(error)
+                raise ValueError(text if f"row {index} " in text else f"row {index} (from 0): {text}") from None
+            kept = {name: row[name] for name in keep}
+            out += [{**kept, **each} for each in (found if isinstance(found, list) else [found])]
+        return {name: [each[name] for each in out] for name in out[0]}
 
-    gone = [name for name in columns if name not in keep]
-    return rows.map(one, with_indices=True, remove_columns=gone, desc="tokenising")
+    return rows.map(some, batched=True, with_indices=True, remove_columns=rows.column_names, desc="tokenising")
 
 
 def cell(row: Row, column: str, index: int, *, may_be_empty: bool) -> Any:
@@ -117,26 +131,41 @@ def cell(row: Row, column: str, index: int, *, may_be_empty: bool) -> Any:
 def _completion(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
     prompt = cell(row, "prompt", index, may_be_empty=True) if "prompt" in row else ""
     column = "text" if "text" in row else "completion"
-    prompt_ids, (ids,) = encode(prompt, [cell(row, column, index, may_be_empty=False)])
+    prompt_ids, (ids,) = encode(prompt, [cell(row, column, index, may_be_empty=False)], template_options(row))
     return {"prompt_ids": prompt_ids, "completion_ids": ids, "length": len(prompt_ids) + len(ids)}
 
 
-def _conversation(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
-    if not is_chat(row["messages"]):
-        raise ValueError(f"column 'messages' must hold a list of messages; got {type(row['messages']).__name__}")
-    messages = cell(row, "messages", index, may_be_empty=False)
-    prompt_ids, ids, own = encode.conversation(messages)
-    return {"prompt_ids": prompt_ids, "completion_ids": ids, "own": own, "length": len(prompt_ids) + len(ids)}
+def _conversations(row: Row, index: int, encode: Encoder) -> list[dict[str, Any]]:
+    """A conversation, or a prompt and the messages that follow it."""
+    before, messages = _conversation_of(row, index)
+    return [
+        {"prompt_ids": prompt_ids, "completion_ids": ids, "own": own, "length": len(prompt_ids) + len(ids)}
+        for prompt_ids, ids, own in encode.conversations([*before, *messages], template_options(row), len(before))
+    ]
+
+
+def _conversation_of(row: Row, index: int) -> tuple[Messages, Messages]:
+    """(what is context alone, the conversation from there on)."""
+    column = "messages" if "messages" in row else "completion"
+    if not is_chat(row[column]):
+        raise ValueError(f"column {column!r} must hold a list of messages; got {type(row[column]).__name__}")
+    messages = cell(row, column, index, may_be_empty=False)
+    if column == "messages" or not row.get("prompt"):
+        return [], messages
+    prompt = cell(row, "prompt", index, may_be_empty=True)
+    if not is_chat(prompt):
+        raise ValueError("a completion of messages needs a prompt of messages; this prompt is text")
+    return prompt, messages
 
 
 def _pair(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
-    prompt_ids, (chosen, rejected) = encode(*_pair_of(row, index))
+    prompt_ids, (chosen, rejected) = encode(*_pair_of(row, index), template_options(row))
     length = len(prompt_ids) + max(len(chosen), len(rejected))
     return {"prompt_ids": prompt_ids, "chosen_ids": chosen, "rejected_ids": rejected, "length": length}
 
 
 def _pair_as_list(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
-    prompt_ids, completions = encode(*_pair_of(row, index))
+    prompt_ids, completions = encode(*_pair_of(row, index), template_options(row))
     return _list(prompt_ids, completions, {"ranks": [0.0, 1.0]})
 
 
@@ -194,7 +223,7 @@ def _ranked(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
             check_messages(completion, f"{where} row {index} (from 0),")
         else:
             checked_text(completion, where, index, may_be_empty=False)
-    prompt_ids, ids = encode(cell(row, "prompt", index, may_be_empty=True), completions)
+    prompt_ids, ids = encode(cell(row, "prompt", index, may_be_empty=True), completions, template_options(row))
     columns = {name: _numbers(row[name], name, len(completions)) for name in ("rewards", "ranks") if name in row}
     ranks = columns.get("ranks", [-r for r in columns.get("rewards", [])] or [float(k) for k in range(len(ids))])
     order = sorted(range(len(ids)), key=lambda k: ranks[k])

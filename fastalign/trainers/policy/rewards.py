@@ -53,9 +53,10 @@ class FunctionReward:
 class ModelReward:
     """Score of a sequence-classification model with one output, read at the last real token.
 
-    Prompt and response are tokenised by the reward model's own tokenizer, with its end-of-sequence token after
-    responses that ended. Where the model has a linear `score` layer, the position is found from the attention mask, not
-    from the padding token as transformers does, so that neither the batch nor the pad id matters.
+    Prompt and response are tokenised by the reward model's own tokenizer, conversations through its own chat template
+    (never the policy's), with its end of a turn, or end-of-sequence token, after responses that ended. Where the model
+    has a linear `score` layer, the position is found from the attention mask, not from the padding token as
+    transformers does, so that neither the batch nor the pad id matters.
 
     Args:
         path: folder or hub name of the model.
@@ -80,12 +81,7 @@ class ModelReward:
     @torch.no_grad()
     def __call__(self, episodes: Sequence[Episode]) -> Tensor:
         """[E], float32, on the CPU."""
-        ended = Encoder(self.tokenizer, self.max_length)
-        cut = Encoder(self.tokenizer, self.max_length, append_eos=False)
-        pairs = []
-        for e in episodes:
-            prompt, (ids,) = (ended if e.ended else cut)(e.prompt.text, [e.text])
-            pairs.append((prompt, ids))
+        pairs = [self._encoded(e) for e in episodes]
         scores = torch.zeros(len(pairs))
         order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))
         for start in range(0, len(order), self.batch_size):
@@ -93,6 +89,19 @@ class ModelReward:
             batch = pad([pairs[i] for i in chosen], pad_id(self.tokenizer))
             scores[chosen] = self._score({name: x.to(self.device) for name, x in batch.items()}).float().cpu()
         return scores
+
+    def _encoded(self, episode: Episode) -> tuple[list[int], list[int]]:
+        """Token ids of prompt and response. ValueError for a conversation where the model has no chat template."""
+        prompt = episode.prompt
+        if prompt.messages is not None and self.tokenizer.chat_template is None:
+            raise ValueError(
+                "reward_model must have a chat template, since the prompts are conversations; its tokenizer has none"
+            )
+        seen = prompt.text if prompt.messages is None else prompt.messages
+        options = {"tools": prompt.tools} if prompt.tools else {}
+        encode = Encoder(self.tokenizer, self.max_length)
+        ids, (tail,) = encode(seen, [episode.text], options, ended=episode.ended)
+        return ids, tail
 
     def _score(self, batch: dict[str, Tensor]) -> Tensor:
         if not hasattr(self.model, "score"):

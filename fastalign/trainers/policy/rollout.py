@@ -10,13 +10,12 @@ each token is drawn by inverting the distribution at a uniform number that belon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
@@ -26,10 +25,11 @@ from ...models.logits import GROUPS, ModelLogits
 from ...models.sampling import Sampling, continuations
 from ...rl.rewards import ShapedRewards
 from ...utils.batch import IGNORE, Batch
-from ..data.chat import is_chat, render
+from ..data.chat import Messages, check_messages, is_chat, template_options
 from ..data.collate import pad
 from ..data.encode import Encoder
-from ..data.files import Rows, load_rows, named, text_of
+from ..data.files import Rows, load_rows, named, read_rows, text_of
+from ..data.tokenize import TEMPLATE_COLUMNS
 
 
 class Prompt(NamedTuple):
@@ -37,7 +37,11 @@ class Prompt(NamedTuple):
 
     ids: list[int]
     text: str
+    """As the policy sees it."""
     columns: Mapping[str, Any]
+    messages: Messages | None = None
+    """Of a conversation: what other models than the policy are to see, each by its own chat template."""
+    tools: Sequence[Any] = ()
 
 
 @dataclass
@@ -68,33 +72,42 @@ def load_prompts(
     max_prompt_length: int,
     columns: Sequence[str] = (),
     key: str = "dataset",
+    template_options: Mapping[str, Any] | None = None,
 ) -> list[Prompt]:
     """Rows with a `prompt` (text, or a list of chat messages) and further columns, which `key` gave; none for None.
 
-    Raises ValueError naming the row if a prompt has no token at all.
+    The columns `tools` and `chat_template_kwargs`, and `template_options`, are for the chat template.
+
+    Raises ValueError naming the row if a prompt has no token at all, or the chat template refuses it.
     """
     if source is None:
         return []
     with named(key):
-        rows = load_rows(source, required=("prompt", *columns))
-        return list(_prompts(rows, tokenizer, max_prompt_length, columns))
+        encode = Encoder(tokenizer, 2**30, max_prompt_length, append_eos=False, template_options=template_options or {})
+        rows = read_rows(source)
+        for_template = [name for name in TEMPLATE_COLUMNS if name in rows.column_names and name not in columns]
+        rows = load_rows(rows, required=("prompt", *columns), optional=for_template)
+        return [_prompt(row, index, encode, columns) for index, row in enumerate(rows)]
 
 
-def _prompts(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int, columns: Sequence[str]
-) -> Iterator[Prompt]:
-    encode = Encoder(tokenizer, 2**30, max_prompt_length, append_eos=False)
-    for index, row in enumerate(rows):
-        given: Any = row
-        if is_chat(given["prompt"]):
-            text = render(tokenizer, given["prompt"], reply_follows=True)
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"][-max_prompt_length:]
+def _prompt(row: Any, index: int, encode: Encoder, columns: Sequence[str]) -> Prompt:
+    prompt, messages = row["prompt"], None
+    try:
+        options = template_options(row)
+        if is_chat(prompt):
+            check_messages(prompt, "column 'prompt'")
+            messages = prompt
+            text = encode.prompt_text(prompt, options)
+            ids = encode.tokenizer(text, add_special_tokens=False)["input_ids"][-(encode.max_prompt_length or 0) :]
         else:
-            text = text_of(given, "prompt", index, may_be_empty=True)
-            ids, _ = encode(text, [" "])
-        if not ids:
-            raise ValueError(f"column 'prompt' must have at least one token; row {index} (from 0) has none")
-        yield Prompt(list(ids), str(text), {name: given[name] for name in columns})
+            text = encode.prompt_text(text_of(row, "prompt", index, may_be_empty=True), options)
+            ids = encode.prompt(text)
+    except ValueError as error:
+        said = str(error)
+        raise ValueError(said if f"row {index} " in said else f"row {index} (from 0): {said}") from None
+    if not ids:
+        raise ValueError(f"column 'prompt' must have at least one token; row {index} (from 0) has none")
+    return Prompt(list(ids), text, {name: row[name] for name in columns}, messages, options.get("tools", ()))
 
 
 def prompt_order(count: int, start: int, number: int, seed: int) -> list[int]:

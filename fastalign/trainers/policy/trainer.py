@@ -38,6 +38,7 @@ from ..common.callbacks import JsonlCallback
 from ..common.checkpoints import PARTIAL, rotate, write_folder
 from ..data.collate import pad
 from ..data.files import Rows
+from ..data.template import use_template
 from .checkpoint import RunState, load_training_state, save_policy, save_whole
 from .config import PolicyConfig
 from .rewards import RewardFunction, load_reward
@@ -84,12 +85,15 @@ class PolicyTrainer(ABC):
         set_seed(args.seed)
         policy = load_model(str(path), args) if model is None or isinstance(model, str) else model
         self.processing_class: Any = processing_class or load_tokenizer(args.tokenizer, str(path))
+        use_template(self.processing_class, args.chat_template_path)
         self.fill = pad_id(self.processing_class)
         self.state = RunState(is_world_process_zero=self.accelerator.is_main_process)
         self.reward = load_reward(args, reward, self.accelerator.device)
         options = (self.processing_class, args.max_prompt_length, self.reward.columns)
-        self.prompts: list[Prompt] = load_prompts(train_dataset, *options)
-        self.eval_prompts: list[Prompt] = load_prompts(eval_dataset, *options, "eval_dataset")
+        self.prompts: list[Prompt] = load_prompts(train_dataset, *options, "dataset", args.chat_template_kwargs)
+        self.eval_prompts: list[Prompt] = load_prompts(
+            eval_dataset, *options, "eval_dataset", args.chat_template_kwargs
+        )
         self._reference = self._keep_reference(policy, ref_model)
         self.inner = self.build(policy)
         disable_dropout(self.inner)

@@ -252,6 +252,8 @@ def make_scheduler(args: Any, optimizer: torch.optim.Optimizer, updates: int) ->
 def pretraining_stream(args: Any, tokenizer: PreTrainedTokenizerBase, processes: int) -> PretrainingStream:
     """The rows of `ptx_dataset`, tokenised."""
     with named("ptx_dataset"):
-        rows = tokenize_sft(args.ptx_dataset, Encoder(tokenizer, args.max_prompt_length + args.response_length))
+        length = args.max_prompt_length + args.response_length
+        encode = Encoder(tokenizer, length, template_options=args.chat_template_kwargs or {})
+        rows = tokenize_sft(args.ptx_dataset, encode)
     responses = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     return PretrainingStream(rows, args.ptx_batch_size or responses, pad_id(tokenizer), args.seed)
