@@ -100,18 +100,18 @@ class ChatTemplate:
         Raises:
             ValueError: the template raises, or leaves out what a message says.
         """
-        failure = ""
+        raised = left_out = ""
         for shape in _shapes(plain(messages)):
             try:
                 text = self._write(shape, reply_follows)
                 lost = self._lost(shape, text, reply_follows)
             except Exception as error:  # a template is a program of its own and may raise anything
-                failure = failure or f"the chat template refuses the conversation: {first_line(error)}"
+                raised = raised or f"the chat template refuses the conversation: {first_line(error)}"
                 continue
             if lost is None:
                 return text
-            failure = failure or f"the chat template leaves out what the {lost} says"
-        raise ValueError(failure)
+            left_out = left_out or f"the chat template leaves out what the {lost} says"
+        raise ValueError(left_out or raised)
 
     def _write(self, messages: Any, reply_follows: bool, **changed: Any) -> str:
         options = {**self.options, **changed}
@@ -248,8 +248,9 @@ class ChatTemplate:
     def _check_reply(self, earlier: Messages, last: Mapping[str, Any], text: str) -> None:
         """ValueError unless all that the reply holds is in its text."""
         if not _holds(text, content_of(last)):
-            raise ValueError("the chat template leaves out a part of what the assistant says: give another by "
-                             "chat_template_path")  # fmt: skip
+            raise ValueError(
+                "the chat template leaves out a part of what the assistant says: give another by chat_template_path"
+            )
         if _squeezed(reasoning_of(last)) not in _squeezed(text):
             raise ValueError(
                 "the chat template leaves out the assistant's reasoning: write it into the content, or give another "
@@ -303,10 +304,12 @@ def render(
 
 
 def _shapes(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """The messages in the forms that templates differ in: arguments of calls as text, contents as lists of parts."""
+    """The messages in the forms that templates differ in: beside calls of tools an empty content or none, arguments of
+    calls as text, contents as lists of parts."""
     yield messages
     if any(m.get("tool_calls") for m in messages):
-        yield [_with_text_arguments(m) for m in messages]
+        filled = [{"content": "", **m} for m in messages]
+        yield from (filled, [_with_text_arguments(m) for m in messages], [_with_text_arguments(m) for m in filled])
     yield [
         {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m.get("content"), str) else m
         for m in messages
