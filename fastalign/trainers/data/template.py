@@ -83,6 +83,8 @@ class ChatTemplate:
 
     tokenizer: PreTrainedTokenizerBase
     options: Mapping[str, Any] = field(default_factory=dict)
+    _around: dict[str, tuple[str, str, str]] = field(default_factory=dict, init=False, compare=False, repr=False)
+    """Conversation → what `_turn` found: of several completions all have the same."""
 
     def __post_init__(self) -> None:
         template = self.tokenizer.chat_template
@@ -113,27 +115,23 @@ class ChatTemplate:
             left_out = left_out or f"the chat template leaves out what the {lost} says"
         raise ValueError(left_out or raised)
 
-    def _write(self, messages: Any, reply_follows: bool, **changed: Any) -> str:
-        options = {**self.options, **changed}
-        return str(
-            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply_follows, **options)
-        )
+    def _write(self, messages: Any, reply_follows: bool) -> str:
+        write: Any = self.tokenizer.apply_chat_template
+        return str(write(messages, tokenize=False, add_generation_prompt=reply_follows, **self.options))
 
     def _lost(self, messages: list[dict[str, Any]], text: str, reply_follows: bool) -> str | None:
         """The role of a message whose content is not in the text, nor would be any other in its place."""
         squeezed = _squeezed(text)
-        for i, message in enumerate(messages):
-            content = message.get("content") and content_of(message)
-            # Of an earlier turn that calls tools, templates may drop what was said beside the call.
-            if not content or (message.get("tool_calls") and message is not messages[-1]):
-                continue
-            if _squeezed(content) in squeezed:
-                continue
-            other = [{"type": "text", "text": _MARK}] if isinstance(message["content"], list) else _MARK
-            marked = [*messages[:i], {**message, "content": other}, *messages[i + 1 :]]
-            if _MARK not in self._write(marked, reply_follows):
-                return str(message["role"])
-        return None
+        missing = [i for i, m in enumerate(messages) if not _is_in(m, squeezed, is_last=m is messages[-1])]
+        if not missing:
+            return None
+        marked = list(messages)
+        for i in missing:
+            word = f"{_MARK}{i}."
+            content = [{"type": "text", "text": word}] if isinstance(marked[i]["content"], list) else word
+            marked[i] = {**marked[i], "content": content}
+        written = self._write(marked, reply_follows)
+        return next((str(messages[i]["role"]) for i in missing if f"{_MARK}{i}." not in written), None)
 
     # -------------------------------------------------------------------------------------------------------- replies
     def reply(self, messages: Messages, *, checked: bool = True) -> tuple[str, Span]:
@@ -149,11 +147,8 @@ class ChatTemplate:
                 is asked.
         """
         *earlier, last = messages
-        before = self.render(earlier, reply_follows=True) if earlier else ""
         whole = self.render(messages, reply_follows=False)
-        head, mark, closing = self._write_plain([*earlier, {"role": "assistant", "content": _MARK}]).rpartition(_MARK)
-        if not mark:
-            raise ValueError("the chat template leaves out what the assistant says")
+        before, head, closing = self._turn(earlier)
         context = before
         if not earlier or not whole.startswith(before):
             context = self._parting(before, whole, head) if earlier else _common(whole, head)
@@ -216,6 +211,18 @@ class ChatTemplate:
             return text
         spans[-1] = reply._replace(text=shorter)
         return before + shorter
+
+    def _turn(self, earlier: Messages) -> tuple[str, str, str]:
+        """(what generation goes on from, what stands before a reply that is there, what stands behind it)."""
+        known = repr(earlier)
+        if known not in self._around:
+            before = self.render(earlier, reply_follows=True) if earlier else ""
+            reply = {"role": "assistant", "content": _MARK}
+            head, mark, closing = self._write_plain([*earlier, reply]).rpartition(_MARK)
+            if not mark:
+                raise ValueError("the chat template leaves out what the assistant says")
+            self._around[known] = before, head, closing
+        return self._around[known]
 
     def _write_plain(self, messages: Messages) -> str:
         """The conversation with a word in place of the reply, in the first form that shows it."""
@@ -332,6 +339,15 @@ def _common(one: str, other: str) -> str:
     """What both begin with."""
     alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
     return one[: sum(1 for _ in alike)]
+
+
+def _is_in(message: Mapping[str, Any], squeezed: str, *, is_last: bool) -> bool:
+    """Whether a text has what the message says, but for what templates may drop of earlier turns: reasoning, and what
+    was said beside a call of tools."""
+    content = content_of(message)
+    if message["role"] == "assistant" and not is_last:
+        content = "" if message.get("tool_calls") else content.rpartition("</think>")[2]
+    return _squeezed(content) in squeezed
 
 
 def _holds(text: str, content: str) -> bool:
