@@ -28,7 +28,8 @@ from transformers import set_seed
 from ..models.loading import pad_id
 from ..trainers.common.checkpoints import write_json
 from ..trainers.data.chat import check_messages, content_of, is_chat
-from ..trainers.data.files import read_rows
+from ..trainers.data.files import Rows, read_rows
+from ..trainers.data.problems import Reading, columns_of
 from ..trainers.data.tokenize import TEMPLATE_COLUMNS
 from ..utils import arguments
 from ..utils.arguments import key
@@ -89,8 +90,8 @@ def evaluate(config: EvalConfig) -> dict[str, dict[str, Any]]:
     """Figures of each model, by its folder: see `figures`, `versus` and `perplexity`."""
     if not config.models or not config.dataset:
         raise ValueError("eval needs models and a dataset")
-    prompts = read_prompts(config.dataset, config.limit)
-    rows = own_completions(config.dataset, config.limit)
+    prompts = read_prompts(config.dataset, config.limit, config.columns)
+    rows = own_completions(config.dataset, config.limit, config.columns)
     if config.against == "completion" and rows is None:
         raise ValueError("against=completion needs the column completion or chosen in dataset")
     score = load_judge(config.reward, batch_size=config.batch_size) if config.reward else None
@@ -98,7 +99,7 @@ def evaluate(config: EvalConfig) -> dict[str, dict[str, Any]]:
     reference = load(config.reference, None, config.dtype, "reference")[0] if config.reference else None
     result: dict[str, dict[str, Any]] = {}
     base = None if config.against == "first" or rows is None else completion_texts(rows)
-    options = read_options(config.dataset, config.limit, config.chat_template_kwargs)
+    options = read_options(config.dataset, config.limit, config.chat_template_kwargs, config.columns)
     many, how = config.samples_per_prompt, config.how()
     for path in config.models:
         model, tokenizer = load(path, None, config.dtype, "models", config.chat_template_path)
@@ -179,16 +180,16 @@ def distance(
     return {name: estimate(value.reshape(shape).numpy())._asdict() for name, value in by_name.items()}
 
 
-def own_completions(dataset: str, limit: int) -> Any:
+def own_completions(dataset: Rows, limit: int, columns: dict[str, str] | str = "") -> Any:
     """The rows' `prompt` and `completion` (or `chosen`, under that name), and what their chat template is told; None if
     they have neither."""
-    rows = read_rows(dataset)
+    rows = read_rows(dataset, Reading(columns_of(columns)))
     column = next((name for name in _COMPLETIONS if name in rows.column_names), None)
     if column is None:
         return None
     rows = rows.select(range(min(limit or len(rows), len(rows))))
-    columns = ["prompt", column, *(name for name in TEMPLATE_COLUMNS if name in rows.column_names)]
-    return rows.select_columns(columns).rename_columns({column: "completion"} if column == "chosen" else {})
+    kept = ["prompt", column, *(name for name in TEMPLATE_COLUMNS if name in rows.column_names)]
+    return rows.select_columns(kept).rename_columns({column: "completion"} if column == "chosen" else {})
 
 
 def completion_texts(rows: Any) -> list[list[str]]:

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, set_seed
 
-from ..models.loading import load as load_any
-from ..models.loading import load_tokenizer, placed
+from ..models import loading
 from ..models.sampling import Sampling
 from ..trainers.common.config import DTYPES
 from ..trainers.data.chat import check_messages, is_chat, template_options
-from ..trainers.data.files import read_rows
+from ..trainers.data.files import Rows, read_rows
+from ..trainers.data.problems import Reading, columns_of
+from ..trainers.data.targets import as_prompts
 from ..trainers.data.template import OPTIONS_HELP, PATH_HELP, use_template
 from ..trainers.data.tokenize import TEMPLATE_COLUMNS
 from ..utils import arguments
@@ -38,6 +39,9 @@ class DrawConfig:
     """Keys of the commands that draw continuations of prompts."""
 
     dataset: str | None = key(None, "Rows with a column prompt", group="Model and data")
+    columns: dict[str, str] | str = key(  # noqa: RUF009 (it makes a dataclasses.field)
+        "", "Names of columns in the data and here: question=prompt,answer=completion", group="Model and data"
+    )
     limit: int = key(0, "Use the first so many rows; 0: all", group="Model and data")
     dtype: str = key("float32", "Dtype of the weights: float32, bfloat16 or float16", group="Model and data")
     output: str | None = key(None, "A file to write")
@@ -56,6 +60,7 @@ class DrawConfig:
         check_positive("samples_per_prompt", self.samples_per_prompt)
         if self.limit < 0:
             raise ValueError(f"limit must be at least 0; got {self.limit}")
+        self.columns = columns_of(self.columns)
         self.how()
 
     def how(self) -> Sampling:
@@ -88,15 +93,15 @@ def load(
     path: str, tokenizer: str | None, dtype: str, key: str = "model", chat_template_path: str | None = None
 ) -> tuple[Any, Any]:
     """(model on the accelerator if there is one, tokenizer), for inference; `key` is the one that gave the path."""
-    model: Any = load_any(key, AutoModelForCausalLM, path, dtype=getattr(torch, dtype)).eval()
-    found = load_tokenizer(tokenizer, path, key)
+    model: Any = loading.load(key, AutoModelForCausalLM, path, dtype=getattr(torch, dtype)).eval()
+    found = loading.load_tokenizer(tokenizer, path, key)
     use_template(found, chat_template_path)
-    return placed(model), found
+    return loading.placed(model), found
 
 
-def read_prompts(source: str, limit: int) -> list[Any]:
+def read_prompts(source: Rows, limit: int, columns: dict[str, str] | str = "") -> list[Any]:
     """The column `prompt` of a dataset: texts or messages. ValueError naming the row that is neither."""
-    rows = read_rows(source)
+    rows = as_prompts(read_rows(source, Reading(columns_of(columns))))
     if "prompt" not in rows.column_names:
         raise ValueError(f"dataset needs the column prompt; {source!r} has {', '.join(rows.column_names)}")
     prompts = list(rows["prompt"])[: limit or None]
@@ -108,19 +113,21 @@ def read_prompts(source: str, limit: int) -> list[Any]:
     return prompts
 
 
-def read_options(source: str, limit: int, given: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+def read_options(
+    source: Rows, limit: int, given: Mapping[str, Any] | None, columns: dict[str, str] | str = ""
+) -> list[dict[str, Any]]:
     """What the chat template is told of each row's prompt: the row's `tools` and `chat_template_kwargs` over `given`.
 
     Raises:
         ValueError: naming the row whose column is not of that form.
     """
-    rows = read_rows(source)
-    columns = [name for name in TEMPLATE_COLUMNS if name in rows.column_names]
+    rows = read_rows(source, Reading(columns_of(columns)))
+    names = [name for name in TEMPLATE_COLUMNS if name in rows.column_names]
     rows = rows.select(range(min(limit or len(rows), len(rows))))
     out = []
     for i in range(len(rows)):
         try:
-            out.append({**(given or {}), **template_options({name: rows[i][name] for name in columns})})
+            out.append({**(given or {}), **template_options({name: rows[i][name] for name in names})})
         except ValueError as error:
             raise ValueError(f"row {i} (from 0): {error}") from None
     return out
@@ -147,8 +154,8 @@ def main(argv: list[str]) -> int:
     prompts: list[Any] = [config.prompt]
     options: list[dict[str, Any]] = [{}]
     if config.dataset is not None:
-        prompts = read_prompts(config.dataset, config.limit)
-        options = read_options(config.dataset, config.limit, config.chat_template_kwargs)
+        prompts = read_prompts(config.dataset, config.limit, config.columns)
+        options = read_options(config.dataset, config.limit, config.chat_template_kwargs, config.columns)
     model, tokenizer = load(
         str(config.model), config.tokenizer, config.dtype, chat_template_path=config.chat_template_path
     )

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from .chat import Messages
+from .cut import Cuts, Room, mode_of
+from .rowwise import Dropped
 from .template import ChatTemplate, Span, render
 
 
@@ -31,13 +33,14 @@ class Encoder:
 
     Attributes:
         tokenizer: the model's tokenizer.
-        max_length: tokens of prompt and completion together. The prompt loses its beginning first (one token of context
-            stays: the beginning-of-sequence token where there is one); a completion that is still too long loses its
-            end, and then has no end-of-sequence token.
+        max_length: tokens of prompt and completion together. A completion that is cut has no end-of-sequence token.
         max_prompt_length: tokens of the prompt; None leaves it to max_length.
         append_eos: end completions with the end-of-sequence token, unless they have it already. The last reply of a
             conversation gets one only where the chat template does not mark its end.
         template_options: what the chat template is told beside messages and tools, such as `enable_thinking`.
+        truncation_mode: what is done with rows that are longer: left, right, drop or raise, see `cut.Room`.
+        skip_bad_rows: whether those who read rows leave faulty ones out.
+        cuts: is told what each row lost.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -45,8 +48,12 @@ class Encoder:
     max_prompt_length: int | None = None
     append_eos: bool = True
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    truncation_mode: str = "left"
+    skip_bad_rows: bool = False
+    cuts: Cuts = field(default_factory=Cuts, compare=False)
 
     def __post_init__(self) -> None:
+        mode_of(self.truncation_mode)
         if self.append_eos and self.tokenizer.eos_token_id is None:
             raise ValueError("append_eos needs a tokenizer with an end-of-sequence token; this one has none")
         if self.max_length < 3:
@@ -76,12 +83,21 @@ class Encoder:
         prompt_ids = self._ids(before)
         append = self.append_eos if ended is None else ended
         tails = [self._ended(self._continuation(before, prompt_ids, r.text), r, append=append) for r in replies]
-        prompt_ids = self._cut_prompt(prompt_ids, max(map(len, tails)))
-        return prompt_ids, [ids[: self.max_length - len(prompt_ids)] for ids in tails]
+        return self._fit(prompt_ids, tails)
 
     def prompt(self, prompt: str | Messages, options: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of a prompt that a model is to go on from."""
-        return self._cut_prompt(self._ids(self.prompt_text(prompt, options)), 1)
+        return self._fit(self._ids(self.prompt_text(prompt, options)), [])[0]
+
+    def seen_prompt(self, prompt: str | Messages, options: Mapping[str, Any] | None = None) -> tuple[list[int], str]:
+        """(token ids, text) of a prompt as a model that goes on from it sees it: what was cut is in neither."""
+        text = self.prompt_text(prompt, options)
+        whole, head = self._ids(text), self._bos()
+        if not isinstance(prompt, str) and whole[: len(head)] != head:
+            head = []  # a chat template says itself what prompts begin with
+        self.cuts.prompt = False
+        ids, _ = self._fit(whole, [], head)
+        return ids, self._decode(ids[len(head) :]) if self.cuts.prompt else text
 
     def prompt_text(self, prompt: str | Messages, options: Mapping[str, Any] | None = None) -> str:
         """A prompt as a model sees it: messages as the chat template writes them, with the opening of the reply.
@@ -110,8 +126,15 @@ class Encoder:
             messages: the conversation.
             options: as in a call.
             start: the first message that may be trained on.
+
+        Raises:
+            Dropped: no reply fits max_length.
         """
-        return [self._sequence(pieces) for pieces in self._template(options).sequences(messages, start)]
+        found = [self._sequence(pieces) for pieces in self._template(options).sequences(messages, start)]
+        kept = [sequence for sequence in found if any(sequence.own)]
+        if not kept:
+            raise Dropped(f"no reply of the conversation fits max_length {self.max_length}")
+        return kept
 
     def unmet_opening(self, messages: Messages, options: Mapping[str, Any] | None = None) -> str:
         """What generation puts before the last reply beyond what the reply follows in training; most often nothing."""
@@ -134,9 +157,8 @@ class Encoder:
             ids += new
             own += [span.is_reply] * len(new)
             text += span.text
-        prompt_ids = self._cut_prompt(prompt_ids, len(ids))
-        room = self.max_length - len(prompt_ids)
-        return Conversation(prompt_ids, ids[:room], own[:room])
+        prompt_ids, (ids,) = self._fit(prompt_ids, [ids])
+        return Conversation(prompt_ids, ids, own[: len(ids)])
 
     def _texts(
         self,
@@ -173,16 +195,14 @@ class Encoder:
         due = append and not reply.is_closed
         return [*ids, eos] if due and eos is not None else ids
 
-    def _cut_prompt(self, ids: list[int], needed: int) -> list[int]:
-        """The prompt's ids, with the beginning-of-sequence token, cut so that `needed` tokens fit behind them."""
-        head = self._bos()
-        if ids[: len(head)] == head:  # a chat template writes it out
-            ids = ids[len(head) :]
-        room = self.max_length - needed
-        if self.max_prompt_length is not None:
-            room = min(room, self.max_prompt_length)
-        keep = max(room - len(head), 1 if not head else 0)
-        return head + (ids[-keep:] if keep else [])
+    def _fit(
+        self, ids: list[int], tails: list[list[int]], head: list[int] | None = None
+    ) -> tuple[list[int], list[list[int]]]:
+        """The prompt's ids, with the beginning-of-sequence token, and the completions', cut to their room."""
+        head = self._bos() if head is None else head
+        body = ids[len(head) :] if ids[: len(head)] == head else ids  # a chat template writes it out
+        room = Room(self.max_length, self.max_prompt_length, mode_of(self.truncation_mode))
+        return room.fit(head, body, tails, self.cuts)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []

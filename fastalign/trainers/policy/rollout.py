@@ -10,12 +10,13 @@ each token is drawn by inverting the distribution at a uniform number that belon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
@@ -25,10 +26,14 @@ from ...models.logits import GROUPS, ModelLogits
 from ...models.sampling import Sampling, continuations
 from ...rl.rewards import ShapedRewards
 from ...utils.batch import IGNORE, Batch
-from ..data.chat import Messages, check_messages, is_chat, template_options
+from ..data.cells import cell
+from ..data.chat import Messages, is_chat, template_options
 from ..data.collate import pad
 from ..data.encode import Encoder
-from ..data.files import Rows, load_rows, named, read_rows, text_of
+from ..data.files import Rows, load_rows, named, read_rows
+from ..data.problems import Problems, Reading, Tally, report, tally
+from ..data.rowwise import Dropped
+from ..data.targets import as_prompts
 from ..data.tokenize import TEMPLATE_COLUMNS
 
 
@@ -40,7 +45,8 @@ class Prompt(NamedTuple):
     """As the policy sees it."""
     columns: Mapping[str, Any]
     messages: Messages | None = None
-    """Of a conversation: what other models than the policy are to see, each by its own chat template."""
+    """Of a conversation: what other models than the policy are to see, each by its own chat template. None where the
+    policy sees it cut."""
     tools: Sequence[Any] = ()
 
 
@@ -72,42 +78,62 @@ def load_prompts(
     max_prompt_length: int,
     columns: Sequence[str] = (),
     key: str = "dataset",
+    *,
+    truncation_mode: str = "left",
+    reading: Reading | None = None,
+    counts: dict[str, int] | None = None,
     template_options: Mapping[str, Any] | None = None,
 ) -> list[Prompt]:
     """Rows with a `prompt` (text, or a list of chat messages) and further columns, which `key` gave; none for None.
 
-    The columns `tools` and `chat_template_kwargs`, and `template_options`, are for the chat template.
+    Args:
+        truncation_mode: for longer prompts: left (policy and reward see what is left of them), drop or raise.
+        reading: how the source is read.
+        counts: is told what was cut, dropped and left out.
+        template_options: for the chat template, beside the columns `tools` and `chat_template_kwargs`.
 
-    Raises ValueError naming the row if a prompt has no token at all, or the chat template refuses it.
+    Raises:
+        ValueError: a prompt without any token, or too long in mode raise; naming the row. No row that is left.
     """
     if source is None:
         return []
-    with named(key):
-        encode = Encoder(tokenizer, 2**30, max_prompt_length, append_eos=False, template_options=template_options or {})
-        rows = read_rows(source)
+    reading = reading or Reading()
+    with named(key), tally(key) as told:
+        rows = as_prompts(read_rows(source, reading))
         for_template = [name for name in TEMPLATE_COLUMNS if name in rows.column_names and name not in columns]
         rows = load_rows(rows, required=("prompt", *columns), optional=for_template)
-        return [_prompt(row, index, encode, columns) for index, row in enumerate(rows)]
+        options = template_options or {}
+        encode = Encoder(tokenizer, 2**30, max_prompt_length, False, options, truncation_mode=truncation_mode)
+        found = list(_prompts(rows, encode, columns, reading.skip_bad_rows))
+    if counts is not None:
+        counts.update({f"data/{key}/{name}": value for name, value in told.counts().items()})
+    return found
 
 
-def _prompt(row: Any, index: int, encode: Encoder, columns: Sequence[str]) -> Prompt:
-    prompt, messages = row["prompt"], None
-    try:
-        options = template_options(row)
-        if is_chat(prompt):
-            check_messages(prompt, "column 'prompt'")
-            messages = prompt
-            text = encode.prompt_text(prompt, options)
-            ids = encode.tokenizer(text, add_special_tokens=False)["input_ids"][-(encode.max_prompt_length or 0) :]
-        else:
-            text = encode.prompt_text(text_of(row, "prompt", index, may_be_empty=True), options)
-            ids = encode.prompt(text)
-    except ValueError as error:
-        said = str(error)
-        raise ValueError(said if f"row {index} " in said else f"row {index} (from 0): {said}") from None
-    if not ids:
-        raise ValueError(f"column 'prompt' must have at least one token; row {index} (from 0) has none")
-    return Prompt(list(ids), text, {name: row[name] for name in columns}, messages, options.get("tools", ()))
+def _prompts(rows: Dataset, encode: Encoder, columns: Sequence[str], skip_bad_rows: bool) -> Iterator[Prompt]:
+    problems, told = Problems(skip_bad_rows), Tally()
+    for index, row in enumerate(rows):
+        given: Any = row
+        try:
+            prompt, options = cell(given, "prompt", index, may_be_empty=True), template_options(given)
+            ids, text = encode.seen_prompt(prompt, options)
+            if not ids:
+                raise ValueError(f"column 'prompt' must have at least one token; row {index} (from 0) has none")
+        except Dropped:
+            told.dropped += 1
+            continue
+        except ValueError as error:
+            said = str(error)
+            problems.add(said if f"row {index} " in said else f"row {index} (from 0): {said}")
+            continue
+        told.rows += 1
+        told.prompts_cut += encode.cuts.prompt
+        messages = prompt if is_chat(prompt) and not encode.cuts.prompt else None
+        yield Prompt(ids, text, {name: given[name] for name in columns}, messages, options.get("tools", ()))
+    problems.close(told.rows)
+    report(told)
+    if not told.rows:
+        raise ValueError(f"dataset must have a prompt within max_prompt_length; all {told.dropped} are longer")
 
 
 def prompt_order(count: int, start: int, number: int, seed: int) -> list[int]:
@@ -256,3 +282,11 @@ def describe(episodes: Sequence[Episode], shaped: ShapedRewards) -> dict[str, fl
         "eos_rate": float(np.mean(ended)),
         "val/num_eos_tokens": float(np.sum(ended)),
     }
+
+
+def describe_briefly(episodes: Sequence[Episode], shaped: ShapedRewards, prefix: str) -> dict[str, float]:
+    """What an evaluation tells: score, KL, entropy, length, share that ended, as `prefix/score` and so on."""
+    found = describe(episodes, shaped)
+    names = {"objective/scores": "score", "objective/kl": "kl", "objective/entropy": "entropy"}
+    names |= {"length": "length", "eos_rate": "eos_rate"}
+    return {f"{prefix}/{short}": found[name] for name, short in names.items()}
