@@ -102,6 +102,16 @@ class TestUpdate:
         losses = [line["loss/ptx_avg"] for line in log_of(trainer)]
         assert losses[-1] < losses[0] - 5.0
 
+    def test_equal_returns_leave_nothing_to_explain(self, make):
+        """All returns are one number: their rounded mean is not, and 1 - x / 1e-16 is no share of a variance."""
+        trainer = make(kl_coef=0.0, gamma=1.0, lam=1.0)
+        episodes = trainer.roll_out()
+        for reward in (0.1, 0.3, 0.7, 1 / 3, 1e4 / 7):
+            for e in episodes:
+                e.score = reward
+            assert trainer.advantages(episodes, trainer.shape(episodes, 0.0))["val/explained_variance"] == 0.0
+            assert all((e.advantages == 0).all() for e in episodes)
+
     def test_missing_end_is_penalised_and_score_falls_on_the_last_token(self, make):
         trainer = make(missing_eos_penalty=10.0, kl_coef=0.0)
         episodes = trainer.roll_out()
@@ -132,6 +142,18 @@ class TestUpdate:
 
 
 class TestGroups:
+    @pytest.mark.parametrize("loss_type", sorted(VARIANTS))
+    def test_equal_rewards_teach_nothing(self, make, loss_type):
+        """A prompt whose samples are all as good as one another: no gradient at all, whatever the rounded mean is."""
+        same = {"reward": lambda prompts: [0.3] * len(prompts), "kl_coef": 0.0, "loss_type": loss_type}
+        size = {"num_generations": 7, "per_device_train_batch_size": 7, "num_mini_batches": 1}
+        trainer = make(GRPOTrainer, GRPOConfig, **size, **same)
+        before = weights(trainer)
+        metrics = trainer.train()
+        assert metrics["objective/group_std"] == 0
+        assert metrics["grad_norm"] == 0
+        assert torch.equal(weights(trainer), before)
+
     @pytest.mark.parametrize("loss_type", list(VARIANTS))
     def test_every_variant_trains(self, make, loss_type):
         trainer = make(GRPOTrainer, GRPOConfig, loss_type=loss_type, num_generations=4)

@@ -21,6 +21,7 @@ import torch
 
 from .. import rl
 from ..losses.policy import PPOLoss
+from ..rl.gae import group_deviation
 from ..utils.arguments import key
 from ..utils.checks import check_choice
 from .policy.config import PolicyConfig
@@ -120,7 +121,7 @@ class GRPOTrainer(PolicyTrainer):
         advantages = _ADVANTAGES[self.args.variant.advantages](rewards).flatten()
         for episode, advantage in zip(episodes, advantages, strict=True):
             episode.advantages = torch.full((len(episode.ids),), float(advantage))
-        return {"objective/group_std": float(rewards.std(-1).mean())}
+        return {"objective/group_std": float(group_deviation(rewards).mean())}
 
 
 def main(argv: list[str]) -> int:

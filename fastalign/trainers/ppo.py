@@ -26,6 +26,7 @@ from .. import rl
 from ..losses.base import check_range, masked_mean
 from ..losses.policy import PPOLoss
 from ..models.actor_critic import ActorCritic, with_values
+from ..rl.gae import centred
 from ..utils.arguments import key
 from ..utils.checks import check_choice, check_positive
 from .policy.config import PolicyConfig
@@ -149,9 +150,7 @@ class PPOTrainer(PolicyTrainer):
         # Where the model runs: a backend that was asked for by name serves that device alone.
         there = (x.to(self.accelerator.device) for x in (rewards, values, mask))
         advantages, returns = (x.cpu() for x in rl.gae(*there, gamma=args.gamma, lam=args.lam))
-        spread = masked_mean((returns - masked_mean(returns, mask)).square(), mask)
-        missed = returns - values
-        unexplained = masked_mean((missed - masked_mean(missed, mask)).square(), mask)
+        spread, unexplained = (masked_mean(centred(x, mask)[0].square(), mask) for x in (returns, returns - values))
         unstack(returns, episodes, "returns")
         unstack(rl.masked_whiten(advantages, mask) if args.whiten_advantages else advantages, episodes, "advantages")
         explained = 1 - float(unexplained / spread) if spread > 0 else 0.0
