@@ -7,6 +7,7 @@ items of all its micro-batches and processes, whatever their sizes, and so are t
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from abc import ABC, abstractmethod
@@ -31,7 +32,7 @@ from .callbacks import ConsoleCallback, GiveBackCallback, JsonlCallback
 from .checkpoints import PARTIAL, publish, rotate, seal, write_folder
 from .config import GroupsConfig, TrainingConfig
 from .even import FILLER, EvenCollator, even
-from .sharding import WholeCheckpoints
+from .finite import CheckedUpdates, refuse_bad_weights
 
 
 class Weighted(NamedTuple):
@@ -79,7 +80,7 @@ def learned_positions(model: Any) -> int | None:
     return count if count and any(0 <= rows - count <= 2 for rows in tables) else None
 
 
-class AlignmentTrainer(WholeCheckpoints, ABC):
+class AlignmentTrainer(CheckedUpdates, ABC):
     """Base of the trainers. Subclasses give `collator`, `prepare`, `items` and `batch_loss`.
 
     Args:
@@ -206,6 +207,7 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of one update, and the number of items in all of them on all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.note_update(batches)
         if not batches:
             return batches, None
         count = torch.stack([self._count(batch) for batch in batches]).sum().to(device)
@@ -248,6 +250,8 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
         if FILLER in inputs:
             metrics = {k: metric.mean if isinstance(metric, Weighted) else metric for k, metric in metrics.items()}
         training = model.training
+        if training:
+            self.note_loss(loss)
         self._means["train" if training else "eval"].add(metrics if training else {"loss": loss, **metrics}, count)
         if training:
             real = inputs["attention_mask" if "attention_mask" in inputs else "num_tokens"]
@@ -290,6 +294,10 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
         super().log(logs, start_time)
 
     def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+        """NaN is never the best, nor what later ones are compared with."""
+        name = str(self.args.metric_for_best_model)
+        if math.isnan(metrics.get(name if name.startswith("eval_") else f"eval_{name}", 0.0)):
+            return False
         try:
             return super()._determine_best_metric(metrics, trial)
         except KeyError as error:
@@ -323,6 +331,7 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
 
     def save_whole(self) -> None:
         """Saves the model and the tokenizer to `output_dir`, whole or not at all; with adapters merged if so asked."""
+        refuse_bad_weights(self.model, self.accelerator, f"the model in {self.args.output_dir}")
         write_folder(str(self.args.output_dir), self._save_final, is_writer=self.args.should_save)
         self.accelerator.wait_for_everyone()
 

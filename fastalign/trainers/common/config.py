@@ -143,6 +143,8 @@ class TrainingConfig(CommonConfig, TrainingArguments):
             self.dataloader_pin_memory = False
         # The columns that our collators read are not arguments of the model's forward, so none may be dropped.
         self.remove_unused_columns = False
+        # Transformers' filter shows the mean of earlier losses in place of NaN; our runs stop at one (see `finite`).
+        self.logging_nan_inf_filter = False
         TrainingArguments.__post_init__(self)
 
 

@@ -15,6 +15,7 @@ Every prompt and completion is a text or a list of messages (`role`, `content`).
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -90,12 +91,17 @@ def _map(
     encode: Encoder,
     keep: Sequence[str] = (),
 ) -> Dataset:
-    """Every row through `convert`, which sees `columns`; the columns `keep` stay as they are, all others go."""
+    """Every row through `convert`, which sees `columns`; the columns `keep` stay as they are, all others go.
+
+    Each gets `rows`, its own number, by which a batch that goes wrong is named.
+    """
     rows = rows.select_columns([*columns, *keep])
 
     def one(row: Row, index: int) -> dict[str, Any]:
         try:
-            return convert(row, index, encode)
+            for name in keep:
+                check_finite(row[name], name)
+            return {**convert(row, index, encode), "rows": [index]}
         except ValueError as error:
             text = str(error)
             raise ValueError(text if f"row {index} " in text else f"row {index} (from 0): {text}") from None
@@ -202,10 +208,18 @@ def _ranked(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
     return _list(prompt_ids, [ids[k] for k in order], {name: [c[k] for k in order] for name, c in columns.items()})
 
 
+def check_finite(value: Any, column: str) -> None:
+    """ValueError for a number that is NaN or infinite: its loss would be, and all weights after it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"column {column!r} must hold finite numbers; got {value}")
+
+
 def _numbers(values: Any, column: str, count: int) -> list[float]:
     good = isinstance(values, list) and all(isinstance(v, (int, float)) and v == v for v in values)
     if not good or len(values) != count:
         raise ValueError(f"column {column!r} must hold one number for each of the {count} completions; got {values!r}")
+    for value in values:
+        check_finite(value, column)
     return [float(v) for v in values]
 
 

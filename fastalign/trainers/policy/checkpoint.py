@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from ...models.lora import is_adapted, merged
 from ..common.checkpoints import PARTIAL, publish, seal, write_json
+from ..common.finite import refuse_bad_weights
 
 _OPTIMIZER, _STATE = "optimizer.pt", "trainer_state.json"
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -69,7 +70,10 @@ def save_policy(trainer: Any, folder: str, *, merge: bool = False) -> None:
     """Policy, value function and tokenizer, all in one folder. Every process must call it; the first one writes.
 
     merge: add adapters to the weights, so that what is saved is a plain model.
+
+    FloatingPointError if the weights hold NaN or +inf.
     """
+    refuse_bad_weights(trainer.model, trainer.accelerator, f"the model in {folder}")
     state = get_model_state_dict(trainer.model, options=_WHOLE)
     if trainer.accelerator.is_main_process:
         os.makedirs(folder, exist_ok=True)

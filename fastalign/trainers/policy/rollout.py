@@ -10,6 +10,7 @@ each token is drawn by inverting the distribution at a uniform number that belon
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -29,15 +30,16 @@ from ...utils.batch import IGNORE, Batch
 from ..data.chat import is_chat, render
 from ..data.collate import pad
 from ..data.encode import Encoder
-from ..data.files import Rows, load_rows, named, text_of
+from ..data.files import Rows, load_rows, named, read_rows, text_of
 
 
 class Prompt(NamedTuple):
-    """What a response is sampled for: token ids, text, and the columns of its row that the reward asks for."""
+    """What a response is sampled for: token ids, text, the columns of its row that the reward asks for, its number."""
 
     ids: list[int]
     text: str
     columns: Mapping[str, Any]
+    row: int = 0
 
 
 @dataclass
@@ -50,6 +52,7 @@ class Episode:
     text: str
     ended: bool
     score: float = 0.0
+    """NaN where the reward does not apply: nothing is learnt from such a response."""
     logps: Tensor = field(default_factory=lambda: torch.zeros(0))
     """By the policy that sampled, at the sampling temperature."""
     entropy: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -68,14 +71,21 @@ def load_prompts(
     max_prompt_length: int,
     columns: Sequence[str] = (),
     key: str = "dataset",
+    optional: Sequence[str] | None = (),
 ) -> list[Prompt]:
     """Rows with a `prompt` (text, or a list of chat messages) and further columns, which `key` gave; none for None.
+
+    optional: columns that are kept where there are such; None: all.
 
     Raises ValueError naming the row if a prompt has no token at all.
     """
     if source is None:
         return []
     with named(key):
+        if optional is None or optional:
+            there = read_rows(source).column_names
+            more = there if optional is None else [name for name in optional if name in there]
+            columns = list(dict.fromkeys(name for name in (*columns, *more) if name != "prompt"))
         rows = load_rows(source, required=("prompt", *columns))
         return list(_prompts(rows, tokenizer, max_prompt_length, columns))
 
@@ -94,7 +104,7 @@ def _prompts(
             ids, _ = encode(text, [" "])
         if not ids:
             raise ValueError(f"column 'prompt' must have at least one token; row {index} (from 0) has none")
-        yield Prompt(list(ids), str(text), {name: given[name] for name in columns})
+        yield Prompt(list(ids), str(text), {name: given[name] for name in columns}, index)
 
 
 def prompt_order(count: int, start: int, number: int, seed: int) -> list[int]:
@@ -228,17 +238,30 @@ def unstack(x: Tensor, episodes: Sequence[Episode], name: str) -> None:
         setattr(episode, name, row[: len(episode.ids)].clone())
 
 
+def applicable(episodes: Sequence[Episode]) -> Tensor:
+    """[E], True = the reward applies."""
+    return torch.tensor([not math.isnan(e.score) for e in episodes], dtype=torch.bool)
+
+
 def describe(episodes: Sequence[Episode], shaped: ShapedRewards) -> dict[str, float]:
-    """What users follow: sums over the tokens of a response, means over responses."""
+    """What users follow: sums over a response's tokens, means over responses (of rewards, over those that have one)."""
     non_score = shaped.non_score_rewards
+    applies = applicable(episodes)
+    known = {
+        "objective/rlhf_reward": (shaped.scores + non_score)[applies],
+        "objective/scores": torch.tensor([e.score for e in episodes], dtype=torch.float64)[applies],
+    }
+    found = {name: float(x.mean()) for name, x in known.items() if len(x)}
+    if len(known["objective/scores"]):
+        found["objective/scores_std"] = float(known["objective/scores"].std(correction=0))
+    if not applies.all():
+        found["objective/reward_applies"] = float(applies.double().mean())
     ended = [e.ended for e in episodes]
     return {
         "objective/kl": float(shaped.kl.mean()),
         "objective/entropy": float(np.mean([float(e.entropy.sum()) for e in episodes])),
         "objective/non_score_reward": float(non_score.mean()),
-        "objective/rlhf_reward": float((shaped.scores + non_score).mean()),
-        "objective/scores": float(np.mean([e.score for e in episodes])),
-        "objective/scores_std": float(np.std([e.score for e in episodes])),
+        **found,
         "length": float(np.mean([len(e.ids) for e in episodes])),
         "eos_rate": float(np.mean(ended)),
         "val/num_eos_tokens": float(np.sum(ended)),

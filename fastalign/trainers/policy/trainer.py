@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, set_seed
@@ -40,7 +39,8 @@ from ..data.collate import pad
 from ..data.files import Rows
 from .checkpoint import RunState, load_training_state, save_policy, save_whole
 from .config import PolicyConfig
-from .rewards import RewardFunction, load_reward
+from .keep import kept
+from .rewards import RewardFunction, load_reward, scored
 from .rollout import Episode, Prompt, describe, fill_in, generate, load_prompts, prompt_order, response_mask, stacked
 from .update import PretrainingStream, Updater, ValueOptions, make_optimizer, make_scheduler, pretraining_stream
 
@@ -88,8 +88,9 @@ class PolicyTrainer(ABC):
         self.state = RunState(is_world_process_zero=self.accelerator.is_main_process)
         self.reward = load_reward(args, reward, self.accelerator.device)
         options = (self.processing_class, args.max_prompt_length, self.reward.columns)
-        self.prompts: list[Prompt] = load_prompts(train_dataset, *options)
-        self.eval_prompts: list[Prompt] = load_prompts(eval_dataset, *options, "eval_dataset")
+        more = self.reward.optional
+        self.prompts: list[Prompt] = load_prompts(train_dataset, *options, optional=more)
+        self.eval_prompts: list[Prompt] = load_prompts(eval_dataset, *options, "eval_dataset", more)
         self._reference = self._keep_reference(policy, ref_model)
         self.inner = self.build(policy)
         disable_dropout(self.inner)
@@ -239,9 +240,7 @@ class PolicyTrainer(ABC):
                     batch_size=self.args.rollout_batch_size,
                     grouped=self._grouped,
                 )
-            for episode, score in zip(episodes, self.reward(episodes).tolist(), strict=True):
-                episode.score = score
-        return gather_object(episodes)
+        return scored(self.reward, episodes)
 
     def roll_out(self) -> list[Episode]:
         """The responses of this step, those of one prompt side by side; the same list in every process."""
@@ -262,7 +261,7 @@ class PolicyTrainer(ABC):
         exact = args.kl_estimator == "exact" and args.needs_reference
         reference = None if exact else stacked(episodes, "ref_logps") if args.needs_reference else logps
         return rl.shape_rewards(
-            torch.tensor([e.score for e in episodes]),
+            torch.tensor([e.score for e in episodes]).nan_to_num(0.0),
             logps,
             reference,
             mask,
@@ -287,7 +286,8 @@ class PolicyTrainer(ABC):
             self.log(self.evaluate())
         metrics: dict[str, float] = {}
         hidden = self.args.disable_tqdm or not self.accelerator.is_main_process
-        with tqdm(total=self.total_steps, initial=self.state.global_step, disable=hidden) as bar:
+        bar = tqdm(total=self.total_steps, initial=self.state.global_step, disable=hidden)
+        with bar, kept(self):
             while self.state.global_step < self.total_steps:
                 metrics = self.step()
                 self._after_step(metrics, bar)
@@ -322,8 +322,9 @@ class PolicyTrainer(ABC):
         if self.eval_prompts and ((args.eval_steps and step % args.eval_steps == 0) or last):
             found = self.evaluate()
             self.log(found, bar)
-            if self.state.best_score is None or found["eval/score"] > self.state.best_score:
-                self.state.best_score, self.state.best_step = found["eval/score"], step
+            score = found.get("eval/score")  # none where the reward applies to no response
+            if score is not None and (self.state.best_score is None or score > self.state.best_score):
+                self.state.best_score, self.state.best_step = score, step
                 if args.load_best_model_at_end:
                     save_whole(self, self.best_folder, resumable=False)
         if args.save_steps and step % args.save_steps == 0:
@@ -351,7 +352,7 @@ class PolicyTrainer(ABC):
         found = describe(episodes, shaped)
         names = {"objective/scores": "score", "objective/kl": "kl", "objective/entropy": "entropy"}
         names |= {"length": "length", "eos_rate": "eos_rate"}
-        return {f"eval/{short}": found[name] for name, short in names.items()}
+        return {f"eval/{short}": found[name] for name, short in names.items() if name in found}
 
     # ----------------------------------------------------------------------------------------------------- saving
     @property
