@@ -191,7 +191,7 @@ def fails_at(step: int, how):
     calls = []
 
     def score(completions):
-        calls.append(1)
+        calls.append(torch.rand(()))  # a reward may draw: what failed is drawn again
         return how(completions) if len(calls) > step else [len(c) % 7 - 3.0 for c in completions]
 
     return score

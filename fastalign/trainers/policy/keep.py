@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .checkpoint import save_whole
+from .checkpoint import rng_state, save_whole, set_rng_state
 from .rewards import RewardError
 
 logger = logging.get_logger(__name__)
@@ -20,12 +20,17 @@ _ALIKE = (FloatingPointError, RewardError)
 
 @contextlib.contextmanager
 def kept(trainer: Any) -> Iterator[None]:
-    """Whatever goes wrong inside (a reward that fails, an interrupt, a run that diverges), the steps before it stay."""
+    """What goes wrong inside a step (a reward that fails, an interrupt, a run that diverges) leaves those before it.
+
+    With the random generators as they were, so that a step that failed before any update is made again to the bit.
+    """
+    before = rng_state()
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
         if trainer.accelerator.num_processes > 1 and not isinstance(error, _ALIKE):
             raise
+        set_rng_state(before)
         said = _keep(trainer)
         if isinstance(error, _ALIKE):
             raise type(error)(f"{str(error).rstrip('.')}. {said}") from error

@@ -286,11 +286,12 @@ class PolicyTrainer(ABC):
             self.log(self.evaluate())
         metrics: dict[str, float] = {}
         hidden = self.args.disable_tqdm or not self.accelerator.is_main_process
-        bar = tqdm(total=self.total_steps, initial=self.state.global_step, disable=hidden)
-        with bar, kept(self):
+        with tqdm(total=self.total_steps, initial=self.state.global_step, disable=hidden) as bar:
             while self.state.global_step < self.total_steps:
-                metrics = self.step()
-                self._after_step(metrics, bar)
+                with kept(self):
+                    metrics = self.step()
+                with kept(self):
+                    self._after_step(metrics, bar)
         if self.args.load_best_model_at_end and self.state.best_step is not None:
             self.inner.load(self.best_folder)
         for tracker in self.accelerator.trackers:
