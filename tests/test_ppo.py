@@ -112,6 +112,14 @@ class TestUpdate:
             assert trainer.advantages(episodes, trainer.shape(episodes, 0.0))["val/explained_variance"] == 0.0
             assert all((e.advantages == 0).all() for e in episodes)
 
+    @pytest.mark.parametrize(("trainer", "config"), [(PPOTrainer, PPOConfig), (GRPOTrainer, GRPOConfig)])
+    def test_a_generation_config_with_several_ends_is_heeded(self, make, trainer, config):
+        """As `sample` does: here every token ends a response, so all of them end, with one token each."""
+        run = make(trainer, config, num_generations=2, missing_eos_penalty=10.0)
+        run.inner.policy.generation_config.eos_token_id = list(range(run.inner.policy.config.vocab_size))
+        metrics = run.train()
+        assert (metrics["eos_rate"], metrics["length"]) == (1.0, 1.0)
+
     def test_missing_end_is_penalised_and_score_falls_on_the_last_token(self, make):
         trainer = make(missing_eos_penalty=10.0, kl_coef=0.0)
         episodes = trainer.roll_out()

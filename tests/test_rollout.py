@@ -15,10 +15,10 @@ pytest.importorskip("accelerate", reason="needs accelerate (the extra `train`)")
 
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
+from fastalign.evaluation.sampling import sample
 from fastalign.models.actor_critic import ActorCritic, policy_logits, with_values
 from fastalign.models.logits import logits_of
-from fastalign.models.sampling import Draw, Sampling
-from fastalign.trainers.policy import rollout
+from fastalign.models.sampling import Draw, Sampling, up_to_end
 from fastalign.trainers.policy.rewards import FunctionReward, ModelReward, load_function
 from fastalign.trainers.policy.rollout import Episode, Prompt, fill_in, generate, load_prompts, prompt_order
 
@@ -110,12 +110,29 @@ class TestSampling:
 
     def test_a_response_ends_with_its_first_end_of_sequence_token(self, tiny_tokenizer):
         eos, word = tiny_tokenizer.eos_token_id, tiny_tokenizer(" good", add_special_tokens=False)["input_ids"]
-        prompt = Prompt([0], "", {})
         assert tiny_tokenizer.pad_token_id == eos
-        ended = rollout._episode(prompt, [*word, eos, eos, eos], eos, tiny_tokenizer)
-        assert (ended.ids, ended.ended, ended.text) == ([*word, eos], True, " good")
-        cut = rollout._episode(prompt, [*word, *word], eos, tiny_tokenizer)
-        assert (cut.ids, cut.ended) == ([*word, *word], False)
+        assert up_to_end([*word, eos, eos, eos], [eos]) == ([*word, eos], True)
+        assert up_to_end([*word, *word], [eos]) == ([*word, *word], False)
+        assert up_to_end([*word, 7, *word, eos], [7, eos]) == ([*word, 7], True)
+
+    @pytest.mark.parametrize("adapted", [False, True])
+    def test_ends_of_turns_end_responses_in_every_sampler(self, sharp, tiny_tokenizer, prompts, adapted):
+        """A generation config with several end tokens, as Gemma's: `ppo` and `grpo` stop where `sample` does."""
+        free = generate(sharp, tiny_tokenizer, prompts, keys(prompts), Sampling(8))
+        stops = sorted({e.ids[2] for e in free})
+        plain = [next((k for k, i in enumerate(e.ids) if i in stops), None) for e in free]
+        sharp.generation_config.eos_token_id = [tiny_tokenizer.eos_token_id, *stops]
+        model = sharp
+        if adapted:
+            peft = pytest.importorskip("peft", reason="needs peft (the extra `train`)")
+            model = peft.get_peft_model(sharp, peft.LoraConfig(r=2, target_modules="all-linear"))
+        found = generate(model, tiny_tokenizer, prompts, keys(prompts), Sampling(8))
+        assert ids(found) == [e.ids[: end + 1] for e, end in zip(free, plain, strict=True)]
+        assert all(e.ended for e in found)
+        drawn = sample(model, tiny_tokenizer, ["the movie"] * 3, per_prompt=2, how=Sampling(8, temperature=2.0))
+        for one in (s for each in drawn for s in each):
+            assert one.finished == (one.ids[-1] in (tiny_tokenizer.eos_token_id, *stops))
+            assert not set(one.ids[:-1]) & set(stops)
 
 
 def logits_from(model, values=False):

@@ -19,7 +19,7 @@ from rich.markup import escape
 from transformers import AutoModelForSequenceClassification, set_seed
 
 from ..evaluation.sample import load
-from ..trainers.common import run
+from ..models import loading
 from ..trainers.common.config import DTYPES
 from ..trainers.data.encode import Encoder
 from ..trainers.data.files import check_sources, read_rows
@@ -71,9 +71,9 @@ def examine(config: DoctorConfig) -> list[Finding]:
     patient = Patient(config, _some(read_rows(config.dataset), config), encode, model)
     checks: dict[str, Callable[[Any], list[Finding]]] = {**DATA_CHECKS, **MODEL_CHECKS}
     if config.reward_model:
-        patient.reward_tokenizer = run.load_tokenizer(None, config.reward_model, "reward_model")
-        reward_model = run.load("reward_model", AutoModelForSequenceClassification, config.reward_model)
-        patient.reward_model = run.placed(reward_model.eval())
+        patient.reward_tokenizer = loading.load_tokenizer(None, config.reward_model, "reward_model")
+        reward_model = loading.load("reward_model", AutoModelForSequenceClassification, config.reward_model)
+        patient.reward_model = loading.placed(reward_model.eval())
         checks |= REWARD_CHECKS
     set_seed(config.seed)
     findings: list[Finding] = []

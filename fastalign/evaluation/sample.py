@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, set_seed
 
+from ..models import loading
 from ..models.sampling import Sampling
-from ..trainers.common import run
 from ..trainers.common.config import DTYPES
 from ..trainers.data.chat import check_messages, is_chat
 from ..trainers.data.files import read_rows
@@ -78,8 +78,8 @@ class SampleConfig(DrawConfig):
 
 def load(path: str, tokenizer: str | None, dtype: str, key: str = "model") -> tuple[Any, Any]:
     """(model on the accelerator if there is one, tokenizer), for inference; `key` is the one that gave the path."""
-    model: Any = run.load(key, AutoModelForCausalLM, path, dtype=getattr(torch, dtype)).eval()
-    return run.placed(model), run.load_tokenizer(tokenizer, path, key)
+    model: Any = loading.load(key, AutoModelForCausalLM, path, dtype=getattr(torch, dtype)).eval()
+    return loading.placed(model), loading.load_tokenizer(tokenizer, path, key)
 
 
 def read_prompts(source: str, limit: int) -> list[Any]:

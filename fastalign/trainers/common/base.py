@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from ...models.adapters import join_with_base
 from ...models.loading import load_model, load_tokenizer
 from ...models.logits import ModelLogits, can_answer, logits_of, shares_prompts
 from ...models.lora import is_adapted, merged, with_lora
@@ -339,6 +340,8 @@ class AlignmentTrainer(CheckedUpdates, ABC):
         args: Any = self.args
         if not (is_adapted(self.model) and args.lora_merge):
             self.save_model(folder, _internal_call=True)
+            if args.should_save and is_adapted(self.model):
+                join_with_base(folder)
         elif args.should_save:
             merged(self.model).save_pretrained(folder)
             self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]

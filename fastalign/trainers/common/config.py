@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from ...models.adapters import MODES
 from ...utils.arguments import key
 from ...utils.checks import check_choice, check_positive
 
@@ -77,6 +78,12 @@ class CommonConfig:
     lora_target_modules: list[str] | None = key(  # noqa: RUF009 (it makes a dataclasses.field)
         None, "Names of the layers that get adapters; all linear ones by default", group="LoRA"
     )
+    adapters: str = key(
+        "merge",
+        "Where model is a folder of adapters: merge them into the weights, continue to train them, or stack new ones "
+        "(lora_rank) on them, with which they are saved as one",
+        group="LoRA",
+    )
     lora_merge: bool = key(
         True, "Save a plain model with the adapters merged in at the end; false: the adapters alone", group="LoRA"
     )
@@ -93,6 +100,11 @@ class CommonConfig:
         if self.chunk_bytes is not None:
             check_positive("chunk_bytes", self.chunk_bytes)
         check_positive("lora_alpha", self.lora_alpha)
+        check_choice("adapters", self.adapters, MODES)
+        if self.adapters == "continue" and self.lora_rank:
+            raise ValueError(f"lora_rank must be 0 with adapters=continue, which adds none; got {self.lora_rank}")
+        if self.adapters == "stack" and not self.lora_rank:
+            raise ValueError("lora_rank must be above 0 with adapters=stack: the rank of the new ones; got 0")
         if self.lora_rank < 0 or not 0 <= self.lora_dropout < 1:
             raise ValueError(
                 f"lora_rank must be at least 0 and lora_dropout in [0, 1); got {self.lora_rank} and {self.lora_dropout}"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ...models.lora import is_adapted
+from ...models.lora import starts_at_base
 from ..data.fetch import cache_dir
 
 Columns = tuple[list[float], list[float]]
@@ -43,11 +43,12 @@ def cached(key: str, compute: Callable[[], Columns]) -> Columns:
 def key_of(reference: nn.Module, rows: Any, columns: Sequence[str], settings: dict[str, Any]) -> str:
     """Hexadecimal hash of the reference's weights and configuration, the rows' token ids and the settings.
 
-    A model with adapters counts as the model without: that is the reference.
+    A model with fresh adapters counts as the model without: that is the reference.
     """
+    fresh = starts_at_base(reference)
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(reference.state_dict().items()):
-        if "lora_" in name and is_adapted(reference):
+        if "lora_" in name and fresh:
             continue
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         raw = tensor.detach().cpu().contiguous().reshape(-1)

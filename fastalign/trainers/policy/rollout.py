@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...models.loading import pad_id
 from ...models.logits import GROUPS, ModelLogits
-from ...models.sampling import Sampling, continuations
+from ...models.sampling import Sampling, Tail, continuations
 from ...rl.rewards import ShapedRewards
 from ...utils.batch import IGNORE, Batch
 from ..data.chat import is_chat, render
@@ -48,7 +48,7 @@ class Episode:
 
     prompt: Prompt
     ids: list[int]
-    """Token ids, with the end-of-sequence token if it ended."""
+    """Token ids, with the token that ended it, if one did."""
     text: str
     ended: bool
     score: float = 0.0
@@ -131,25 +131,22 @@ def generate(
 
     `keys[i]` (whole numbers) says which response of all it is, which with the seed decides its draws.
     """
-    fill, eos = pad_id(tokenizer), tokenizer.eos_token_id
+    fill = pad_id(tokenizer)
     episodes: dict[int, Episode] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     for start in range(0, len(order), sampling.batch_size):
         chosen = order[start : start + sampling.batch_size]
         draws = [np.random.default_rng((seed, 2, *keys[i])).random(sampling.max_new_tokens) for i in chosen]
         batch = pad([(prompts[i].ids, []) for i in chosen], fill, "left")
-        tails = continuations(policy, batch, torch.from_numpy(np.stack(draws)), sampling, fill, eos)
+        tails = continuations(policy, tokenizer, batch, torch.from_numpy(np.stack(draws)), sampling)
         for i, tail in zip(chosen, tails, strict=True):
-            episodes[i] = _episode(prompts[i], tail, eos, tokenizer)
+            episodes[i] = _episode(prompts[i], tail, tokenizer)
     return [episodes[i] for i in range(len(prompts))]
 
 
-def _episode(prompt: Prompt, tail: list[int], eos: int | None, tokenizer: PreTrainedTokenizerBase) -> Episode:
-    """The response up to and with its end; what follows is padding."""
-    ended = eos is not None and eos in tail
-    ids = tail[: tail.index(eos) + 1] if eos is not None and ended else tail
-    text = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-    return Episode(prompt, ids, text, ended)
+def _episode(prompt: Prompt, tail: Tail, tokenizer: PreTrainedTokenizerBase) -> Episode:
+    text = str(tokenizer.decode(tail.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return Episode(prompt, tail.ids, text, tail.finished)
 
 
 # ------------------------------------------------------------------------------------------------------------ scoring

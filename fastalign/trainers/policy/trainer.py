@@ -28,9 +28,10 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from ... import rl
 from ...losses.policy import PPOLoss
 from ...models.actor_critic import ActorCritic, policy_logits
+from ...models.adapters import join_with_base
 from ...models.loading import disable_dropout, load_model, load_tokenizer, pad_id
 from ...models.logits import GROUPS, Answer, ModelLogits, Request, ask, can_answer, shares_prompts
-from ...models.lora import adapters_off, with_lora
+from ...models.lora import adapters_off, is_adapted, starts_at_base, with_lora
 from ...models.sampling import Sampling
 from ...utils.batch import Batch
 from ..common.callbacks import JsonlCallback
@@ -154,7 +155,7 @@ class PolicyTrainer(ABC):
         if given is None and args.ref_model is not None:
             given = load_model(args.ref_model, args, "ref_model")
         if given is None:
-            if args.lora_rank:
+            if starts_at_base(policy) or (args.lora_rank and not is_adapted(policy)):
                 return None
             given = copy.deepcopy(policy)
         return given.requires_grad_(False).eval().to(self.accelerator.device)
@@ -191,10 +192,12 @@ class PolicyTrainer(ABC):
 
     def reference_logits(self, batch: Batch) -> ModelLogits:
         """What stands for the reference's logits [B, T, V] in a loss."""
-        model = self.inner.policy if self._reference is None else self._reference
+        own = self._reference is None
+        model = self.inner.policy if own else self._reference
 
         def call(request: Request | None) -> Answer:
-            with torch.no_grad(), self.accelerator.autocast(), adapters_off(model):
+            off = adapters_off(model) if own else contextlib.nullcontext()
+            with torch.no_grad(), self.accelerator.autocast(), off:
                 return ask(model, batch, request, batch.get(GROUPS))
 
         args = self.args
@@ -364,9 +367,14 @@ class PolicyTrainer(ABC):
     def save_model(self, folder: str | None = None) -> None:
         """Policy (for AutoModelForCausalLM), tokenizer and values into output_dir or `folder`, all or nothing."""
         self._ready()
-        save = lambda partial: save_policy(self, partial, merge=self.args.lora_merge)  # noqa: E731
-        write_folder(folder or str(self.args.output_dir), save, is_writer=self.accelerator.is_main_process)
+        write_folder(folder or str(self.args.output_dir), self._save_final, is_writer=self.accelerator.is_main_process)
         self.accelerator.wait_for_everyone()
+
+    def _save_final(self, partial: str) -> None:
+        save_policy(self, partial, merge=self.args.lora_merge)
+        adapters_alone = is_adapted(self.inner.policy) and not self.args.lora_merge
+        if adapters_alone and self.accelerator.is_main_process:
+            join_with_base(partial)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and controllers, as JSON holds them."""
