@@ -29,8 +29,8 @@ from ...utils.batch import Batch
 from ..data.collate import padding_last
 from ..data.files import Rows, named
 from ..data.sampler import UpdateSampler
-from .callbacks import ConsoleCallback, GiveBackCallback, JsonlCallback
-from .checkpoints import PARTIAL, publish, rotate, seal, write_folder
+from .callbacks import ConsoleCallback, GiveBackCallback, JsonlCallback, LinesCallback
+from .checkpoints import PARTIAL, publish, rotate, seal, write_folder, writing
 from .config import GroupsConfig, TrainingConfig
 from .even import FILLER, EvenCollator, even
 from .finite import CheckedUpdates, refuse_bad_weights
@@ -142,7 +142,7 @@ class AlignmentTrainer(CheckedUpdates, ABC):
         self._share_prompts = grouped and shares_prompts(self.model, args, self.args.device)
         for plain in (ProgressCallback, PrinterCallback):
             self.remove_callback(plain)
-        self.add_callback(ConsoleCallback())
+        self.add_callback(LinesCallback() if args.disable_tqdm else ConsoleCallback())
         # Our losses are means over the items of the whole update: Trainer must not divide them by the number of
         # micro-batches once more. (The second name is the one that releases before 5.2x look at.)
         self.loss_is_scaled_for_ga = True
@@ -315,18 +315,20 @@ class AlignmentTrainer(CheckedUpdates, ABC):
         if self.args.should_save:
             shutil.rmtree(self._partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+        written, target = os.path.join(self._partial, name), os.path.join(output_dir, name)
         try:
-            super()._save_checkpoint(model, trial)
+            with writing(target, written):
+                super()._save_checkpoint(model, trial)
         finally:
-            written, self._partial = os.path.join(self._partial, name), None
-        target = os.path.join(output_dir, name)
+            self._partial = None
         if self.state.best_model_checkpoint == written:
             self.state.best_model_checkpoint = target
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))
-            seal(written)
-            publish(written, target)
+            with writing(target, written):
+                self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))
+                seal(written)
+                publish(written, target)
             rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 

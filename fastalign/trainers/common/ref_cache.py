@@ -16,6 +16,7 @@ from torch import nn
 
 from ...models.lora import starts_at_base
 from ..data.fetch import cache_dir
+from .checkpoints import writing
 
 Columns = tuple[list[float], list[float]]
 """Summed log-probabilities of the chosen and of the rejected completions, in the rows' order."""
@@ -34,9 +35,11 @@ def cached(key: str, compute: Callable[[], Columns]) -> Columns:
             return stored["chosen"].tolist(), stored["rejected"].tolist()
     columns = compute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
-        np.savez(file, chosen=np.array(columns[0]), rejected=np.array(columns[1]))
-    os.replace(file.name, path)
+    handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+    with writing(str(path), partial):
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, chosen=np.array(columns[0]), rejected=np.array(columns[1]))
+        os.replace(partial, path)
     return columns
 
 

@@ -28,8 +28,8 @@ def kept(trainer: Any) -> Iterator[None]:
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        if trainer.accelerator.num_processes > 1 and not isinstance(error, _ALIKE):
-            raise
+        if isinstance(error, OSError) or (trainer.accelerator.num_processes > 1 and not isinstance(error, _ALIKE)):
+            raise  # what could not be written once will not be the second time
         set_rng_state(before)
         said = _keep(trainer)
         if isinstance(error, _ALIKE):

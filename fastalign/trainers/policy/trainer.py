@@ -34,7 +34,7 @@ from ...models.logits import GROUPS, Answer, ModelLogits, Request, ask, can_answ
 from ...models.lora import adapters_off, is_adapted, starts_at_base, with_lora
 from ...models.sampling import Sampling
 from ...utils.batch import Batch
-from ..common.callbacks import JsonlCallback
+from ..common.callbacks import JsonlCallback, shown
 from ..common.checkpoints import PARTIAL, rotate, write_folder
 from ..data.collate import pad
 from ..data.files import Rows
@@ -342,9 +342,11 @@ class PolicyTrainer(ABC):
         self._jsonl.on_log(self.args, self.state, None, metrics)
         if self.args.report_to:
             self.accelerator.log(metrics, step=self.state.global_step)
+        line = shown(self.state.global_step, metrics, _SHOWN)
         if bar is not None and not bar.disable:
-            text = "  ".join(f"{name} {metrics[name]:.4g}" for name in _SHOWN if name in metrics)
-            bar.write(f"step {self.state.global_step:>5}  {text}")
+            bar.write(line)
+        elif self.accelerator.is_main_process:
+            print(line, flush=True)
 
     def evaluate(self) -> dict[str, float]:
         """One response to each evaluation prompt, always drawn alike: score, KL, entropy, length, share that ended."""
