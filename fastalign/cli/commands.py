@@ -138,7 +138,8 @@ def _explain(error: ImportError) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 1 for a missing package or file, 2 for bad input, 130 interrupted.
+    """Runs one command; returns the exit status: 0, 1 for a missing package or file or a run that
+    diverged, 2 for bad input, 130 interrupted.
 
     Bad input prints one line; with FASTALIGN_TRACEBACK set in the environment it raises instead.
     """
@@ -175,11 +176,11 @@ def _answer(args: list[str]) -> int:
             raise
         print(f"fastalign {name}: error: {_explain(error)}", file=sys.stderr)
         return 1
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
         if os.environ.get("FASTALIGN_TRACEBACK"):
             raise
         print(f"fastalign {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1 if isinstance(error, OSError) else 2
+        return 1 if isinstance(error, (OSError, FloatingPointError)) else 2
     except KeyboardInterrupt:
         print(f"fastalign {name}: interrupted", file=sys.stderr)
         return 130

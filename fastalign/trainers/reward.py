@@ -33,7 +33,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from ..losses.listwise import comparable, comparisons, list_metrics, plackett_luce_loss
 from ..losses.reward import best_of_k_loss, kwise_reward_loss, reward_loss
-from ..models.loading import load, load_tokenizer, model_options
+from ..models.loading import adapter_mode, load, load_tokenizer, model_options
 from ..models.logits import model_logits
 from ..utils.arguments import key
 from ..utils.batch import Batch
@@ -104,7 +104,8 @@ def load_reward_model(path: str, args: TrainingConfig) -> tuple[PreTrainedModel,
     A language model gets a fresh head, which is drawn from torch's generator: seed it for the same head again.
     """
     tokenizer = load_tokenizer(args.tokenizer, path)
-    model = load("model", AutoModelForSequenceClassification, path, num_labels=1, **model_options(args))
+    options = {"num_labels": 1, "adapters": adapter_mode(path, args), **model_options(args)}
+    model = load("model", AutoModelForSequenceClassification, path, **options)
     return model, tokenizer
 
 

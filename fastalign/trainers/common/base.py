@@ -7,6 +7,7 @@ items of all its micro-batches and processes, whatever their sizes, and so are t
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from abc import ABC, abstractmethod
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from ...models.adapters import join_with_base
 from ...models.loading import load_model, load_tokenizer
 from ...models.logits import ModelLogits, can_answer, logits_of, shares_prompts
 from ...models.lora import is_adapted, merged, with_lora
@@ -29,11 +31,11 @@ from ..data.files import Rows, named, read_rows
 from ..data.problems import tally
 from ..data.sampler import UpdateSampler
 from ..data.template import use_template
-from .callbacks import ConsoleCallback, GiveBackCallback, JsonlCallback
-from .checkpoints import PARTIAL, publish, rotate, seal, write_folder
+from .callbacks import ConsoleCallback, GiveBackCallback, JsonlCallback, LinesCallback
+from .checkpoints import PARTIAL, publish, rotate, seal, write_folder, writing
 from .config import GroupsConfig, TrainingConfig
 from .even import FILLER, EvenCollator, even
-from .sharding import WholeCheckpoints
+from .finite import CheckedUpdates, refuse_bad_weights
 
 
 class Weighted(NamedTuple):
@@ -81,7 +83,7 @@ def learned_positions(model: Any) -> int | None:
     return count if count and any(0 <= rows - count <= 2 for rows in tables) else None
 
 
-class AlignmentTrainer(WholeCheckpoints, ABC):
+class AlignmentTrainer(CheckedUpdates, ABC):
     """Base of the trainers. Subclasses give `collator`, `prepare`, `items` and `batch_loss`.
 
     Args:
@@ -145,7 +147,7 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
         self._share_prompts = grouped and shares_prompts(self.model, args, self.args.device)
         for plain in (ProgressCallback, PrinterCallback):
             self.remove_callback(plain)
-        self.add_callback(ConsoleCallback())
+        self.add_callback(LinesCallback() if args.disable_tqdm else ConsoleCallback())
         # Our losses are means over the items of the whole update: Trainer must not divide them by the number of
         # micro-batches once more. (The second name is the one that releases before 5.2x look at.)
         self.loss_is_scaled_for_ga = True
@@ -223,6 +225,7 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of one update, and the number of items in all of them on all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.note_update(batches)
         if not batches:
             return batches, None
         count = torch.stack([self._count(batch) for batch in batches]).sum().to(device)
@@ -265,6 +268,8 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
         if FILLER in inputs:
             metrics = {k: metric.mean if isinstance(metric, Weighted) else metric for k, metric in metrics.items()}
         training = model.training
+        if training:
+            self.note_loss(loss)
         self._means["train" if training else "eval"].add(metrics if training else {"loss": loss, **metrics}, count)
         if training:
             real = inputs["attention_mask" if "attention_mask" in inputs else "num_tokens"]
@@ -307,6 +312,10 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
         super().log(logs, start_time)
 
     def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+        """NaN is never the best, nor what later ones are compared with."""
+        name = str(self.args.metric_for_best_model)
+        if math.isnan(metrics.get(name if name.startswith("eval_") else f"eval_{name}", 0.0)):
+            return False
         try:
             return super()._determine_best_metric(metrics, trial)
         except KeyError as error:
@@ -323,23 +332,26 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
         if self.args.should_save:
             shutil.rmtree(self._partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+        written, target = os.path.join(self._partial, name), os.path.join(output_dir, name)
         try:
-            super()._save_checkpoint(model, trial)
+            with writing(target, written):
+                super()._save_checkpoint(model, trial)
         finally:
-            written, self._partial = os.path.join(self._partial, name), None
-        target = os.path.join(output_dir, name)
+            self._partial = None
         if self.state.best_model_checkpoint == written:
             self.state.best_model_checkpoint = target
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))
-            seal(written)
-            publish(written, target)
+            with writing(target, written):
+                self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))
+                seal(written)
+                publish(written, target)
             rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
     def save_whole(self) -> None:
         """Saves the model and the tokenizer to `output_dir`, whole or not at all; with adapters merged if so asked."""
+        refuse_bad_weights(self.model, self.accelerator, f"the model in {self.args.output_dir}")
         write_folder(str(self.args.output_dir), self._save_final, is_writer=self.args.should_save)
         self.accelerator.wait_for_everyone()
 
@@ -347,6 +359,8 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
         args: Any = self.args
         if not (is_adapted(self.model) and args.lora_merge):
             self.save_model(folder, _internal_call=True)
+            if args.should_save and is_adapted(self.model):
+                join_with_base(folder)
         elif args.should_save:
             merged(self.model).save_pretrained(folder)
             self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]

@@ -18,6 +18,7 @@ where they are asked for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -112,7 +113,8 @@ def _map(
 ) -> Dataset:
     """Every row through `convert`, which sees `columns`; the columns `keep` stay as they are, all others go.
 
-    Tells how many rows were cut or left out, and how many are left.
+    Tells how many rows were cut or left out, and how many are left. Each gets `rows`, its own number, by which a batch
+    that goes wrong is named.
     """
     given = [*columns, *_present(rows, *TEMPLATE_COLUMNS)]
     rows = rows.select_columns([*given, *keep])
@@ -121,7 +123,12 @@ def _map(
 
     def one(row: Row, index: int) -> dict[str, Any]:
         cuts.prompt = cuts.reply = False
-        return {**convert(row, index, encode), _PROMPT_CUT: cuts.prompt, _REPLY_CUT: cuts.reply}
+        for name in keep:
+            check_finite(row[name], name)
+        out = convert(row, index, encode)
+        several = isinstance(out["length"], list)
+        number: list[Any] = [[index]] * len(out["length"]) if several else [index]
+        return {**out, "rows": number, _PROMPT_CUT: cuts.prompt, _REPLY_CUT: cuts.reply}
 
     gone = [name for name in given if name not in keep]
     found = map_rows(rows, one, gone, skip_bad_rows=encode.skip_bad_rows, desc="tokenising")
@@ -218,10 +225,18 @@ def _ranked(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
     return _list(prompt_ids, [ids[k] for k in order], {name: [c[k] for k in order] for name, c in columns.items()})
 
 
+def check_finite(value: Any, column: str) -> None:
+    """ValueError for a number that is NaN or infinite: its loss would be, and all weights after it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"column {column!r} must hold finite numbers; got {value}")
+
+
 def _numbers(values: Any, column: str, count: int) -> list[float]:
     good = isinstance(values, list) and all(isinstance(v, (int, float)) and v == v for v in values)
     if not good or len(values) != count:
         raise ValueError(f"column {column!r} must hold one number for each of the {count} completions; got {values!r}")
+    for value in values:
+        check_finite(value, column)
     return [float(v) for v in values]
 
 

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, set_seed
@@ -29,12 +28,13 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from ... import rl
 from ...losses.policy import PPOLoss
 from ...models.actor_critic import ActorCritic, policy_logits
+from ...models.adapters import join_with_base
 from ...models.loading import disable_dropout, load_model, load_tokenizer, pad_id
 from ...models.logits import GROUPS, Answer, ModelLogits, Request, ask, can_answer, shares_prompts
-from ...models.lora import adapters_off, with_lora
+from ...models.lora import adapters_off, is_adapted, starts_at_base, with_lora
 from ...models.sampling import Sampling
 from ...utils.batch import Batch
-from ..common.callbacks import JsonlCallback
+from ..common.callbacks import JsonlCallback, shown
 from ..common.checkpoints import PARTIAL, rotate, write_folder
 from ..data.collate import pad
 from ..data.files import Rows
@@ -42,7 +42,8 @@ from ..data.template import use_template
 from . import rollout
 from .checkpoint import RunState, load_training_state, save_policy, save_whole
 from .config import PolicyConfig
-from .rewards import RewardFunction, load_reward
+from .keep import kept
+from .rewards import RewardFunction, load_reward, scored
 from .rollout import Episode, Prompt, describe, fill_in, generate, load_prompts, prompt_order, response_mask, stacked
 from .update import PretrainingStream, Updater, ValueOptions, make_optimizer, make_scheduler, pretraining_stream
 
@@ -94,7 +95,7 @@ class PolicyTrainer(ABC):
         self.data_counts: dict[str, int] = {}
         options = (self.processing_class, args.max_prompt_length, self.reward.columns)
         how: Any = {"truncation_mode": args.truncation_mode, "reading": args.reading, "counts": self.data_counts}
-        how["template_options"] = args.chat_template_kwargs
+        how |= {"template_options": args.chat_template_kwargs, "optional": self.reward.optional}
         self.prompts: list[Prompt] = load_prompts(train_dataset, *options, **how)
         sets = eval_dataset if isinstance(eval_dataset, Mapping) else {}
         self.eval_sets = {n: load_prompts(x, *options, f"eval_dataset_{n}", **how) for n, x in sets.items()}
@@ -163,7 +164,7 @@ class PolicyTrainer(ABC):
         if given is None and args.ref_model is not None:
             given = load_model(args.ref_model, args, "ref_model")
         if given is None:
-            if args.lora_rank:
+            if starts_at_base(policy) or (args.lora_rank and not is_adapted(policy)):
                 return None
             given = copy.deepcopy(policy)
         return given.requires_grad_(False).eval().to(self.accelerator.device)
@@ -200,10 +201,12 @@ class PolicyTrainer(ABC):
 
     def reference_logits(self, batch: Batch) -> ModelLogits:
         """What stands for the reference's logits [B, T, V] in a loss."""
-        model = self.inner.policy if self._reference is None else self._reference
+        own = self._reference is None
+        model = self.inner.policy if own else self._reference
 
         def call(request: Request | None) -> Answer:
-            with torch.no_grad(), self.accelerator.autocast(), adapters_off(model):
+            off = adapters_off(model) if own else contextlib.nullcontext()
+            with torch.no_grad(), self.accelerator.autocast(), off:
                 return ask(model, batch, request, batch.get(GROUPS))
 
         args = self.args
@@ -249,9 +252,7 @@ class PolicyTrainer(ABC):
                     batch_size=self.args.rollout_batch_size,
                     grouped=self._grouped,
                 )
-            for episode, score in zip(episodes, self.reward(episodes).tolist(), strict=True):
-                episode.score = score
-        return gather_object(episodes)
+        return scored(self.reward, episodes)
 
     def roll_out(self) -> list[Episode]:
         """The responses of this step, those of one prompt side by side; the same list in every process."""
@@ -272,7 +273,7 @@ class PolicyTrainer(ABC):
         exact = args.kl_estimator == "exact" and args.needs_reference
         reference = None if exact else stacked(episodes, "ref_logps") if args.needs_reference else logps
         return rl.shape_rewards(
-            torch.tensor([e.score for e in episodes]),
+            torch.tensor([e.score for e in episodes]).nan_to_num(0.0),
             logps,
             reference,
             mask,
@@ -299,8 +300,10 @@ class PolicyTrainer(ABC):
         hidden = self.args.disable_tqdm or not self.accelerator.is_main_process
         with tqdm(total=self.total_steps, initial=self.state.global_step, disable=hidden) as bar:
             while self.state.global_step < self.total_steps:
-                metrics = self.step()
-                self._after_step(metrics, bar)
+                with kept(self):
+                    metrics = self.step()
+                with kept(self):
+                    self._after_step(metrics, bar)
         if self.args.load_best_model_at_end and self.state.best_step is not None:
             self.inner.load(self.best_folder)
         for tracker in self.accelerator.trackers:
@@ -332,8 +335,9 @@ class PolicyTrainer(ABC):
         if self.eval_prompts and ((args.eval_steps and step % args.eval_steps == 0) or last):
             found = self.evaluate()
             self.log(found, bar)
-            if self.state.best_score is None or found["eval/score"] > self.state.best_score:
-                self.state.best_score, self.state.best_step = found["eval/score"], step
+            score = found.get("eval/score")  # none where the reward applies to no response
+            if score is not None and (self.state.best_score is None or score > self.state.best_score):
+                self.state.best_score, self.state.best_step = score, step
                 if args.load_best_model_at_end:
                     save_whole(self, self.best_folder, resumable=False)
         if args.save_steps and step % args.save_steps == 0:
@@ -347,9 +351,11 @@ class PolicyTrainer(ABC):
         self._jsonl.on_log(self.args, self.state, None, metrics)
         if self.args.report_to:
             self.accelerator.log(metrics, step=self.state.global_step)
+        line = shown(self.state.global_step, metrics, _SHOWN)
         if bar is not None and not bar.disable:
-            text = "  ".join(f"{name} {metrics[name]:.4g}" for name in _SHOWN if name in metrics)
-            bar.write(f"step {self.state.global_step:>5}  {text}")
+            bar.write(line)
+        elif self.accelerator.is_main_process:
+            print(line, flush=True)
 
     def evaluate(self) -> dict[str, float]:
         """One response to each evaluation prompt, always drawn alike: score, KL, entropy, length, share that ended.
@@ -378,9 +384,14 @@ class PolicyTrainer(ABC):
     def save_model(self, folder: str | None = None) -> None:
         """Policy (for AutoModelForCausalLM), tokenizer and values into output_dir or `folder`, all or nothing."""
         self._ready()
-        save = lambda partial: save_policy(self, partial, merge=self.args.lora_merge)  # noqa: E731
-        write_folder(folder or str(self.args.output_dir), save, is_writer=self.accelerator.is_main_process)
+        write_folder(folder or str(self.args.output_dir), self._save_final, is_writer=self.accelerator.is_main_process)
         self.accelerator.wait_for_everyone()
+
+    def _save_final(self, partial: str) -> None:
+        save_policy(self, partial, merge=self.args.lora_merge)
+        adapters_alone = is_adapted(self.inner.policy) and not self.args.lora_merge
+        if adapters_alone and self.accelerator.is_main_process:
+            join_with_base(partial)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and controllers, as JSON holds them."""
