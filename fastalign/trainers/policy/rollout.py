@@ -96,9 +96,9 @@ def _prompt(row: Any, index: int, encode: Encoder, columns: Sequence[str]) -> Pr
         options = template_options(row)
         if is_chat(prompt):
             check_messages(prompt, "column 'prompt'")
-            messages = prompt
-            text = encode.prompt_text(prompt, options)
-            ids = encode.tokenizer(text, add_special_tokens=False)["input_ids"][-(encode.max_prompt_length or 0) :]
+            messages = encode.fitted(prompt, options)
+            text = encode.prompt_text(messages, options)
+            ids = encode.tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
             text = encode.prompt_text(text_of(row, "prompt", index, may_be_empty=True), options)
             ids = encode.prompt(text)
