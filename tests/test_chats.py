@@ -213,6 +213,26 @@ class TestTemplates:
         assert with_tools.text == "[tool]look[polite][user]is it good</s>[assistant]"
         assert without.text == "[polite][user]is it good</s>[assistant]"
 
+    def test_long_prompts_lose_their_oldest_turns(self, encoder):
+        """And stay conversations: for the policy and, by its own template, for the reward."""
+        tokenizer = encoder().tokenizer
+        system, last = {"role": "system", "content": "be fun"}, {"role": "user", "content": "and the film so long"}
+        row = {"prompt": [system, USER, REPLY, last], "tools": TOOLS}
+        (whole,) = load_prompts([row], tokenizer, 500)
+        assert whole.messages == row["prompt"]
+        (prompt,) = load_prompts([row], tokenizer, len(whole.ids) - 1)
+        assert prompt.text == "[tool]look[system]be fun</s>[user]and the film so long</s>[assistant]"
+        assert list(prompt.messages) == [system, last]
+        limit = len(prompt.ids) - 4
+        (prompt,) = load_prompts([row], tokenizer, limit)
+        assert len(prompt.ids) <= limit
+        left = prompt.messages[-1]["content"]
+        assert last["content"].endswith(left)
+        assert 0 < len(left) < len(last["content"])
+        assert prompt.text == f"[tool]look[system]be fun</s>[user]{left}</s>[assistant]"
+        with pytest.raises(ValueError, match=r"row 0 .*system, tools\) is too long"):
+            load_prompts([row], tokenizer, 5)
+
     def test_template_of_a_file_or_of_another_tokenizer(self, encoder, tiny_model, tmp_path):
         (tmp_path / "chat.jinja").write_text(WHOLE)
         encoder(WHOLE).tokenizer.save_pretrained(tmp_path / "other")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeGuard
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
@@ -12,6 +12,9 @@ Messages: TypeAlias = Sequence[Mapping[str, Any]]
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """The names that a message's reasoning goes by."""
+
+_FRAME = ("system", "developer")
+"""Roles whose messages are no turns."""
 
 _OTHER_WEIGHTS = ("train", "trainable", "training", "loss_weight")
 """What other programs call a message's weight: refused, since nothing would come of it."""
@@ -77,6 +80,37 @@ def transcript(messages: Messages) -> str:
         said = [content_of(message), *(json.dumps(call, ensure_ascii=False) for call in calls)]
         lines.append(f"{message['role']}: " + "\n".join(part for part in said if part))
     return "\n".join(lines)
+
+
+def shortened(messages: Messages, fits: Callable[[Messages], bool]) -> Messages:
+    """The conversation without its oldest turns, so that it fits; what is left begins with a user's, and what stands
+    before all turns (system, developer) stays. Of the last such rest, the longest message loses its beginning.
+
+    Raises:
+        ValueError: it does not fit even so.
+    """
+    if fits(messages):
+        return messages
+    frame = [m for m in messages if m["role"] in _FRAME]
+    turns = [m for m in messages if m["role"] not in _FRAME]
+    if not turns:
+        raise ValueError("the system message is too long")
+    starts = [i for i, m in enumerate(turns) if m["role"] == "user"] or [0]
+    for start in starts:
+        if start and fits(rest := [*frame, *turns[start:]]):
+            return rest
+    rest = [*frame, *turns[starts[-1] :]]
+    at = max(range(len(frame), len(rest)), key=lambda i: len(content_of(rest[i])))
+    content, room, too_many = content_of(rest[at]), 0, len(content_of(rest[at]))
+    cut = list(rest)
+    while too_many - room > 1:
+        middle = (room + too_many) // 2
+        cut[at] = {**rest[at], "content": content[len(content) - middle :]}
+        room, too_many = (middle, too_many) if fits(cut) else (room, middle)
+    if not room:
+        raise ValueError("what the chat template writes beside the last message's text (system, tools) is too long")
+    cut[at] = {**rest[at], "content": content[len(content) - room :]}
+    return cut
 
 
 def is_trained(message: Mapping[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from .chat import Messages
+from .chat import Messages, shortened
 from .cut import Cuts, Room, mode_of
 from .rowwise import Dropped
 from .template import ChatTemplate, Span, render
@@ -108,6 +108,13 @@ class Encoder:
         if isinstance(prompt, str):
             return _text_alone(prompt, options)
         return render(self.tokenizer, prompt, reply_follows=True, options={**self.template_options, **(options or {})})
+
+    def fitted(self, prompt: Messages, options: Mapping[str, Any] | None = None) -> Messages:
+        """The prompt, shortened to max_prompt_length (see `chat.shortened`): still a conversation, for any template."""
+        limit = self.max_prompt_length
+        if limit is None:
+            return prompt
+        return shortened(prompt, lambda messages: len(self._ids(self.prompt_text(messages, options))) <= limit)
 
     def conversation(self, messages: Messages) -> Conversation:
         """The last of `conversations`, which most often is the only one."""
