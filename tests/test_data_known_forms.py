@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -197,8 +198,18 @@ class TestLists:
         assert "of 3 prompts 2 have no two completions that differ in helpfulness" in capsys.readouterr().err
         assert len(tokenize_preferences(rows, encode)) == 1
         assert len(tokenize_sft(rows, encode)) == 5
-        with pytest.raises(ValueError, match=r"'helpfulness' must hold a number; got 'no' in row 1"):
+        with pytest.raises(ValueError, match=r"row 1 .*'helpfulness' must hold a finite number; got 'no'"):
             as_lists(read_rows([rows[0], {**rows[1], "helpfulness": "no"}]))
+
+    def test_faulty_lists_are_named_or_left_out(self, encode):
+        good = {"prompt": "a", "completions": [" x", " y"], "rewards": [0.0, 1.0]}
+        faulty = ({**good, "rewards": [0.0]}, {**good, "rewards": [0.0, float("nan")]}, {**good, "completions": []})
+        for row in faulty:
+            with pytest.raises(ValueError, match=r"row 1 \(from 0\)"):
+                tokenize_preferences([good, row], encode)
+        with tally("dataset") as counts:
+            assert len(tokenize_preferences([good, *faulty], replace(encode, skip_bad_rows=True))) == 1
+        assert counts.skipped == 3
 
     def test_helpsteer_3(self, encode):
         rows = [
@@ -231,7 +242,7 @@ class TestKTO:
         assert tokenize_lists(self.ROWS, encode)[0]["rewards"] == [1.0, 0.0]
 
     def test_what_cannot_be_is_refused(self, encode):
-        with pytest.raises(ValueError, match=r"'label' must hold true or false; row 1 .* has '\?'"):
+        with pytest.raises(ValueError, match=r"row 1 .*'label' must hold true or false; got '\?'"):
             as_completions(read_rows([{**row, "label": label} for row, label in zip(self.ROWS, "1?0", strict=True)]))
         with pytest.raises(ValueError, match="a row whose label is true"):
             tokenize_sft(self.ROWS[1:], encode)

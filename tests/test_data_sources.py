@@ -16,10 +16,13 @@ datasets = pytest.importorskip("datasets", reason="needs datasets (the extra `tr
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 
+from fastalign.trainers.common.arguments import parse  # noqa: E402
 from fastalign.trainers.data.encode import Encoder  # noqa: E402
-from fastalign.trainers.data.files import read_rows  # noqa: E402
+from fastalign.trainers.data.files import check_sources, read_rows  # noqa: E402
 from fastalign.trainers.data.problems import Reading, tally  # noqa: E402
-from fastalign.trainers.data.tokenize import tokenize_preferences, tokenize_sft  # noqa: E402
+from fastalign.trainers.data.tokenize import tokenize_lists, tokenize_preferences, tokenize_sft  # noqa: E402
+from fastalign.trainers.grpo import GRPOConfig  # noqa: E402
+from fastalign.trainers.sft import SFTConfig  # noqa: E402
 
 ROWS = [{"prompt": f"p{i}", "completion": f" c{i}"} for i in range(4)]
 
@@ -232,6 +235,14 @@ class TestObjects:
         with pytest.raises(ValueError, match="has the splits a, b; got 'train'"):
             read_rows(datasets.DatasetDict(a=rows, b=rows))
 
+    def test_a_format_that_gives_tensors_is_set_aside(self, tiny_tokenizer):
+        rows = [{"prompt": "a", "completions": ["b", "c"], "rewards": [0.0, 1.0]}]
+        for kind in ("torch", "numpy"):
+            given = datasets.Dataset.from_list(rows).with_format(kind)
+            assert list(tokenize_lists(given, Encoder(tiny_tokenizer, 64))) == list(
+                tokenize_lists(rows, Encoder(tiny_tokenizer, 64))
+            )
+
     def test_paths(self, folder, tmp_path):
         folder("r.jsonl", lines(ROWS))
         assert list(read_rows(tmp_path / "data" / "r.jsonl")) == ROWS
@@ -245,6 +256,28 @@ class TestObjects:
     def test_a_stream_is_refused_with_what_to_do(self):
         with pytest.raises(TypeError, match=r"got IterableDataset; rows that come one by one .*: make a Dataset"):
             read_rows(datasets.Dataset.from_list(ROWS).to_iterable_dataset())
+
+
+def test_sources_in_a_file_of_keys(folder, tmp_path):
+    """Lists and names in YAML, or JSON on the command line."""
+    text = "dataset: [a.jsonl, b.jsonl]\neval_dataset: {one: c.jsonl, two: d.jsonl}\ncolumns: {question: prompt}\n"
+    (tmp_path / "keys.yaml").write_text(text)
+    sets = '{"one": "c.jsonl", "two": "d.jsonl"}'
+    for argv in (
+        ["--config", str(tmp_path / "keys.yaml")],
+        ["--dataset", "a.jsonl,b.jsonl", "--eval_dataset", sets, "--columns", "question=prompt"],
+    ):
+        for kind in (SFTConfig, GRPOConfig):
+            args = parse(kind, [*argv, "--output_dir", str(tmp_path / "run"), "--use_cpu"], command="sft")
+            assert args.dataset in (["a.jsonl", "b.jsonl"], "a.jsonl,b.jsonl")
+            assert args.eval_dataset == {"one": "c.jsonl", "two": "d.jsonl"}
+            assert args.reading == Reading({"question": "prompt"})
+            with pytest.raises(ValueError, match=r"there is no 'a.jsonl'"):
+                check_sources(args, ("dataset",))
+            with pytest.raises(ValueError, match=r"eval_dataset: .*there is no 'c.jsonl'"):
+                check_sources(args, ("eval_dataset",))
+    with pytest.raises(ValueError, match="columns must be theirs=ours, several with commas between; got 'question'"):
+        SFTConfig(output_dir=str(tmp_path / "run"), use_cpu=True, columns="question")
 
 
 class TestColumns:

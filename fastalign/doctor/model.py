@@ -45,7 +45,8 @@ def sampler(p: Patient) -> list[Finding]:
     prompts = _prompts(p)
     if not prompts or _broken(p.model):
         return []
-    rows = prompt_ids(p.tokenizer, prompts)
+    room = min(p.config.max_length, learned_positions(p.model) or p.config.max_length) - _NEW_TOKENS
+    rows = [ids[-max(room, 1) :] for ids in prompt_ids(p.tokenizer, prompts)]
     batch = _on(p.model.device, pad([(ids, []) for ids in rows], pad_id(p.tokenizer), "left"))
     own = p.model.generation_config.to_diff_dict()
     # Left unset, generate keeps the 50 likeliest tokens: its own habit, not this model's setting.

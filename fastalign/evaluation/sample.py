@@ -21,6 +21,8 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from ..models import loading
 from ..models.sampling import Sampling
+from ..trainers.common import arguments
+from ..trainers.common.arguments import key
 from ..trainers.common.config import DTYPES
 from ..trainers.data.chat import check_messages, is_chat, template_options
 from ..trainers.data.files import Rows, read_rows
@@ -28,8 +30,6 @@ from ..trainers.data.problems import Reading, columns_of
 from ..trainers.data.targets import as_prompts
 from ..trainers.data.template import OPTIONS_HELP, PATH_HELP, use_template
 from ..trainers.data.tokenize import TEMPLATE_COLUMNS
-from ..utils import arguments
-from ..utils.arguments import key
 from ..utils.checks import check_choice, check_positive
 from .sampling import Sample, sample
 

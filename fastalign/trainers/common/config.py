@@ -10,12 +10,12 @@ import torch
 from transformers import TrainingArguments
 
 from ...models.adapters import MODES
-from ...utils.arguments import key
 from ...utils.checks import check_choice, check_positive
 from ..data import cut
 from ..data.cut import mode_of
 from ..data.problems import Reading, columns_of
 from ..data.template import OPTIONS_HELP, PATH_HELP
+from .arguments import key
 
 COMMON = (
     "learning_rate",

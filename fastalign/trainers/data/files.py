@@ -110,9 +110,9 @@ def named(key: str) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------ kinds of source
 def _read(source: Rows, reading: Reading) -> Dataset:
     if isinstance(source, Dataset):
-        return source
+        return source.with_format(None)  # tensors are no texts and numbers
     if isinstance(source, DatasetDict):
-        return _pick(source, None, "the one given")
+        return _pick(source, None, "the one given").with_format(None)
     if isinstance(source, (str, os.PathLike)):
         return _read_path(os.fspath(source), reading)
     if type(source).__module__.partition(".")[0] == "pandas" and hasattr(source, "columns"):

@@ -17,6 +17,7 @@ Other columns stay as they are. `--columns theirs=ours` names those of any other
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -187,13 +188,13 @@ def _from_helpsteer3(row: Row, index: int) -> dict[str, Any]:
 
 
 def number_of(value: Any, column: str) -> float:
-    """A rating, a number or its text. ValueError if it is none."""
+    """A rating, a finite number or its text. ValueError if it is none."""
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = float("nan")
-    if number != number:
-        raise ValueError(f"column {column!r} must hold a number; got {value!r}")
+    if not math.isfinite(number):
+        raise ValueError(f"column {column!r} must hold a finite number; got {value!r}")
     return number
 
 

@@ -58,7 +58,7 @@ class Tally:
     def words(self) -> list[str]:
         """A line for everything that was lost; none where nothing was."""
         parts = [
-            (self.dropped, "dropped, being too long for max_length"),
+            (self.dropped, "dropped, being too long"),
             (self.prompts_cut, "with a cut prompt"),
             (self.replies_cut, "with a cut reply, whose end is not trained on"),
         ]

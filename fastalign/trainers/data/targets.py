@@ -5,22 +5,24 @@ What cannot be converted is counted and told: ratings that are all alike make no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from datasets import Dataset
 
 from .chat import is_chat
 from .forms import number_of
 from .mixed import from_rows
-from .problems import Tally, report
+from .problems import Problems, Tally, report
 from .rowwise import Row, map_rows
+
+T = TypeVar("T")
 
 _RATINGS = ("label", "helpfulness")
 """Columns that rate one completion: KTO's and HelpSteer's."""
 
 
-def as_completions(rows: Dataset) -> Dataset:
+def as_completions(rows: Dataset, skip_bad_rows: bool = False) -> Dataset:
     """For supervised fine-tuning: of rated completions the good ones, of lists the best of each.
 
     Raises:
@@ -28,7 +30,8 @@ def as_completions(rows: Dataset) -> Dataset:
     """
     names = set(rows.column_names)
     if {"prompt", "completion", "label"} <= names and "messages" not in names:
-        good = [i for i, label in enumerate(rows["label"]) if _label(label, i)]
+        labels = _of_each(rows, ["label"], lambda row: _label(row["label"]), skip_bad_rows)
+        good = [i for i, label in labels.items() if label]
         if not good:
             raise ValueError("dataset must have a row whose label is true")
         if len(good) < len(rows):
@@ -37,11 +40,11 @@ def as_completions(rows: Dataset) -> Dataset:
         return rows.select(good).remove_columns("label")
     if {"prompt", "completions"} <= names and not names & {"messages", "completion", "text"}:
         report(Tally(said=["of each list the best completion is trained on"]))
-        return map_rows(rows, _best, _list_columns(rows), skip_bad_rows=False, desc="best of lists")
+        return map_rows(rows, _best, _list_columns(rows), skip_bad_rows=skip_bad_rows, desc="best of lists")
     return rows
 
 
-def as_lists(rows: Dataset) -> Dataset:
+def as_lists(rows: Dataset, skip_bad_rows: bool = False) -> Dataset:
     """For ranked lists: rated completions of one prompt, wherever they stand, as one list with `rewards`.
 
     Raises:
@@ -52,10 +55,13 @@ def as_lists(rows: Dataset) -> Dataset:
     if rating is None or not {"prompt", "completion"} <= names or names & {"chosen", "completions"}:
         return rows
     groups: dict[str, dict[str, Any]] = {}
-    for i, row in enumerate(rows.select_columns(["prompt", "completion", rating])):
+    found = _of_each(rows, [rating], lambda row: _rating(row[rating], rating), skip_bad_rows)
+    for i, row in enumerate(rows.select_columns(["prompt", "completion"])):
+        if i not in found:
+            continue
         group = groups.setdefault(repr(row["prompt"]), {"prompt": row["prompt"], "completions": [], "rewards": []})
         group["completions"].append(row["completion"])
-        group["rewards"].append(_rating(row[rating], rating, i))
+        group["rewards"].append(found[i])
     lists = [group for group in groups.values() if len(set(group["rewards"])) > 1]
     if not lists:
         raise ValueError(f"dataset of rated completions needs two of one prompt that differ in {rating}; none do")
@@ -65,45 +71,61 @@ def as_lists(rows: Dataset) -> Dataset:
     return from_rows(lists)
 
 
-def as_pairs(rows: Dataset) -> Dataset:
+def as_pairs(rows: Dataset, skip_bad_rows: bool = False) -> Dataset:
     """For preferences: of each list the best completion and the worst.
 
     Raises:
         ValueError: no list whose completions differ; what `as_lists` refuses.
     """
-    rows = as_lists(rows)
+    rows = as_lists(rows, skip_bad_rows)
     names = set(rows.column_names)
     if not {"prompt", "completions"} <= names or "chosen" in names:
         return rows
     columns = [name for name in ("completions", "rewards", "ranks") if name in names]
-    differ = [i for i, row in enumerate(rows.select_columns(columns)) if len(set(_ranks(row))) > 1]
+    ranks = _of_each(rows, columns, _ranks, skip_bad_rows)
+    differ = [i for i, each in ranks.items() if len(set(each)) > 1]
     if not differ:
         raise ValueError("dataset of lists needs one whose completions differ in rank, to make pairs; none does")
-    said = [f"of {len(rows)} lists {len(rows) - len(differ)} have no two ranks and make no pair"]
-    said = said if len(differ) < len(rows) else []
+    said = [f"of {len(ranks)} lists {len(ranks) - len(differ)} have no two ranks and make no pair"]
+    said = said if len(differ) < len(ranks) else []
     report(Tally(said=[*said, "of each list the best and the worst completion make the pair"]))
-    return map_rows(rows.select(differ), _ends, _list_columns(rows), skip_bad_rows=False, desc="pairs of lists")
+    return map_rows(rows.select(differ), _ends, _list_columns(rows), skip_bad_rows=skip_bad_rows, desc="pairs of lists")
 
 
-def as_prompts(rows: Dataset) -> Dataset:
+def as_prompts(rows: Dataset, skip_bad_rows: bool = False) -> Dataset:
     """For sampling: of a conversation what stands before its last reply."""
     if "prompt" in rows.column_names or "messages" not in rows.column_names:
         return rows
-    return map_rows(rows, _before_reply, ["messages"], skip_bad_rows=False, desc="prompts of conversations")
+    return map_rows(rows, _before_reply, ["messages"], skip_bad_rows=skip_bad_rows, desc="prompts of conversations")
 
 
 # ---------------------------------------------------------------------------------------------------- one row of each
+def _of_each(rows: Dataset, columns: Sequence[str], what: Callable[[Row], T], skip_bad_rows: bool) -> dict[int, T]:
+    """Row number → what is asked of it, of the rows that have it."""
+    problems, found = Problems(skip_bad_rows), {}
+    for i, row in enumerate(rows.select_columns(list(columns))):
+        try:
+            found[i] = what(row)
+        except ValueError as error:
+            problems.add(f"row {i} (from 0): {error}")
+    problems.close(len(found))
+    return found
+
+
 def _list_columns(rows: Dataset) -> list[str]:
     return [name for name in ("completions", "rewards", "ranks") if name in rows.column_names]
 
 
 def _ranks(row: Row) -> Sequence[float]:
-    """Low is good. Of lists that are no lists, or whose numbers do not match, nothing."""
-    count = len(row["completions"] or [])
-    ranks = row["ranks"] if row.get("ranks") is not None else None
-    if ranks is None and row.get("rewards") is not None:
+    """A number for each completion; low is good. ValueError if the row has no such."""
+    if not isinstance(row["completions"], list) or not row["completions"]:
+        raise ValueError("column 'completions' must hold a list with at least one completion")
+    count = len(row["completions"])
+    ranks = [float(k) for k in range(count)]
+    if row.get("ranks") is not None:
+        ranks = [number_of(r, "ranks") for r in row["ranks"]]
+    elif row.get("rewards") is not None:
         ranks = [-number_of(r, "rewards") for r in row["rewards"]]
-    ranks = range(count) if ranks is None else ranks
     if len(ranks) != count:
         raise ValueError(f"dataset of lists needs one number for each of {count} completions; got {len(ranks)}")
     return ranks
@@ -111,8 +133,6 @@ def _ranks(row: Row) -> Sequence[float]:
 
 def _best(row: Row, index: int) -> dict[str, Any]:
     ranks = _ranks(row)
-    if not ranks:
-        raise ValueError("column 'completions' must hold a list with at least one completion")
     return {"completion": row["completions"][min(range(len(ranks)), key=lambda k: ranks[k])]}
 
 
@@ -130,17 +150,12 @@ def _before_reply(row: Row, index: int) -> dict[str, Any]:
     return {"prompt": list(messages[:last])}
 
 
-def _label(value: Any, index: int) -> bool:
+def _label(value: Any) -> bool:
     known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
     if str(value).lower() not in known:
-        raise ValueError(f"column 'label' must hold true or false; row {index} (from 0) has {value!r}")
+        raise ValueError(f"column 'label' must hold true or false; got {value!r}")
     return known[str(value).lower()]
 
 
-def _rating(value: Any, column: str, index: int) -> float:
-    if column == "label":
-        return float(_label(value, index))
-    try:
-        return number_of(value, column)
-    except ValueError as error:
-        raise ValueError(f"{error} in row {index} (from 0)") from None
+def _rating(value: Any, column: str) -> float:
+    return float(_label(value)) if column == "label" else number_of(value, column)

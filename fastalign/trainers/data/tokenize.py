@@ -56,7 +56,7 @@ def tokenize_sft(source: Rows, encode: Encoder) -> Dataset:
 
     Raises ValueError naming the row if a completion is empty.
     """
-    rows = as_completions(read_rows(source))
+    rows = as_completions(read_rows(source), encode.skip_bad_rows)
     form = _form(rows, SFT_FORMS)
     if isinstance(rows.features[form[-1]], Value) and form != ("messages",):
         return _map(rows, _completion, form, encode)
@@ -68,7 +68,7 @@ def tokenize_preferences(source: Rows, encode: Encoder) -> Dataset:
 
     Precomputed log-probabilities of the reference are kept. Raises ValueError naming the row if a completion is empty.
     """
-    rows = as_pairs(read_rows(source))
+    rows = as_pairs(read_rows(source), encode.skip_bad_rows)
     return _map(rows, _pair, _form(rows, PAIR_FORMS), encode, keep=together(rows, REFERENCE_COLUMNS, source))
 
 
@@ -78,7 +78,7 @@ def tokenize_lists(source: Rows, encode: Encoder) -> Dataset:
     Where the rows bring them, also `rewards`, `margin` (pairs only) and `labeler`. Raises ValueError naming the row if
     a completion is empty, or rewards or ranks do not match the completions.
     """
-    rows = as_lists(read_rows(source))
+    rows = as_lists(read_rows(source), encode.skip_bad_rows)
     form = _form(rows, LIST_FORMS)
     if form in PAIR_FORMS:
         return _map(rows, _pair_as_list, form, encode, keep=_present(rows, "margin", "labeler"))

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ...losses.base import check_range
-from ...utils.arguments import key
 from ...utils.checks import check_choice, check_positive
+from ..common.arguments import key
 from ..common.config import CommonConfig, share_prompts_key
 
 _POSITIVE = (

@@ -103,7 +103,7 @@ def load_prompts(
         return []
     reading = reading or Reading()
     with named(key), tally(key) as told:
-        rows = as_prompts(read_rows(source, reading))
+        rows = as_prompts(read_rows(source, reading), reading.skip_bad_rows)
         more = rows.column_names if optional is None else [name for name in optional if name in rows.column_names]
         columns = list(dict.fromkeys(name for name in (*columns, *more) if name != "prompt"))
         for_template = [name for name in TEMPLATE_COLUMNS if name in rows.column_names and name not in columns]
