@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from .. import _backends
-from ..utils.arguments import Helped
+from ..trainers.common.arguments import Helped
 from ..utils.version import __version__
 
 

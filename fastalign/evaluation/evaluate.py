@@ -26,12 +26,12 @@ from rich.table import Table
 from transformers import set_seed
 
 from ..models.loading import pad_id
+from ..trainers.common import arguments
+from ..trainers.common.arguments import key
 from ..trainers.common.checkpoints import write_json
 from ..trainers.data.chat import check_messages, content_of, is_chat
 from ..trainers.data.files import read_rows
 from ..trainers.data.tokenize import TEMPLATE_COLUMNS
-from ..utils import arguments
-from ..utils.arguments import key
 from ..utils.checks import check_choice
 from .diversity import self_bleu
 from .estimates import distinct, estimate

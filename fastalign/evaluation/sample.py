@@ -22,13 +22,13 @@ from transformers import AutoModelForCausalLM, set_seed
 from ..models.loading import load as load_any
 from ..models.loading import load_tokenizer, placed
 from ..models.sampling import Sampling
+from ..trainers.common import arguments
+from ..trainers.common.arguments import key
 from ..trainers.common.config import DTYPES
 from ..trainers.data.chat import check_messages, is_chat, template_options
 from ..trainers.data.files import read_rows
 from ..trainers.data.template import OPTIONS_HELP, PATH_HELP, use_template
 from ..trainers.data.tokenize import TEMPLATE_COLUMNS
-from ..utils import arguments
-from ..utils.arguments import key
 from ..utils.checks import check_choice, check_positive
 from .sampling import Sample, sample
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ...utils.arguments import key
 from ...utils.checks import check_choice, check_positive
 from ..data.template import OPTIONS_HELP, PATH_HELP
+from .arguments import key
 
 COMMON = (
     "learning_rate",

@@ -6,7 +6,7 @@ import json
 import os
 from typing import Any
 
-from ...utils import arguments
+from ..common import arguments
 from ..common.run import make_room, start_point
 from ..data.files import check_sources
 from .config import PolicyConfig
