@@ -21,13 +21,13 @@ from fastalign.evaluation.policy import measure
 from fastalign.evaluation.ranked_samples import ranked_samples
 from fastalign.evaluation.sampling import Sample, prompt_ids
 from fastalign.models.sampling import Sampling
+from fastalign.trainers.common import arguments
 from fastalign.trainers.data.collate import SFTCollator
 from fastalign.trainers.data.encode import Encoder
 from fastalign.trainers.data.tokenize import tokenize_lists, tokenize_preferences, tokenize_sft
 from fastalign.trainers.policy.rewards import ModelReward
 from fastalign.trainers.policy.rollout import Episode, load_prompts
 from fastalign.trainers.sft import SFTConfig, SFTTrainer
-from fastalign.utils import arguments
 from fastalign.utils.batch import IGNORE
 
 PLAIN = (
