@@ -121,7 +121,10 @@ def main(argv: list[str]) -> int:
     set_seed(config.seed)
     drawn = sample(model, tokenizer, prompts, per_prompt=config.samples_per_prompt, how=config.how())
     lines = [
-        json.dumps({"prompt": p, "completions": [s.text for s in each], "finished": [s.finished for s in each]})
+        json.dumps(
+            {"prompt": p, "completions": [s.text for s in each], "finished": [s.finished for s in each]},
+            ensure_ascii=False,
+        )
         for p, each in zip(prompts, drawn, strict=True)
     ]
     if path is None:
