@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from ...utils.batch import Batch
 from ..common.callbacks import JsonlCallback, shown
 from ..common.checkpoints import PARTIAL, rotate, write_folder
 from ..common.given import check_config, model_given, refuse_others, with_peft_config
+from ..common.sharding import whole_weights
 from ..data.collate import pad
 from ..data.files import Rows
 from .checkpoint import RunState, load_training_state, save_policy, save_whole
@@ -219,22 +220,6 @@ class PolicyTrainer(ABC):
         args = self.args
         return ModelLogits(call, model, batch["input_ids"].shape, fused=args.fused_head, chunk_bytes=args.chunk_bytes)
 
-    @contextlib.contextmanager
-    def _whole_weights(self) -> Iterator[ActorCritic]:
-        """The bare module in evaluation mode; sharded weights are gathered, so that no process waits for another."""
-        sharded = [m for m in self.inner.modules() if isinstance(m, FSDPModule)]
-        for module in sharded:
-            module.unshard()
-            module.set_reshard_after_forward(False, recurse=False)
-        self.inner.eval()
-        try:
-            with self.accelerator.autocast():
-                yield self.inner
-        finally:
-            for module in sharded:
-                module.set_reshard_after_forward(True, recurse=False)
-                module.reshard()
-
     # --------------------------------------------------------------------------------------------------- rollouts
     def sampling(self) -> Sampling:
         """How responses are drawn."""
@@ -246,7 +231,8 @@ class PolicyTrainer(ABC):
         self._ready()
         episodes: list[Episode] = []
         if prompts:
-            with self._whole_weights() as model:
+            with whole_weights(self.inner), self.accelerator.autocast():
+                model = self.inner.eval()
                 episodes = generate(model.policy, self.processing_class, prompts, keys, self.sampling(), self.args.seed)
                 fill_in(
                     episodes,
