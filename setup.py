@@ -30,11 +30,10 @@ HEADERS = [
         "gae_args",
         "gae_cpu",
         "large_blocks",
-        "list_loss_cpu",
-        "mean_nll_cpu",
+        "loss_interpreter",
+        "loss_program",
         "objectives",
-        "pair_loss_cpu",
-        "policy_loss_cpu",
+        "scalar",
         "parallel",
         "probes_cpu",
         "token_powers_cpu",
@@ -205,7 +204,9 @@ class Build(build_ext):
             header = f"simd_{isa.removesuffix('_bf16')}.h"
             defines = [f"-DFA_ISA={isa}", f'-DFA_ISA_NAME="{isa}"', f'-DFA_SIMD_HEADER="{header}"']
             units.append(("kernels/token_stats_cpu.cpp", isa, [*defines, *flags]))
-        units += [(f"kernels/{name}.cpp", name, []) for name in ("fresh_pages", "large_blocks", "gae_cpu")]
+        units += [
+            (f"kernels/{name}.cpp", name, []) for name in ("fresh_pages", "large_blocks", "gae_cpu", "loss_interpreter")
+        ]
         units += [("csrc/bindings.cpp", "bindings", [])]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(lambda unit: self.compile_one(ext, *unit), units))
@@ -240,9 +241,17 @@ setup(
                 "kernels/fresh_pages.cpp",
                 "kernels/gae_cpu.cpp",
                 "kernels/large_blocks.cpp",
+                "kernels/loss_interpreter.cpp",
                 "kernels/token_stats_cpu.cpp",
             ],
-            depends=[*HEADERS, *CUDA_HEADERS, *CUDA_SOURCES, "csrc/bindings_cuda.cpp", "csrc/tensors.h"],
+            depends=[
+                *HEADERS,
+                *CUDA_HEADERS,
+                *CUDA_SOURCES,
+                "csrc/bindings_cuda.cpp",
+                "csrc/losses.h",
+                "csrc/tensors.h",
+            ],
             include_dirs=[pybind11.get_include()],
             language="c++",
         ),

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <vector>
 
-#include "../kernels/mean_nll_cpu.h"
+#include "../kernels/scalar.h"
 #include "arguments.h"
 
 namespace fastalign {

@@ -19,59 +19,59 @@ def token_objective(
 UNUSUAL: int
 
 def learn_tensors(type: object, dtypes: tuple, attributes: bool) -> None: ...
-def mean_nll_forward(
-    logits: object, labels: object, options: tuple, inplace: bool, loss: object, over: int, least: int, threads: int
-) -> tuple: ...
-def mean_nll_backward(
+
+class LossProgram:
+    def __init__(self, steps: list, kinds: list[int], loss: int, outputs: list[int], lists: bool) -> None: ...
+
+def loss_forward(
     logits: object,
     labels: object,
     options: tuple,
-    saved: object,
-    gradient: object,
-    count: int,
+    reference: object,
+    inplace: bool,
+    program: LossProgram,
+    given: tuple,
+    sequences: int,
+    list_size: int,
+    made: tuple,
+    threads: int,
+) -> tuple: ...
+def loss_terms(
+    statistics: tuple,
+    labels: object,
+    ignore_index: int,
+    program: LossProgram,
+    given: tuple,
+    sequences: int,
+    list_size: int,
+    made: tuple,
+    threads: int,
+) -> bool: ...
+def loss_backward(
+    logits: object,
+    labels: object,
+    options: tuple,
+    reference: object,
+    kept: object,
+    upstream: tuple,
+    slopes: object,
+    which: int,
     out: object,
     threads: int,
 ) -> int: ...
-def pair_loss_forward(
-    logits: object,
-    labels: object,
-    options: tuple,
-    inplace: bool,
-    references: tuple,
-    loss: tuple[float, float, float],
-    pairs: int,
-    made: tuple,
-    threads: int,
-) -> tuple: ...
-def policy_loss_forward(
-    logits: object,
-    labels: object,
-    options: tuple,
-    inplace: bool,
-    inputs: tuple,
-    objective: tuple,
-    over: float,
-    made: tuple,
-    threads: int,
-) -> tuple: ...
-def list_loss_forward(
-    logits: object, labels: object, options: tuple, inplace: bool, size: int, loss: tuple, made: tuple, threads: int
-) -> tuple: ...
 def logps_forward(
     logits: object, labels: object, options: tuple, inplace: bool, logps: object, lse: object, threads: int
 ) -> tuple: ...
-def sums_forward(logits: object, labels: object, options: tuple, inplace: bool, sums: tuple, threads: int) -> tuple: ...
-def logps_backward(
-    logits: object, labels: object, options: tuple, saved: object, gradients: tuple, out: object, threads: int
-) -> int: ...
 
 class HeldBlock:
     def __init__(self, size: int) -> None: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
-
-def keep_at_most(size: int) -> None: ...
-def kept_bytes() -> int: ...
-def release_kept() -> int: ...
+    @staticmethod
+    def keep_at_most(size: int) -> None: ...
+    @staticmethod
+    def kept_bytes() -> int: ...
+    @staticmethod
+    def release_kept() -> int: ...
 
 class _Gae(Protocol):
     def __call__(

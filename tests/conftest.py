@@ -3,6 +3,7 @@ corpus, and a GPU that is simulated."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import io
@@ -193,3 +194,24 @@ def as_the_reference():
             torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=tolerance, atol=tolerance)
 
     return check
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """How losses ran: `programs.ran` is what the compiled calls returned, `programs.off()` a block without them."""
+    from fastalign.ops.fused_loss import FusedLoss
+
+    class Programs:
+        def __init__(self):
+            self.ran = []
+
+        @contextlib.contextmanager
+        def off(self):
+            with monkeypatch.context() as patch:
+                for name in ("of_logits", "of_statistics"):
+                    patch.setattr(FusedLoss, name, lambda *_, **__: None)
+                yield
+
+    found, real = Programs(), FusedLoss.of_logits
+    monkeypatch.setattr(FusedLoss, "of_logits", lambda *a, **k: found.ran.append(real(*a, **k)) or found.ran[-1])
+    return found

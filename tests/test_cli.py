@@ -14,7 +14,7 @@ import pytest
 
 import fastalign as fa
 from fastalign.cli import commands as cli
-from fastalign.utils import arguments
+from fastalign.trainers.common import arguments
 
 
 class Color(enum.Enum):

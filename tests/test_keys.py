@@ -17,14 +17,14 @@ pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
 
 from fastalign.cli import commands as cli
 from fastalign.cli import keys
+from fastalign.trainers.common import arguments
+from fastalign.trainers.common.other_names import OURS, SAME
 from fastalign.trainers.dpo import DPOConfig, DPOTrainer
 from fastalign.trainers.grpo import GRPOConfig, GRPOTrainer
 from fastalign.trainers.ppo import PPOConfig, PPOTrainer
 from fastalign.trainers.pro import PROConfig, PROTrainer
 from fastalign.trainers.reward import RewardConfig, RewardTrainer
 from fastalign.trainers.sft import SFTConfig, SFTTrainer
-from fastalign.utils import arguments
-from fastalign.utils.other_names import OURS, SAME
 
 
 @pytest.mark.parametrize("command", keys.CONFIGS)

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import cpu, cuda, eager, triton
 from ._interface import KINDS, KL_TERMS, Backend, Objective
 from .cache import LARGE, empty, keep_memory, release_memory
-from .cpu import cpu_isa, cpu_isas, probe_copy, probe_read, saved_tensor
+from .cpu import cpu_isa, cpu_isas, loss_program, probe_copy, probe_read, saved_rows
 
 __all__ = [
     "KINDS",
@@ -33,11 +33,12 @@ __all__ = [
     "direct",
     "empty",
     "keep_memory",
+    "loss_program",
     "pick",
     "probe_copy",
     "probe_read",
     "release_memory",
-    "saved_tensor",
+    "saved_rows",
     "use_backend",
 ]
 

@@ -26,7 +26,7 @@ def _default_limit() -> int:
 
 
 if cpu._C is not None:
-    cpu._C.keep_at_most(_default_limit())
+    cpu._C.HeldBlock.keep_at_most(_default_limit())
 
 
 def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -55,9 +55,9 @@ def keep_memory(limit: int) -> None:
     if limit < 0:
         raise ValueError(f"limit must be a number of bytes, 0 or more; got {limit}")
     if cpu._C is not None:
-        cpu._C.keep_at_most(limit)
+        cpu._C.HeldBlock.keep_at_most(limit)
 
 
 def release_memory() -> int:
     """Gives what is kept (see `keep_memory`) back to the system; returns how many bytes that were."""
-    return 0 if cpu._C is None else cpu._C.release_kept()
+    return 0 if cpu._C is None else cpu._C.HeldBlock.release_kept()

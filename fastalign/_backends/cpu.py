@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 # torch is imported first: the compiled module takes its OpenMP runtime from the process, and that must be torch's.
 import torch
@@ -26,6 +27,10 @@ else:
 
 def unavailable() -> str:
     return _C_ERROR
+
+
+GROUP = 3
+"""Level of results by pair or list: see `ops.operations`."""
 
 
 def serves(tensor: Tensor, job: str) -> str:
@@ -144,10 +149,14 @@ def _done(live: int, labels: Tensor, options: tuple[int, float, float], logits: 
     return live >= 0
 
 
-def saved_tensor(saved: Kept, labels: Tensor) -> Tensor:
-    """[..., 4], as `forward` returns it, if these are its labels."""
-    rows = torch.frombuffer(bytearray(saved), dtype=torch.float32) if saved else _ONE.new_empty(0)
-    return rows.view(*labels.shape, 4) if rows.numel() == 4 * labels.numel() else rows
+def saved_rows(kept: Kept, labels: Tensor, which: int = 0) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """saved, entropy and kl as `forward` returns them, of what a call kept; `which`: bits 4, 8 for the last two."""
+    numbers = torch.frombuffer(bytearray(kept), dtype=torch.float32) if kept else _ONE.new_empty(0)
+    tokens = labels.numel()
+    saved, rest = numbers[: 4 * tokens], numbers[4 * tokens :]
+    entropy = rest[:tokens].view(labels.shape) if which & 4 else None
+    kl = rest[-tokens:].view(labels.shape) if which & 8 else None
+    return (saved.view(*labels.shape, 4) if saved.numel() == 4 * tokens else saved), entropy, kl
 
 
 def logps(
@@ -159,151 +168,96 @@ def logps(
     return (found, lse, saved) if _done(live, labels, options, logits) else None
 
 
-def sums(
-    logits: Tensor, labels: Tensor, options: tuple[int, float, float], inplace: bool, parts: int
-) -> tuple[tuple[Tensor, ...], Kept] | None:
-    """Sums of logps over all but the first dimension, in parts of equally many each, and what the backward needs."""
-    count, rest = divmod(labels.shape[0], parts)
-    if rest:
-        return None
-    found = tuple(_ONE.new_empty((count,)) for _ in range(parts))
-    live, saved = _C.sums_forward(logits, labels, options, inplace, found, torch.get_num_threads())
-    return (found, saved) if _done(live, labels, options, logits) else None
-
-
-def logps_backward(
-    logits: Tensor,
-    labels: Tensor,
-    saved: Kept,
-    gradients: tuple[Tensor, ...],
-    options: tuple[int, float, float],
-    out: Tensor,
-) -> bool:
-    """Whether the gradient of the logits was written, given that of the log-probabilities, or, in one or more parts,
-    that of their sums over equally many labels each."""
-    live = _C.logps_backward(logits, labels, options, saved, gradients, out, torch.get_num_threads())
-    return _done(live, labels, options, logits)
-
-
 # A scalar like one that is there already is made in half the time.
 _SCALARS = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in _DTYPE_CODES}
 _ONE = _SCALARS[torch.float32]
 
 
-def mean_nll(
+def loss_program(*encoded: Any) -> Any:
+    """`Program.encoded()` as the functions below take it; None where the module is not built."""
+    return None if _C is None else _C.LossProgram(*encoded)
+
+
+def _room(found: Any, tokens: int, grouping: tuple[int, int], wanted: bool, loss: Tensor) -> tuple:
+    """Where a loss's results go: see `Results` in csrc/losses.h."""
+    scalars = _ONE.new_empty((found.scalars,))
+    sequences, list_size = grouping
+    groups = sequences // (list_size if found.program.lists else 2)
+    rows = _ONE.new_empty((found.rows, groups if found.row_level == GROUP else sequences))
+    slopes = _ONE.new_empty((found.which.bit_count(), tokens)) if wanted else None
+    return loss, scalars, rows, slopes
+
+
+def loss(
     logits: Tensor,
     labels: Tensor,
-    count: int,
-    least: int,
     options: tuple[int, float, float],
+    reference: Tensor | None,
     inplace: bool,
+    found: Any,
+    given: tuple,
+    grouping: tuple[int, int],
+    wanted: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Kept, int] | None:
-    """-sum(logps) / count, a scalar of the dtype; what the backward needs; and how many labels are not ignored.
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None, Kept] | None:
+    """Runs a compiled loss (`ops.fused_loss._Compiled`): the loss in the dtype, other numbers of the batch, results by
+    sequence or group, slopes [k, tokens] if wanted, and what a backward needs.
 
-    None, and nothing was done, for other tensors than plain, checked ones.
-
-    Args:
-        count: 0: that number, taken as `least` at least; where it is 0 the mean is NaN.
+    None, and nothing was done, for other tensors than plain ones; logits that are not dense are copied once.
     """
     like = _SCALARS.get(dtype)
     if like is None:
         return None
-    loss, threads = torch.empty_like(like), torch.get_num_threads()
-    live, saved = _C.mean_nll_forward(logits, labels, options, inplace, loss, count, least, threads)
+    made, threads = _room(found, labels.numel(), grouping, wanted, torch.empty_like(like)), torch.get_num_threads()
+    rest: tuple[Any, ...] = (reference, inplace, found.handle, given, *grouping, made, threads)
+    live, kept = _C.loss_forward(logits, labels, options, *rest)
     if live == _UNUSUAL and not inplace:  # a dense copy would hide logits that share memory, which are not written over
         dense = logits.contiguous(), labels.contiguous()
-        live, saved = _C.mean_nll_forward(*dense, options, inplace, loss, count, least, threads)
-    return (loss, saved, live) if _done(live, labels, options, logits) else None
+        rest = (None if reference is None else reference.contiguous(), *rest[1:])
+        live, kept = _C.loss_forward(*dense, options, *rest)
+    if not _done(live, labels, options, logits):
+        return None
+    return made[0], made[1].unbind(), made[2].unbind(), made[3], kept
 
 
-def mean_nll_backward(
+def loss_terms(
+    statistics: dict[str, Tensor | None],
+    labels: Tensor,
+    ignore_index: int,
+    found: Any,
+    given: tuple,
+    grouping: tuple[int, int],
+    wanted: bool,
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor] | None:
+    """The same from statistics of the labels' shape: loss, numbers of the batch, results by sequence or group, and
+    slopes."""
+    made = _room(found, labels.numel(), grouping, wanted, torch.empty_like(_ONE))
+    dense = tuple([None if t is None else t.detach().contiguous() for t in statistics.values()])
+    rest = (ignore_index, found.handle, given, *grouping, made, torch.get_num_threads())
+    if not _C.loss_terms(dense, labels.contiguous(), *rest):
+        return None
+    return made[0], made[1].unbind(), made[2].unbind(), made[3]
+
+
+def loss_backward(
     logits: Tensor,
     labels: Tensor,
-    saved: Kept,
-    gradient: Tensor,
-    count: int,
     options: tuple[int, float, float],
+    reference: Tensor | None,
+    kept: Kept,
+    upstream: tuple[Tensor, ...],
+    slopes: Tensor | None,
+    which: int,
     out: Tensor,
 ) -> bool:
-    """Whether the gradient of the logits was written, given that of the loss and what it was divided by."""
-    threads = torch.get_num_threads()
-    live = _C.mean_nll_backward(logits, labels, options, saved, gradient, count, out, threads)
+    """Whether the logits' gradient was written into `out`, which is new and dense, given that of the loss or of equally
+    long runs of tokens, and the tokens' own slopes for the statistics of the bits `which` (None: 1 for the logps)."""
+    rest: tuple[Any, ...] = (kept, upstream, slopes, which, out, torch.get_num_threads())
+    live = _C.loss_backward(logits, labels, options, reference, *rest)
     if live == _UNUSUAL:
         dense = logits.contiguous(), labels.contiguous()
-        live = _C.mean_nll_backward(*dense, options, saved, gradient, count, out, threads)
+        live = _C.loss_backward(*dense, options, None if reference is None else reference.contiguous(), *rest)
     return _done(live, labels, options, logits)
-
-
-def pair_loss(
-    logits: Tensor,
-    labels: Tensor,
-    references: tuple[Tensor, ...],
-    loss: tuple[float, float, float],
-    options: tuple[int, float, float],
-    inplace: bool,
-) -> tuple[Tensor, Tensor, Tensor, Kept] | None:
-    """(loss, results, slopes, saved) of a loss of pairs, see kernels/pair_loss_cpu.h: the mean; rewards of both sides,
-    margins, accuracies and sums of both sides, [6, B]; the mean's gradient for the sums, [2B]; and what a backward
-    needs. None, and nothing was done, for other tensors than plain ones.
-
-    Args:
-        references: none, or those of the chosen and of the rejected.
-        loss: beta, and the weights of -log sigmoid(z) and -log sigmoid(-z).
-    """
-    pairs = labels.shape[0] // 2
-    made = (torch.empty_like(_ONE), _ONE.new_empty((6, pairs)), _ONE.new_empty((2 * pairs,)))
-    threads = torch.get_num_threads()
-    live, saved = _C.pair_loss_forward(logits, labels, options, inplace, references, loss, pairs, made, threads)
-    return (*made, saved) if _done(live, labels, options, logits) else None
-
-
-def policy_loss(
-    logits: Tensor,
-    labels: Tensor,
-    inputs: tuple[Tensor, Tensor, Tensor | None],
-    objective: Objective,
-    over: float,
-    options: tuple[int, float, float],
-    inplace: bool,
-) -> tuple[Tensor, Tensor, Kept] | None:
-    """(results, slopes, saved) of a policy objective, see kernels/policy_loss_cpu.h: loss, policy term, KL, approximate
-    KL to the old policy, share that was cut, mean ratio, [6]; the loss's gradient for each log-probability, flat; and
-    what a backward needs. None, and nothing was done, for other tensors than plain ones, float32 beside the logits.
-
-    Args:
-        inputs: old_logps and advantages (of tokens, or one for all of the last dimension's), and ref_logps or None.
-        over: what the losses are divided by; 0: the number of tokens.
-    """
-    made = (_ONE.new_empty((6,)), _ONE.new_empty((labels.numel(),)))
-    threads = torch.get_num_threads()
-    live, saved = _C.policy_loss_forward(
-        logits, labels, options, inplace, inputs, _codes(objective), over, made, threads
-    )
-    return (*made, saved) if _done(live, labels, options, logits) else None
-
-
-def list_loss(
-    logits: Tensor,
-    labels: Tensor,
-    size: int,
-    loss: tuple[bool, bool, bool, float],
-    options: tuple[int, float, float],
-    inplace: bool,
-) -> tuple[Tensor, Tensor, Kept] | None:
-    """(results, slopes, saved) of a loss of ranked lists, see kernels/list_loss_cpu.h: loss, ranking term, supervised
-    term, accuracy, top-1 accuracy, margin, [6]; the loss's gradient for each response's sum, flat; and what a backward
-    needs. None, and nothing was done, for other tensors than plain ones, and where a response is hidden.
-
-    Args:
-        size: responses of a list.
-        loss: whether the first term counts alone, whether scores are means, whether the supervised term takes a mean,
-            and its weight.
-    """
-    made = (_ONE.new_empty((6,)), _ONE.new_empty((labels.numel() // max(labels.shape[-1], 1),)))
-    threads = torch.get_num_threads()
-    live, saved = _C.list_loss_forward(logits, labels, options, inplace, size, loss, made, threads)
-    return (*made, saved) if _done(live, labels, options, logits) else None
 
 
 # ------------------------------------------------------------------------------------------------- one launch

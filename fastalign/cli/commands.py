@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from .. import _backends
-from ..utils.arguments import Helped, given_keys
+from ..trainers.common.arguments import Helped, given_keys
 from ..utils.version import __version__
 from .keys import known_keys
 

@@ -27,10 +27,10 @@ from rich.table import Column, Table
 from transformers import set_seed
 
 from ..models.loading import pad_id
+from ..trainers.common import arguments
+from ..trainers.common.arguments import key
 from ..trainers.common.checkpoints import write_json
 from ..trainers.data.files import read_rows
-from ..utils import arguments
-from ..utils.arguments import key
 from ..utils.checks import check_choice
 from .diversity import self_bleu
 from .estimates import distinct, estimate

@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from ..models import loading
 from ..models.sampling import Sampling
+from ..trainers.common import arguments
+from ..trainers.common.arguments import key
 from ..trainers.common.config import DTYPES
 from ..trainers.data.chat import check_messages, is_chat
 from ..trainers.data.files import read_rows
-from ..utils import arguments
-from ..utils.arguments import key
 from ..utils.checks import check_choice, check_positive
 from .sampling import sample
 

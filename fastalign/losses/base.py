@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..head.head import LogitsSource, as_head
 from ..ops import statistics as ops
+from ..ops.programs import Symbol
 from ..ops.sequences import cut, sequence_sums, sum_tokens, wide_dtype
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "hide",
     "lookup",
     "masked_mean",
+    "mean_of",
     "mean_over",
     "narrow",
     "real_tokens",
@@ -107,6 +109,16 @@ def hide(x: Tensor, mask: Tensor) -> Tensor:
 def total(x: Tensor) -> Tensor:
     """The sum of all, a scalar, added up in float64 where the device has it and rounded once."""
     return x.sum(dtype=wide_dtype(x)).to(x.dtype)
+
+
+def mean_of(x: Any) -> Any:
+    """Mean of all numbers, summed in float64 where the device has it: equal terms then have exactly that mean, so the
+    first step of DPO reports ln 2 for any batch size. 0 for none."""
+    if isinstance(x, Symbol):
+        return x.mean()
+    if x.numel() == 1:  # the same, in one operation of four
+        return x.reshape(())
+    return (x.sum(dtype=wide_dtype(x)) / max(x.numel(), 1)).to(x.dtype)
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from .. import _backends
 from ..head.head import Head, as_head, part_rows
 from ..head.inputs import Live, live_problem, plain_head
 from ..head.tiles import RowStats
-from ..ops.objective import attach_gradients
+from ..ops.fused_loss import attach_gradients
 from ..ops.statistics import TokenStats
 from .base import Logits
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..ops.mean_nll import mean_nll
+from ..ops.fused_loss import FusedLoss, Grouping
 from .base import check_float, check_range, hide, lookup, stats_of, total
 
 _REDUCTIONS = {
@@ -13,8 +15,19 @@ _REDUCTIONS = {
     "sum": lambda losses, weights: total(losses),
     "mean": lambda losses, weights: total(losses) / weights.sum(),  # no label: 0 / 0, NaN as in torch
 }
-_OVER = {"mean": 0, "sum": 1}
-"""What plain losses are divided by: 0 is the number of targets."""
+
+
+def _plain(reduction: str) -> FusedLoss:
+    """Without class weights and label smoothing."""
+
+    def formula(t: Any) -> tuple[Any]:
+        summed = (-t.logps).sum()
+        return (summed if reduction == "sum" else summed / t.mask.sum(),)  # no label: 0 / 0, NaN as in torch
+
+    return FusedLoss(formula)
+
+
+_PLAIN = {reduction: _plain(reduction) for reduction in ("mean", "sum")}
 
 
 def cross_entropy(
@@ -46,8 +59,8 @@ def cross_entropy(
         TypeError: class probabilities as target, unsupported dtypes, a deprecated argument.
         ValueError: shapes that do not match, an unknown reduction, a target outside [0, C) (checked on CPU).
     """
-    if weight is size_average is reduce is None and label_smoothing == 0.0 and reduction in _OVER:
-        found = _in_one_node(input, target, ignore_index, _OVER[reduction])
+    if weight is size_average is reduce is None and label_smoothing == 0.0 and reduction in _PLAIN:
+        found = _fused(input, target, ignore_index, _PLAIN[reduction])
         if found is not None:
             return found
     check_float("input", input)
@@ -73,13 +86,13 @@ def cross_entropy(
     return reducer(losses, weights).to(torch.float32 if autocast else input.dtype)
 
 
-def _in_one_node(input: object, target: object, ignore_index: int, count: int) -> Tensor | None:
-    """The plain sum over a count, or None where `mean_nll`, which is for the CPU, leaves it to the general road."""
-    if not isinstance(input, Tensor):
+def _fused(input: object, target: object, ignore_index: int, loss: FusedLoss) -> Tensor | None:
+    """The loss where one program serves; else None, and the general path does it or says what is wrong."""
+    if not isinstance(input, Tensor) or not isinstance(target, Tensor):
         return None
     logits = input if input.dim() < 3 else input.movedim(1, -1)
     dtype = torch.float32 if torch.is_autocast_enabled("cpu") else input.dtype
-    found = mean_nll(logits, target, count, ignore_index=ignore_index, dtype=dtype)
+    found = loss.of_logits(logits, target, (), Grouping(1), ignore_index=ignore_index, dtype=dtype)
     return None if found is None else found[0]
 
 

@@ -10,6 +10,10 @@ from torch import Tensor
 from .base import check_float, check_mask, check_range, lookup
 from .reductions import as_real
 
+MAX_LOG_RATIO = 60.0
+"""Bound of every exponent of a log-ratio: e^60 is finite in float32, with room for an advantage. Beyond it one odd
+token would make a loss infinite, and inf * 0 turn a clipped one into NaN."""
+
 
 def _k1(log_ratio: Tensor) -> Tensor:
     return log_ratio
@@ -20,7 +24,7 @@ def _k2(log_ratio: Tensor) -> Tensor:
 
 
 def _k3(log_ratio: Tensor) -> Tensor:
-    return torch.expm1(-log_ratio) + log_ratio
+    return torch.expm1((-log_ratio).clamp(max=MAX_LOG_RATIO)) + log_ratio
 
 
 KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": _k1, "k2": _k2, "k3": _k3}
@@ -30,7 +34,7 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, *, kind: str = "k1") -> Tensor
     """Per-token estimates of KL(pi, pi_ref) from tokens that pi sampled, elementwise (Schulman 2020).
 
     With d = logps - ref_logps: `k1` = d (unbiased, of either sign), `k2` = d^2 / 2 (biased, low variance),
-    `k3` = exp(-d) - 1 + d (unbiased, never negative).
+    `k3` = exp(-d) - 1 + d (unbiased, never negative; the exponent is at most 60).
 
     Unbiased in value is not unbiased in gradient. Differentiated as a loss over pi's samples, k1 has gradient
     E[grad log pi] = 0: it regularises nothing, and belongs in the reward. k2 has the gradient of KL(pi, pi_ref), k3
@@ -58,7 +62,7 @@ def token_kl(
 ) -> Tensor | None:
     """Per-token KL by estimator name, 0 where hidden; `exact` takes the given `kl`. None with nothing to compare with.
 
-    Shared by the KL in the loss and the KL in the reward. The reference is a constant.
+    The reference is a constant.
     """
     lookup("kl_estimator", {**KL_ESTIMATORS, "exact": None}, kl_estimator)
     if (kl is not None) != (kl_estimator == "exact"):
@@ -85,7 +89,7 @@ def importance_weights(
         sampler_logps: [..., T], those that the sampler reported.
         mask: [..., T], boolean.
         level: "token" for each token's own ratio, "sequence" for their product over the sequence.
-        cap: upper bound of a weight; None for none.
+        cap: upper bound of a weight; None for none but e^60.
 
     Returns:
         [..., T], detached; 1 at hidden tokens under "token".
@@ -93,12 +97,19 @@ def importance_weights(
     check_float("logps", logps)
     check_mask("mask", mask, logps.shape, "logps")
     check_float("sampler_logps", sampler_logps, logps.shape, "logps")
-    reduce = lookup("importance_level", _IMPORTANCE_LEVELS, level)
-    log_weight = reduce((as_real(logps, mask) - as_real(sampler_logps, mask)).detach())
-    return log_weight.exp() if cap is None else log_weight.exp().clamp(max=check_range("importance_cap", cap, 0))
+    lookup("importance_level", IMPORTANCE_LEVELS, level)
+    if cap is not None:
+        check_range("importance_cap", cap, 0)
+    return importance_ratio((as_real(logps, mask) - as_real(sampler_logps, mask)).detach(), level, cap)
 
 
-_IMPORTANCE_LEVELS: dict[str, Callable[[Tensor], Tensor]] = {
+IMPORTANCE_LEVELS: dict[str, Callable[[Tensor], Tensor]] = {
     "token": lambda log_weight: log_weight,
     "sequence": lambda log_weight: log_weight.sum(-1, keepdim=True).expand_as(log_weight),
 }
+
+
+def importance_ratio(log_weight: Tensor, level: str, cap: float | None) -> Tensor:
+    """min(exp(log_weight), cap) by token or by sequence; 0 stands at hidden tokens. The exponent is at most 60."""
+    weight = IMPORTANCE_LEVELS[level](log_weight).clamp(max=MAX_LOG_RATIO).exp()
+    return weight if cap is None else weight.clamp(max=cap)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..head.head import Head
-from ..ops.list_loss import list_loss
+from ..ops.fused_loss import SEQUENCE, FusedLoss, Grouping, Input
 from .base import (
     Logits,
     LogitsLoss,
@@ -102,6 +102,11 @@ def comparisons(mask: Tensor, ranks: Tensor | None = None) -> Tensor:
     """
     if ranks is None:
         ranks = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    return compared(mask, ranks)
+
+
+def compared(mask: Tensor, ranks: Tensor) -> Tensor:
+    """`comparisons` by given ranks, also of what a formula is traced with."""
     return (ranks.unsqueeze(2) < ranks.unsqueeze(1)) & mask.unsqueeze(2) & mask.unsqueeze(1)
 
 
@@ -227,7 +232,7 @@ def pro_loss(
     """
     scores, real = check_lists("logps", logps, mask)
     check_range("sft_weight", sft_weight, 0.0)
-    reduce = lookup("form", FORMS, form)
+    lookup("form", FORMS, form)
     if ranks is not None:
         if rewards is not None:
             raise ValueError("ranks must be None where rewards give the order; got both")
@@ -235,12 +240,21 @@ def pro_loss(
     if rewards is not None:
         rewards = hide(check_float("rewards", rewards, scores.shape, "logps").detach().to(scores.dtype), real)
         ranks = -rewards
-    above = comparisons(real, ranks)
-    gaps = differences(scores) if rewards is None else _tempered(scores, rewards, above)
-    best, counted = _best(real, above), comparable(above)
-    list_loss = masked_mean(reduce(stage_losses(gaps, above), best), counted)
+    if ranks is None:
+        ranks = torch.arange(real.shape[1], device=real.device).expand_as(real)
     if sft_logps is not None:
         sft_logps = hide(check_float("sft_logps", sft_logps, scores.shape, "logps").to(scores.dtype), real)
+    return pro_formula(scores, real, ranks, rewards, sft_logps, sft_weight, form)
+
+
+def pro_formula(
+    scores: Any, real: Any, ranks: Any, rewards: Any, sft_logps: Any, sft_weight: float, form: str
+) -> PROOutput:
+    """The loss and its metrics: tensors [B, K] or symbols, 0 where hidden."""
+    above = compared(real, ranks)
+    gaps = differences(scores) if rewards is None else _tempered(scores, rewards, above)
+    best, counted = _best(real, above), comparable(above)
+    list_loss = masked_mean(FORMS[form](stage_losses(gaps, above), best), counted)
     nll = -masked_mean(scores if sft_logps is None else sft_logps, best, -1)
     sft_loss = masked_mean((real.sum(-1) - 1).square() * nll, counted)
     loss = list_loss + sft_weight * sft_loss if sft_weight else list_loss
@@ -283,6 +297,7 @@ class PROLoss(LogitsLoss):
         self.sft_weight = check_range("sft_weight", sft_weight, 0.0)
         lookup("form", FORMS, form)
         self.form, self.average, self.sft_average = form, average, sft_average
+        self.fused = FusedLoss(self._formula, lists=True)
 
     def extra_repr(self) -> str:
         return f"form={self.form!r}, sft_weight={self.sft_weight}, average={self.average}"
@@ -336,14 +351,29 @@ class PROLoss(LogitsLoss):
         loss, parts = by_parts(flat_head(head), labels, self.ignore_index, numbers, run)
         return PROOutput(loss, *(torch.stack(x).sum(0).detach() for x in list(zip(*parts, strict=True))[1:]))
 
+    def _formula(self, t: Any) -> PROOutput:
+        sums, counts = sum_tokens(t.logps), t.mask.sum(-1)
+        real = counts > 0
+        means = sums / counts.clamp(min=1)
+        scores, sft_logps = hide(means if self.average else sums, real), means if self.sft_average else sums
+        rewards = None if t.rewards is None else hide(t.rewards, real)
+        ranks = t.position if rewards is None else -rewards
+        return pro_formula(scores, real, ranks, rewards, hide(sft_logps, real), self.sft_weight, self.form)
+
     def _of(self, logits: Logits, labels: Tensor, rewards: Tensor | None, shape: tuple[int, int]) -> PROOutput:
-        if rewards is None and isinstance(logits, Tensor):
-            kind = (self.form == "infonce", self.average, self.sft_average, self.sft_weight)
+        inputs = [Input("rewards", rewards, SEQUENCE)]
+        sound = rewards is None or (isinstance(rewards, Tensor) and rewards.shape == shape)
+        grouping, found = Grouping(shape[0] * shape[1], shape[1]), None
+        if sound and isinstance(logits, Tensor):
             options = {"inplace_backward": self.inplace_backward, **self.stats_options}
-            found = list_loss(logits, labels, shape[1], kind, **options)
-            if found is not None:
-                return PROOutput(*found)
-        stats = self.stats(logits, labels)
+            found = self.fused.of_logits(logits, labels, inputs, grouping, **options)
+        if found is None:
+            stats = self.stats(logits, labels)
+            if sound:
+                found = self.fused.of_statistics(stats, labels, inputs, grouping, self.ignore_index)
+        if found is not None:
+            *rest, lists = found
+            return PROOutput(*rest, lists.to(torch.int64))
         sums = sum_tokens(stats.logps.flatten(0, -2)).reshape(shape)
         counts = (labels != self.ignore_index).sum(-1).reshape(shape)
         means = sums / counts.clamp(min=1).to(sums.dtype)

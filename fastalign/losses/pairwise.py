@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.programs import Symbol
 from .base import check_range, lookup
 
 # Above this exponent exp continues along its tangent: gradients stay finite and non-zero where exp would overflow, and
@@ -83,6 +84,11 @@ def _required(lengths: Tensor | None) -> Tensor:
     return lengths
 
 
+def count_of(x: Any) -> Any:
+    """How many numbers there are."""
+    return x.ones_like().sum() if isinstance(x, Symbol) else x.numel()
+
+
 # -------------------------------------------------------------------------------------------------------- f-divergences
 def _expm1(x: Tensor) -> Tensor:
     tangent = math.expm1(_EXP_LIMIT) + (x - _EXP_LIMIT) * math.exp(_EXP_LIMIT)
@@ -105,7 +111,7 @@ log(2u / (1 + u)); (1 - u^-alpha) / alpha, which is the reverse KL at alpha = 0 
 
 # ------------------------------------------------------------------------------------------------------------ NLL terms
 NLL_NORMALIZATIONS: dict[str, Callable[[Side], Tensor]] = {
-    "token": lambda w: -w.total * (w.total.numel() / _required(w.lengths).sum()),
+    "token": lambda w: -w.total * (count_of(w.total) / _required(w.lengths).sum()),
     "sequence": lambda w: -w.mean,
     "sum": lambda w: -w.total,
 }

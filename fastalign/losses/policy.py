@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from ..head.head import Head
+from ..ops.fused_loss import BATCH, SEQUENCE, TOKEN, FusedLoss, Grouping, Input, Values
 from ..ops.objective import attach_gradient, token_objective
-from ..ops.policy_terms import policy_terms
+from ..ops.results import TokenStats
 from .base import Logits, LogitsLoss, check_float, check_mask, check_range, lookup, mean_over, real_tokens
 from .chunks import Piece, by_parts, known_objective, take
-from .kl import KL_ESTIMATORS, importance_weights, kl_estimate, token_kl
-from .one_launch import plain_objective, policy_inputs, policy_objective, token_weights
+from .kl import IMPORTANCE_LEVELS, KL_ESTIMATORS, importance_ratio
+from .one_launch import policy_inputs, policy_objective, token_weights
 from .policy_objectives import KINDS, Terms
-from .reductions import NORMALIZATIONS, Count, as_real, normalize
+from .reductions import NORMALIZATIONS, Count, as_real, check_normalization, normalize_real
 
 
 class PolicyLossOutput(NamedTuple):
@@ -116,54 +117,114 @@ def policy_loss(
         TypeError: not a floating-point tensor, or a mask that is not boolean.
         ValueError: shapes that differ, an unknown name, a number out of its range, a term without its input.
     """
-    objective_of = lookup("kind", KINDS, kind)
+    config = {
+        "kind": kind,
+        "cliprange": cliprange,
+        "cliprange_high": cliprange_high,
+        "dual_clip": dual_clip,
+        "kl_coef": kl_coef,
+        "kl_estimator": kl_estimator,
+        "entropy_coef": entropy_coef,
+        "importance_level": importance_level,
+        "importance_cap": importance_cap,
+        "normalization": normalization,
+        "max_length": max_length,
+    }
+    _check_config(config)
     check_float("logps", logps)
     check_mask("mask", mask, logps.shape, "logps")
     check_float("old_logps", old_logps, logps.shape, "logps")
-    high = cliprange if cliprange_high is None else check_range("cliprange_high", cliprange_high, 0)
-    check_range("cliprange", cliprange, 0)
-    check_range("kl_coef", kl_coef, 0)
-    if dual_clip is not None:
-        check_range("dual_clip", dual_clip, 1, open_low=True)
+    check_normalization(logps, normalization, num_items, max_length)
+    given = {"advantages": _advantages(advantages, mask), "ref_logps": ref_logps, "sampler_logps": sampler_logps}
+    _check_given(config, mask, kl, entropy, given)
+    inputs = [Input(name, x, TOKEN) for name, x in ({"old_logps": old_logps} | given).items() if x is not None]
+    stats = {"logps": logps, "kl": kl, "entropy": entropy}
+    return policy_formula(Values(mask, stats, [*inputs, Input("num_items", num_items, BATCH)]), config)
 
-    live, old = as_real(logps, mask), as_real(old_logps, mask).detach()
-    log_ratio = live - old
-    weights = _advantages(advantages, mask)
-    objective = objective_of(Terms(live, log_ratio, weights, mask, cliprange, high, dual_clip))
-    term = objective.loss
-    if sampler_logps is not None:
-        term = term * importance_weights(old, sampler_logps, mask, level=importance_level, cap=importance_cap)
-    divergence = _divergence(kind, live, old, ref_logps, kl, kl_estimator, mask)
 
-    def reduced(x: Tensor) -> Tensor:
-        return normalize(x, mask, normalization, num_items, max_length)
+def policy_formula(t: Any, config: dict[str, Any]) -> PolicyLossOutput:
+    """The loss and its metrics from what is known of every token: `t` has logps, old_logps, advantages, mask and, where
+    they were given, ref_logps, kl, entropy, sampler_logps and num_items."""
+    high = config["cliprange"] if config["cliprange_high"] is None else config["cliprange_high"]
+    log_ratio = t.logps - t.old_logps
+    terms = Terms(t.logps, log_ratio, t.advantages, t.mask, config["cliprange"], high, config["dual_clip"])
+    objective = KINDS[config["kind"]](terms)
+    policy = objective.loss
+    if t.sampler_logps is not None:
+        level, cap = config["importance_level"], config["importance_cap"]
+        policy = policy * importance_ratio(t.old_logps - t.sampler_logps, level, cap)
+    divergence = _divergence(t, config)
 
-    policy = loss = reduced(term)
-    if kl_coef != 0.0:
-        if divergence is None:
-            raise ValueError("kl_coef other than 0 needs ref_logps, or kl with kl_estimator='exact'; got neither")
-        loss = loss + kl_coef * reduced(divergence)
-    if entropy is not None:
-        entropy = as_real(check_float("entropy", entropy, mask.shape, "logps"), mask)
-    if entropy_coef != 0.0:
-        if entropy is None:
-            raise ValueError("entropy_coef other than 0 needs entropy, that of each token; got None")
-        loss = loss - entropy_coef * reduced(entropy)
+    def reduced(x: Any) -> Any:
+        return normalize_real(x, t.mask, config["normalization"], t.num_items, config["max_length"])
 
-    count = real_tokens(mask, live.dtype)
+    # A term whose weight is 0 is not formed: 0 times an infinite divergence would be NaN.
+    loss = policy_term = reduced(policy)
+    if config["kl_coef"] != 0.0:
+        loss = loss + config["kl_coef"] * reduced(divergence)
+    if config["entropy_coef"] != 0.0:
+        loss = loss - config["entropy_coef"] * reduced(t.entropy)
+    count = real_tokens(t.mask, log_ratio.dtype)
 
-    def metric(x: Tensor) -> Tensor:
-        return mean_over(x.detach(), mask, count)
+    def metric(x: Any) -> Any:
+        return mean_over(x.detach(), t.mask, count)
 
     return PolicyLossOutput(
         loss,
-        policy.detach(),
+        policy_term.detach(),
         None if divergence is None else metric(divergence),
-        None if entropy is None else metric(entropy),
-        metric(0.5 * log_ratio.detach().square()),
-        metric(objective.clipped.to(live.dtype)),
+        None if t.entropy is None else metric(t.entropy),
+        metric(0.5 * log_ratio.square()),
+        metric(objective.clipped.to(log_ratio.dtype)),
         metric(objective.ratio),
     )
+
+
+def _divergence(t: Any, config: dict[str, Any]) -> Any:
+    """The KL term: to the reference where one is given, and for `penalty` without one KL(pi_old, pi)."""
+    if config["kl_estimator"] == "exact":
+        return t.kl
+    estimator = KL_ESTIMATORS[config["kl_estimator"]]
+    if t.ref_logps is not None:
+        return estimator(t.logps - t.ref_logps)
+    if config["kind"] == "penalty":
+        return estimator(t.old_logps - t.logps)  # the samples are the old policy's: it comes first
+    return None
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    lookup("kind", KINDS, config["kind"])
+    lookup("kl_estimator", {**KL_ESTIMATORS, "exact": None}, config["kl_estimator"])
+    lookup("normalization", NORMALIZATIONS, config["normalization"])
+    lookup("importance_level", IMPORTANCE_LEVELS, config["importance_level"])
+    for name in ("cliprange", "cliprange_high", "kl_coef", "importance_cap"):
+        if config[name] is not None:
+            check_range(name, config[name], 0)
+    if config["dual_clip"] is not None:
+        check_range("dual_clip", config["dual_clip"], 1, open_low=True)
+
+
+def _is_sound(config: dict[str, Any]) -> bool:
+    try:
+        _check_config(config)
+        check_normalization(torch.zeros(1), config["normalization"], None, config["max_length"])
+    except (TypeError, ValueError):
+        return False
+    return config["normalization"] != "dr_grpo" or config["max_length"] is not None
+
+
+def _check_given(config: dict[str, Any], mask: Tensor, kl: Any, entropy: Any, given: dict[str, Tensor | None]) -> None:
+    """Raises unless the inputs are such as the configuration needs."""
+    if (kl is not None) != (config["kl_estimator"] == "exact"):
+        got = f"kl_estimator={config['kl_estimator']!r} {'with' if kl is not None else 'without'} kl"
+        raise ValueError(f"kl, the exact KL of each token, goes with kl_estimator='exact' and with no other; got {got}")
+    for name, x in ({"kl": kl, "entropy": entropy} | given).items():
+        if x is not None:
+            check_float(name, x, mask.shape, "logps")
+    if config["kl_coef"] != 0.0 and kl is given["ref_logps"] is None and config["kind"] != "penalty":
+        raise ValueError("kl_coef other than 0 needs ref_logps, or kl with kl_estimator='exact'; got neither")
+    if config["entropy_coef"] != 0.0 and entropy is None:
+        raise ValueError("entropy_coef other than 0 needs entropy, that of each token; got None")
 
 
 def _advantages(advantages: Tensor, mask: Tensor) -> Tensor:
@@ -174,14 +235,9 @@ def _advantages(advantages: Tensor, mask: Tensor) -> Tensor:
     return as_real(check_float("advantages", advantages, mask.shape, "logps"), mask).detach()
 
 
-def _divergence(
-    kind: str, logps: Tensor, old: Tensor, ref_logps: Tensor | None, kl: Tensor | None, kl_estimator: str, mask: Tensor
-) -> Tensor | None:
-    """The KL term: to the reference where one is given, and for `penalty` without one KL(pi_old, pi)."""
-    found = token_kl(logps, ref_logps, kl, kl_estimator, mask)
-    if found is None and kind == "penalty":
-        return kl_estimate(old, logps, kind=kl_estimator)  # the samples are the old policy's: it comes first
-    return found
+def _grouping(labels: Tensor) -> Grouping:
+    """Sequences along the last axis."""
+    return Grouping(labels.numel() // max(labels.shape[-1], 1))
 
 
 class PPOLoss(LogitsLoss):
@@ -243,8 +299,14 @@ class PPOLoss(LogitsLoss):
         }
         self.want_entropy = report_entropy or entropy_coef != 0.0
         self.one_launch = one_launch
+        self._sound = _is_sound(self.config)
+        statistics = ["logps"] + self.want_entropy * ["entropy"] + (kl_estimator == "exact") * ["kl"]
+        self.fused = FusedLoss(self._formula, statistics)
         if one_launch:
             policy_objective(self.config, has_reference=True)  # refuses a kind that needs whole sequences
+
+    def _formula(self, t: Any) -> PolicyLossOutput:
+        return policy_formula(t, self.config)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={self.config[key]!r}" for key in ("kind", "normalization", "kl_coef", "kl_estimator"))
@@ -279,78 +341,113 @@ class PPOLoss(LogitsLoss):
         if exact != (ref_logits is not None):
             got = f"{'None' if ref_logits is None else 'ref_logits'} with kl_estimator={self.config['kl_estimator']!r}"
             raise ValueError(f"ref_logits go with kl_estimator='exact', and with no other; got {got}")
-        if isinstance(logits, Tensor) and sampler_logps is None and not isinstance(num_items, Tensor):
-            found = self._at_once(logits, labels, old_logps, advantages, ref_logps, num_items)
-            if found is not None:
-                return found
-        mask = labels != self.ignore_index
-        shared: dict[str, Any] = {"ref_logits": ref_logits, "entropy": self.want_entropy}
-        head = known_objective(logits, labels, self.ignore_index)
-        if head is not None:
-            given = {"ref_logps": ref_logps, "sampler_logps": sampler_logps}
-            return self._by_parts(head, ref_logits, labels, old_logps, advantages, given, num_items)
-        gradient = None
-        if self.one_launch and isinstance(logits, Tensor) and torch.is_grad_enabled() and logits.requires_grad:
-            weight = token_weights(mask, self.config["normalization"], num_items, self.config["max_length"])
-            objective = policy_objective(self.config, ref_logps is not None)
-            inputs: dict[str, Any] = policy_inputs(
-                self.config, mask, old_logps, _advantages(advantages, mask), ref_logps, sampler_logps
-            )
-            stats, gradient = token_objective(
+        given = {"ref_logps": ref_logps, "sampler_logps": sampler_logps}
+        inputs = self._inputs(labels, old_logps, advantages, given, num_items)
+        if isinstance(logits, Tensor) and inputs is not None and not self.one_launch:
+            found = self.fused.of_logits(
                 logits,
                 labels,
-                weight,
-                objective,
-                inplace=self.inplace_backward,
-                **inputs,
-                **shared,
+                inputs,
+                _grouping(labels),
+                ref_logits=ref_logits,
+                inplace_backward=self.inplace_backward,
                 **self.stats_options,
             )
-        else:
-            stats = self.stats(logits, labels, kl=exact, **shared)
-        output = policy_loss(
+            if found is not None:
+                return PolicyLossOutput(*found)
+        head = known_objective(logits, labels, self.ignore_index)
+        if head is not None:
+            return self._by_parts(head, ref_logits, labels, old_logps, advantages, given, num_items)
+        mask = labels != self.ignore_index
+        if self.one_launch and isinstance(logits, Tensor) and torch.is_grad_enabled() and logits.requires_grad:
+            return self._one_launch(logits, labels, mask, old_logps, advantages, given, num_items, ref_logits)
+        stats = self.stats(logits, labels, kl=exact, ref_logits=ref_logits, entropy=self.want_entropy)
+        found = None
+        if inputs is not None:
+            found = self.fused.of_statistics(stats, labels, inputs, _grouping(labels), self.ignore_index)
+        if found is not None:
+            return PolicyLossOutput(*found)
+        return self._terms(stats, old_logps, advantages, mask, given, num_items)
+
+    def _terms(
+        self,
+        stats: TokenStats,
+        old_logps: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        given: dict[str, Tensor | None],
+        num_items: Count | None,
+    ) -> PolicyLossOutput:
+        return policy_loss(
             stats.logps,
             old_logps,
             advantages,
             mask,
-            ref_logps=ref_logps,
             kl=stats.kl,
             entropy=stats.entropy,
-            sampler_logps=sampler_logps,
             num_items=num_items,
+            **given,  # type: ignore[arg-type]
             **self.config,
         )
-        if gradient is None or not isinstance(logits, Tensor):
-            return output
-        return output._replace(loss=attach_gradient(output.loss, logits, gradient))
 
-    def _at_once(
+    def _inputs(
         self,
-        logits: Tensor,
         labels: Tensor,
         old_logps: Tensor,
         advantages: Tensor,
-        ref_logps: Tensor | None,
-        num_items: int | float | None,
-    ) -> PolicyLossOutput | None:
-        """All of it in one call, where that serves."""
-        objective = None if self.want_entropy or self.one_launch else plain_objective(self.config, ref_logps)
-        if objective is None or (num_items is not None and not num_items >= 0):
+        given: dict[str, Tensor | None],
+        num_items: Count | None,
+    ) -> list[Input] | None:
+        """What a program is given; None where something is not as it should be: `policy_loss` says what."""
+        config, of_tokens = self.config, {"old_logps": old_logps, **given}
+        if not isinstance(labels, Tensor) or labels.dim() < 1 or not isinstance(advantages, Tensor):
             return None
-        reference = old_logps if objective.kl is not None and ref_logps is None else ref_logps
-        found = policy_terms(
+        if any(x is not None and (not isinstance(x, Tensor) or x.shape != labels.shape) for x in of_tokens.values()):
+            return None
+        by_sequence = advantages.shape != labels.shape
+        if by_sequence and advantages.shape != labels.shape[:-1]:
+            return None
+        if not self._sound or (config["normalization"] == "dapo" and num_items is None):
+            return None
+        if isinstance(num_items, Tensor) or (num_items is not None and not num_items >= 0):
+            return None
+        compared = config["kl_estimator"] == "exact" or config["kind"] == "penalty" or given["ref_logps"] is not None
+        if config["kl_coef"] and not compared:
+            return None
+        inputs = [Input(name, x, TOKEN) for name, x in of_tokens.items()]
+        return [
+            *inputs,
+            Input("advantages", advantages, SEQUENCE if by_sequence else TOKEN),
+            Input("num_items", num_items, BATCH),
+        ]
+
+    def _one_launch(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        old_logps: Tensor,
+        advantages: Tensor,
+        given: dict[str, Tensor | None],
+        num_items: Count | None,
+        ref_logits: Any,
+    ) -> PolicyLossOutput:
+        weight = token_weights(mask, self.config["normalization"], num_items, self.config["max_length"])
+        objective = policy_objective(self.config, given["ref_logps"] is not None)
+        inputs: dict[str, Any] = policy_inputs(self.config, mask, old_logps, _advantages(advantages, mask), **given)
+        stats, gradient = token_objective(
             logits,
             labels,
-            (old_logps, advantages, reference),
+            weight,
             objective,
-            0.0 if num_items is None else max(num_items, 1),
-            inplace_backward=self.inplace_backward,
+            inplace=self.inplace_backward,
+            ref_logits=ref_logits,
+            entropy=self.want_entropy,
+            **inputs,
             **self.stats_options,
         )
-        if found is None:
-            return None
-        loss, policy, kl, approxkl, clipfrac, ratio = found
-        return PolicyLossOutput(loss, policy, None if objective.kl is None else kl, None, approxkl, clipfrac, ratio)
+        output = self._terms(stats, old_logps, advantages, mask, given, num_items)
+        return output._replace(loss=attach_gradient(output.loss, logits, gradient))
 
     def _by_parts(
         self,

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from .base import masked_mean
-
-_MAX_LOG_RATIO = 60.0
-"""e^60 is finite in float32 with room for an advantage; beyond it inf * 0 would turn a clipped token into NaN."""
+from .kl import MAX_LOG_RATIO
 
 
 class Terms(NamedTuple):
@@ -41,7 +39,7 @@ class Objective(NamedTuple):
 
 
 def _ratio(log_ratio: Tensor) -> Tensor:
-    return log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def _nowhere(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ The formulas are rows of the table in `_pairwise_table`; this file gathers what 
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..head.head import Head
-from ..ops.pair_loss import pair_loss
-from ..ops.sequences import wide_dtype
-from .base import Logits, LogitsLoss, check_float, check_logits, narrow
+from ..ops.fused_loss import GROUP, FusedLoss, Grouping, Input
+from ..ops.sequences import sum_tokens
+from .base import Logits, LogitsLoss, check_float, check_logits, mean_of, narrow
 from .chunks import Piece, by_parts, known_objective
 from .pairwise import F_DIVERGENCES, NLL_NORMALIZATIONS, PAIRWISE, Pairs, PairwiseOptions, Side
 
@@ -150,10 +151,15 @@ def _pairwise_loss(
     options: PairwiseOptions, logps: tuple[Tensor, Tensor], ref_logps: _Two, lengths: _Two
 ) -> PreferenceOutput:
     _check_inputs(options, logps, ref_logps, lengths)
+    return pairwise_formula(options, logps, ref_logps, lengths)
+
+
+def pairwise_formula(options: PairwiseOptions, logps: Any, ref_logps: Any, lengths: Any) -> PreferenceOutput:
+    """The loss and its metrics from both sides' sums, the reference's and lengths: tensors or symbols."""
     chosen, rejected = (_side(options, *of_side) for of_side in zip(logps, ref_logps, lengths, strict=True))
     pairs = Pairs(chosen, rejected, options)
-    terms = [_weighted(_mean(variant.losses(pairs)), weight) for variant, weight in options.variants]
-    loss = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
+    terms = [_weighted(mean_of(variant.losses(pairs)), weight) for variant, weight in options.variants]
+    loss = functools.reduce(operator.add, terms)
     per_token = options.variants[0][0].rewards_per_token
     won, lost = (options.beta * (side.mean if per_token else side.score).detach() for side in (chosen, rejected))
     return PreferenceOutput(
@@ -215,14 +221,6 @@ def _weighted(term: Tensor, weight: float) -> Tensor:
     return term if weight == 1.0 else weight * term
 
 
-def _mean(losses: Tensor) -> Tensor:
-    """Mean over the pairs, summed in float64 where the device has it: equal terms then have exactly that mean, so the
-    first step of DPO reports ln 2 for any batch size. 0 for no pairs."""
-    if losses.numel() == 1:  # the same, in one operation of four
-        return losses.reshape(())
-    return (losses.sum(dtype=wide_dtype(losses)) / max(losses.numel(), 1)).to(losses.dtype)
-
-
 class DPOLoss(LogitsLoss):
     """Any pairwise loss of `dpo_loss`, from logits: DPOLoss(beta=0.1), DPOLoss(loss_type="orpo").
 
@@ -248,7 +246,7 @@ class DPOLoss(LogitsLoss):
     ) -> None:
         super().__init__(ignore_index, temperature, softcap, inplace_backward)
         self.options = PairwiseOptions(**options)
-        self._of_sigmoids = _of_sigmoids(self.options)
+        self.fused = {wide: FusedLoss(functools.partial(self._formula, wide)) for wide in (True, False)}
 
     def forward(
         self,
@@ -298,17 +296,9 @@ class DPOLoss(LogitsLoss):
 
     def _of(self, logits: Logits, labels: Tensor, references: _Two) -> PreferenceOutput:
         """The loss of rows whose references are sums."""
-        if self._of_sigmoids is not None and isinstance(logits, Tensor):
-            found = pair_loss(
-                logits,
-                labels,
-                references,
-                self._of_sigmoids,
-                inplace_backward=self.inplace_backward,
-                **self.stats_options,
-            )
-            if found is not None:
-                return PreferenceOutput(*found)
+        found = self._fused(logits, labels, references)
+        if found is not None:
+            return PreferenceOutput(*found)
         # Rounded as given references were, so that a policy that is its reference still has rewards of exactly 0.
         wide = references[0] is None or references[0].dtype == torch.float64
         (chosen, rejected), dtype = self.sums(logits, labels, 2, torch.float64 if wide else torch.float32)
@@ -316,6 +306,33 @@ class DPOLoss(LogitsLoss):
         if self.options.needs_lengths:
             lengths = _halves(labels.ne(self.ignore_index).sum(-1))
         return narrow(_pairwise_loss(self.options, (chosen, rejected), references, lengths), dtype)
+
+    def _formula(self, wide: bool, t: Any) -> PreferenceOutput:
+        """Of both sides' tokens. A policy that is its reference has rewards of exactly 0: sums are rounded as the
+        references were."""
+        sums = sum_tokens(t.logps, torch.float64 if wide else torch.float32).chunk(2)
+        lengths = t.mask.sum(-1).chunk(2) if self.options.needs_lengths else (None, None)
+        return pairwise_formula(self.options, sums, (t.ref_chosen_logps, t.ref_rejected_logps), lengths)
+
+    def _fused(self, logits: Logits, labels: Tensor, references: _Two) -> list[Any] | None:
+        """The results where one program serves; else None, and the general path does it or says what is wrong."""
+        if not isinstance(labels, Tensor) or labels.dim() < 1:
+            return None
+        pairs = labels.shape[0] // 2
+        if any(x is not None and (not isinstance(x, Tensor) or x.shape != (pairs,)) for x in references):
+            return None
+        first, second = references
+        if (first is None) != (second is None) or (first is not None and not self.options.uses_reference):
+            return None
+        if first is not None and second is not None and first.dtype != second.dtype:
+            return None
+        wide = first is None or first.dtype == torch.float64
+        inputs = [Input(f"ref_{s}_logps", x, GROUP) for s, x in zip(("chosen", "rejected"), references, strict=True)]
+        fused, grouping = self.fused[wide], Grouping(2 * pairs)
+        if isinstance(logits, Tensor):
+            options = {"inplace_backward": self.inplace_backward, **self.stats_options}
+            return fused.of_logits(logits, labels, inputs, grouping, **options)
+        return fused.of_statistics(self.stats(logits, labels), labels, inputs, grouping, self.ignore_index)
 
     def _by_parts(self, head: Head, labels: Tensor, references: _Two) -> PreferenceOutput:
         """Some pairs after the other: see `_parts`."""
@@ -332,21 +349,6 @@ class DPOLoss(LogitsLoss):
 
     def extra_repr(self) -> str:
         return repr(self.options)
-
-
-def _of_sigmoids(options: PairwiseOptions) -> tuple[float, float, float] | None:
-    """(beta, a, b) where the loss is a -log sigmoid(z) + b -log sigmoid(-z) of plain logits z, as `pair_loss` has it.
-
-    None for other losses.
-    """
-    plain = not options.needs_lengths and options.f_divergence == "reverse_kl" and len(options.variants) == 1
-    variant, weight = options.variants[0]
-    e = options.label_smoothing
-    if plain and variant is PAIRWISE["sigmoid"]:
-        return options.beta, weight * (1 - e), weight * e
-    if plain and variant is PAIRWISE["robust"]:
-        return options.beta, weight * (1 - e) / (1 - 2 * e), -weight * e / (1 - 2 * e)
-    return None
 
 
 def _halves(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ Count = int | float | Tensor
 
 def _over(sums: Tensor, count: Count) -> Tensor:
     """sums / count, with an empty count taken as 1: the sum is 0 there."""
-    return sums / (count.clamp(min=1).to(sums.dtype) if isinstance(count, Tensor) else max(count, 1))
+    return sums / (max(count, 1) if isinstance(count, (int, float)) else count.clamp(min=1).to(sums.dtype))
 
 
 def _sequences(mask: Tensor) -> Tensor:
@@ -67,7 +67,13 @@ def normalize(
             sequences (`grpo`, `dr_grpo`) over all microbatches and processes. `dapo` needs it.
         max_length: tokens that a completion may have; `dr_grpo` needs it.
     """
-    reduce = lookup("normalization", NORMALIZATIONS, normalization)
+    check_normalization(x, normalization, num_items, max_length)
+    return normalize_real(x, mask, normalization, num_items, max_length)
+
+
+def check_normalization(x: Tensor, normalization: str, num_items: Count | None, max_length: int | None) -> None:
+    """Raises unless the arguments of `normalize` are right."""
+    lookup("normalization", NORMALIZATIONS, normalization)
     if num_items is not None and not isinstance(num_items, Tensor):
         check_range("num_items", num_items, 0)
     if isinstance(num_items, Tensor) and num_items.numel() != 1:
@@ -76,7 +82,15 @@ def normalize(
         check_range("max_length", max_length, 1)
     if x.dim() == 0:
         raise ValueError("a per-token loss must have the tokens as its last axis; got a tensor without axes")
-    return reduce(x, mask, num_items, max_length)
+
+
+def normalize_real(
+    x: Tensor, mask: Tensor, normalization: str, num_items: Count | None, max_length: int | None
+) -> Tensor:
+    """`normalize` without its checks, also of what a formula is traced with."""
+    if isinstance(num_items, Tensor):
+        num_items = num_items.reshape(())  # a [1] would make the loss a [1]
+    return NORMALIZATIONS[normalization](x, mask, num_items, max_length)
 
 
 def as_real(x: Tensor, mask: Tensor) -> Tensor:

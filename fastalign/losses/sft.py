@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..head.head import Head
-from ..ops.mean_nll import mean_nll
+from ..ops.fused_loss import BATCH, FusedLoss, Grouping, Input, Values
 from ..ops.objective import Objective, attach_gradient, token_objective
+from ..ops.results import TokenStats
 from .base import Logits, LogitsLoss, check_float, check_mask, check_range, lookup, masked_mean
 from .chunks import Piece, by_parts, flat_head, known_objective
 from .one_launch import token_weights
-from .reductions import Count, as_real, normalize
+from .reductions import Count, check_normalization, normalize_real
 
 __all__ = ["NORMALIZATIONS", "SFTLoss", "SFTOutput", "sft_loss"]
 
@@ -70,15 +71,24 @@ def sft_loss(
     if z_loss > 0 and lse is None:
         raise ValueError(f"lse, the logsumexp of each token, is needed by z_loss={z_loss}; got None")
     kind = lookup("normalization", NORMALIZATIONS, normalization)
-    losses = nll = -as_real(logps, mask)
-    squares = nll.new_zeros(())
+    check_normalization(logps, kind, num_items, None)
     if lse is not None:
-        square = as_real(check_float("lse", lse, logps.shape, "logps"), mask).square()
-        squares, losses = masked_mean(square.detach(), mask), nll + z_loss * square
-    if isinstance(num_items, Tensor) and num_items.numel() == 1:
-        num_items = num_items.reshape(())  # a [1] would make the loss a [1]
-    loss = normalize(losses, mask, kind, num_items)
-    return SFTOutput(loss, masked_mean(nll.detach(), mask), squares, mask.sum())
+        check_float("lse", lse, logps.shape, "logps")
+    values = Values(mask, {"logps": logps, "lse": lse}, [Input("num_items", num_items, BATCH)])
+    return sft_formula(values, kind, z_loss, 0.0)
+
+
+def sft_formula(t: Any, normalization: str, z_loss: float, smoothing: float) -> SFTOutput:
+    """The loss and its metrics from what is known of every token: logps, mask, and lse, mean, num_items if needed."""
+    logps = t.logps if smoothing == 0.0 else (1 - smoothing) * t.logps + smoothing * (t.mean - t.lse)
+    losses = nll = -logps
+    squares = torch.zeros_like(logps.detach().sum())
+    if t.lse is not None and (z_loss or not smoothing):
+        square = t.lse.square()
+        squares = masked_mean(square.detach(), t.mask)
+        losses = nll + z_loss * square if z_loss else nll
+    loss = normalize_real(losses, t.mask, normalization, t.num_items, None)
+    return SFTOutput(loss, masked_mean(nll.detach(), t.mask), squares, t.mask.sum())
 
 
 class SFTLoss(LogitsLoss):
@@ -115,6 +125,9 @@ class SFTLoss(LogitsLoss):
         self.normalization = normalization
         self.z_loss = check_range("z_loss", z_loss, 0.0)
         self.label_smoothing = check_range("label_smoothing", label_smoothing, 0.0, 1.0)
+        lse = ["lse"] if z_loss > 0 else []
+        self.fused = FusedLoss(self._formula, ["logps", "lse", "mean"] if label_smoothing else ["logps", *lse])
+        self.of_stats = FusedLoss(self._smoothed_formula, ["logps", *lse])
 
     def forward(self, logits: Logits, labels: Tensor, *, num_items: Count | None = None) -> SFTOutput:
         """The loss of a batch.
@@ -127,10 +140,9 @@ class SFTLoss(LogitsLoss):
         Raises:
             ValueError, TypeError: as `token_stats` and `sft_loss`.
         """
-        if num_items is None and self._is_plain_mean():
-            found = mean_nll(logits, labels, least=1, inplace_backward=self.inplace_backward, **self.stats_options)
-            if found is not None:
-                return _mean_alone(*found)
+        found = self._fused(logits, labels, num_items)
+        if found is not None:
+            return found
         mask = labels != self.ignore_index
         head = known_objective(logits, labels, self.ignore_index)
         if head is not None and labels.dim() > 1:
@@ -144,6 +156,9 @@ class SFTLoss(LogitsLoss):
             )
         else:
             stats = self.stats(logits, labels, label_smoothing=self.label_smoothing)
+            terms = self._of_statistics(stats, labels, num_items)
+            if terms is not None:
+                return terms
         lse = stats.lse if self.z_loss > 0 else None
         output = sft_loss(
             stats.logps, mask, normalization=self.normalization, num_items=num_items, lse=lse, z_loss=self.z_loss
@@ -152,8 +167,26 @@ class SFTLoss(LogitsLoss):
             return output
         return output._replace(loss=attach_gradient(output.loss, logits, gradient))
 
-    def _is_plain_mean(self) -> bool:
-        return self.normalization == "token" and not (self.label_smoothing or self.z_loss or self.one_launch)
+    def _formula(self, t: Any) -> SFTOutput:
+        return sft_formula(t, NORMALIZATIONS[self.normalization], self.z_loss, self.label_smoothing)
+
+    def _smoothed_formula(self, t: Any) -> SFTOutput:
+        """Of log-probabilities that are smoothed already."""
+        return sft_formula(t, NORMALIZATIONS[self.normalization], self.z_loss, 0.0)
+
+    def _fused(self, logits: Logits, labels: Tensor, num_items: Count | None) -> SFTOutput | None:
+        """The results where one program serves; else None, and the general path does it or says what is wrong."""
+        if self.one_launch or not isinstance(logits, Tensor) or not _is_count(num_items, labels):
+            return None
+        inputs = [Input("num_items", num_items, BATCH)]
+        options = {"inplace_backward": self.inplace_backward, **self.stats_options}
+        return _as_output(self.fused.of_logits(logits, labels, inputs, _grouping(labels), **options))
+
+    def _of_statistics(self, stats: TokenStats, labels: Tensor, num_items: Count | None) -> SFTOutput | None:
+        if not _is_count(num_items, labels):
+            return None
+        inputs = [Input("num_items", num_items, BATCH)]
+        return _as_output(self.of_stats.of_statistics(stats, labels, inputs, _grouping(labels), self.ignore_index))
 
     def _by_parts(self, head: Head, labels: Tensor, mask: Tensor, num_items: Count | None) -> SFTOutput:
         """Some sequences after the other: see `_parts`."""
@@ -174,7 +207,20 @@ class SFTLoss(LogitsLoss):
         return f"normalization={self.normalization!r}, label_smoothing={self.label_smoothing}, z_loss={self.z_loss}"
 
 
-def _mean_alone(loss: Tensor, tokens: int) -> SFTOutput:
-    """`sft_loss` with nothing but the defaults, whose loss is known."""
-    nll = loss.detach()
-    return SFTOutput(loss, nll, torch.zeros_like(nll), torch.full_like(nll, tokens, dtype=torch.int64))
+def _is_count(num_items: Count | None, labels: Tensor) -> bool:
+    """Whether a program takes it as it is."""
+    if not isinstance(labels, Tensor) or labels.dim() < 1:
+        return False
+    return num_items is None or (isinstance(num_items, (int, float)) and num_items >= 0)
+
+
+def _grouping(labels: Tensor) -> Grouping:
+    """Sequences along the last axis."""
+    return Grouping(labels.numel() // max(labels.shape[-1], 1))
+
+
+def _as_output(found: list[Any] | None) -> SFTOutput | None:
+    if found is None:
+        return None
+    *rest, tokens = found
+    return SFTOutput(*rest, tokens.to(torch.int64))

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .base import Logits, LogitsLoss, check_float, check_logits, check_mask, check_range, masked_mean, sum_tokens
+from ..ops.fused_loss import BATCH, SEQUENCE, FusedLoss, Grouping, Input
+from .base import (
+    Logits,
+    LogitsLoss,
+    check_float,
+    check_logits,
+    check_mask,
+    check_range,
+    masked_mean,
+    mean_of,
+    sum_tokens,
+)
 
 __all__ = ["KTOLoss", "KTOOutput", "kto_loss"]
 
@@ -78,12 +89,21 @@ def kto_loss(
     check_range("desirable_weight", desirable_weight, 0.0)
     check_range("undesirable_weight", undesirable_weight, 0.0)
     logps = logps if logps.dtype == torch.float64 else logps.float()
-    ratio = logps if ref_logps is None else logps - check_float("ref_logps", ref_logps, shape, "logps").detach()
+    if ref_logps is not None:
+        ref_logps = check_float("ref_logps", ref_logps, shape, "logps").detach()
     baseline = _baseline(kl, kl_logps, ref_kl_logps, logps)
+    return kto_formula(logps, desirable, ref_logps, baseline, beta, desirable_weight, undesirable_weight)
+
+
+def kto_formula(
+    logps: Any, desirable: Any, ref_logps: Any, baseline: Any, beta: float, wanted: float, unwanted: float
+) -> KTOOutput:
+    """The loss and its metrics from responses' sums: tensors [B] or symbols."""
+    ratio = logps if ref_logps is None else logps - ref_logps
     signed = torch.where(desirable, ratio - baseline, baseline - ratio)
-    weight = torch.where(desirable, desirable_weight, undesirable_weight).to(ratio.dtype)
+    weight = torch.where(desirable, torch.full_like(ratio, wanted), torch.full_like(ratio, unwanted))
     # 1 - sigmoid(z) = sigmoid(-z), which does not cancel for large z
-    loss = (weight * torch.sigmoid(-beta * signed)).sum() / max(ratio.numel(), 1)
+    loss = mean_of(weight * torch.sigmoid(-beta * signed))
     rewards = beta * ratio.detach()
     won, lost = masked_mean(rewards, desirable), masked_mean(rewards, ~desirable)
     return KTOOutput(loss, rewards, won, lost, won - lost, baseline, logps.detach())
@@ -130,6 +150,7 @@ class KTOLoss(LogitsLoss):
         self.beta = check_range("beta", beta, 0.0, open_low=True)
         self.desirable_weight = check_range("desirable_weight", desirable_weight, 0.0)
         self.undesirable_weight = check_range("undesirable_weight", undesirable_weight, 0.0)
+        self.fused = FusedLoss(self._formula)
 
     def forward(
         self,
@@ -164,6 +185,10 @@ class KTOLoss(LogitsLoss):
             if ref_logps is not None:
                 raise ValueError("give ref_logits or ref_logps, not both")
             ref_logps = self.reference_logps(ref_logits, labels)
+        baseline = (kl, kl_logps, ref_kl_logps)
+        found = self._fused(logits, labels, desirable, ref_logps, baseline)
+        if found is not None:
+            return KTOOutput(*found)
         return kto_loss(
             sum_tokens(self.stats(logits, labels).logps),
             desirable,
@@ -175,6 +200,34 @@ class KTOLoss(LogitsLoss):
             desirable_weight=self.desirable_weight,
             undesirable_weight=self.undesirable_weight,
         )
+
+    def _formula(self, t: Any) -> KTOOutput:
+        weights = (self.desirable_weight, self.undesirable_weight)
+        return kto_formula(sum_tokens(t.logps), t.desirable > 0, t.ref_logps, t.baseline, self.beta, *weights)
+
+    def _fused(
+        self, logits: Logits, labels: Any, desirable: Any, ref_logps: Any, baseline: tuple[Any, Any, Any]
+    ) -> list[Any] | None:
+        """The results where one program serves; else None, and the general path does it or says what is wrong."""
+        given = (desirable,) if ref_logps is None else (desirable, ref_logps)
+        if not isinstance(labels, Tensor) or labels.dim() < 1:
+            return None
+        if (
+            any(not isinstance(x, Tensor) or x.shape != labels.shape[:1] for x in given)
+            or desirable.dtype != torch.bool
+        ):
+            return None
+        zero = _baseline(*baseline, torch.zeros((), device=labels.device))
+        inputs = [
+            Input("desirable", desirable.float(), SEQUENCE),
+            Input("ref_logps", ref_logps, SEQUENCE),
+            Input("baseline", zero, BATCH),
+        ]
+        grouping = Grouping(labels.shape[0])
+        if isinstance(logits, Tensor):
+            options = {"inplace_backward": self.inplace_backward, **self.stats_options}
+            return self.fused.of_logits(logits, labels, inputs, grouping, **options)
+        return self.fused.of_statistics(self.stats(logits, labels), labels, inputs, grouping, self.ignore_index)
 
     def extra_repr(self) -> str:
         weights = f"desirable_weight={self.desirable_weight}, undesirable_weight={self.undesirable_weight}"

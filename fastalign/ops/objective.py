@@ -8,14 +8,13 @@ same functions of `fastalign.losses` as ever, from the statistics that the launc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from .. import _backends
 from .._backends import Objective
 from .call import as_softcap, check, check_types, unit_stride
+from .fused_loss import attach_gradients
 from .statistics import TokenStats
 
 __all__ = ["Objective", "attach_gradient", "attach_gradients", "token_objective"]
@@ -110,31 +109,6 @@ def _check_inputs(labels, objective: Objective, weight, old_logps, advantages, r
             )
 
 
-class _Attach(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, loss, gradients, *tensors):
-        ctx.gradients = gradients
-        return loss.detach().clone()
-
-    @staticmethod
-    def backward(ctx, scale):
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            raise RuntimeError(
-                "the gradient of a loss that was formed with it was handed on already: it can be used once "
-                "(one_launch=False, or another plan of the head, keeps what another backward needs)"
-            )
-        for gradient in gradients:
-            if gradient is not None:
-                _backends.pick(gradient).scale(gradient, scale)  # the buffer is ours
-        return None, None, *gradients
-
-
 def attach_gradient(loss: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:
     """The scalar loss as a function of the logits whose gradient is known already; it can be differentiated once."""
     return attach_gradients(loss, (logits,), (gradient,))
-
-
-def attach_gradients(loss: Tensor, tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> Tensor:
-    """The same for several tensors; None among the gradients: there is none."""
-    return _Attach.apply(loss, tuple(gradients), *tensors)

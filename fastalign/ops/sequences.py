@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .. import _backends
-from . import statistics as ops
-from .call import as_softcap, shape_of
+from . import statistics
+from .call import shape_of
+from .programs import Symbol, single
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -15,12 +17,14 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if x.device.type == "mps" else torch.float64
 
 
-def sum_tokens(logps: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def sum_tokens(logps: Any, dtype: torch.dtype | None = None) -> Tensor:
     """Sum of [B, ..., T] log-probabilities over all but the first dimension, [B], in `dtype` (None: that of logps).
 
     Added up in float64 where the device has it: at -1000 neighbouring float32 numbers are 6e-5 apart, so a float32 sum
     may carry that error several times, one that is rounded at the end half of it.
     """
+    if isinstance(logps, Symbol):
+        return single(logps.sum(-1)) if dtype is torch.float32 else logps.sum(-1)
     wide = wide_dtype(logps)
     if logps.dim() > 2:
         logps = logps.flatten(1)
@@ -28,54 +32,16 @@ def sum_tokens(logps: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return total.to(logps.dtype if dtype is None or wide != torch.float64 else dtype)
 
 
-class _Sums(torch.autograd.Function):
-    """Sums of log-probabilities, `made` already: (sums, saved, options, inplace)."""
-
-    @staticmethod
-    def forward(ctx, logits, labels, made):
-        sums, ctx.kept, *ctx.options = made
-        ctx.save_for_backward(logits, labels)
-        return sums
-
-    @staticmethod
-    def backward(ctx, *grads):
-        logits, labels = ctx.saved_tensors
-        return ops.sums_gradient(logits, labels, ctx.kept, grads, *ctx.options), None, None
-
-
-_sums_node = ops.node_of(_Sums)
-
-
 def cut(rows: Tensor, parts: int) -> tuple[Tensor, ...]:
     """Equal parts of the first dimension, one after the other, which it must divide."""
     return (rows,) if parts == 1 else rows.chunk(parts)
-
-
-_PLAIN = {"inplace_backward", "ignore_index", "temperature", "softcap"}
 
 
 def sequence_sums(
     logits: Tensor, labels: Tensor, parts: int = 1, dtype: torch.dtype | None = None, **options
 ) -> tuple[Tensor, ...]:
     """`sum_tokens` of the labels' log-probabilities, cut into equal parts of the batch; options as in `token_stats`."""
-    made = _made(logits, labels, parts, dtype, **options) if options.keys() <= _PLAIN else None
-    if made is None:
-        return cut(sum_tokens(ops.token_logps(logits, labels, **options), dtype), parts)
-    return _sums_node(logits, labels, made)
-
-
-def _made(logits, labels, parts, dtype, inplace_backward=False, ignore_index=-100, temperature=1.0, softcap=None):
-    """What `_Sums` needs, where it serves: for plain tensors on the CPU whose gradient is wanted."""
-    if not ops.alone(logits, labels) or not torch.is_grad_enabled() or not logits.requires_grad or labels.dim() < 1:
-        return None
-    cpu, kept = _backends.direct(logits), (ignore_index, temperature, as_softcap(softcap))
-    if cpu is None:
-        return None
-    if dtype is not torch.float64:  # the order of a sum in float64 does not show in float32
-        made = cpu.sums(logits, labels, kept, inplace_backward, parts)
-        return None if made is None else (*made, kept, inplace_backward)
-    made = cpu.logps(logits, labels, kept, inplace_backward)
-    return None if made is None else (cut(sum_tokens(made[0], dtype), parts), made[2], kept, inplace_backward)
+    return cut(sum_tokens(statistics.token_logps(logits, labels, **options), dtype), parts)
 
 
 def sequence_logps(
@@ -94,7 +60,7 @@ def sequence_logps(
     if dtype not in (None, torch.float32, torch.float64):
         raise TypeError(f"dtype must be None, torch.float32 or torch.float64; got {dtype}")
     if isinstance(labels, Tensor) and labels.dim() < 1:
-        ops.token_logps(logits, labels, **options)  # which may know something worse of them
+        statistics.token_logps(logits, labels, **options)  # which may know something worse of them
         raise ValueError(f"logits must be [B, ..., V] with at least one batch dimension; got shape {shape_of(logits)}")
     (total,) = sequence_sums(logits, labels, 1, dtype, **options)
     if not average:

@@ -76,10 +76,19 @@ class _TokenStats(torch.autograd.Function):
 
 
 class _PlainStats(torch.autograd.Function):
-    """The same without what autograd charges for: options one by one, results that nobody asked for."""
+    """The same without what autograd charges for: options one by one, results that nobody asked for.
+
+    `made`: logps, lse and what was kept of them (`cpu.logps`), where they are there already.
+    """
 
     @staticmethod
-    def forward(ctx, logits, labels, ref_logits, options):
+    def forward(ctx, logits, labels, ref_logits, options, made):
+        if made is not None:
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(logits, labels)
+            ctx.kept, ctx.options, ctx.inplace = made[2], options[:3], options[-1]
+            return made[:2]
+        ctx.kept = None
         outputs = checked_forward(logits, labels, ref_logits, *options)
         _save(ctx, logits, labels, ref_logits, options, outputs)
         if outputs[2] is outputs[3] is outputs[4] is None:
@@ -88,50 +97,19 @@ class _PlainStats(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        return _gradient(ctx, *grads), None, None, None
+        found = _gradient(ctx, *grads) if ctx.kept is None else _kept_gradient(ctx, *grads)
+        return found, None, None, None, None
 
 
-class _Logps(torch.autograd.Function):
-    """The log-probabilities alone, `made` already: (logps, lse, saved, options, inplace)."""
-
-    @staticmethod
-    def forward(ctx, logits, labels, made):
-        logps, lse, saved, *ctx.options = made
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, labels)
-        ctx.kept = saved
-        return logps, lse
-
-    @staticmethod
-    def backward(ctx, g_logps, g_lse):
-        logits, labels = ctx.saved_tensors
-        parts = (g_logps,) if g_lse is None else None
-        return logps_gradient(logits, labels, ctx.kept, parts, (g_logps, g_lse), *ctx.options), None, None
-
-
-def logps_gradient(logits, labels, kept, parts, grads, options, inplace: bool) -> Tensor:
-    """The logits' gradient, given what a direct forward kept (`cpu.Kept`), the gradients of logps and lse, and, if
-    nothing else has one, that of logps as a backend takes it directly (see `cpu.logps_backward`); `grads` may be a
-    function that makes them."""
-    if parts is not None and not inplace and not torch.is_grad_enabled() and unwatched(logits, labels):
-        cpu = _backends.direct(logits)
-        out = room_for_gradient(logits, False)
-        if cpu is not None and cpu.logps_backward(logits, labels, kept, parts, options, out):
+def _kept_gradient(ctx, g_logps, g_lse) -> Tensor:
+    """The logits' gradient after a direct forward."""
+    logits, labels = ctx.saved_tensors
+    if g_lse is None and not ctx.inplace and not torch.is_grad_enabled() and unwatched(logits, labels):
+        cpu, out = _backends.direct(logits), room_for_gradient(logits, False)
+        if cpu is not None and cpu.loss_backward(logits, labels, ctx.options, None, ctx.kept, (g_logps,), None, 1, out):
             return out
-    g_logps, g_lse = grads() if callable(grads) else grads
-    all_grads = (g_logps, g_lse, None, None, None)
-    saved = _backends.saved_tensor(kept, labels)
-    return gradient(logits, labels, None, saved, None, None, all_grads, options, inplace)
-
-
-def sums_gradient(logits, labels, kept, grads, options, inplace: bool) -> Tensor:
-    """The logits' gradient, given that of the logps, or of their sums over equally long runs, in one or more parts."""
-
-    def of_tokens() -> tuple[Tensor, None]:
-        runs = torch.cat(grads).float().view(-1, 1)
-        return runs.expand(-1, labels.numel() // max(len(runs), 1)).reshape(labels.shape), None
-
-    return logps_gradient(logits, labels, kept, grads, of_tokens, options, inplace)
+    rows = _backends.saved_rows(ctx.kept, labels)
+    return gradient(logits, labels, None, *rows, (g_logps, g_lse, None, None, None), ctx.options, ctx.inplace)
 
 
 class _Once(torch.autograd.Function):
@@ -184,24 +162,22 @@ def _redispatch(*args):
         return torch.ops.fastalign.token_stats(*args)
 
 
-_plain_node, _logps_node = node_of(_PlainStats), node_of(_Logps)
+_plain_node = node_of(_PlainStats)
 
 
 def _call_plain(logits, labels, ref_logits, *options):
     """The operator's work for a call that nobody watches; None in place of what was not asked for."""
     ignore_index, temperature, softcap, entropy, mean, inplace = options
+    wanted, made = logits.requires_grad and torch.is_grad_enabled(), None
     cpu = _backends.direct(logits)
     if cpu is not None and ref_logits is None and not entropy and not mean:
-        kept = (ignore_index, temperature, softcap)
-        made = cpu.logps(logits, labels, kept, inplace)
-        if made is not None and not (logits.requires_grad and torch.is_grad_enabled()):
-            return (*made[:2], None, None, None)
-        if made is not None:
-            return (*_logps_node(logits, labels, (*made, kept, inplace)), None, None, None)
-    if not (logits.requires_grad and torch.is_grad_enabled()):
-        return checked_forward(logits, labels, ref_logits, *options)
-    outputs = _plain_node(logits, labels, ref_logits, options)
-    return outputs if len(outputs) > 2 else (*outputs, None, None, None)
+        made = cpu.logps(logits, labels, (ignore_index, temperature, softcap), inplace)
+    if wanted:
+        outputs = _plain_node(logits, labels, ref_logits, options, made)
+        return outputs if len(outputs) > 2 else (*outputs, None, None, None)
+    if made is not None:
+        return (*made[:2], None, None, None)
+    return checked_forward(logits, labels, ref_logits, *options)
 
 
 def _stats_autograd(logits, labels, *args):

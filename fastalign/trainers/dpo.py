@@ -30,11 +30,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..losses.preference import DPOLoss
 from ..models.loading import disable_dropout, load_model, pad_id
 from ..models.lora import adapters_off, starts_at_base
-from ..utils.arguments import key
 from ..utils.batch import IGNORE, Batch
 from ..utils.checks import check_positive
 from ..utils.modes import evaluating
 from .common import ref_cache
+from .common.arguments import key
 from .common.base import AlignmentTrainer, Metrics, Weighted
 from .common.config import GroupsConfig
 from .common.preference_callback import PreferenceWatch

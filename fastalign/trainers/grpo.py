@@ -22,8 +22,8 @@ import torch
 from .. import rl
 from ..losses.policy import PPOLoss
 from ..rl.gae import group_deviation
-from ..utils.arguments import key
 from ..utils.checks import check_choice
+from .common.arguments import key
 from .policy.config import PolicyConfig
 from .policy.rollout import Episode, applicable
 from .policy.run import run_policy

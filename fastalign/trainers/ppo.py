@@ -27,8 +27,8 @@ from ..losses.base import check_range, masked_mean
 from ..losses.policy import PPOLoss
 from ..models.actor_critic import ActorCritic, with_values
 from ..rl.gae import centred
-from ..utils.arguments import key
 from ..utils.checks import check_choice, check_positive
+from .common.arguments import key
 from .policy.config import PolicyConfig
 from .policy.rollout import Episode, applicable, response_mask, stacked, unstack
 from .policy.run import run_policy

@@ -35,9 +35,9 @@ from ..losses.listwise import comparable, comparisons, list_metrics, plackett_lu
 from ..losses.reward import best_of_k_loss, kwise_reward_loss, reward_loss
 from ..models.loading import adapter_mode, load, load_tokenizer, model_options
 from ..models.logits import model_logits
-from ..utils.arguments import key
 from ..utils.batch import Batch
 from ..utils.checks import check_choice
+from .common.arguments import key
 from .common.base import AlignmentTrainer, Metrics, Weighted
 from .common.config import TrainingConfig
 from .common.given import check_config

@@ -10,8 +10,8 @@ import torch
 from transformers import TrainingArguments
 
 from ...models.adapters import MODES
-from ...utils.arguments import key
 from ...utils.checks import check_choice, check_positive
+from .arguments import key
 
 COMMON = (
     "learning_rate",

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from ...utils import arguments
 from ..data.encode import Encoder
 from ..data.files import check_sources
+from . import arguments
 from .checkpoints import checkpoints, clear, start_point, write_json
 from .config import COMMON, TrainingConfig
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ...losses.base import check_range
-from ...utils.arguments import key
 from ...utils.checks import check_choice, check_positive
+from ..common.arguments import key
 from ..common.config import CommonConfig, share_prompts_key
 
 _POSITIVE = (

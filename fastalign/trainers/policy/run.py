@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...utils import arguments
+from ..common import arguments
 from ..common.checkpoints import write_json
 from ..common.run import make_room, start_point
 from ..data.files import check_sources

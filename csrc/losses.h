@@ -1,0 +1,214 @@
+// Calls on tensors that run a loss program: from logits, or from statistics that somebody else has made of them.
+#pragma once
+#include <memory>
+
+#include "../kernels/loss_interpreter.h"
+#include "../kernels/token_stats_cpu.h"
+#include "tensors.h"
+
+namespace fastalign {
+
+// From `Program.encoded()`.
+inline std::unique_ptr<LossProgram> make_program(const py::list& codes, const std::vector<int>& kinds, int loss,
+                                                 const std::vector<int>& outputs, bool lists) {
+    std::vector<LossStep> steps;
+    for (const auto& code : codes) {
+        const auto t = py::cast<py::tuple>(code);
+        const auto operands = py::cast<std::vector<int>>(t[4]);
+        LossStep s{static_cast<Op>(py::cast<int>(t[0])),
+                   static_cast<Level>(py::cast<int>(t[1])),
+                   py::cast<int>(t[2]),
+                   static_cast<Way>(py::cast<int>(t[3])),
+                   {0, 0, 0},
+                   py::cast<double>(t[5]),
+                   py::cast<bool>(t[6])};
+        // Operations of fewer operands see the first one again, whose derivative there is 0.
+        for (std::size_t i = 0; i < 3 && !operands.empty(); ++i)
+            s.operands[i] = operands[i < operands.size() ? i : 0];
+        steps.push_back(s);
+    }
+    return std::make_unique<LossProgram>(std::move(steps), kinds, loss, outputs, lists);
+}
+
+// What the caller gives beside the logits: tensors of float32 or float64, dense or one number in all places, and plain
+// numbers. False: something else.
+class Given {
+  public:
+    bool fill(const LossProgram& p, const py::tuple& given, LossData& data) {
+        if (given.size() != p.given().size()) return false;
+        numbers_.resize(given.size());
+        data.inputs.resize(p.inputs());
+        for (std::size_t i = 0; i < given.size(); ++i) {
+            const int input = p.given()[i];
+            if (PyFloat_Check(given[i].ptr()) || PyLong_Check(given[i].ptr())) {
+                numbers_[i] = py::cast<double>(given[i]);
+                data.inputs[input] = {&numbers_[i], LossNumbers::Kind::kDouble, true};
+                continue;
+            }
+            const Seen s(given[i]);
+            const int dtype = s.plain_on_cpu() ? s.dtype() : -1;
+            if ((dtype != 0 && dtype != 5) || s.negated()) return false;
+            const bool same =
+                std::all_of(s.strides(), s.strides() + s.dims(), [](std::int64_t step) { return step == 0; });
+            if (s.count() != data.count(p.level_of_input(input)) || (!same && !s.dense())) return false;
+            data.inputs[input] = {s.data(), dtype == 5 ? LossNumbers::Kind::kDouble : LossNumbers::Kind::kFloat, same};
+        }
+        return true;
+    }
+
+  private:
+    std::vector<double> numbers_;
+};
+
+// Where the results go: `made` is the loss, a scalar of a kernel's dtype, all other numbers of the batch, all results by
+// sequence or group, one after the other, and [k, tokens] slopes for the statistics that the loss moves with, or None.
+class Results {
+  public:
+    Results(const LossProgram& p, const py::tuple& made, LossData& data) {
+        const Seen loss(made[0]), scalars(made[1]), rows(made[2]);
+        loss_ = {loss.data(), static_cast<DType>(loss.dtype())};
+        auto* number = static_cast<float*>(scalars.data());
+        auto* row = static_cast<float*>(rows.data());
+        for (std::size_t k = 0; k < p.outputs().size(); ++k) {
+            const Level level = p.step(p.outputs()[k]).level;
+            float* to = k == 0 ? &value_ : level == Level::kBatch ? number++ : row;
+            if (k > 0 && level != Level::kBatch) row += data.count(level);
+            data.outputs.push_back(to);
+        }
+        if (made[3].is_none()) return;
+        auto* slope = static_cast<float*>(Seen(made[3]).data());
+        for (int k = 0; k < LossProgram::kStatistics; ++k)
+            if (p.moves(k)) {
+                std::fill(slope, slope + data.tokens, 0.0f);
+                data.slopes[k] = slope, slope += data.tokens;
+            }
+    }
+    void finish() const { loss_.set(value_); }
+
+  private:
+    Scalar loss_;
+    float value_ = 0;
+};
+
+inline void set_sizes(LossData& data, const LossProgram& p, std::int64_t tokens, std::int64_t sequences,
+                      std::int64_t list_size) {
+    data.tokens = tokens, data.sequences = sequences, data.list_size = list_size;
+    data.groups = p.lists() ? sequences / list_size : sequences / 2;
+}
+
+inline bool sizes_fit(const LossProgram& p, std::int64_t tokens, std::int64_t sequences, std::int64_t list_size) {
+    if (sequences ? tokens % sequences : tokens) return false;
+    return !p.lists() || (list_size > 0 && sequences % list_size == 0);
+}
+
+inline std::vector<uint8_t> real_tokens(const TokenArgs& a) {
+    std::vector<uint8_t> real(a.rows);
+    for (std::int64_t i = 0; i < a.rows; ++i) real[i] = a.label(i) != a.ignore_index;
+    return real;
+}
+
+// Numbers of each statistic of a forward's rows that a program uses, in memory of their own.
+struct Statistics {
+    std::unique_ptr<float[]> memory;
+
+    // The log-probabilities and logsumexps are always made.
+    Statistics(const LossProgram& p, ForwardArgs& a) {
+        const bool wanted[5] = {true, true, p.uses(2), p.uses(3), p.uses(4)};
+        memory.reset(new float[a.rows * std::count(wanted, wanted + 5, true) + 1]);
+        float* next = memory.get();
+        float** const out[5] = {&a.out.logps, &a.out.lse, &a.out.entropy, &a.out.kl, &a.out.mean};
+        for (int k = 0; k < 5; ++k) {
+            *out[k] = wanted[k] ? next : nullptr;
+            if (wanted[k]) next += a.rows;
+        }
+    }
+};
+
+inline void point_at(LossData& data, const PerRow<float>& out) {
+    const float* const all[5] = {out.logps, out.lse, out.entropy, out.kl, out.mean};
+    std::copy(all, all + 5, data.statistics);
+}
+
+// What a forward keeps of its rows for the backward, as an object of Python's that costs less than a tensor: the rows'
+// saved numbers, and the entropies and KLs of those whose gradient needs them.
+class KeptRows {
+  public:
+    KeptRows(ForwardArgs& a, bool entropy, bool kl) : rows_(a.rows), entropy_(entropy), kl_(kl) {
+        const std::int64_t numbers = a.rows * (4 + entropy + kl);
+        bytes_ = py::reinterpret_steal<py::object>(PyBytes_FromStringAndSize(nullptr, numbers * 4));
+        if (!bytes_) throw py::error_already_set();
+        a.saved = reinterpret_cast<float*>(PyBytes_AS_STRING(bytes_.ptr()));
+    }
+    // After the forward.
+    void keep(const ForwardArgs& a) const {
+        float* next = a.saved + 4 * rows_;
+        if (entropy_) std::copy(a.out.entropy, a.out.entropy + rows_, next), next += rows_;
+        if (kl_) std::copy(a.out.kl, a.out.kl + rows_, next);
+    }
+    py::tuple with(std::int64_t live) const { return py::make_tuple(live, bytes_); }
+
+    static bool fill(BackwardArgs& a, py::handle bytes, bool entropy, bool kl) {
+        if (!PyBytes_CheckExact(bytes.ptr())) return false;
+        if (PyBytes_GET_SIZE(bytes.ptr()) != a.rows * (4 + entropy + kl) * 4) return false;
+        const auto* next = reinterpret_cast<const float*>(PyBytes_AS_STRING(bytes.ptr()));
+        a.saved = next, next += 4 * a.rows;
+        if (entropy) a.entropy = next, next += a.rows;
+        if (kl) a.kl = next;
+        return true;
+    }
+
+  private:
+    py::object bytes_;
+    std::int64_t rows_;
+    bool entropy_, kl_;
+};
+
+// The reference's logits beside the policy's: of their shape and dtype. True where there are none.
+inline bool fill_reference(TokenArgs& a, py::handle logits, py::handle reference) {
+    if (reference.is_none()) return true;
+    const Seen x(logits), z(reference);
+    if (!z.plain_on_cpu() || z.dtype() != x.dtype() || z.dims() != x.dims() || z.negated()) return false;
+    if (!std::equal(x.shape(), x.shape() + x.dims(), z.shape())) return false;
+    const Layout layout(z.dims(), z.shape(), z.strides());
+    if (layout.vocab > 1 && z.stride(z.dims() - 1) != 1) return false;
+    a.ref_logits = z.data(), a.ref_layout = layout.rows;
+    return true;
+}
+
+// Gradients of a loss's rows: `upstream` of the loss or of its equally long runs of rows, times the rows' own slopes for
+// each statistic that `which` names by its bit; without slopes the statistic is the log-probability, the slope 1.
+class Slopes {
+  public:
+    bool fill(BackwardArgs& a, const py::tuple& upstream, py::handle slopes, int which) {
+        Numbers numbers;
+        for (const auto& part : upstream) {
+            bool scalar;
+            const Scalar one = scalar_of(part, scalar);
+            if (scalar && one.dtype != DType::kFloat32) numbers.parts.push_back({&(scalar_ = one.get()), 1, false, true}), ++numbers.count;
+            else if (!numbers.add(part)) return false;
+        }
+        if (a.rows > 0 && (numbers.count == 0 || a.rows % numbers.count)) return false;
+        const int count = slopes.is_none() ? 1 : static_cast<int>(std::count_if(kBits, kBits + 5, [&](int b) { return which & b; }));
+        memory_.reset(new float[count * a.rows + 1]);
+        if (a.rows > 0) numbers.spread(memory_.get(), a.rows / numbers.count);
+        for (int k = count - 1; k > 0; --k) std::copy(memory_.get(), memory_.get() + a.rows, memory_.get() + k * a.rows);
+        if (!slopes.is_none()) {
+            const Seen s(slopes);
+            if (!s.plain_on_cpu() || s.dtype() != 0 || !s.dense() || s.count() != count * a.rows) return false;
+            const auto* slope = static_cast<const float*>(s.data());
+            for (std::int64_t i = 0; i < count * a.rows; ++i) memory_[i] *= slope[i];
+        }
+        const float** const to[5] = {&a.grads.logps, &a.grads.lse, &a.grads.entropy, &a.grads.kl, &a.grads.mean};
+        const float* next = memory_.get();
+        for (int k = 0; k < 5; ++k)
+            if (slopes.is_none() ? k == 0 : which & kBits[k]) *to[k] = next, next += a.rows;
+        return true;
+    }
+
+  private:
+    static constexpr int kBits[5] = {1, 2, 4, 8, 16};
+    std::unique_ptr<float[]> memory_;
+    float scalar_ = 0;
+};
+
+}  // namespace fastalign

@@ -1,0 +1,328 @@
+"""The mechanism that every loss takes: statistics of the logits → the formula → loss, metrics and its gradient for the
+statistics → one node of the graph → the kernels' backward.
+
+A formula is written once, in torch, on what it is given (see `programs`). On the CPU it runs as a program, in the call
+that makes the statistics where the logits are a plain tensor; elsewhere, and where it does not trace, as the torch
+operations that it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _backends
+from . import statistics
+from .call import as_softcap
+from .operations import BATCH, GROUP, LEVEL_NAMES, SEQUENCE, TOKEN
+from .programs import STATISTICS, NotTraced, Program, trace
+from .results import TokenStats
+
+__all__ = ["BATCH", "GROUP", "SEQUENCE", "TOKEN", "FusedLoss", "Grouping", "Input", "Values", "attach_gradients"]
+
+
+class Input(NamedTuple):
+    """What a loss is given beside the logits."""
+
+    name: str
+    value: Any
+    """A tensor of the level's shape, a number, or None where it is not given."""
+    level: int
+
+
+class Grouping(NamedTuple):
+    """How tokens make sequences, and sequences groups."""
+
+    sequences: int
+    list_size: int = 1
+
+
+# ------------------------------------------------------------------------------------------------------------ one node
+class _FusedLoss(torch.autograd.Function):
+    """A loss that is known with the way to its gradient: `pull(gradient of the loss, saved tensors)`.
+
+    `made`: the loss, which as an argument of its own would come back as a view, and that way.
+    """
+
+    @staticmethod
+    def forward(ctx, made, *tensors):
+        loss, ctx.pull = made
+        ctx.save_for_backward(*(() if isinstance(ctx.pull, _Known) else tensors))
+        return loss
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, *ctx.pull(gradient, ctx.saved_tensors)
+
+
+_node = statistics.node_of(_FusedLoss)
+
+
+class _OfLogits(NamedTuple):
+    """To the logits, by the backward kernel: tensors are logits, labels and the reference's logits or None."""
+
+    slopes: Tensor | None
+    """[k, tokens], the loss's gradient for each statistic of `which`; None: 1 for the log-probabilities."""
+    which: int
+    kept: bytes
+    options: tuple[int, float, float]
+    inplace: bool
+
+    def __call__(self, gradient: Tensor, saved: tuple[Any, ...]) -> tuple[Tensor, None, None]:
+        logits, labels, reference = saved
+        if not self.inplace and not torch.is_grad_enabled() and statistics.unwatched(logits, labels):
+            cpu = _backends.direct(logits)
+            out = statistics.room_for_gradient(logits, inplace=False)
+            if cpu is not None and cpu.loss_backward(
+                logits, labels, self.options, reference, self.kept, (gradient,), self.slopes, self.which, out
+            ):
+                return out, None, None
+        grads = self._of_statistics(gradient, labels)
+        rows = _backends.saved_rows(self.kept, labels, self.which)
+        found = statistics.gradient(logits, labels, reference, *rows, grads, self.options, self.inplace)
+        return found, None, None
+
+    def _of_statistics(self, gradient: Tensor, labels: Tensor) -> list[Tensor | None]:
+        """The gradient of every statistic, of the labels' shape."""
+        each: list[Tensor | None] = [None] * len(STATISTICS)
+        wide = gradient.float()
+        if torch.is_grad_enabled() and not wide.requires_grad:
+            wide = wide.detach().requires_grad_()  # so that another derivative is refused, not silently zero
+        rows = iter([] if self.slopes is None else self.slopes.unbind())
+        for k in range(len(STATISTICS)):
+            if self.which >> k & 1:
+                row = wide * next(rows)  # if a hook changed the labels, the checks of the backward say so
+                each[k] = row.view(labels.shape) if row.numel() == labels.numel() else row
+        return each
+
+
+class _OfStatistics(NamedTuple):
+    """To statistics that are differentiable themselves."""
+
+    slopes: tuple[Tensor, ...]
+
+    def __call__(self, gradient: Tensor, saved: tuple[Any, ...]) -> list[Tensor]:
+        return [(gradient * slope).view(t.shape) for slope, t in zip(self.slopes, saved, strict=True)]
+
+
+class _Known:
+    """Gradients that are formed already; they are handed on once."""
+
+    def __init__(self, gradients: Sequence[Tensor | None]) -> None:
+        self.gradients: Sequence[Tensor | None] | None = gradients
+
+    def __call__(self, scale: Tensor, saved: tuple[Any, ...]) -> Sequence[Tensor | None]:
+        gradients, self.gradients = self.gradients, None
+        if gradients is None:
+            raise RuntimeError(
+                "the gradient of a loss that was formed with it was handed on already: it can be used once "
+                "(one_launch=False, or another plan of the head, keeps what another backward needs)"
+            )
+        for gradient in gradients:
+            if gradient is not None:
+                _backends.pick(gradient).scale(gradient, scale)  # the buffer is ours
+        return gradients
+
+
+def attach_gradients(loss: Tensor, tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> Tensor:
+    """The scalar loss as a function of tensors whose gradients are known; it can be differentiated once.
+
+    None among the gradients: there is none.
+    """
+    return _FusedLoss.apply((loss.detach().clone(), _Known(tuple(gradients))), *tensors)
+
+
+# ------------------------------------------------------------------------------------------------- what a formula sees
+class Values:
+    """What a formula is given where it runs as torch operations: statistics and inputs, 0 at tokens that are hidden.
+
+    Args:
+        mask: [..., T] boolean, True = real.
+        stats: the statistics that there are, by name.
+        inputs: as in `FusedLoss`.
+    """
+
+    def __init__(self, mask: Tensor, stats: dict[str, Tensor | None], inputs: Sequence[Input]) -> None:
+        self.mask = mask
+        self._found = {name: None if t is None else self._real(t) for name, t in stats.items()}
+        for name, value, level in inputs:
+            if isinstance(value, Tensor):
+                value = value.detach()
+                value = self._real(value) if level == TOKEN else value.unsqueeze(-1) if level == SEQUENCE else value
+            self._found[name] = value
+
+    def _real(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return torch.where(self.mask, wide, torch.zeros((), dtype=wide.dtype, device=wide.device))
+
+    def __getattr__(self, name: str) -> Any:
+        return self._found.get(name)
+
+
+# ----------------------------------------------------------------------------------------------------------- a program
+class _Compiled(NamedTuple):
+    program: Program
+    handle: Any
+    there: tuple[bool, ...]
+    names: tuple[str, ...]
+    """Inputs that the program takes, in order."""
+    which: int
+    """Bits of the statistics that the loss moves with."""
+    scalars: int
+    rows: int
+    row_level: int
+    uses: tuple[str, ...]
+
+
+def _compile(formula: Callable[..., Any], levels: dict[str, int], statistics: Sequence[str], lists: bool) -> _Compiled:
+    program, there = trace(formula, levels, statistics=statistics, lists=lists)
+    outputs = [program.steps[i].level for i in program.outputs[1:]]
+    rows = {level for level in outputs if level != BATCH}
+    if len(rows) > 1 or TOKEN in rows:
+        raise NotTraced(f"results of several levels: {', '.join(LEVEL_NAMES[x] for x in sorted(rows))}")
+    which, wanted = 0, _wanted(program)
+    for step, moved in zip(program.steps, wanted, strict=True):
+        name = program.inputs[int(step.value)] if step.op == "input" else ""
+        if moved and name in STATISTICS:
+            which |= 1 << STATISTICS.index(name)
+    given = tuple(n for n in program.inputs if n in levels)
+    handle = _backends.loss_program(*program.encoded())
+    count = sum(level != BATCH for level in outputs)
+    level = next(iter(rows), BATCH)
+    return _Compiled(program, handle, there, given, which, len(outputs) - count, count, level, program.statistics)
+
+
+def _wanted(program: Program) -> list[bool]:
+    """Of each step, whether the loss's gradient goes through it."""
+    wanted = [False] * len(program.steps)
+    wanted[program.loss] = program.differentiable[program.loss]
+    for i in range(len(program.steps) - 1, -1, -1):
+        for o in program.steps[i].operands if wanted[i] else ():
+            wanted[o] = wanted[o] or program.differentiable[o]
+    return wanted
+
+
+class FusedLoss:
+    """A formula, and the programs that it was traced into, one for each set of inputs that it was called with.
+
+    Args:
+        formula: from `Given` (symbols) or `Values` (tensors) to (loss, *results), a result may be None.
+        statistics: those of `STATISTICS` that it may look at.
+        lists: groups are ranked lists and not pairs.
+    """
+
+    def __init__(
+        self, formula: Callable[[Any], Sequence[Any]], statistics: Sequence[str] = ("logps",), *, lists: bool = False
+    ) -> None:
+        self.formula, self.statistics, self.lists = formula, statistics, lists
+        self._programs: dict[tuple[tuple[str, int], ...], _Compiled | str] = {}
+
+    def compiled(self, levels: tuple[tuple[str, int], ...]) -> _Compiled | str:
+        """The program for inputs of these levels, or why there is none."""
+        found = self._programs.get(levels)
+        if found is None:
+            try:
+                found = _compile(self.formula, dict(levels), self.statistics, self.lists)
+            except NotTraced as reason:
+                found = str(reason)
+            self._programs[levels] = found
+        return found
+
+    def explain(self) -> str:
+        """How the calls so far were run: as programs of how many steps, or why as torch operations."""
+        lines = []
+        for levels, found in self._programs.items():
+            given = ", ".join(f"{name} by {LEVEL_NAMES[level]}" for name, level in levels) or "nothing but logits"
+            how = (
+                f"torch operations: {found}"
+                if isinstance(found, str)
+                else f"program of {len(found.program.steps)} steps"
+            )
+            lines.append(f"given {given}: {how}")
+        return "\n".join(lines) or "not called yet"
+
+    # ------------------------------------------------------------------------------------------------------- running
+    def of_logits(
+        self,
+        logits: Any,
+        labels: Any,
+        inputs: Sequence[Input],
+        grouping: Grouping,
+        *,
+        ref_logits: Any = None,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        inplace_backward: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> list[Any] | None:
+        """(loss, *results) of plain logits on the CPU, in one call each way.
+
+        None where it is not known to be all right: for other tensors, for what does not trace, and where somebody
+        watches. The general path then does it or says what is wrong.
+        """
+        if not statistics.alone(logits, labels) or labels.dim() < 1:
+            return None
+        cpu = _backends.direct(logits)
+        if cpu is None:
+            return None
+        there = [x for x in inputs if x.value is not None]
+        found = self.compiled(tuple([(x.name, x.level) for x in there]))
+        if isinstance(found, str):
+            return None
+        given = _values(found, there)
+        wanted = logits.requires_grad and torch.is_grad_enabled()
+        options = (ignore_index, temperature, 0.0 if softcap is None else as_softcap(softcap))
+        inplace = wanted and inplace_backward
+        made = cpu.loss(logits, labels, options, ref_logits, inplace, found, given, grouping, wanted, dtype)
+        if made is None:
+            return None
+        loss, scalars, rows, slopes, kept = made
+        if wanted:
+            pull = _OfLogits(slopes, found.which, kept, options, inplace)
+            loss = _node((loss, pull), logits, labels, ref_logits)
+        return _placed(found, loss, scalars, rows)
+
+    def of_statistics(
+        self, stats: TokenStats, labels: Tensor, inputs: Sequence[Input], grouping: Grouping, ignore_index: int
+    ) -> list[Any] | None:
+        """The same of statistics that a head or a model gave, [..., T] each, float32 on the CPU; else None."""
+        given_stats = {name: getattr(stats, name, None) for name in STATISTICS}
+        logps = given_stats["logps"]
+        if type(logps) is not Tensor or logps.dtype != torch.float32 or not statistics.alone(logps, labels):
+            return None
+        cpu = _backends.direct(logps)
+        there = [x for x in inputs if x.value is not None]
+        found = self.compiled(tuple([(x.name, x.level) for x in there])) if cpu is not None else ""
+        if cpu is None or isinstance(found, str) or any(given_stats[name] is None for name in found.uses):
+            return None
+        moved = [given_stats[name] for k, name in enumerate(STATISTICS) if found.which >> k & 1]
+        wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in moved)
+        made = cpu.loss_terms(given_stats, labels, ignore_index, found, _values(found, there), grouping, wanted)
+        if made is None:
+            return None
+        loss, scalars, rows, slopes = made
+        if wanted:
+            loss = _node((loss, _OfStatistics(slopes.unbind())), *moved)
+        return _placed(found, loss, scalars, rows)
+
+
+def _values(found: _Compiled, there: Sequence[Input]) -> tuple[Any, ...]:
+    """The inputs that the program takes, in its order."""
+    if len(there) == len(found.names) and all(x.name == name for x, name in zip(there, found.names, strict=True)):
+        return tuple([x.value for x in there])
+    by_name = {x.name: x.value for x in there}
+    return tuple(by_name[name] for name in found.names)
+
+
+def _placed(found: _Compiled, loss: Tensor, scalars: Sequence[Tensor], rows: Sequence[Tensor]) -> list[Any]:
+    """The results in the formula's order, None where it had none."""
+    levels = iter([found.program.steps[i].level for i in found.program.outputs[1:]])
+    of_batch, of_rows = iter(scalars), iter(rows)
+    rest = [
+        (next(of_batch) if next(levels) == BATCH else next(of_rows)) if there else None for there in found.there[1:]
+    ]
+    return [loss, *rest]

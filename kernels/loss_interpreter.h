@@ -1,0 +1,111 @@
+// Runs loss programs on the host, in double: forward from the statistics of tokens to a loss and its metrics, backward
+// to the loss's gradient for every statistic of every token. Sums are taken in one order, whatever the threads.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "loss_program.h"
+
+namespace fastalign {
+
+// In the order of fastalign/ops/operations.py.
+enum class Level : uint8_t { kToken, kSequence, kComparison, kGroup, kBatch };
+enum class Way : uint8_t { kOwner, kCompared, kOther };
+
+struct LossStep {
+    Op op;
+    Level level;
+    int stage;
+    Way how;
+    int operands[3];
+    double value;
+    bool active;
+};
+
+// Numbers that a program is given, dense or one number for all: float32, float64, or bytes that are 0 or not.
+struct LossNumbers {
+    enum class Kind : uint8_t { kFloat, kDouble, kByte };
+    const void* at = nullptr;
+    Kind kind = Kind::kFloat;
+    bool same = false;
+
+    double operator[](int64_t i) const {
+        if (same) i = 0;
+        switch (kind) {
+            case Kind::kFloat:
+                return static_cast<const float*>(at)[i];
+            case Kind::kDouble:
+                return static_cast<const double*>(at)[i];
+            default:
+                return static_cast<const uint8_t*>(at)[i] ? 1 : 0;
+        }
+    }
+};
+
+class LossProgram {
+  public:
+    static constexpr int kStatistics = 5, kMask = -1, kPosition = -2;
+
+    // `kinds`: of each input, the statistic that it is, kMask, kPosition (of a sequence in its list), or, below that, what
+    // the caller gives.
+    LossProgram(std::vector<LossStep> steps, std::vector<int> kinds, int loss, std::vector<int> outputs, bool lists);
+
+    bool uses(int statistic) const { return uses_[statistic]; }
+    bool moves(int statistic) const { return moves_[statistic]; }  // the loss depends on it
+    const std::vector<int>& outputs() const { return outputs_; }
+    const std::vector<int>& given() const { return given_; }  // inputs that the caller gives
+    const LossStep& step(int i) const { return steps_[i]; }
+    int inputs() const { return static_cast<int>(kinds_.size()); }
+    Level level_of_input(int input) const { return input_levels_[input]; }
+    bool lists() const { return lists_; }
+
+  private:
+    friend class LossRun;
+    struct Pass {
+        std::vector<int> before;    // steps of other levels that run ahead of it
+        std::vector<int> forward;   // steps of tokens that its sums need
+        std::vector<int> backward;  // those that the loss's gradient goes through, and what these need
+        std::vector<int> sums, loss_sums;
+        bool by_sequences = false, alone = false;
+    };
+    void collect(const std::vector<int>& sums, std::vector<int>& into) const;
+    void plan(int passes);
+
+    std::vector<LossStep> steps_;
+    std::vector<int> kinds_, outputs_, given_, slots_;
+    std::vector<Level> input_levels_;
+    std::vector<Pass> passes_;
+    std::vector<char> wanted_;  // the loss's gradient goes through it
+    int loss_, token_steps_ = 0;
+    bool lists_, uses_[kStatistics] = {}, moves_[kStatistics] = {};
+};
+
+// What a program is run on: statistics and given numbers, null where it does not use them.
+struct LossData {
+    int64_t tokens = 0, sequences = 0, groups = 0, list_size = 1;
+    const uint8_t* real = nullptr;  // [tokens], 1 at those that count
+    const float* statistics[LossProgram::kStatistics] = {};
+    std::vector<LossNumbers> inputs;                  // by input; of statistics and mask unused
+    float* slopes[LossProgram::kStatistics] = {};     // [tokens], where the loss moves with it; null: not wanted
+    std::vector<float*> outputs;                      // one per output of the program, of its level's size
+    int threads = 1;
+
+    int64_t count(Level level) const {
+        switch (level) {
+            case Level::kToken:
+                return tokens;
+            case Level::kSequence:
+                return sequences;
+            case Level::kComparison:
+                return groups * list_size * list_size;
+            case Level::kGroup:
+                return groups;
+            default:
+                return 1;
+        }
+    }
+};
+
+void run_loss(const LossProgram& program, const LossData& data);
+
+}  // namespace fastalign
