@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from .. import _backends
-from ..trainers.common.arguments import Helped
+from ..trainers.common.arguments import Helped, given_keys
 from ..utils.version import __version__
+from .keys import known_keys
 
 
 class Command(NamedTuple):
@@ -153,6 +154,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+def _check_keys(command: str, argv: list[str]) -> None:
+    """ValueError for a key that the command does not have, before the packages that it needs are imported."""
+    known = None if {"-h", "--help"} & set(argv) else known_keys(command)
+    if known is not None:
+        given_keys(argv, known, command)
+
+
 def _answer(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print(usage())
@@ -165,6 +173,7 @@ def _answer(args: list[str]) -> int:
         print(f"fastalign: error: command must be one of {', '.join(COMMANDS)}; got {name!r}", file=sys.stderr)
         return 2
     try:
+        _check_keys(name, rest)
         return COMMANDS[name].run(rest)
     except Helped as text:
         print(text)

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import set_seed
 
 from ..models.loading import pad_id
@@ -40,7 +41,7 @@ from .judges import PairJudge, ScoreJudge, load_pair_judge
 from .perplexity import likelihood
 from .sample import DrawConfig, load, output_path, read_options, read_prompts
 from .sampling import Sample, compare_policies, sample
-from .scorers import Judge, load_judge
+from .scorers import FunctionJudge, Judge, load_judge
 from .winrate import win_rate
 
 _COMPLETIONS = ("completion", "chosen")
@@ -60,7 +61,9 @@ class EvalConfig(DrawConfig):
     )  # fmt: skip
     dataset: str | None = key(None, "Rows with a column prompt; completion or chosen too", group="Model and data")
     reward: str | None = key(
-        None, "What judges: a reward model's folder, gold (movie reviews), or module:function", group="Model and data"
+        None,
+        "What judges: a reward model's folder, gold (movie reviews), or module:function or file.py:function as in grpo",
+        group="Model and data",
     )
     judge: str | None = key(
         None, "What judges pairs: http(s)://host/v1 (OpenAI form), labels.jsonl, or as reward; the reward by default",
@@ -96,6 +99,8 @@ def evaluate(config: EvalConfig) -> dict[str, dict[str, Any]]:
         raise ValueError("against=completion needs the column completion or chosen in dataset")
     score = load_judge(config.reward, batch_size=config.batch_size) if config.reward else None
     judge = _pair_judge(config, score)
+    for each in {id(f): f for f in (score, getattr(judge, "score", None)) if isinstance(f, FunctionJudge)}.values():
+        each.bind(prompts, read_rows(config.dataset))
     reference = load(config.reference, None, config.dtype, "reference")[0] if config.reference else None
     result: dict[str, dict[str, Any]] = {}
     base = None if config.against == "first" or rows is None else completion_texts(rows)
@@ -223,6 +228,16 @@ def _cell(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
+def told_apart(paths: Sequence[str]) -> list[str]:
+    """Short names of folders: the last parts of each, as many as it takes for all to differ."""
+    parts = [os.path.normpath(path).split(os.sep) for path in paths]
+    for count in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(paths)
+
+
 def main(argv: list[str]) -> int:
     """The `fastalign eval` command."""
     config = arguments.parse(EvalConfig, argv, command="eval", needs=("models", "dataset"))
@@ -230,8 +245,8 @@ def main(argv: list[str]) -> int:
     result = evaluate(config)
     names = [n for n in _COLUMNS if any(figure.get(n) is not None for figure in result.values())]
     console = Console(width=None if Console().is_terminal else 160)
-    table = Table("model", *names)
-    for model, figure in result.items():
+    table = Table(Column("model", overflow="fold"), *names)
+    for model, figure in zip(told_apart(list(result)), result.values(), strict=True):
         table.add_row(model, *(_cell(figure.get(n)) for n in names))
     console.print(table)
     if path is not None:

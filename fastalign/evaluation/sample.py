@@ -162,7 +162,7 @@ def main(argv: list[str]) -> int:
     set_seed(config.seed)
     many = config.samples_per_prompt
     drawn = sample(model, tokenizer, prompts, per_prompt=many, how=config.how(), options=options)
-    lines = [json.dumps(_line(*each)) for each in zip(prompts, options, drawn, strict=True)]
+    lines = [json.dumps(_line(*each), ensure_ascii=False) for each in zip(prompts, options, drawn, strict=True)]
     if path is None:
         print("\n".join(lines))
         return 0

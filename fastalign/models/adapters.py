@@ -66,7 +66,9 @@ def load_adapted(kind: Any, path: str, mode: str = "merge", **options: Any) -> A
         raise ValueError(f"adapters=stack takes plain LoRA, to be joined with new ones; its adapters have {odd}")
     base = base_model(path, config)
     for_own = options if own is kind or own is not AutoModelForCausalLM else _without_labels(options)
-    extra = {"num_labels": 1} if own is AutoModelForSequenceClassification and "num_labels" not in for_own else {}
+    extra: dict[str, Any] = (
+        {"num_labels": 1} if own is AutoModelForSequenceClassification and "num_labels" not in for_own else {}
+    )
     chained = holds_adapters(base)  # a checkpoint of adapters that were trained on others
     inner = load_adapted(own, base, **for_own, **extra) if chained else own.from_pretrained(base, **for_own, **extra)
     _fit_vocabulary(inner, path)

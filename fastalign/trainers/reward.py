@@ -40,6 +40,7 @@ from ..utils.checks import check_choice
 from .common.arguments import key
 from .common.base import AlignmentTrainer, Metrics, Weighted
 from .common.config import TrainingConfig
+from .common.given import check_config
 from .common.run import encoder, run
 from .data.collate import ListCollator, in_lists
 from .data.files import Rows, read_rows
@@ -144,6 +145,7 @@ class RewardTrainer(AlignmentTrainer):
         **kwargs: Any,
     ) -> None:
         """As `AlignmentTrainer`. The tokenizer may gain a padding token, as may the model."""
+        check_config(self, args)
         self._labelers: dict[Any, int] = {}
         self._known = 0
         self._right: dict[int, list[float]] = {}

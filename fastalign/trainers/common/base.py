@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -36,6 +36,7 @@ from .checkpoints import PARTIAL, publish, rotate, seal, write_folder, writing
 from .config import GroupsConfig, TrainingConfig
 from .even import FILLER, EvenCollator, even
 from .finite import CheckedUpdates, refuse_bad_weights
+from .given import check_config, model_given, refuse_others, with_peft_config
 
 
 class Weighted(NamedTuple):
@@ -87,15 +88,17 @@ class AlignmentTrainer(CheckedUpdates, ABC):
     """Base of the trainers. Subclasses give `collator`, `prepare`, `items` and `batch_loss`.
 
     Args:
-        model: a causal language model, or what the subclass names.
+        model: a causal language model, or what the subclass names; its folder; None takes `args.model`.
         args: the configuration.
         train_dataset, eval_dataset: rows of text (see `data.files.read_rows`); may be None. Evaluation sets may be
             several, as a mapping of names to rows.
-        processing_class: the tokenizer; must be given.
+        processing_class: the tokenizer; must be given with a model, and is that of the folder for a folder.
         callbacks: more callbacks; console and JSONL logging are there already.
         optimizers: as in transformers.
+        peft_config: adapters to train, as peft describes them, in place of the lora_* keys of args.
 
     Raises:
+        TypeError: args of another kind; arguments of other libraries' trainers, with what to use instead.
         ValueError: no processing_class; several GPUs in one process; what a row, the model or the configuration has
             wrong.
     """
@@ -106,7 +109,7 @@ class AlignmentTrainer(CheckedUpdates, ABC):
 
     def __init__(
         self,
-        model: PreTrainedModel | nn.Module,
+        model: PreTrainedModel | nn.Module | str | None,
         args: TrainingConfig,
         train_dataset: Rows | None = None,
         eval_dataset: Rows | None = None,
@@ -114,7 +117,17 @@ class AlignmentTrainer(CheckedUpdates, ABC):
         *,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any = None,
+        **others: Any,
     ) -> None:
+        refuse_others(self, others)
+        check_config(self, args)
+        given: Any = model_given(model, args)
+        if isinstance(given, str):
+            set_seed(args.seed)  # a fresh head is drawn while loading
+            given, own = self.load(given, args)
+            processing_class = processing_class or own
+        model = given
         if processing_class is None:
             raise ValueError("processing_class must be the model's tokenizer; got None")
         if args.n_gpu > 1:  # transformers would take torch.nn.DataParallel, whose replicas share one forward and head
@@ -128,7 +141,7 @@ class AlignmentTrainer(CheckedUpdates, ABC):
         self._partial: str | None = None
         self.data_counts: dict[str, int] = {}
         super().__init__(
-            model=with_lora(model, args, self.task),
+            model=with_lora(with_peft_config(model, peft_config, args), args, self.task),
             args=args,
             data_collator=EvenCollator(self.collator(args, processing_class)),
             train_dataset=self._prepared("dataset", train_dataset, args, processing_class),

@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ from ...models.sampling import Sampling
 from ...utils.batch import Batch
 from ..common.callbacks import JsonlCallback, shown
 from ..common.checkpoints import PARTIAL, rotate, write_folder
+from ..common.given import check_config, model_given, refuse_others, with_peft_config
+from ..common.sharding import whole_weights
 from ..data.collate import pad
 from ..data.files import Rows
 from ..data.template import use_template
@@ -62,6 +64,10 @@ class PolicyTrainer(ABC):
         reward: a function of the lists `prompts` and `completions` (and columns of the rows, by name) that returns one
             number each; None takes `args.reward_fn` or `args.reward_model`.
         ref_model: the reference; None takes `args.ref_model`, or the model as it is now.
+        peft_config: adapters to train, as peft describes them, in place of the lora_* keys of args.
+        reward_funcs: TRL's name of `reward`; a list of functions is added up, a text is a reward model's folder.
+
+    Raises TypeError for args of another kind, and for arguments of other libraries' trainers, with what to use instead.
     """
 
     def __init__(
@@ -72,10 +78,18 @@ class PolicyTrainer(ABC):
         eval_dataset: Rows | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
-        reward: RewardFunction | None = None,
+        reward: RewardFunction | Sequence[RewardFunction] | str | None = None,
         ref_model: Any = None,
+        peft_config: Any = None,
+        reward_funcs: Any = None,
+        **others: Any,
     ) -> None:
-        self.args = args
+        refuse_others(self, others)
+        check_config(self, args)
+        if reward is not None and reward_funcs is not None:
+            raise ValueError("reward and reward_funcs are one argument; give it once")
+        self.args, model = args, model_given(model, args)
+        reward = reward_funcs if reward is None else reward
         path = model if isinstance(model, str) else args.model
         # As transformers does: an earlier trainer's precision, and its device, are not this one's.
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -86,7 +100,10 @@ class PolicyTrainer(ABC):
             project_dir=args.output_dir,
         )
         set_seed(args.seed)
-        policy = load_model(str(path), args) if model is None or isinstance(model, str) else model
+        policy = load_model(str(path), args) if isinstance(model, str) else model
+        if not isinstance(model, str) and processing_class is None and not (args.tokenizer or args.model):
+            raise ValueError("processing_class must be the model's tokenizer; got None, and args.tokenizer names none")
+        policy = with_peft_config(policy, peft_config, args)
         self.processing_class: Any = processing_class or load_tokenizer(args.tokenizer, str(path))
         use_template(self.processing_class, args.chat_template_path)
         self.fill = pad_id(self.processing_class)
@@ -212,22 +229,6 @@ class PolicyTrainer(ABC):
         args = self.args
         return ModelLogits(call, model, batch["input_ids"].shape, fused=args.fused_head, chunk_bytes=args.chunk_bytes)
 
-    @contextlib.contextmanager
-    def _whole_weights(self) -> Iterator[ActorCritic]:
-        """The bare module in evaluation mode; sharded weights are gathered, so that no process waits for another."""
-        sharded = [m for m in self.inner.modules() if isinstance(m, FSDPModule)]
-        for module in sharded:
-            module.unshard()
-            module.set_reshard_after_forward(False, recurse=False)
-        self.inner.eval()
-        try:
-            with self.accelerator.autocast():
-                yield self.inner
-        finally:
-            for module in sharded:
-                module.set_reshard_after_forward(True, recurse=False)
-                module.reshard()
-
     # --------------------------------------------------------------------------------------------------- rollouts
     def sampling(self) -> Sampling:
         """How responses are drawn."""
@@ -239,7 +240,8 @@ class PolicyTrainer(ABC):
         self._ready()
         episodes: list[Episode] = []
         if prompts:
-            with self._whole_weights() as model:
+            with whole_weights(self.inner), self.accelerator.autocast():
+                model = self.inner.eval()
                 episodes = generate(model.policy, self.processing_class, prompts, keys, self.sampling(), self.args.seed)
                 fill_in(
                     episodes,
