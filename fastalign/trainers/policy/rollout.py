@@ -148,6 +148,42 @@ def _prompts(rows: Dataset, encode: Encoder, columns: Sequence[str], skip_bad_ro
         raise ValueError(f"dataset must have a prompt within max_prompt_length; all {told.dropped} are longer")
 
 
+def all_prompts(
+    train: Rows, evaluation: Rows | Mapping[str, Rows] | None, tokenizer: Any, args: Any, reward: Any, counts: Any
+) -> tuple[list[Prompt], list[Prompt], dict[str, list[Prompt]]]:
+    """(prompts to train on, all to evaluate on, those of each evaluation set by name): see `load_prompts`."""
+
+    def load(source: Rows | None, key: str) -> list[Prompt]:
+        return load_prompts(
+            source,
+            tokenizer,
+            args.max_prompt_length,
+            reward.columns,
+            key,
+            reward.optional,
+            truncation_mode=args.truncation_mode,
+            reading=args.reading,
+            counts=counts,
+            template_options=args.chat_template_kwargs,
+        )
+
+    prompts = load(train, "dataset")
+    if not isinstance(evaluation, Mapping):
+        return prompts, load(evaluation, "eval_dataset"), {}
+    sets = {name: load(rows, f"eval_dataset_{name}") for name, rows in evaluation.items()}
+    return prompts, [prompt for each in sets.values() for prompt in each], sets
+
+
+def by_set(
+    sets: Mapping[str, Sequence[Prompt]], episodes: Mapping[int, Episode]
+) -> Iterator[tuple[str, list[Episode]]]:
+    """Each set's name and episodes; those of all sets come with the number of their prompt among all."""
+    start = 0
+    for name, prompts in sets.items():
+        yield name, [episodes[i] for i in range(start, start + len(prompts))]
+        start += len(prompts)
+
+
 def prompt_order(count: int, start: int, number: int, seed: int) -> list[int]:
     """Indices of `number` prompts from position `start` of an endless series of shuffles of all of them."""
     wanted = range(start, start + number)

@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ from .checkpoint import RunState, load_training_state, save_policy, save_whole
 from .config import PolicyConfig
 from .keep import kept
 from .rewards import RewardFunction, load_reward, scored
-from .rollout import Episode, Prompt, describe, fill_in, generate, load_prompts, prompt_order, response_mask, stacked
+from .rollout import Episode, Prompt, describe, fill_in, generate, prompt_order, response_mask, stacked
 from .update import PretrainingStream, Updater, ValueOptions, make_optimizer, make_scheduler, pretraining_stream
 
 _SHOWN = ("objective/scores", "objective/kl", "objective/entropy", "eval/score", "eval/kl", "length", "lr")
@@ -110,14 +110,9 @@ class PolicyTrainer(ABC):
         self.state = RunState(is_world_process_zero=self.accelerator.is_main_process)
         self.reward = load_reward(args, reward, self.accelerator.device)
         self.data_counts: dict[str, int] = {}
-        options = (self.processing_class, args.max_prompt_length, self.reward.columns)
-        how: Any = {"truncation_mode": args.truncation_mode, "reading": args.reading, "counts": self.data_counts}
-        how |= {"template_options": args.chat_template_kwargs, "optional": self.reward.optional}
-        self.prompts: list[Prompt] = load_prompts(train_dataset, *options, **how)
-        sets = eval_dataset if isinstance(eval_dataset, Mapping) else {}
-        self.eval_sets = {n: load_prompts(x, *options, f"eval_dataset_{n}", **how) for n, x in sets.items()}
-        rest = load_prompts(None if sets else eval_dataset, *options, "eval_dataset", **how)
-        self.eval_prompts: list[Prompt] = [*rest, *(p for each in self.eval_sets.values() for p in each)]
+        self.prompts, self.eval_prompts, self.eval_sets = rollout.all_prompts(
+            train_dataset, eval_dataset, self.processing_class, args, self.reward, self.data_counts
+        )
         self._reference = self._keep_reference(policy, ref_model)
         self.inner = self.build(policy)
         disable_dropout(self.inner)
@@ -360,20 +355,14 @@ class PolicyTrainer(ABC):
             print(line, flush=True)
 
     def evaluate(self) -> dict[str, float]:
-        """One response to each evaluation prompt, always drawn alike: score, KL, entropy, length, share that ended.
-
-        Of several sets (`eval_sets`) also each one's, as `eval/NAME/score` and so on.
-        """
+        """One response to each evaluation prompt, always drawn alike; of several sets also the figures of each."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         numbers = list(range(rank, len(self.eval_prompts), processes))
         # A step number that no training step has: the same draws at every evaluation.
         episodes = self._sample([self.eval_prompts[i] for i in numbers], [(2**31, i) for i in numbers])
         found = rollout.describe_briefly(episodes, self.shape(episodes, 0.0), "eval")
         order = [i for r in range(processes) for i in range(r, len(self.eval_prompts), processes)]
-        start = 0
-        for name, prompts in self.eval_sets.items():
-            mine = range(start, start := start + len(prompts))
-            own = [episode for i, episode in zip(order, episodes, strict=True) if i in mine]
+        for name, own in rollout.by_set(self.eval_sets, dict(zip(order, episodes, strict=True))):
             found |= rollout.describe_briefly(own, self.shape(own, 0.0), f"eval/{name}")
         return found
 
