@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from .. import _backends
 from ..trainers.common.arguments import Helped, given_keys
 from ..utils import environment
 from ..utils.version import __version__
@@ -105,6 +104,7 @@ def _show_backends(argv: list[str]) -> int:
         raise Helped(_BACKENDS_HELP)
     if argv:
         raise ValueError(f"fastalign backends takes no arguments; got {' '.join(argv)}")
+    from .. import _backends
 
     for name, state in _backends.backends().items():
         print(f"{name:<8} {state}")
