@@ -20,10 +20,11 @@ bool reduces(Op op) { return op == Op::kSum || op == Op::kMax || op == Op::kLogS
 
 // ------------------------------------------------------------------------------------------------------- planning
 LossProgram::LossProgram(std::vector<LossStep> steps, std::vector<int> kinds, int loss, std::vector<int> outputs,
-                         bool lists)
+                         bool lists, std::vector<bool> there)
     : steps_(std::move(steps)),
       kinds_(std::move(kinds)),
       outputs_(std::move(outputs)),
+      there_(std::move(there)),
       input_levels_(kinds_.size(), Level::kToken),
       loss_(loss),
       lists_(lists) {

@@ -39,6 +39,19 @@ def tiny_model(tiny_tokenizer):
     return lambda: small_model(len(tiny_tokenizer), hidden_size=16, layers=1, seed=0)
 
 
+def _module_from(path: Path, name: str):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def extreme_rows():
+    """Checks that each backend's tests call."""
+    return _module_from(Path(__file__).with_name("extreme_rows.py"), "extreme_rows_under_test")
+
+
 @pytest.fixture(scope="session")
 def cuda_simulator():
     """The CUDA backend on CPU tensors: the real launch code, its kernels run by a PTX simulator."""
@@ -48,10 +61,7 @@ def cuda_simulator():
     if nvcc is None or compiler is None:
         pytest.skip(f"needs {'nvcc' if nvcc is None else 'g++'}")
     path = Path(__file__).resolve().parents[1] / "bench" / "_cuda_simulator.py"
-    spec = importlib.util.spec_from_file_location("cuda_simulator_under_test", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Simulator(nvcc, "sm_90a")
+    return _module_from(path, "cuda_simulator_under_test").Simulator(nvcc, "sm_90a")
 
 
 _SCORER = """

@@ -27,7 +27,7 @@ def empty_stock():
     fa.release_memory()
     yield
     fa.release_memory()
-    fa.keep_memory(_backends.memory._default_limit())
+    fa.keep_memory(_backends.cache._default_limit())
 
 
 def held():
@@ -159,4 +159,4 @@ def test_environment_variable():
             cwd=tempfile.gettempdir(),
         )
         assert done.stdout.strip() == expected, done.stderr
-    assert "FASTALIGN_KEPT_MIB must be a number of MiB, 0 for none; got 'many'" in done.stderr
+    assert "FASTALIGN_KEPT_MIB must be a whole number of MiB, 0 for none; got 'many'" in done.stderr

@@ -13,6 +13,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "rl": ("bench_gae.py",),
     "trainers": ("bench_trainers.py",),
     "overhead": ("bench_overhead.py",),
+    "isa": ("bench_isa.py",),
 }
 """Suite → its files, all of them run by pytest, interleaved and written to one results file."""
 

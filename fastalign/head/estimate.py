@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from .head import PLANS, HeadPlan, head_plan
+from .gemm_copies import Copies, gemm_copies
+from .head import PLANS, SUM_COLUMNS, HeadPlan, head_plan
 
 
 class Estimate(NamedTuple):
@@ -19,14 +20,14 @@ class Estimate(NamedTuple):
     gemms: int
 
 
-def _eager_peak(logits: int, gradients: int, size: int) -> int:
+def _eager_peak(logits: int, gradients: int, size: int, copies: int) -> int:
     """Peak of `log_softmax(hidden @ weight.T)`, gather, and their backward, from the bytes of one [tokens, V] tensor.
 
     The gradient of log_softmax is formed from the kept log-probs and a [tokens, V] of zeros but for the labels; then,
-    with the log-probs still there, it turns into the gradients of hidden and weight. In 16 bits the CPU takes one
-    more tensor of that size on the way.
+    with the log-probs gone, it turns into the gradients of hidden and weight, `copies` being the larger float32 copy
+    that the products make. In 16 bits the CPU takes one more tensor of that size on the way.
     """
-    return max((3 if size > 2 else 4) * logits, 2 * logits + gradients)
+    return max((3 if size > 2 else 4) * logits, logits + gradients + copies)
 
 
 def estimates(
@@ -39,7 +40,7 @@ def estimates(
     kl: bool = False,
     chunk_bytes: int | None = None,
 ) -> list[Estimate]:
-    """Eager torch and every plan, for so many live tokens.
+    """Eager torch and every plan, for so many live tokens, on this machine's CPU: see `gemm_copies`.
 
     Args:
         tokens, vocab, hidden: M, V and H.
@@ -52,18 +53,53 @@ def estimates(
     gradients = tokens * hidden * size + (0 if frozen else vocab * hidden * size)
     # An eager KL holds the reference's log-probs and the products under the sum as well.
     logits = tokens * vocab * size * (2 if kl else 1)
-    found = [Estimate("eager", _eager_peak(logits, gradients, size), gradients, 2 if frozen else 3)]
+    copies = gemm_copies(dtype)
+    backward = _backward_copies(copies, tokens, vocab, hidden, frozen)
+    found = [Estimate("eager", _eager_peak(logits, gradients, size, backward), gradients, 2 if frozen else 3)]
     for name in PLANS:
         if name == "project" and (not frozen or kl):
             continue
         budget = 64 << 20 if chunk_bytes is None else chunk_bytes
         plan = head_plan(tokens, vocab, hidden, dtype, train_weight=not frozen, kl=kl, chunk_bytes=budget, plan=name)
-        peak = _scratch(plan, tokens, hidden, size) + gradients
-        sums = plan.scratch_bytes - plan.rows * plan.columns * size if name == "objective" and not kl else 0
-        if sums:  # the gradients are made from them when the last part's logits are gone
-            peak -= min(gradients, plan.rows * plan.columns * size)
+        peak = _peak(plan, copies, tokens, vocab, hidden, size, gradients, frozen, kl)
         found.append(Estimate(name, peak, gradients, plan.gemms))
     return found
+
+
+def _backward_copies(copies: Copies, rows: int, columns: int, hidden: int, frozen: bool) -> int:
+    """Bytes of the larger copy that the two products of a tile's backward make, one after the other."""
+    return max(copies.hidden * rows * hidden, 0 if frozen else copies.weight * columns * hidden)
+
+
+def _peak(
+    plan: HeadPlan,
+    copies: Copies,
+    tokens: int,
+    vocab: int,
+    hidden: int,
+    size: int,
+    gradients: int,
+    frozen: bool,
+    kl: bool,
+) -> int:
+    """Peak of a plan beyond inputs, the gradients included."""
+    tile = plan.rows * plan.columns
+    forward = copies.logits * tile
+    backward = _backward_copies(copies, plan.rows, plan.columns, hidden, frozen)
+    peak = _scratch(plan, tokens, hidden, size) + gradients
+    if plan.name == "keep":  # the gradients are not there yet when the logits are formed
+        return max(plan.scratch_bytes + forward, peak + backward)
+    if plan.name == "recompute" and not frozen:
+        # Memory is taken when it is written: the weight's gradient for the last, narrower tile not before that tile.
+        rest = vocab % plan.columns
+        last = _backward_copies(copies, plan.rows, rest, hidden, frozen)
+        return peak + max(forward - rest * hidden * size, backward - rest * hidden * size, last)
+    sums = plan.scratch_bytes - tile * size if plan.name == "objective" and not kl else 0
+    if sums:  # the gradients are made from them when the last part's logits are gone
+        columns = min(vocab, SUM_COLUMNS)
+        part = _backward_copies(copies, plan.rows, columns, hidden, frozen) + columns * hidden * size
+        return plan.scratch_bytes + max(part, forward, gradients - min(gradients, tile * size))
+    return peak + max(forward, backward)
 
 
 def _scratch(plan: HeadPlan, tokens: int, hidden: int, size: int) -> int:

@@ -22,6 +22,6 @@ def run_policy(command: str, config: type[PolicyConfig], trainer_class: Any, arg
     metrics = trainer.train(checkpoint)
     trainer.save_model()
     if trainer.accelerator.is_main_process:
-        write_json(Path(args.output_dir) / "metrics.json", metrics)
+        write_json(Path(args.output_dir) / "metrics.json", {**metrics, **trainer.data_counts})
         print(f"saved to {args.output_dir}")
     return 0

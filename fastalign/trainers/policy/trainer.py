@@ -8,14 +8,13 @@ several (DDP) or sharded weights (FSDP2), with the same result.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import os
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from ...models.actor_critic import ActorCritic, policy_logits
 from ...models.adapters import join_with_base
 from ...models.loading import disable_dropout, load_model, load_tokenizer, pad_id
 from ...models.logits import GROUPS, Answer, ModelLogits, Request, ask, can_answer, shares_prompts
-from ...models.lora import adapters_off, is_adapted, starts_at_base, with_lora
+from ...models.lora import adapters_off, is_adapted, with_lora
 from ...models.sampling import Sampling
 from ...utils.batch import Batch
 from ..common.callbacks import JsonlCallback, shown
@@ -40,9 +39,11 @@ from ..common.given import check_config, model_given, refuse_others, with_peft_c
 from ..common.sharding import whole_weights
 from ..data.collate import pad
 from ..data.files import Rows
+from . import rollout
 from .checkpoint import RunState, load_training_state, save_policy, save_whole
 from .config import PolicyConfig
 from .keep import kept
+from .reference import frozen_reference
 from .rewards import RewardFunction, load_reward, scored
 from .rollout import Episode, Prompt, describe, fill_in, generate, load_prompts, prompt_order, response_mask, stacked
 from .update import PretrainingStream, Updater, ValueOptions, make_optimizer, make_scheduler, pretraining_stream
@@ -56,7 +57,8 @@ class PolicyTrainer(ABC):
     Args:
         model: a causal language model (transformers), or its folder; None takes `args.model`.
         args: the configuration.
-        train_dataset, eval_dataset: rows with a `prompt`: a path, a list of dicts or a datasets.Dataset.
+        train_dataset, eval_dataset: rows with a `prompt` (see `data.files.read_rows`); evaluation sets may be several,
+            as a mapping of names to rows.
         processing_class: the model's tokenizer; None loads that of `args.tokenizer` or the model's folder.
         reward: a function of the lists `prompts` and `completions` (and columns of the rows, by name) that returns one
             number each; None takes `args.reward_fn` or `args.reward_model`.
@@ -105,11 +107,16 @@ class PolicyTrainer(ABC):
         self.fill = pad_id(self.processing_class)
         self.state = RunState(is_world_process_zero=self.accelerator.is_main_process)
         self.reward = load_reward(args, reward, self.accelerator.device)
+        self.data_counts: dict[str, int] = {}
         options = (self.processing_class, args.max_prompt_length, self.reward.columns)
-        more = self.reward.optional
-        self.prompts: list[Prompt] = load_prompts(train_dataset, *options, optional=more)
-        self.eval_prompts: list[Prompt] = load_prompts(eval_dataset, *options, "eval_dataset", more)
-        self._reference = self._keep_reference(policy, ref_model)
+        how: Any = {"truncation_mode": args.truncation_mode, "reading": args.reading, "counts": self.data_counts}
+        how["optional"] = self.reward.optional
+        self.prompts: list[Prompt] = load_prompts(train_dataset, *options, **how)
+        sets = eval_dataset if isinstance(eval_dataset, Mapping) else {}
+        self.eval_sets = {n: load_prompts(x, *options, f"eval_dataset_{n}", **how) for n, x in sets.items()}
+        rest = load_prompts(None if sets else eval_dataset, *options, "eval_dataset", **how)
+        self.eval_prompts: list[Prompt] = [*rest, *(p for each in self.eval_sets.values() for p in each)]
+        self._reference = frozen_reference(policy, ref_model, args, self.accelerator.device)
         self.inner = self.build(policy)
         disable_dropout(self.inner)
         self.inner.policy = with_lora(policy, args, "CAUSAL_LM")  # type: ignore[arg-type]
@@ -164,19 +171,6 @@ class PolicyTrainer(ABC):
         return rl.FixedKL(self.args.kl_coef)
 
     # ------------------------------------------------------------------------------------------------- setting up
-    def _keep_reference(self, policy: Any, given: Any) -> Any:
-        """A frozen model; None where there is nothing to hold to, or where adapters switched off will do."""
-        args = self.args
-        if not args.needs_reference:
-            return None
-        if given is None and args.ref_model is not None:
-            given = load_model(args.ref_model, args, "ref_model")
-        if given is None:
-            if starts_at_base(policy) or (args.lora_rank and not is_adapted(policy)):
-                return None
-            given = copy.deepcopy(policy)
-        return given.requires_grad_(False).eval().to(self.accelerator.device)
-
     @property
     def total_steps(self) -> int:
         """Steps of the whole run."""
@@ -351,16 +345,22 @@ class PolicyTrainer(ABC):
             print(line, flush=True)
 
     def evaluate(self) -> dict[str, float]:
-        """One response to each evaluation prompt, always drawn alike: score, KL, entropy, length, share that ended."""
+        """One response to each evaluation prompt, always drawn alike: score, KL, entropy, length, share that ended.
+
+        Of several sets (`eval_sets`) also each one's, as `eval/NAME/score` and so on.
+        """
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         numbers = list(range(rank, len(self.eval_prompts), processes))
         # A step number that no training step has: the same draws at every evaluation.
         episodes = self._sample([self.eval_prompts[i] for i in numbers], [(2**31, i) for i in numbers])
-        shaped = self.shape(episodes, 0.0)
-        found = describe(episodes, shaped)
-        names = {"objective/scores": "score", "objective/kl": "kl", "objective/entropy": "entropy"}
-        names |= {"length": "length", "eos_rate": "eos_rate"}
-        return {f"eval/{short}": found[name] for name, short in names.items() if name in found}
+        found = rollout.describe_briefly(episodes, self.shape(episodes, 0.0), "eval")
+        order = [i for r in range(processes) for i in range(r, len(self.eval_prompts), processes)]
+        start = 0
+        for name, prompts in self.eval_sets.items():
+            mine = range(start, start := start + len(prompts))
+            own = [episode for i, episode in zip(order, episodes, strict=True) if i in mine]
+            found |= rollout.describe_briefly(own, self.shape(own, 0.0), f"eval/{name}")
+        return found
 
     # ----------------------------------------------------------------------------------------------------- saving
     @property
