@@ -113,8 +113,8 @@ py::tuple loss_forward(py::handle logits, py::handle labels, const py::tuple& op
 // The same on statistics that are there already: float32 of the labels' shape, None for those that it does not use.
 // Returns the results and [k, tokens] slopes, or None and None.
 py::tuple loss_terms(const py::tuple& statistics, py::handle labels, std::int64_t ignore_index,
-                     const LossProgram& program, const py::tuple& given, std::int64_t sequences,
-                     std::int64_t list_size, bool wanted, int threads) {
+                     const LossProgram& program, const py::tuple& given, std::int64_t sequences, std::int64_t list_size,
+                     bool wanted, int threads) {
     const py::tuple nothing = py::make_tuple(py::none(), py::none());
     const Seen y(labels);
     if (!y.plain_on_cpu() || (y.dtype() != 3 && y.dtype() != 4) || !y.dense()) return nothing;
@@ -209,10 +209,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("token_stats_forward", &token_stats_forward);
     m.def("token_stats_backward", &token_stats_backward);
     m.def("token_objective", &token_objective);
-    m.def("learn_tensors",
-          [](const py::object& type, const py::tuple& dtypes, bool attributes, const py::object& make) {
-              tensor_type().learn(type, dtypes, attributes, make);
-          });
+    m.def("learn_tensors", [](const py::object& type, const py::tuple& dtypes, bool attributes,
+                              const py::object& make) { tensor_type().learn(type, dtypes, attributes, make); });
     m.attr("UNUSUAL") = kUnusual;
     py::class_<LossProgram>(m, "LossProgram").def(py::init(&make_program));
     m.def("loss_forward", &loss_forward);

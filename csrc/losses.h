@@ -24,8 +24,7 @@ inline std::unique_ptr<LossProgram> make_program(const py::list& codes, const st
                    py::cast<double>(t[5]),
                    py::cast<bool>(t[6])};
         // Operations of fewer operands see the first one again, whose derivative there is 0.
-        for (std::size_t i = 0; i < 3 && !operands.empty(); ++i)
-            s.operands[i] = operands[i < operands.size() ? i : 0];
+        for (std::size_t i = 0; i < 3 && !operands.empty(); ++i) s.operands[i] = operands[i < operands.size() ? i : 0];
         steps.push_back(s);
     }
     return std::make_unique<LossProgram>(std::move(steps), kinds, loss, outputs, lists, there);
@@ -198,8 +197,8 @@ inline bool fill_reference(TokenArgs& a, py::handle logits, py::handle reference
     return true;
 }
 
-// Gradients of a loss's rows: `upstream` of the loss or of its equally long runs of rows, times the rows' own slopes for
-// each statistic that `which` names by its bit; for none, the statistic is the log-probability and the slope 1.
+// Gradients of a loss's rows: `upstream` of the loss or of its equally long runs of rows, times the rows' own slopes
+// for each statistic that `which` names by its bit; for none, the statistic is the log-probability and the slope 1.
 class Slopes {
   public:
     static int count(int which) {

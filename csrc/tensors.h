@@ -47,7 +47,8 @@ struct TensorType {
     PyObject* maker = nullptr;
     const DLExchange* exchange = nullptr;
 
-    // `attributes`: never DLPack; `make(shape, dtype)`: a new tensor on the CPU, where DLPack's functions are not there.
+    // `attributes`: never DLPack; `make(shape, dtype)`: a new tensor on the CPU, where DLPack's functions are not
+    // there.
     void learn(const py::object& tensor, const py::tuple& names, bool attributes, const py::object& make) {
         maker = py::object(make).release().ptr();
         if (names.size() != 6) throw std::invalid_argument("dtypes must be six");
@@ -191,12 +192,17 @@ class NewTensor {
         char* const start = at + (kAlign - reinterpret_cast<std::uintptr_t>(at) % kAlign) % kAlign;
         auto* const block = new (start) Block{};
         std::copy(shape.begin(), shape.end(), block->shape);
-        for (int d = dims - 1, step = 1; d >= 0; step *= static_cast<int>(block->shape[d]), --d) block->strides[d] = step;
+        for (int d = dims - 1, step = 1; d >= 0; step *= static_cast<int>(block->shape[d]), --d)
+            block->strides[d] = step;
         data_ = start + kHead;
         const std::uint8_t code = dtype == DType::kBFloat16 ? kDLBFloat : kDLFloat;
-        block->managed = {1, 0, at, [](DLManaged* m) { std::free(m->context); }, 0,
-                          {data_, kDLCpu, 0, dims, code, static_cast<std::uint8_t>(8 * item), 1, block->shape,
-                           block->strides, 0}};
+        block->managed = {
+            1,
+            0,
+            at,
+            [](DLManaged* m) { std::free(m->context); },
+            0,
+            {data_, kDLCpu, 0, dims, code, static_cast<std::uint8_t>(8 * item), 1, block->shape, block->strides, 0}};
         void* made = nullptr;
         if (tensor_type().exchange->managed_to(&block->managed, &made)) {
             std::free(at);

@@ -46,9 +46,8 @@ class LossProgram {
   public:
     static constexpr int kStatistics = 5, kMask = -1, kPosition = -2;
 
-    // `kinds`: of each input, the statistic that it is, kMask, kPosition (of a sequence in its list), or, below that, what
-    // the caller gives.
-    // `there`: which of the formula's results there are, the loss among them.
+    // `kinds`: of each input, the statistic that it is, kMask, kPosition (of a sequence in its list), or, below that,
+    // what the caller gives. `there`: which of the formula's results there are, the loss among them.
     LossProgram(std::vector<LossStep> steps, std::vector<int> kinds, int loss, std::vector<int> outputs, bool lists,
                 std::vector<bool> there);
 
@@ -89,9 +88,9 @@ struct LossData {
     int64_t tokens = 0, sequences = 0, groups = 0, list_size = 1;
     const uint8_t* real = nullptr;  // [tokens], 1 at those that count
     const float* statistics[LossProgram::kStatistics] = {};
-    std::vector<LossNumbers> inputs;                  // by input; of statistics and mask unused
-    float* slopes[LossProgram::kStatistics] = {};     // [tokens], where the loss moves with it; null: not wanted
-    std::vector<float*> outputs;                      // one per output of the program, of its level's size
+    std::vector<LossNumbers> inputs;               // by input; of statistics and mask unused
+    float* slopes[LossProgram::kStatistics] = {};  // [tokens], where the loss moves with it; null: not wanted
+    std::vector<float*> outputs;                   // one per output of the program, of its level's size
     int threads = 1;
 
     int64_t count(Level level) const {

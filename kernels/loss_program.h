@@ -1,6 +1,6 @@
-// Loss programs: formulas traced from torch (fastalign/ops/programs.py), and what each of their operations is, value and
-// derivative, once, for host and device. A program is run forward for its values and then backward, step by step, from
-// the loss to the statistics of the logits.
+// Loss programs: formulas traced from torch (fastalign/ops/programs.py), and what each of their operations is, value
+// and derivative, once, for host and device. A program is run forward for its values and then backward, step by step,
+// from the loss to the statistics of the logits.
 #pragma once
 #include "approximations.h"
 

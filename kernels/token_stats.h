@@ -11,8 +11,8 @@
 // statistics, and the pair (m, r) with m + r = lse, m = lse rounded to float32: with it the backward knows each
 // probability exp((x_j - m) - r) as well at logits of 1e4 as at logits of 1, where a float32 lse alone would not do.
 //
-// A row, or a piece of one, may be nothing but -inf. Its lse is -inf, (m, r) = (-inf, 0), so that it weighs nothing in a
-// merge; of a whole row there is no softmax, and its other statistics and its gradient are NaN, as torch's are.
+// A row, or a piece of one, may be nothing but -inf. Its lse is -inf, (m, r) = (-inf, 0), so that it weighs nothing in
+// a merge; of a whole row there is no softmax, and its other statistics and its gradient are NaN, as torch's are.
 #pragma once
 #include "approximations.h"
 

@@ -117,6 +117,11 @@ def launched_with_fsdp() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "") in ("true", "True", "1")
 
 
+def is_first_process() -> bool:
+    """Whether this is the first of the processes that a launcher started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def allocator_is_set() -> bool:
     """Whether the user has told glibc which blocks to map."""
     return "MALLOC_MMAP_THRESHOLD_" in os.environ

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
+
+from ...utils.environment import is_first_process
 
 LIMIT = 10
 """Faulty rows that one message tells of."""
@@ -101,7 +102,7 @@ def report(counts: Tally) -> None:
 
 def note(text: str) -> None:
     """A line for the user, from one process of several."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         print(f"fastalign: {text}", file=sys.stderr)
 
 
