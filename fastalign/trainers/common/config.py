@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import TrainingArguments
 
-from ...models.adapters import MODES
+from ...models.adapters import MODES as ADAPTER_MODES
 from ...utils.checks import check_choice, check_positive
 from ..data import cut
 from ..data.cut import mode_of
@@ -130,7 +130,7 @@ class CommonConfig:
         if self.chunk_bytes is not None:
             check_positive("chunk_bytes", self.chunk_bytes)
         check_positive("lora_alpha", self.lora_alpha)
-        check_choice("adapters", self.adapters, MODES)
+        check_choice("adapters", self.adapters, ADAPTER_MODES)
         if self.adapters == "continue" and self.lora_rank:
             raise ValueError(f"lora_rank must be 0 with adapters=continue, which adds none; got {self.lora_rank}")
         if self.adapters == "stack" and not self.lora_rank:

@@ -8,7 +8,6 @@ several (DDP) or sharded weights (FSDP2), with the same result.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import os
@@ -31,7 +30,7 @@ from ...models.actor_critic import ActorCritic, policy_logits
 from ...models.adapters import join_with_base
 from ...models.loading import disable_dropout, load_model, load_tokenizer, pad_id
 from ...models.logits import GROUPS, Answer, ModelLogits, Request, ask, can_answer, shares_prompts
-from ...models.lora import adapters_off, is_adapted, starts_at_base, with_lora
+from ...models.lora import adapters_off, is_adapted, with_lora
 from ...models.sampling import Sampling
 from ...utils.batch import Batch
 from ..common.callbacks import JsonlCallback, shown
@@ -113,7 +112,7 @@ class PolicyTrainer(ABC):
         self.prompts, self.eval_prompts, self.eval_sets = rollout.all_prompts(
             train_dataset, eval_dataset, self.processing_class, args, self.reward, self.data_counts
         )
-        self._reference = self._keep_reference(policy, ref_model)
+        self._reference = frozen_reference(policy, ref_model, args, self.accelerator.device)
         self.inner = self.build(policy)
         disable_dropout(self.inner)
         self.inner.policy = with_lora(policy, args, "CAUSAL_LM")  # type: ignore[arg-type]
@@ -168,19 +167,6 @@ class PolicyTrainer(ABC):
         return rl.FixedKL(self.args.kl_coef)
 
     # ------------------------------------------------------------------------------------------------- setting up
-    def _keep_reference(self, policy: Any, given: Any) -> Any:
-        """A frozen model; None where there is nothing to hold to, or where adapters switched off will do."""
-        args = self.args
-        if not args.needs_reference:
-            return None
-        if given is None and args.ref_model is not None:
-            given = load_model(args.ref_model, args, "ref_model")
-        if given is None:
-            if starts_at_base(policy) or (args.lora_rank and not is_adapted(policy)):
-                return None
-            given = copy.deepcopy(policy)
-        return given.requires_grad_(False).eval().to(self.accelerator.device)
-
     @property
     def total_steps(self) -> int:
         """Steps of the whole run."""
