@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.token_results import SAVED
 from ..utils import environment
 from . import cpu, cuda, eager, triton
 from ._interface import KINDS, KL_TERMS, Backend, Objective
@@ -27,6 +28,7 @@ __all__ = [
     "KINDS",
     "KL_TERMS",
     "LARGE",
+    "SAVED",
     "Backend",
     "Objective",
     "automatic",
