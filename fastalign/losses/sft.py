@@ -10,7 +10,7 @@ from torch import Tensor
 from ..head.head import Head
 from ..ops.fused_loss import BATCH, FusedLoss, Grouping, Input, Values
 from ..ops.objective import Objective, attach_gradient, token_objective
-from ..ops.results import TokenStats
+from ..ops.results import TokenStats, smoothed
 from .base import Logits, LogitsLoss, check_float, check_mask, check_range, lookup, masked_mean
 from .chunks import Piece, by_parts, flat_head, known_objective
 from .one_launch import token_weights
@@ -80,7 +80,7 @@ def sft_loss(
 
 def sft_formula(t: Any, normalization: str, z_loss: float, smoothing: float) -> SFTOutput:
     """The loss and its metrics from what is known of every token: logps, mask, and lse, mean, num_items if needed."""
-    logps = t.logps if smoothing == 0.0 else (1 - smoothing) * t.logps + smoothing * (t.mean - t.lse)
+    logps = smoothed(t.logps, t.lse, t.mean, smoothing)
     losses = nll = -logps
     squares = torch.zeros_like(logps.detach().sum())
     if t.lse is not None and (z_loss or not smoothing):
