@@ -11,7 +11,7 @@ from torch import Tensor
 from ..head.head import Head
 from ..ops.fused_loss import BATCH, FusedLoss, Grouping, Input, Values
 from ..ops.objective import attach_gradient, fused_gradient
-from ..ops.results import TokenStats
+from ..ops.results import TokenStats, smoothed
 from ..ops.token_programs import TokenProgram, trace_token
 from .base import Logits, LogitsLoss, check_float, check_mask, check_range, lookup, masked_mean
 from .chunks import Piece, by_parts, flat_head, known_objective
