@@ -311,8 +311,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     rewards, values, mask = rewards.contiguous(), values.contiguous(), mask.contiguous()
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
     length = rewards.shape[-1]
-    call = _C.gae_float64 if rewards.dtype == torch.float64 else _C.gae_float32
-    call(
+    _C.gae(
+        rewards.dtype == torch.float64,
         rewards.data_ptr(),
         values.data_ptr(),
         mask.data_ptr(),
