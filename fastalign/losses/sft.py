@@ -89,11 +89,6 @@ def sft_formula(t: Any, normalization: str, z_loss: float, smoothing: float) -> 
     return SFTOutput(loss, masked_mean(nll.detach(), t.mask), squares, t.mask.sum())
 
 
-def smoothed(logps: Any, lse: Any, mean: Any, smoothing: float) -> Any:
-    """Log-probabilities under label smoothing: (1 - e) of the label's, e times the vocabulary's mean."""
-    return logps if smoothing == 0.0 else (1 - smoothing) * logps + smoothing * (mean - lse)
-
-
 def with_z_loss(losses: Any, lse: Any, z_loss: float) -> Any:
     """Losses of tokens plus z_loss * lse^2."""
     return losses + z_loss * lse.square() if z_loss else losses
