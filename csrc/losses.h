@@ -149,6 +149,8 @@ inline void point_at(LossData& data, const PerRow<float>& out) {
 // What a forward keeps of its rows for the backward, as an object of Python's that costs less than a tensor: the rows'
 // saved numbers, the entropies and KLs of those whose gradient needs them, and slopes (`slopes` for each row).
 class KeptRows {
+    static constexpr std::int64_t kSaved = sizeof(Saved) / sizeof(float);
+
   public:
     KeptRows(ForwardArgs& a, bool entropy, bool kl, int slopes) : rows_(a.rows), entropy_(entropy), kl_(kl) {
         const std::int64_t numbers = a.rows * (kSaved + entropy + kl + slopes);

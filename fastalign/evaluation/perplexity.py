@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,8 +32,9 @@ class TextLikelihood(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean negative log-likelihood per token, over the tokens of all rows."""
-        return math.exp(self.nats.sum() / self.tokens.sum())
+        """exp of the mean negative log-likelihood per token, over the tokens of all rows; inf where that overflows."""
+        mean = self.nats.sum() / self.tokens.sum()
+        return math.inf if mean > math.log(sys.float_info.max) else math.exp(mean)
 
 
 @torch.no_grad()

@@ -44,6 +44,7 @@ from . import rollout
 from .checkpoint import RunState, load_training_state, save_policy, save_whole
 from .config import PolicyConfig
 from .keep import kept
+from .reference import frozen_reference
 from .rewards import RewardFunction, load_reward, scored
 from .rollout import Episode, Prompt, describe, fill_in, generate, prompt_order, response_mask, stacked
 from .update import PretrainingStream, Updater, ValueOptions, make_optimizer, make_scheduler, pretraining_stream
