@@ -93,10 +93,11 @@ def ppo_clip(text: str) -> Iterator[int]:
 
 _LOG_SIGMOID = r"(?:\w+(?:\.|::))*log_?sigmoid(?:_of|_exact)?"
 _DPO = re.compile(
-    # (1 - e) loss - e log sigmoid(-z); weights of softplus(-z) and softplus(z); their derivative
+    # (1 - e) loss - e log sigmoid(-z), or (e - 1) log sigmoid(z) for the first of them; weights of softplus(-z) and softplus(z); their derivative
     rf"\(1(?:\.0f?)? - (\w+)\) \* .*? - \1 \* {_LOG_SIGMOID}\(-[\w.]+\)\s*$"
-    r"|\* softplus\(-(\w+)\).*\* softplus\(\2\)"
-    r"|\* sigmoid\((\w+)\) - \w+ \* sigmoid\(-\3\)",
+    rf"|\((\w+) - 1(?:\.0f?)?\) \* .*? - \2 \* {_LOG_SIGMOID}\(-[\w.]+\)\s*$"
+    r"|\* softplus\(-(\w+)\).*\* softplus\(\3\)"
+    r"|\* sigmoid\((\w+)\) - \w+ \* sigmoid\(-\4\)",
     re.MULTILINE,
 )
 _K3 = re.compile(r"expm1f?(?:_of)?\(\(?-[a-z_]\w*\)?[.)]|\bexp\(-(\w+)\) - 1(?:\.0f?)? \+ \1\b")
