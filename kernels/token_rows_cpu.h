@@ -183,7 +183,7 @@ void add_range(Accumulators<kMode>& sums, const T* x, const T* z, int64_t n, int
     }
     // A unit of which one element may be the target. Beyond the row's end x and z are 0, and padded both.
     const auto& pads = PadTables<T>::get();
-    const auto padded = [&](int64_t at, Lanes<kMode>& one, Lanes<kMode>& other) {
+    const auto padded = [&](int64_t at, Lanes<kMode>& one, Lanes<kMode>& other) FA_INLINED {
         const int64_t count = n - at < kUnit ? n - at : kUnit, place = hole - at;
         Vec xa, xb, za = set1(0), zb = za;
         Pad p{za, za}, q{za, za};

@@ -91,7 +91,8 @@ FA_HD Stats finish(Sums a, double label, double ref_label, double inv_t, double 
     const double scale = inv_t * kLog2e, bits = (label - a.pivot) * scale;
     const bool above = bits > 0 && label < INFINITY;
     // -inf has no power; infinity and NaN make the row NaN.
-    const double f = label == -INFINITY ? 0 : power_of_row(above ? -bits : bits) + (label - label);
+    const double f =
+        label == -INFINITY ? 0 : exp2_polynomial(static_cast<float>(above ? -bits : bits)) + (label - label);
     if (above && a.s != 0) a.w = (a.w - bits * a.s) * f, a.k = (a.k - bits * a.s) * f, a.s *= f;
     if (above) a.pivot = label;
     const double own = above ? 1 : f, u = above ? 0 : bits, s = own + a.s;
