@@ -22,30 +22,14 @@ from setuptools.command.build_ext import build_ext
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 MSVC = sys.platform == "win32"
-HEADERS = [
-    f"kernels/{name}.h"
-    for name in (
-        "approximations",
-        "fresh_pages",
-        "gae_args",
-        "gae_cpu",
-        "large_blocks",
-        "loss_interpreter",
-        "loss_program",
-        "scalar",
-        "parallel",
-        "probes_cpu",
-        "token_powers_cpu",
-        "token_args",
-        "token_rows_cpu",
-        "token_stats",
-        "token_stats_cpu",
-        "simd_types",
-        "simd_avx512",
-        "simd_avx2",
-        "simd_portable",
-    )
-]
+
+
+def headers(without):
+    """Every header of ours whose path does not say that it is for the other kind of processor, from the root."""
+    kinds = [(folder, kind) for folder in ("csrc", "kernels") for kind in ("*.h", "*.cuh")]
+    found = [path.as_posix() for folder, kind in kinds for path in Path(folder).rglob(kind)]
+    return sorted(path for path in found if without not in path)
+
 
 # Instruction set → compiler flags. Linked in this order, portable first: where two objects hold the same inline
 # function of the standard library, the linker keeps the first, and that must be one that runs everywhere.
@@ -85,15 +69,6 @@ if sys.platform == "linux":
 CUDA_TARGETS = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100a": "compute_100a", "sm_120": "compute_120"}
 CUDA_PTX = "compute_90"
 CUDA_SOURCES = ["kernels/gae_cuda.cu", "kernels/token_stats_cuda.cu"]
-CUDA_HEADERS = [
-    *(
-        f"kernels/{name}.h"
-        for name in ("approximations", "gae_args", "gae_cuda", "launch_cuda", "loss_program", "simd_types")
-    ),
-    *(f"kernels/{name}.h" for name in ("token_args", "token_stats", "token_stats_cuda")),
-    *(f"kernels/token_{name}_cuda.cuh" for name in ("gradient", "memory", "rows", "short", "vectors")),
-    "csrc/arguments.h",
-]
 
 
 def nvcc_candidates():
@@ -224,7 +199,7 @@ cuda = [
     Extension(
         "fastalign._cuda",
         sources=["csrc/bindings_cuda.cpp", *CUDA_SOURCES],
-        depends=CUDA_HEADERS,
+        depends=headers(without="cpu"),
         include_dirs=[pybind11.get_include()],
         language="c++",
     )
@@ -243,14 +218,8 @@ setup(
                 "kernels/loss_interpreter.cpp",
                 "kernels/token_stats_cpu.cpp",
             ],
-            depends=[
-                *HEADERS,
-                *CUDA_HEADERS,
-                *CUDA_SOURCES,
-                "csrc/bindings_cuda.cpp",
-                "csrc/losses.h",
-                "csrc/tensors.h",
-            ],
+            # All of them, and what only the other module is made of: a source distribution holds what is named here.
+            depends=[*headers(without="cuda"), *headers(without="cpu"), *CUDA_SOURCES, "csrc/bindings_cuda.cpp"],
             include_dirs=[pybind11.get_include()],
             language="c++",
         ),

@@ -31,6 +31,7 @@ _TITLES = {
     ("dpo", "forward"): "DPO loss from logits",
     ("dpo", "both"): "DPO loss + gradient from logits",
     ("ppo", "both"): "PPO-clip loss + gradient from logits",
+    ("isa", "both"): "log-probs, forward + backward, by instruction set",
 }
 
 

@@ -19,12 +19,27 @@ namespace {
 
 using namespace fastalign;
 
+// The instruction set is a choice of the caller's context, that is of its thread or asyncio task: a ContextVar of
+// Python's, whose value is a position in `all_cpu_kernels`. Every call follows it before it gives up the interpreter.
+PyObject* isa_variable = nullptr;
+
+void follow_isa(const py::object& variable) { isa_variable = py::object(variable).release().ptr(); }
+
+void use_isa_of_context() {
+    if (!isa_variable) return;
+    PyObject* value = nullptr;
+    if (PyContextVar_Get(isa_variable, nullptr, &value) < 0) throw py::error_already_set();
+    const auto position = py::reinterpret_steal<py::int_>(value);
+    set_cpu_kernels(all_cpu_kernels()[PyLong_AsLong(position.ptr())]);
+}
+
 // All calls on tokens return how many labels are not ignored, after the work is done; or, before any logit is read, -1
 // less the flat position of the first bad label. A backward checks too: it can be called with labels that no forward
 // has seen.
 template <class Work>
 std::int64_t with_labels(const TokenArgs& a, Work work) {
     constexpr std::int64_t kShort = 1 << 14;  // logits that take no longer than handing over the interpreter
+    use_isa_of_context();
     std::optional<py::gil_scoped_release> release;
     if (a.rows * a.vocab > kShort) release.emplace();
     const std::int64_t live = count_labels(a);
@@ -63,13 +78,14 @@ std::int64_t token_objective(const py::tuple& tokens, const py::bytes& program, 
 // What calls on tensors return where these are not such as they take.
 constexpr std::int64_t kUnusual = std::numeric_limits<std::int64_t>::min();
 
-// The forwards return what all calls do, and what they keep.
-py::tuple unusual() { return py::make_tuple(kUnusual, py::none()); }
+// The forwards return what all calls do, and what they keep or find.
+py::tuple unusual() { return py::make_tuple(kUnusual, py::none(), py::none()); }
 
-// Runs a loss program on the statistics of logits. `given`: what the program's other inputs are; `made`: see `Results`.
+// Runs a loss program on the statistics of logits. `given`: what the program's other inputs are; `wanted`: its gradient
+// is; `dtype`: of the loss.
 py::tuple loss_forward(py::handle logits, py::handle labels, const py::tuple& options, py::handle reference,
                        bool inplace, const LossProgram& program, const py::tuple& given, std::int64_t sequences,
-                       std::int64_t list_size, const py::tuple& made, int threads) {
+                       std::int64_t list_size, bool wanted, int dtype, int threads) {
     ForwardArgs a{};
     LossData data;
     Given numbers;
@@ -77,41 +93,47 @@ py::tuple loss_forward(py::handle logits, py::handle labels, const py::tuple& op
     if (!sizes_fit(program, a.rows, sequences, list_size)) return unusual();
     set_sizes(data, program, a.rows, sequences, list_size);
     if (!numbers.fill(program, given, data)) return unusual();
-    const Results results(program, made, data);
+    const Results results(program, data, static_cast<DType>(dtype));
     const Statistics statistics(program, a);
-    const KeptRows kept(a, program.moves(2), program.moves(3));
+    const KeptRows kept(a, program.moves(2), program.moves(3), wanted ? moved(program) : 0);
+    if (wanted) fill_slopes(program, data, kept.slopes());
     a.threads = data.threads = threads;
-    return kept.with(with_labels(a, [&](std::int64_t) {
+    const std::int64_t live = with_labels(a, [&](std::int64_t) {
         cpu_kernels().forward(a);
         kept.keep(a);
         const std::vector<uint8_t> real = real_tokens(a);
         data.real = real.data();
         point_at(data, a.out);
         run_loss(program, data);
-        results.finish();
-    }));
+    });
+    if (live < 0) return py::make_tuple(live, py::none(), py::none());
+    return py::make_tuple(live, kept.bytes(), results.finish());
 }
 
 // The same on statistics that are there already: float32 of the labels' shape, None for those that it does not use.
-bool loss_terms(const py::tuple& statistics, py::handle labels, std::int64_t ignore_index, const LossProgram& program,
-                const py::tuple& given, std::int64_t sequences, std::int64_t list_size, const py::tuple& made,
-                int threads) {
+// Returns the results and [k, tokens] slopes, or None and None.
+py::tuple loss_terms(const py::tuple& statistics, py::handle labels, std::int64_t ignore_index,
+                     const LossProgram& program, const py::tuple& given, std::int64_t sequences, std::int64_t list_size,
+                     bool wanted, int threads) {
+    const py::tuple nothing = py::make_tuple(py::none(), py::none());
     const Seen y(labels);
-    if (!y.plain_on_cpu() || (y.dtype() != 3 && y.dtype() != 4) || !y.dense()) return false;
+    if (!y.plain_on_cpu() || (y.dtype() != 3 && y.dtype() != 4) || !y.dense()) return nothing;
     TokenArgs a{};
     a.labels = y.data(), a.labels64 = y.dtype() == 3, a.rows = y.count(), a.ignore_index = ignore_index;
     LossData data;
     Given numbers;
-    if (!sizes_fit(program, a.rows, sequences, list_size)) return false;
+    if (!sizes_fit(program, a.rows, sequences, list_size)) return nothing;
     set_sizes(data, program, a.rows, sequences, list_size);
     for (int k = 0; k < LossProgram::kStatistics; ++k) {
         if (!program.uses(k)) continue;
         const Seen s(statistics[k]);
-        if (!s.plain_on_cpu() || s.dtype() != 0 || !s.dense() || s.count() != a.rows || s.negated()) return false;
+        if (!s.plain_on_cpu() || s.dtype() != 0 || !s.dense() || s.count() != a.rows || s.negated()) return nothing;
         data.statistics[k] = static_cast<const float*>(s.data());
     }
-    if (!numbers.fill(program, given, data)) return false;
-    const Results results(program, made, data);
+    if (!numbers.fill(program, given, data)) return nothing;
+    const Results results(program, data, DType::kFloat32);
+    const NewTensor slopes(DType::kFloat32, {wanted ? moved(program) : 0, a.rows});
+    if (wanted) fill_slopes(program, data, slopes.data<float>());
     const std::vector<uint8_t> real = real_tokens(a);
     data.real = real.data(), data.threads = threads;
     {
@@ -119,8 +141,7 @@ bool loss_terms(const py::tuple& statistics, py::handle labels, std::int64_t ign
         if (a.rows > 4096) release.emplace();
         run_loss(program, data);
     }
-    results.finish();
-    return true;
+    return py::make_tuple(results.finish(), slopes.object());
 }
 
 void fill_dense_result(BackwardArgs& a, py::handle out, int threads) {
@@ -131,12 +152,12 @@ void fill_dense_result(BackwardArgs& a, py::handle out, int threads) {
 
 // The logits' gradient: see `Slopes`. `out` is new, dense and plain.
 std::int64_t loss_backward(py::handle logits, py::handle labels, const py::tuple& options, py::handle reference,
-                           py::handle kept, const py::tuple& upstream, py::handle slopes, int which, py::handle out,
-                           int threads) {
+                           py::handle kept, const py::tuple& upstream, int which, py::handle out, int threads) {
     BackwardArgs a{};
     Slopes gradients;
     if (!fill_if_plain(a, logits, labels, options, false) || !fill_reference(a, logits, reference)) return kUnusual;
-    if (!KeptRows::fill(a, kept, which & 4, which & 8) || !gradients.fill(a, upstream, slopes, which)) return kUnusual;
+    const float* const slopes = KeptRows::fill(a, kept, which, Slopes::count(which));
+    if (!slopes || !gradients.fill(a, upstream, slopes, which)) return kUnusual;
     fill_dense_result(a, out, threads);
     return with_labels(a, [&](std::int64_t) { run_gradient(cpu_kernels().backward, a); });
 }
@@ -146,10 +167,11 @@ py::tuple logps_forward(py::handle logits, py::handle labels, const py::tuple& o
                         py::handle lse, int threads) {
     ForwardArgs a{};
     if (!fill_if_plain(a, logits, labels, options, inplace)) return unusual();
-    const KeptRows kept(a, false, false);
+    const KeptRows kept(a, false, false, 0);
     a.out.logps = static_cast<float*>(Seen(logps).data()), a.out.lse = static_cast<float*>(Seen(lse).data());
     a.threads = threads;
-    return kept.with(with_labels(a, [&](std::int64_t) { cpu_kernels().forward(a); }));
+    const std::int64_t live = with_labels(a, [&](std::int64_t) { cpu_kernels().forward(a); });
+    return py::make_tuple(live, kept.bytes(), py::none());
 }
 
 template <class T>
@@ -180,17 +202,6 @@ class HeldBlock {
     LargeBlocks::Block block_;
 };
 
-void set_isa(const std::string& name) {
-    const CpuKernels* k = find_cpu_kernels(name.c_str());
-    if (!k) {
-        std::string known;
-        for (const std::string& n : isas()) known += (known.empty() ? "" : ", ") + n;
-        throw std::invalid_argument("FASTALIGN_CPU_ISA must be one of " + known + " on this machine; got '" + name +
-                                    "'");
-    }
-    set_cpu_kernels(k);
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -198,9 +209,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("token_stats_forward", &token_stats_forward);
     m.def("token_stats_backward", &token_stats_backward);
     m.def("token_objective", &token_objective);
-    m.def("learn_tensors", [](const py::object& type, const py::tuple& dtypes, bool attributes) {
-        tensor_type().learn(type, dtypes, attributes);
-    });
+    m.def("learn_tensors", [](const py::object& type, const py::tuple& dtypes, bool attributes,
+                              const py::object& make) { tensor_type().learn(type, dtypes, attributes, make); });
     m.attr("UNUSUAL") = kUnusual;
     py::class_<LossProgram>(m, "LossProgram").def(py::init(&make_program));
     m.def("loss_forward", &loss_forward);
@@ -215,14 +225,15 @@ PYBIND11_MODULE(_C, m) {
         .def_static("release_kept", [] { return LargeBlocks::all().release(); });
     m.def("gae_float32", &gae_rows<float>);
     m.def("gae_float64", &gae_rows<double>);
-    m.def("isa", [] { return std::string(cpu_kernels().isa); });
     m.def("isas", &isas);
-    m.def("set_isa", &set_isa);
+    m.def("follow_isa", &follow_isa);
     m.def("read", [](Address data, std::int64_t bytes, int threads) {
+        use_isa_of_context();
         py::gil_scoped_release release;
         return cpu_kernels().read(at<const void>(data), bytes, threads);
     });
     m.def("copy", [](Address to, Address from, std::int64_t bytes, int threads) {
+        use_isa_of_context();
         py::gil_scoped_release release;
         cpu_kernels().copy(at<void>(to), at<const void>(from), bytes, threads);
     });

@@ -10,7 +10,8 @@ namespace fastalign {
 
 // From `Program.encoded()`.
 inline std::unique_ptr<LossProgram> make_program(const py::list& codes, const std::vector<int>& kinds, int loss,
-                                                 const std::vector<int>& outputs, bool lists) {
+                                                 const std::vector<int>& outputs, bool lists,
+                                                 const std::vector<bool>& there) {
     std::vector<LossStep> steps;
     for (const auto& code : codes) {
         const auto t = py::cast<py::tuple>(code);
@@ -23,11 +24,10 @@ inline std::unique_ptr<LossProgram> make_program(const py::list& codes, const st
                    py::cast<double>(t[5]),
                    py::cast<bool>(t[6])};
         // Operations of fewer operands see the first one again, whose derivative there is 0.
-        for (std::size_t i = 0; i < 3 && !operands.empty(); ++i)
-            s.operands[i] = operands[i < operands.size() ? i : 0];
+        for (std::size_t i = 0; i < 3 && !operands.empty(); ++i) s.operands[i] = operands[i < operands.size() ? i : 0];
         steps.push_back(s);
     }
-    return std::make_unique<LossProgram>(std::move(steps), kinds, loss, outputs, lists);
+    return std::make_unique<LossProgram>(std::move(steps), kinds, loss, outputs, lists, there);
 }
 
 // What the caller gives beside the logits: tensors of float32 or float64, dense or one number in all places, and plain
@@ -60,35 +60,52 @@ class Given {
     std::vector<double> numbers_;
 };
 
-// Where the results go: `made` is the loss, a scalar of a kernel's dtype, all other numbers of the batch, all results by
-// sequence or group, one after the other, and [k, tokens] slopes for the statistics that the loss moves with, or None.
+// The results of a run as new tensors, the loss first and of a dtype of its own, None where the formula has none.
 class Results {
   public:
-    Results(const LossProgram& p, const py::tuple& made, LossData& data) {
-        const Seen loss(made[0]), scalars(made[1]), rows(made[2]);
-        loss_ = {loss.data(), static_cast<DType>(loss.dtype())};
-        auto* number = static_cast<float*>(scalars.data());
-        auto* row = static_cast<float*>(rows.data());
+    Results(const LossProgram& p, LossData& data, DType dtype) : p_(p), loss_(dtype, {}) {
         for (std::size_t k = 0; k < p.outputs().size(); ++k) {
             const Level level = p.step(p.outputs()[k]).level;
-            float* to = k == 0 ? &value_ : level == Level::kBatch ? number++ : row;
-            if (k > 0 && level != Level::kBatch) row += data.count(level);
-            data.outputs.push_back(to);
-        }
-        if (made[3].is_none()) return;
-        auto* slope = static_cast<float*>(Seen(made[3]).data());
-        for (int k = 0; k < LossProgram::kStatistics; ++k)
-            if (p.moves(k)) {
-                std::fill(slope, slope + data.tokens, 0.0f);
-                data.slopes[k] = slope, slope += data.tokens;
+            if (k == 0) {
+                data.outputs.push_back(&value_);
+                continue;
             }
+            rest_.push_back(level == Level::kBatch ? NewTensor(DType::kFloat32, {})
+                                                   : NewTensor(DType::kFloat32, {data.count(level)}));
+            data.outputs.push_back(rest_.back().data<float>());
+        }
     }
-    void finish() const { loss_.set(value_); }
+    py::list finish() const {
+        Scalar{loss_.data<void>(), dtype()}.set(value_);
+        py::list all;
+        all.append(loss_.object());
+        std::size_t next = 0;
+        for (std::size_t i = 1; i < p_.there().size(); ++i)
+            all.append(p_.there()[i] ? rest_[next++].object() : py::object(py::none()));
+        return all;
+    }
 
   private:
-    Scalar loss_;
+    DType dtype() const { return static_cast<DType>(Seen(loss_.object()).dtype()); }
+
+    const LossProgram& p_;
+    NewTensor loss_;
+    std::vector<NewTensor> rest_;
     float value_ = 0;
 };
+
+inline int moved(const LossProgram& p) {
+    int count = 0;
+    for (int k = 0; k < LossProgram::kStatistics; ++k) count += p.moves(k);
+    return count;
+}
+
+// Where the loss's slopes go: one number per token for each statistic that it moves with.
+inline void fill_slopes(const LossProgram& p, LossData& data, float* slope) {
+    std::fill(slope, slope + moved(p) * data.tokens, 0.0f);
+    for (int k = 0; k < LossProgram::kStatistics; ++k)
+        if (p.moves(k)) data.slopes[k] = slope, slope += data.tokens;
+}
 
 inline void set_sizes(LossData& data, const LossProgram& p, std::int64_t tokens, std::int64_t sequences,
                       std::int64_t list_size) {
@@ -130,36 +147,41 @@ inline void point_at(LossData& data, const PerRow<float>& out) {
 }
 
 // What a forward keeps of its rows for the backward, as an object of Python's that costs less than a tensor: the rows'
-// saved numbers, and the entropies and KLs of those whose gradient needs them.
+// saved numbers, the entropies and KLs of those whose gradient needs them, and slopes (`slopes` for each row).
 class KeptRows {
   public:
-    KeptRows(ForwardArgs& a, bool entropy, bool kl) : rows_(a.rows), entropy_(entropy), kl_(kl) {
-        const std::int64_t numbers = a.rows * (4 + entropy + kl);
+    KeptRows(ForwardArgs& a, bool entropy, bool kl, int slopes) : rows_(a.rows), entropy_(entropy), kl_(kl) {
+        const std::int64_t numbers = a.rows * (4 + entropy + kl + slopes);
         bytes_ = py::reinterpret_steal<py::object>(PyBytes_FromStringAndSize(nullptr, numbers * 4));
         if (!bytes_) throw py::error_already_set();
         a.saved = reinterpret_cast<float*>(PyBytes_AS_STRING(bytes_.ptr()));
+        slopes_ = a.saved + a.rows * (4 + entropy + kl);
     }
+    float* slopes() const { return slopes_; }
     // After the forward.
     void keep(const ForwardArgs& a) const {
         float* next = a.saved + 4 * rows_;
         if (entropy_) std::copy(a.out.entropy, a.out.entropy + rows_, next), next += rows_;
         if (kl_) std::copy(a.out.kl, a.out.kl + rows_, next);
     }
-    py::tuple with(std::int64_t live) const { return py::make_tuple(live, bytes_); }
+    const py::object& bytes() const { return bytes_; }
 
-    static bool fill(BackwardArgs& a, py::handle bytes, bool entropy, bool kl) {
-        if (!PyBytes_CheckExact(bytes.ptr())) return false;
-        if (PyBytes_GET_SIZE(bytes.ptr()) != a.rows * (4 + entropy + kl) * 4) return false;
+    // `which`: bits of the statistics that there are slopes for. Returns the slopes; null: these are not such bytes.
+    static const float* fill(BackwardArgs& a, py::handle bytes, int which, int slopes) {
+        if (!PyBytes_CheckExact(bytes.ptr())) return nullptr;
+        const bool entropy = which & 4, kl = which & 8;
+        if (PyBytes_GET_SIZE(bytes.ptr()) != a.rows * (4 + entropy + kl + slopes) * 4) return nullptr;
         const auto* next = reinterpret_cast<const float*>(PyBytes_AS_STRING(bytes.ptr()));
         a.saved = next, next += 4 * a.rows;
         if (entropy) a.entropy = next, next += a.rows;
-        if (kl) a.kl = next;
-        return true;
+        if (kl) a.kl = next, next += a.rows;
+        return next;
     }
 
   private:
     py::object bytes_;
     std::int64_t rows_;
+    float* slopes_;
     bool entropy_, kl_;
 };
 
@@ -175,33 +197,39 @@ inline bool fill_reference(TokenArgs& a, py::handle logits, py::handle reference
     return true;
 }
 
-// Gradients of a loss's rows: `upstream` of the loss or of its equally long runs of rows, times the rows' own slopes for
-// each statistic that `which` names by its bit; without slopes the statistic is the log-probability, the slope 1.
+// Gradients of a loss's rows: `upstream` of the loss or of its equally long runs of rows, times the rows' own slopes
+// for each statistic that `which` names by its bit; for none, the statistic is the log-probability and the slope 1.
 class Slopes {
   public:
-    bool fill(BackwardArgs& a, const py::tuple& upstream, py::handle slopes, int which) {
+    static int count(int which) {
+        int found = 0;
+        for (const int bit : kBits) found += (which & bit) != 0;
+        return found;
+    }
+
+    bool fill(BackwardArgs& a, const py::tuple& upstream, const float* slopes, int which) {
         Numbers numbers;
         for (const auto& part : upstream) {
             bool scalar;
             const Scalar one = scalar_of(part, scalar);
-            if (scalar && one.dtype != DType::kFloat32) numbers.parts.push_back({&(scalar_ = one.get()), 1, false, true}), ++numbers.count;
-            else if (!numbers.add(part)) return false;
+            if (scalar && one.dtype != DType::kFloat32) {
+                scalar_ = one.get();
+                numbers.parts.push_back({&scalar_, 1, false, true}), ++numbers.count;
+            } else if (!numbers.add(part)) {
+                return false;
+            }
         }
         if (a.rows > 0 && (numbers.count == 0 || a.rows % numbers.count)) return false;
-        const int count = slopes.is_none() ? 1 : static_cast<int>(std::count_if(kBits, kBits + 5, [&](int b) { return which & b; }));
-        memory_.reset(new float[count * a.rows + 1]);
-        if (a.rows > 0) numbers.spread(memory_.get(), a.rows / numbers.count);
-        for (int k = count - 1; k > 0; --k) std::copy(memory_.get(), memory_.get() + a.rows, memory_.get() + k * a.rows);
-        if (!slopes.is_none()) {
-            const Seen s(slopes);
-            if (!s.plain_on_cpu() || s.dtype() != 0 || !s.dense() || s.count() != count * a.rows) return false;
-            const auto* slope = static_cast<const float*>(s.data());
-            for (std::int64_t i = 0; i < count * a.rows; ++i) memory_[i] *= slope[i];
-        }
+        const int used = which ? count(which) : 1;
+        memory_.reset(new float[used * a.rows + 1]);
+        float* const first = memory_.get();
+        if (a.rows > 0) numbers.spread(first, a.rows / numbers.count);
+        for (int k = used - 1; k > 0; --k) std::copy(first, first + a.rows, first + k * a.rows);
+        for (std::int64_t i = 0; which && i < used * a.rows; ++i) first[i] *= slopes[i];
         const float** const to[5] = {&a.grads.logps, &a.grads.lse, &a.grads.entropy, &a.grads.kl, &a.grads.mean};
-        const float* next = memory_.get();
+        const float* next = first;
         for (int k = 0; k < 5; ++k)
-            if (slopes.is_none() ? k == 0 : which & kBits[k]) *to[k] = next, next += a.rows;
+            if (which ? which & kBits[k] : k == 0) *to[k] = next, next += a.rows;
         return true;
     }
 

@@ -3,6 +3,9 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <initializer_list>
+#include <new>
 #include <vector>
 
 #include "../kernels/scalar.h"
@@ -20,22 +23,34 @@ struct DLTensor {
     std::int64_t *shape, *strides;
     std::uint64_t byte_offset;
 };
+struct DLManaged {
+    std::uint32_t major, minor;
+    void* context;
+    void (*deleter)(DLManaged*);
+    std::uint64_t flags;
+    DLTensor tensor;
+};
 struct DLExchange {
     std::uint32_t major, minor;
     void* previous;
-    void *allocate, *managed_from, *managed_to;
+    void *allocate, *managed_from;
+    int (*managed_to)(DLManaged* tensor, void** object);
     int (*tensor_from)(void* object, DLTensor* out);
     void* stream;
 };
+constexpr int kDLCpu = 1, kDLInt = 0, kDLFloat = 2, kDLBFloat = 4;
 
 // torch.Tensor, and its dtypes float32, bfloat16, float16, int64, int32, float64.
 struct TensorType {
     PyObject* type = nullptr;  // kept for good: the interpreter may be gone before a destructor runs
     PyObject* dtypes[6] = {};
+    PyObject* maker = nullptr;
     const DLExchange* exchange = nullptr;
 
-    // `attributes`: never DLPack.
-    void learn(const py::object& tensor, const py::tuple& names, bool attributes) {
+    // `attributes`: never DLPack; `make(shape, dtype)`: a new tensor on the CPU, where DLPack's functions are not
+    // there.
+    void learn(const py::object& tensor, const py::tuple& names, bool attributes, const py::object& make) {
+        maker = py::object(make).release().ptr();
         if (names.size() != 6) throw std::invalid_argument("dtypes must be six");
         type = py::object(tensor).release().ptr();
         for (std::size_t i = 0; i < 6; ++i) dtypes[i] = py::object(names[i]).release().ptr();
@@ -44,7 +59,7 @@ struct TensorType {
         const py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
         if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return;
         const auto* found = static_cast<const DLExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-        if (found->major == 1 && found->tensor_from) exchange = found;
+        if (found->major == 1 && found->tensor_from && found->managed_to) exchange = found;
     }
 };
 
@@ -102,11 +117,10 @@ class Seen {
     void by_exchange() {
         DLTensor d{};
         if (tensor_type().exchange->tensor_from(t_, &d)) return PyErr_Clear();
-        constexpr int kCpu = 1, kInt = 0, kFloat = 2, kBFloat = 4;
-        plain_ = d.device == kCpu;
+        plain_ = d.device == kDLCpu;
         const int kind = 256 * d.code + d.bits;
-        const int kinds[6] = {256 * kFloat + 32, 256 * kBFloat + 16, 256 * kFloat + 16,
-                              256 * kInt + 64,   256 * kInt + 32,    256 * kFloat + 64};
+        const int kinds[6] = {256 * kDLFloat + 32, 256 * kDLBFloat + 16, 256 * kDLFloat + 16,
+                              256 * kDLInt + 64,   256 * kDLInt + 32,    256 * kDLFloat + 64};
         const auto place = std::find(kinds, kinds + 6, kind) - kinds;
         dtype_ = place == 6 || d.lanes != 1 ? -1 : static_cast<int>(place);
         dims_ = d.ndim, shape_ = d.shape, strides_ = d.strides;
@@ -146,6 +160,68 @@ class Seen {
     const std::int64_t *shape_ = nullptr, *strides_ = nullptr;
     void* data_ = nullptr;
     std::int64_t own_[2 * kMaxDims];
+};
+
+// A new dense tensor of a kernel's dtype. Through DLPack it is made without the interpreter or an operator of torch's.
+class NewTensor {
+  public:
+    NewTensor(DType dtype, std::initializer_list<std::int64_t> shape) {
+        if (tensor_type().exchange) by_exchange(dtype, shape);
+        else by_maker(dtype, shape);
+    }
+    template <class T>
+    T* data() const {
+        return static_cast<T*>(data_);
+    }
+    const py::object& object() const { return object_; }
+
+  private:
+    struct Block {
+        DLManaged managed;
+        std::int64_t shape[2], strides[2];
+    };
+
+    void by_exchange(DType dtype, std::initializer_list<std::int64_t> shape) {
+        constexpr std::size_t kAlign = 64, kHead = (sizeof(Block) + kAlign - 1) / kAlign * kAlign;
+        const int dims = static_cast<int>(shape.size());
+        std::int64_t count = 1;
+        for (const std::int64_t n : shape) count *= n;
+        const std::size_t item = dtype == DType::kFloat32 ? 4 : 2;
+        auto* const at = static_cast<char*>(std::malloc(kHead + kAlign + count * item));
+        if (!at) throw std::bad_alloc();
+        char* const start = at + (kAlign - reinterpret_cast<std::uintptr_t>(at) % kAlign) % kAlign;
+        auto* const block = new (start) Block{};
+        std::copy(shape.begin(), shape.end(), block->shape);
+        for (int d = dims - 1, step = 1; d >= 0; step *= static_cast<int>(block->shape[d]), --d)
+            block->strides[d] = step;
+        data_ = start + kHead;
+        const std::uint8_t code = dtype == DType::kBFloat16 ? kDLBFloat : kDLFloat;
+        block->managed = {
+            1,
+            0,
+            at,
+            [](DLManaged* m) { std::free(m->context); },
+            0,
+            {data_, kDLCpu, 0, dims, code, static_cast<std::uint8_t>(8 * item), 1, block->shape, block->strides, 0}};
+        void* made = nullptr;
+        if (tensor_type().exchange->managed_to(&block->managed, &made)) {
+            std::free(at);
+            throw py::error_already_set();
+        }
+        object_ = py::reinterpret_steal<py::object>(static_cast<PyObject*>(made));
+    }
+
+    void by_maker(DType dtype, std::initializer_list<std::int64_t> shape) {
+        py::tuple sizes(shape.size());
+        std::size_t i = 0;
+        for (const std::int64_t n : shape) sizes[i++] = n;
+        const py::handle kind(tensor_type().dtypes[static_cast<int>(dtype)]);
+        object_ = py::handle(tensor_type().maker)(sizes, kind);
+        data_ = Seen(object_).data();
+    }
+
+    py::object object_;
+    void* data_ = nullptr;
 };
 
 // Counts up to this are exact in float.

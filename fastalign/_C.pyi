@@ -18,10 +18,12 @@ def token_objective(
 
 UNUSUAL: int
 
-def learn_tensors(type: object, dtypes: tuple, attributes: bool) -> None: ...
+def learn_tensors(type: object, dtypes: tuple, attributes: bool, make: object) -> None: ...
 
 class LossProgram:
-    def __init__(self, steps: list, kinds: list[int], loss: int, outputs: list[int], lists: bool) -> None: ...
+    def __init__(
+        self, steps: list, kinds: list[int], loss: int, outputs: list[int], lists: bool, there: list
+    ) -> None: ...
 
 def loss_forward(
     logits: object,
@@ -33,7 +35,8 @@ def loss_forward(
     given: tuple,
     sequences: int,
     list_size: int,
-    made: tuple,
+    wanted: bool,
+    dtype: int,
     threads: int,
 ) -> tuple: ...
 def loss_terms(
@@ -44,9 +47,9 @@ def loss_terms(
     given: tuple,
     sequences: int,
     list_size: int,
-    made: tuple,
+    wanted: bool,
     threads: int,
-) -> bool: ...
+) -> tuple: ...
 def loss_backward(
     logits: object,
     labels: object,
@@ -54,7 +57,6 @@ def loss_backward(
     reference: object,
     kept: object,
     upstream: tuple,
-    slopes: object,
     which: int,
     out: object,
     threads: int,
@@ -92,8 +94,7 @@ class _Gae(Protocol):
 gae_float32: _Gae
 gae_float64: _Gae
 
-def isa() -> str: ...
 def isas() -> list[str]: ...
-def set_isa(name: str) -> None: ...
+def follow_isa(variable: object) -> None: ...
 def read(data: int, size: int, threads: int) -> float: ...
 def copy(to: int, source: int, size: int, threads: int) -> None: ...

@@ -1,38 +1,41 @@
-"""fastalign: fused, compiled losses for aligning language models with human preferences."""
+"""fastalign: fused, compiled losses for aligning language models with human preferences.
 
-from . import losses, rl
-from ._backends import backends, keep_memory, release_memory, use_backend
-from .head.head import Head, HeadPlan, head_plan, head_token_stats
-from .losses.cross_entropy import cross_entropy
-from .losses.objective import Objective, attach_gradient, token_objective
-from .ops.packed import Packed, packed_sequences
-from .ops.sequences import sequence_logps
-from .ops.statistics import TokenStats, TokenStatsAndExtras, token_logps, token_stats
-from .utils import moved
-from .utils.version import __version__
+The names are those of `fastalign.api`. They are imported, and torch's operators registered, at once where torch is
+loaded already, and else when the first name is used: so the command line answers without torch. `import fastalign.ops`
+registers the operators in any case.
+"""
 
-moved.install()
-__all__ = [
-    "Head",
-    "HeadPlan",
-    "Objective",
-    "Packed",
-    "TokenStats",
-    "TokenStatsAndExtras",
-    "__version__",
-    "attach_gradient",
-    "backends",
-    "cross_entropy",
-    "head_plan",
-    "head_token_stats",
-    "keep_memory",
-    "losses",
-    "packed_sequences",
-    "release_memory",
-    "rl",
-    "sequence_logps",
-    "token_logps",
-    "token_objective",
-    "token_stats",
-    "use_backend",
-]
+import importlib
+import importlib.util
+import sys
+from typing import TYPE_CHECKING
+
+from .utils import moved as _moved
+from .utils.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from .api import *  # noqa: F403
+    from .api import __all__ as __all__
+
+_moved.install()
+importlib.import_module(".utils.environment", __name__)  # refuses what an environment variable must not be
+
+
+def __getattr__(name: str) -> object:
+    """A module of the package, imported alone, or a name of `api`."""
+    if not name.startswith("__") and importlib.util.find_spec(f"{__name__}.{name}"):
+        return importlib.import_module(f".{name}", __name__)
+    if not name.startswith("__") or name == "__all__":
+        names = vars(importlib.import_module(".api", __name__))
+        if name in (*names["__all__"], "__all__"):
+            globals()[name] = names[name]
+            return names[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *importlib.import_module(".api", __name__).__all__})
+
+
+if "torch" in sys.modules:
+    importlib.import_module(".api", __name__)

@@ -1,7 +1,4 @@
 // Chooses among the instruction sets that were built, and the few things that need none of them.
-#include <atomic>
-#include <cstring>
-
 #include "token_stats_cpu.h"
 
 #if defined(FA_HAVE_X86) && defined(_MSC_VER)
@@ -56,7 +53,9 @@ bool has_avx512() {
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
-std::atomic<const CpuKernels*> chosen{nullptr};
+// Each thread its own: who calls in one thread does not change what another one runs. OpenMP's threads never ask: they
+// run code of the table that their caller took.
+thread_local const CpuKernels* chosen = nullptr;
 
 }  // namespace
 
@@ -76,18 +75,9 @@ const CpuKernels* const* all_cpu_kernels() {
     return list;
 }
 
-const CpuKernels* find_cpu_kernels(const char* isa) {
-    for (const CpuKernels* const* k = all_cpu_kernels(); *k; ++k)
-        if (!std::strcmp((*k)->isa, isa)) return *k;
-    return nullptr;
-}
+const CpuKernels& cpu_kernels() { return chosen ? *chosen : **all_cpu_kernels(); }
 
-const CpuKernels& cpu_kernels() {
-    const CpuKernels* k = chosen.load(std::memory_order_acquire);
-    return k ? *k : **all_cpu_kernels();
-}
-
-void set_cpu_kernels(const CpuKernels* kernels) { chosen.store(kernels, std::memory_order_release); }
+void set_cpu_kernels(const CpuKernels* kernels) { chosen = kernels; }
 
 int64_t count_labels(const TokenArgs& args) {
     int64_t live = 0;

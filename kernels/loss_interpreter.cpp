@@ -20,10 +20,11 @@ bool reduces(Op op) { return op == Op::kSum || op == Op::kMax || op == Op::kLogS
 
 // ------------------------------------------------------------------------------------------------------- planning
 LossProgram::LossProgram(std::vector<LossStep> steps, std::vector<int> kinds, int loss, std::vector<int> outputs,
-                         bool lists)
+                         bool lists, std::vector<bool> there)
     : steps_(std::move(steps)),
       kinds_(std::move(kinds)),
       outputs_(std::move(outputs)),
+      there_(std::move(there)),
       input_levels_(kinds_.size(), Level::kToken),
       loss_(loss),
       lists_(lists) {
@@ -157,8 +158,7 @@ class LossRun {
         if (s.op == Op::kInput) {
             const int input = static_cast<int>(s.value);
             const bool place = p_.kinds_[input] == LossProgram::kPosition;
-            for (int64_t e = 0; e < n; ++e)
-                y[e] = place ? static_cast<double>(e % d_.list_size) : d_.inputs[input][e];
+            for (int64_t e = 0; e < n; ++e) y[e] = place ? static_cast<double>(e % d_.list_size) : d_.inputs[input][e];
         } else if (s.op == Op::kConst) {
             std::fill(y, y + n, s.value);
         } else if (s.op == Op::kSpread) {
@@ -222,8 +222,9 @@ class LossRun {
         } else if (reduces(s.op)) {
             pull_reduced(i);
         } else {
-            pull(s, value(i), g, n, [&](int o) { return value(o); },
-                 [&](int o) { return p_.wanted_[o] ? gradient(o) : nullptr; });
+            pull(
+                s, value(i), g, n, [&](int o) { return value(o); },
+                [&](int o) { return p_.wanted_[o] ? gradient(o) : nullptr; });
         }
     }
 
@@ -323,17 +324,17 @@ class LossRun {
         std::vector<double> sums(parts * wide, 0.0);
         parallel_workers(parts, 1, threads(), [&] {
             return worker(this, [this, &pass, &sums, wide](int64_t u, double* y, double*) {
-                              const auto [begin, end] = unit(pass, u);
-                              for (int64_t at = begin; at < end; at += kBlock) {
-                                  const int m = static_cast<int>(std::min<int64_t>(kBlock, end - at));
-                                  block_forward(pass.forward, at, m, y);
-                                  for (int64_t k = 0; k < wide; ++k) {
-                                      const double* x = y + p_.slots_[step(pass.sums[k]).operands[0]] * kBlock;
-                                      double& sum = sums[u * wide + k];
-                                      for (int e = 0; e < m; ++e) sum += d_.real[at + e] ? x[e] : 0;
-                                  }
-                              }
-                          });
+                const auto [begin, end] = unit(pass, u);
+                for (int64_t at = begin; at < end; at += kBlock) {
+                    const int m = static_cast<int>(std::min<int64_t>(kBlock, end - at));
+                    block_forward(pass.forward, at, m, y);
+                    for (int64_t k = 0; k < wide; ++k) {
+                        const double* x = y + p_.slots_[step(pass.sums[k]).operands[0]] * kBlock;
+                        double& sum = sums[u * wide + k];
+                        for (int e = 0; e < m; ++e) sum += d_.real[at + e] ? x[e] : 0;
+                    }
+                }
+            });
         });
         for (int64_t k = 0; k < wide; ++k) {
             const int i = pass.sums[k];
@@ -341,9 +342,7 @@ class LossRun {
             double* y = value(i);
             std::fill(y, y + d_.count(level), 0.0);
             for (int64_t u = 0; u < parts; ++u) {
-                const int64_t to = level == Level::kBatch      ? 0
-                                   : level == Level::kSequence ? u
-                                                               : group_of(u);
+                const int64_t to = level == Level::kBatch ? 0 : level == Level::kSequence ? u : group_of(u);
                 y[to] += sums[u * wide + k];
             }
         }
@@ -353,10 +352,10 @@ class LossRun {
         const int used = pass.alone ? 1 : threads();
         parallel_workers(units(pass), 1, used, [&] {
             return worker(this, [this, &pass](int64_t u, double* y, double* g) {
-                              const auto [begin, end] = unit(pass, u);
-                              for (int64_t at = begin; at < end; at += kBlock)
-                                  block_backward(pass, at, static_cast<int>(std::min<int64_t>(kBlock, end - at)), y, g);
-                          });
+                const auto [begin, end] = unit(pass, u);
+                for (int64_t at = begin; at < end; at += kBlock)
+                    block_backward(pass, at, static_cast<int>(std::min<int64_t>(kBlock, end - at)), y, g);
+            });
         });
     }
 
@@ -391,8 +390,9 @@ class LossRun {
             for (int e = 0; e < m; ++e)
                 if (d_.real[begin + e]) gradient(a)[owner(begin + e, Level::kToken, step(a).level, s.how)] += own[e];
         } else {
-            pull(s, slot(y, i), own, m, [&](int o) { return slot(y, o); },
-                 [&](int o) { return p_.wanted_[o] ? slot(g, o) : nullptr; });
+            pull(
+                s, slot(y, i), own, m, [&](int o) { return slot(y, o); },
+                [&](int o) { return p_.wanted_[o] ? slot(g, o) : nullptr; });
         }
     }
 
@@ -404,7 +404,9 @@ class LossRun {
         std::unique_ptr<double[]> y, g;
 
         WorkerOf(LossRun* r, Work w)
-            : run(r), work(std::move(w)), y(new double[r->p_.token_steps_ * kBlock + 1]),
+            : run(r),
+              work(std::move(w)),
+              y(new double[r->p_.token_steps_ * kBlock + 1]),
               g(new double[r->p_.token_steps_ * kBlock + 1]) {}
         void operator()(int64_t u) { work(u, y.get(), g.get()); }
         void finish() {}

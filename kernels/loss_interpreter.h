@@ -46,13 +46,15 @@ class LossProgram {
   public:
     static constexpr int kStatistics = 5, kMask = -1, kPosition = -2;
 
-    // `kinds`: of each input, the statistic that it is, kMask, kPosition (of a sequence in its list), or, below that, what
-    // the caller gives.
-    LossProgram(std::vector<LossStep> steps, std::vector<int> kinds, int loss, std::vector<int> outputs, bool lists);
+    // `kinds`: of each input, the statistic that it is, kMask, kPosition (of a sequence in its list), or, below that,
+    // what the caller gives. `there`: which of the formula's results there are, the loss among them.
+    LossProgram(std::vector<LossStep> steps, std::vector<int> kinds, int loss, std::vector<int> outputs, bool lists,
+                std::vector<bool> there);
 
     bool uses(int statistic) const { return uses_[statistic]; }
     bool moves(int statistic) const { return moves_[statistic]; }  // the loss depends on it
     const std::vector<int>& outputs() const { return outputs_; }
+    const std::vector<bool>& there() const { return there_; }
     const std::vector<int>& given() const { return given_; }  // inputs that the caller gives
     const LossStep& step(int i) const { return steps_[i]; }
     int inputs() const { return static_cast<int>(kinds_.size()); }
@@ -73,6 +75,7 @@ class LossProgram {
 
     std::vector<LossStep> steps_;
     std::vector<int> kinds_, outputs_, given_, slots_;
+    std::vector<bool> there_;
     std::vector<Level> input_levels_;
     std::vector<Pass> passes_;
     std::vector<char> wanted_;  // the loss's gradient goes through it
@@ -85,9 +88,9 @@ struct LossData {
     int64_t tokens = 0, sequences = 0, groups = 0, list_size = 1;
     const uint8_t* real = nullptr;  // [tokens], 1 at those that count
     const float* statistics[LossProgram::kStatistics] = {};
-    std::vector<LossNumbers> inputs;                  // by input; of statistics and mask unused
-    float* slopes[LossProgram::kStatistics] = {};     // [tokens], where the loss moves with it; null: not wanted
-    std::vector<float*> outputs;                      // one per output of the program, of its level's size
+    std::vector<LossNumbers> inputs;               // by input; of statistics and mask unused
+    float* slopes[LossProgram::kStatistics] = {};  // [tokens], where the loss moves with it; null: not wanted
+    std::vector<float*> outputs;                   // one per output of the program, of its level's size
     int threads = 1;
 
     int64_t count(Level level) const {

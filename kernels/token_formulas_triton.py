@@ -98,19 +98,23 @@ def finish(sums, at, ref_at, label, zero, V, inv_t, KL: tl.constexpr):
 @triton.jit
 def coefficients(m, r, ref_m, ref_r, entropy, kl, g_logps, g_lse, g_entropy, g_kl, g_mean, V, temperature, inv_t):
     """(pivot, ref_pivot, a, b, g, kappa, delta) of a row; see `coefficients` in token_stats.h."""
-    pivot = (m.to(tl.float64) * temperature).to(tl.float32)
-    ref_pivot = (ref_m.to(tl.float64) * temperature).to(tl.float32)
+    # Of nothing but -inf the powers are 0 relative to any number.
+    pivot = tl.where(m == float("-inf"), 0.0, (m.to(tl.float64) * temperature).to(tl.float32))
+    ref_pivot = tl.where(ref_m == float("-inf"), 0.0, (ref_m.to(tl.float64) * temperature).to(tl.float32))
     shift = (pivot.to(tl.float64) * inv_t - m.to(tl.float64)).to(tl.float32)  # from rounding the pivots
     ref_shift = (ref_pivot.to(tl.float64) * inv_t - ref_m.to(tl.float64)).to(tl.float32)
     p_scale = (tl.exp2((shift - r) * LOG2E).to(tl.float64) * inv_t).to(tl.float32)
     beta = g_kl - g_entropy
-    alpha = g_lse - g_logps + g_entropy * (r - entropy) + g_kl * (ref_r - r - kl) + beta * shift - g_kl * ref_shift
+    # What nobody differentiates may be infinite or NaN.
+    of_entropy = tl.where(g_entropy == 0, 0.0, g_entropy * (r - entropy))
+    of_kl = tl.where(g_kl == 0, 0.0, g_kl * (ref_r - r - kl - ref_shift))
+    alpha = g_lse - g_logps + of_entropy + of_kl + tl.where(beta == 0, 0.0, beta * shift)
     return (
         pivot,
         ref_pivot,
-        alpha * p_scale,
-        beta * LN2 * p_scale,
-        g_kl * LN2 * p_scale,
+        tl.where(alpha == 0, 0.0, alpha * p_scale),
+        tl.where(beta == 0, 0.0, beta * LN2 * p_scale),
+        tl.where(g_kl == 0, 0.0, g_kl * LN2 * p_scale),
         (g_mean.to(tl.float64) * inv_t / V).to(tl.float32),
         (g_logps.to(tl.float64) * inv_t).to(tl.float32),
     )

@@ -121,6 +121,8 @@ __device__ inline void write_gradient(Rows x, Rows z, T* out, int count, int lab
     constexpr int kCount = kTile<kMode>, kSpan = 32 * kCount;
     constexpr bool kReads = kMode == kReference;
     if (slope.none) return fill<Team>(out, count, 0.0f);
+    if constexpr (kReads)
+        if (slope.c.g == 0) z = x;  // any finite number where x is one: the reference may be -inf there
     const int warp = Team::thread() / 32, lane = Team::thread() % 32, head = first_aligned(out, count);
     const int vectors = static_cast<int>(static_cast<unsigned>(count - head) / kWidth<T>),
               tail = head + vectors * kWidth<T>;

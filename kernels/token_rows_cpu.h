@@ -310,6 +310,7 @@ void write_gradient(const T* x, const T* z, T* out, int64_t begin, int64_t end, 
         std::memset(static_cast<void*>(out + begin), 0, (end - begin) * sizeof(T));
         return;
     }
+    if (kMode == kReference && c.g == 0) z = x;  // any finite number where x is one: the reference may be -inf there
     const bool has_label = begin <= label && label < end;
     const float at_label = has_label ? label_gradient<T, kCap, kMode>(x, z, label, c, k) : 0.0f;
     const T* zb = kMode == kReference ? z + begin : nullptr;

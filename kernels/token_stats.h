@@ -10,6 +10,9 @@
 // Such sums merge over pieces of the vocabulary (blocks of a row, shards of a tensor-parallel head). From them come the
 // statistics, and the pair (m, r) with m + r = lse, m = lse rounded to float32: with it the backward knows each
 // probability exp((x_j - m) - r) as well at logits of 1e4 as at logits of 1, where a float32 lse alone would not do.
+//
+// A row, or a piece of one, may be nothing but -inf. Its lse is -inf, (m, r) = (-inf, 0), so that it weighs nothing in
+// a merge; of a whole row there is no softmax, and its other statistics and its gradient are NaN, as torch's are.
 #pragma once
 #include "approximations.h"
 
@@ -69,6 +72,11 @@ FA_HD void merge(SumsOf<Real>& a, SumsOf<Real> b, Real scale) {
     a.s += b.s, a.w += b.w, a.k += b.k, a.t += b.t, a.total += b.total;
 }
 
+// What is left of the logarithm of a sum beside its rounding: nothing where that is -inf.
+FA_HD float rest_of_log(double at, double log_s, float m) {
+    return m == -INFINITY ? 0 : static_cast<float>((at - m) + log_s);
+}
+
 // What the forward returns for a row.
 struct Stats {
     float logps, lse, entropy, kl, mean, m, r, ref_m, ref_r;
@@ -80,14 +88,14 @@ FA_HD Stats finish(const Sums& a, double label, double inv_t, double vocab) {
     // The pivot is kept apart from the logarithm until the end: beside logits of 1e38 the logarithm would be lost.
     const double at = a.pivot * inv_t, log_s = natural_log(a.s);
     o.m = static_cast<float>(at + log_s);
-    o.r = static_cast<float>((at - o.m) + log_s);
+    o.r = rest_of_log(at, log_s, o.m);
     o.lse = o.m;
     o.logps = static_cast<float>((label - a.pivot) * inv_t - log_s);
     o.entropy = static_cast<float>(log_s - kLn2 * a.w / a.s);
     o.mean = static_cast<float>(a.total * inv_t / vocab);
     const double ref_at = a.ref_pivot * inv_t, ref_log_s = natural_log(a.t);
     o.ref_m = static_cast<float>(ref_at + ref_log_s);
-    o.ref_r = static_cast<float>((ref_at - o.ref_m) + ref_log_s);
+    o.ref_r = rest_of_log(ref_at, ref_log_s, o.ref_m);
     o.kl = static_cast<float>(kLn2 * a.k / a.s - log_s + ref_log_s);
     return o;
 }
@@ -126,7 +134,7 @@ FA_HD Coefficients coefficients(const Stats& o, const Grads& d, double temperatu
     const double beta = static_cast<double>(d.kl) - d.entropy;
     if (beta != 0) alpha += beta * shift;
     if (d.kl != 0) alpha -= d.kl * (exact(c.ref_pivot) * inv_t - o.ref_m);
-    c.a = static_cast<float>(alpha * p_scale);
+    c.a = alpha != 0 ? static_cast<float>(alpha * p_scale) : 0;  // whatever the row: one may have no softmax
     c.b = beta != 0 ? static_cast<float>(beta * kLn2 * p_scale) : 0;
     c.g = d.kl != 0 ? static_cast<float>(d.kl * kLn2 * p_scale) : 0;
     c.kappa = d.mean != 0 ? static_cast<float>(d.mean * inv_t / vocab) : 0;

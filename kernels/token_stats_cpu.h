@@ -15,10 +15,10 @@ struct CpuKernels {
     void (*copy)(void* to, const void* from, int64_t bytes, int threads);
 };
 
-// The best table that this processor can run, or the one chosen by `set_isa`; null: unknown or not available.
-const CpuKernels& cpu_kernels();
-const CpuKernels* find_cpu_kernels(const char* isa);
 const CpuKernels* const* all_cpu_kernels();  // best first, null-terminated; those that this processor can run
+
+// The table that this thread uses: the best one, until `set_cpu_kernels` is called in the thread.
+const CpuKernels& cpu_kernels();
 void set_cpu_kernels(const CpuKernels* kernels);
 
 // How many labels are not ignored; where one is neither that nor in [0, vocab), -1 less the flat position of the first.

@@ -13,6 +13,7 @@ and the backward is the canonical form shared by every backend (`coefficients`):
 
 Everything is taken relative to m: a float32 lse of 10,000 is known to 1e-3 only, but r and x - m stay exact, so
 probabilities are as good at logits of 1e4 as at logits of 1. `saved` carries (m, r, m', r') from forward to backward.
+A row of nothing but -inf has an lse of -inf; its other statistics, and its gradient where it has one, are NaN.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def _prepare(logits: Tensor, live: Tensor, temperature: float, softcap: float) -
 
 
 def _weighted(p: Tensor, value: Tensor) -> Tensor:
-    """p * value with 0 * inf = 0: a token of probability zero adds nothing to an expectation."""
+    """p * value with 0 * inf = 0: a token of probability zero adds nothing to an expectation, nor does a statistic
+    without a gradient to that of the logits."""
     return torch.where(p == 0, 0, p * value)
 
 
@@ -98,9 +100,9 @@ def coefficients(
     g_logps, g_lse, g_entropy, g_kl, g_mean = (zero if g is None else g.to(r.dtype) for g in grads)
     alpha, beta = g_lse - g_logps, zero
     if entropy is not None:
-        alpha, beta = alpha + g_entropy * (r - entropy), beta - g_entropy
+        alpha, beta = alpha + _weighted(g_entropy, r - entropy), beta - g_entropy
     if kl is not None:
-        alpha, beta = alpha + g_kl * (ref_r - r - kl), beta + g_kl
+        alpha, beta = alpha + _weighted(g_kl, ref_r - r - kl), beta + g_kl
     return alpha, beta, g_kl, g_logps, g_mean / vocab
 
 
@@ -122,6 +124,7 @@ def backward(
     x = _prepare(logits, live, temperature, softcap)
     squash = 1 - (x * (temperature / softcap)) ** 2 if softcap else None  # d(cap tanh(u / cap))/du = 1 - tanh^2
     five = coefficients(saved, entropy, kl, grads, logits.shape[-1])
+    moves = torch.stack(five).ne(0).any(0).unsqueeze(-1)
     alpha, beta, gamma, delta, kappa = (c.unsqueeze(-1) for c in five)
     x = x - saved[..., 0:1]
     p = torch.exp(x - saved[..., 1:2])
@@ -129,9 +132,9 @@ def backward(
     if entropy is not None or kl is not None:
         slope = slope + beta * x
     if ref_logits is not None:
-        slope = slope - gamma * (_prepare(ref_logits, live, temperature, softcap) - saved[..., 2:3])
+        slope = slope - _weighted(gamma, _prepare(ref_logits, live, temperature, softcap) - saved[..., 2:3])
     dx = _weighted(p, slope.expand_as(p)) + kappa
     dx.scatter_add_(-1, index, delta)
     if squash is not None:
         dx = dx * squash
-    out.copy_(torch.where(live, dx / temperature, 0))
+    out.copy_(torch.where(live & moves, dx / temperature, 0))

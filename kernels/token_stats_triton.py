@@ -202,6 +202,10 @@ def backward_kernel(
     KL: tl.constexpr = g_kl_ptr is not None
     if KL:
         z_row = row_pointer(z_ptr, row, inner, z_outer, z_inner)
+    g_kl = optional(g_kl_ptr, row)
+    if KL:  # noqa: SIM102 (known at compile time)
+        if g_kl == 0:  # any finite number where x is one: the reference may be -inf there
+            z_row = x_row
     saved = saved_ptr + row.to(tl.int64) * 4
     c = coefficients(
         tl.load(saved),
@@ -213,7 +217,7 @@ def backward_kernel(
         optional(g_logps_ptr, row),
         optional(g_lse_ptr, row),
         optional(g_entropy_ptr, row),
-        optional(g_kl_ptr, row),
+        g_kl,
         optional(g_mean_ptr, row),
         V,
         temperature,

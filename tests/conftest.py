@@ -3,6 +3,7 @@ corpus, and a GPU that is simulated."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import io
@@ -38,6 +39,19 @@ def tiny_model(tiny_tokenizer):
     return lambda: small_model(len(tiny_tokenizer), hidden_size=16, layers=1, seed=0)
 
 
+def _module_from(path: Path, name: str):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def extreme_rows():
+    """Checks that each backend's tests call."""
+    return _module_from(Path(__file__).with_name("extreme_rows.py"), "extreme_rows_under_test")
+
+
 @pytest.fixture(scope="session")
 def cuda_simulator():
     """The CUDA backend on CPU tensors: the real launch code, its kernels run by a PTX simulator."""
@@ -47,10 +61,7 @@ def cuda_simulator():
     if nvcc is None or compiler is None:
         pytest.skip(f"needs {'nvcc' if nvcc is None else 'g++'}")
     path = Path(__file__).resolve().parents[1] / "bench" / "_cuda_simulator.py"
-    spec = importlib.util.spec_from_file_location("cuda_simulator_under_test", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Simulator(nvcc, "sm_90a")
+    return _module_from(path, "cuda_simulator_under_test").Simulator(nvcc, "sm_90a")
 
 
 _SCORER = """
@@ -193,3 +204,24 @@ def as_the_reference():
             torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=tolerance, atol=tolerance)
 
     return check
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """How losses ran: `programs.ran` is what the compiled calls returned, `programs.off()` a block without them."""
+    from fastalign.ops.fused_loss import FusedLoss
+
+    class Programs:
+        def __init__(self):
+            self.ran = []
+
+        @contextlib.contextmanager
+        def off(self):
+            with monkeypatch.context() as patch:
+                for name in ("of_logits", "of_statistics"):
+                    patch.setattr(FusedLoss, name, lambda *_, **__: None)
+                yield
+
+    found, real = Programs(), FusedLoss.of_logits
+    monkeypatch.setattr(FusedLoss, "of_logits", lambda *a, **k: found.ran.append(real(*a, **k)) or found.ran[-1])
+    return found

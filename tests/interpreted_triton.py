@@ -279,6 +279,15 @@ def test_a_target_far_from_the_rest(dtype, vocab):
     torch.testing.assert_close(got.lse.double(), want.lse, rtol=1e-6, atol=2e-6, equal_nan=True)
 
 
+@each_dtype
+def test_rows_and_tiles_of_nothing(extreme_rows, dtype):
+    for vocab in (5, 700, 9001):
+        extreme_rows.rows_of_nothing(dtype, vocab)
+        extreme_rows.references_that_exclude(dtype, vocab)
+    extreme_rows.empty_tiles(dtype, 2100, 1024)
+    extreme_rows.tiles_that_the_reference_excludes(dtype)
+
+
 def test_bad_labels_are_named():
     with pytest.raises(ValueError, match=r"labels must be in \[0, 8\).*got 9 at flat position 1"):
         fa.token_logps(torch.zeros(2, 8), torch.tensor([1, 9]))

@@ -1,9 +1,12 @@
 """Choosing a backend and an instruction set: never silently, always with a reason."""
 
+import asyncio
 import os
 import subprocess
 import sys
 import tempfile
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,7 +90,104 @@ def test_environment_with_an_unknown_instruction_set():
 def test_environment_forces_the_backend():
     code = "import torch; from fastalign import _backends as b; print(b.choose(torch.ones(1)))"
     assert python(code, FASTALIGN_BACKEND="eager").stdout.strip() == "eager"
-    assert "backend must be one of" in python(code, FASTALIGN_BACKEND="gpu").stderr
+    assert "FASTALIGN_BACKEND must be one of cpu, cuda" in python("import fastalign", FASTALIGN_BACKEND="gpu").stderr
+
+
+def test_a_choice_is_its_threads_own():
+    """Neither of two threads that are within a choice at once sees the other's, nor does one that chose nothing."""
+    meet, seen = threading.Barrier(2, timeout=30), {}
+
+    def work(name):
+        with fa.use_backend(name):
+            meet.wait()
+            seen[name] = _backends.choose(X)
+            meet.wait()
+        seen[name, "after"] = _backends.choose(X)
+
+    with fa.use_backend("eager"):
+        threads = [threading.Thread(target=work, args=(name,)) for name in ("eager", "cpu")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert _backends.choose(X) == "eager"
+    assert seen == {"eager": "eager", "cpu": "cpu", ("eager", "after"): "cpu", ("cpu", "after"): "cpu"}
+
+
+def test_a_choice_is_its_tasks_own():
+    """Tasks of one thread that take turns within their choices: of backends and of instruction sets."""
+    best, worst = _backends.cpu_isas()[0], _backends.cpu_isas()[-1]
+
+    async def work(name, isa, turns):
+        found = set()
+        with fa.use_backend(name, isa=isa):
+            for _ in range(turns):
+                await asyncio.sleep(0)
+                found.add((_backends.choose(X), _backends.cpu_isa()))
+        return found
+
+    async def both():
+        return await asyncio.gather(work("eager", worst, 5), work("cpu", None, 3), work("cpu", worst, 2))
+
+    assert asyncio.run(both()) == [{("eager", worst)}, {("cpu", best)}, {("cpu", worst)}]
+    assert (_backends.choose(X), _backends.cpu_isa()) == ("cpu", best)
+
+
+DEVICE_THREADS = """
+import sys, threading
+sys.path.insert(0, sys.argv[1])
+import stand_in_device, torch, fastalign as fa
+registered = stand_in_device.register()
+x = torch.randn(2, 5).to(stand_in_device.DEVICE).requires_grad_()
+threads = []
+x.register_hook(lambda _: threads.append(threading.get_ident()))
+logps = fa.token_logps(x, torch.tensor([1, 2]).to(stand_in_device.DEVICE))
+def backward(name):
+    with fa.use_backend(name):
+        try:
+            torch.autograd.grad(logps.sum(), x, retain_graph=True)
+        except RuntimeError as error:
+            return str(error)
+print(backward("eager"), backward("cpu"), backward(None), sep="|")
+assert threads and threading.get_ident() not in threads
+"""
+
+
+def test_a_choice_holds_where_autograd_has_a_thread_of_its_own():
+    """Of another device than the CPU torch runs the backward in a thread of the device's, whoever calls it."""
+    for package in ("transformers", "accelerate"):
+        pytest.importorskip(package, reason=f"needs {package} (the extra `train`)")
+    folder = str(Path(__file__).parent)
+    code = f"import sys; sys.argv[1:] = [{folder!r}]\n{DEVICE_THREADS}"
+    done = python(code)
+    none, refused, automatic = done.stdout.strip().split("|") if done.stdout else pytest.fail(done.stderr)
+    assert (none, automatic) == ("None", "None")
+    assert "backend 'cpu' serves float32" in refused
+    assert "on standin" in refused
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_loads_no_torch_until_a_name_is_used():
+    code = """
+import sys
+import fastalign, fastalign.utils.environment
+assert "torch" not in sys.modules
+try: fastalign.nothing
+except AttributeError as error: print(error)
+import fastalign.losses  # a module alone, before any name of the package
+from fastalign import *
+from fastalign import Head, use_backend as chosen
+import fastalign as fa
+missing = [name for name in fa.__all__ if name not in globals() or name not in dir(fa)]
+assert chosen is fa.use_backend is fa.api.use_backend, missing
+print(missing, fa.ops.__name__, fa.losses.DPOLoss.__name__, callable(fa.cross_entropy))
+"""
+    done = python(code)
+    assert done.stdout == "module 'fastalign' has no attribute 'nothing'\n[] fastalign.ops DPOLoss True\n", done.stderr
+
+
+def test_operators_are_registered_at_once_where_torch_is_there():
+    assert python("import torch, fastalign\nprint(torch.ops.fastalign.token_stats)").stdout == "fastalign.token_stats\n"
 
 
 def test_every_instruction_set_of_this_processor_is_built():

@@ -14,10 +14,14 @@ from types import ModuleType
 
 import pytest
 
+from fastalign import _backends
+
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 OURS = ("fastalign", "fastalign in place")
+ISAS = tuple(f"fastalign {isa}" for isa in _backends.cpu_isas())
 ROUNDS = 3
 JOBS = {"logps": ("forward", "backward", "both"), "dpo": ("forward", "both"), "ppo": ("both",), "trainers": ("both",)}
+JOBS["isa"] = ("both",)
 FIXED = {("overhead", "forward", 32, "float32"), ("gae", "forward", 2048, "float32")}
 """Cases of one size, without bytes and errors."""
 
@@ -59,7 +63,7 @@ def _pytest_bench(cwd: Path, *arguments: object) -> subprocess.CompletedProcess[
 def run(tmp_path_factory) -> tuple[dict, dict, str]:
     """(our results, pytest-benchmark's results, output) of every suite with a few variants."""
     cwd = tmp_path_factory.mktemp("bench")
-    names = ",".join([*OURS, "eager", "kernel alone"])
+    names = ",".join([*OURS, *ISAS, "eager", "kernel alone"])
     files = ("--json", "ours.json", "--benchmark-json", "theirs.json")
     sizes = ("--vocab", "33,130", "--dtype", "float32,bfloat16")
     done = _pytest_bench(cwd, BENCH, *sizes, "--variants", names, *files)
@@ -210,7 +214,7 @@ def test_every_case_is_in_the_results_with_all_its_samples(run):
     for case in results["cases"]:
         if "probes" not in case:
             continue
-        ours = OURS[:1] if case["job"] == "forward" else OURS
+        ours = ISAS if case["suite"] == "isa" else OURS[:1] if case["job"] == "forward" else OURS
         assert set(case["variants"]) == {*ours, "eager"}
         for row in [*case["variants"].values(), *case["probes"].values()]:
             assert len(row["seconds"]) == ROUNDS

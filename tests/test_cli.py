@@ -14,7 +14,7 @@ import pytest
 
 import fastalign as fa
 from fastalign.cli import commands as cli
-from fastalign.utils import arguments
+from fastalign.trainers.common import arguments
 
 
 class Color(enum.Enum):
@@ -141,6 +141,33 @@ def test_commands_explain_themselves(command, key, capsys):
     assert f"  --{key}\n" in capsys.readouterr().out
     assert cli.main([command, f"--{key[:-1]}x", "x"]) == 2
     assert f"did you mean --{key}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help(command, capsys):
+    pytest.importorskip("transformers", reason="needs transformers (the extra `train`)")
+    assert cli.main([command, "--help"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith(f"usage: fastalign {command}")
+    assert not shown.err
+
+
+def test_help_answers_at_once_and_without_torch():
+    """Half a second of the processor at most: the clock would count what else runs on the machine."""
+    code = (
+        "import resource, sys\nfrom fastalign import cli\nstatus = cli.main(['--help'])\nuse = resource.getrusage(0)\n"
+    )
+    code += "print(status, use.ru_utime + use.ru_stime, *sys.modules, file=sys.stderr)"
+    resource = pytest.importorskip("resource", reason="needs a POSIX system")
+    assert resource
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tempfile.gettempdir())
+    assert done.stdout.startswith("usage: fastalign COMMAND")
+    status, seconds, *modules = done.stderr.split()
+    assert status == "0"
+    assert float(seconds) < 0.5
+    assert not {"torch", "numpy", "transformers"} & set(modules)
+    same = [sys.executable, "-m", "fastalign", "--help"]
+    assert subprocess.run(same, capture_output=True, text=True, cwd=tempfile.gettempdir()).stdout == done.stdout
 
 
 def test_missing_required_key_is_an_error_of_usage(capsys):

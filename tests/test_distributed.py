@@ -85,7 +85,8 @@ def policy(out: Path, part: str, processes: int, **extra):
         "model": str(out.parent / "base"),
     }
     args = config(**{**options, **more, **extra})
-    return trainer(None, args, PROMPTS, PROMPTS[:3], reward=lengths)
+    sets = {"most": PROMPTS[:3], "rest": PROMPTS[3:]} if part == "grpo" else PROMPTS[:3]
+    return trainer(None, args, PROMPTS, sets, reward=lengths)
 
 
 def run_part(out: Path, part: str, processes: int, start: Path | None = None, **extra) -> None:
@@ -193,6 +194,7 @@ class TestTwoProcesses:
         metrics = [json.loads((runs / name / f"{part}.json").read_text()) for name in ("one", "two")]
         loss = "eval_loss" if part in SUPERVISED else "eval/score"
         assert metrics[1][loss] == pytest.approx(metrics[0][loss], rel=1e-3)
+        assert part != "grpo" or {"eval/most/score", "eval/rest/kl"} <= set(log_of(runs / "two" / part)[0])
 
     def test_two_go_on_from_the_checkpoint_of_one(self, runs, part):
         torch.testing.assert_close(

@@ -135,6 +135,112 @@ def test_vocabulary_and_memory(look):
     assert "lower per_device_train_batch_size" in found["error"]
 
 
+LIST = {"prompt": "a", "completions": [" good", " bad"], "rewards": [1.0, 0.0]}
+
+
+@pytest.mark.parametrize("rating", [None, "1.0", float("nan"), float("inf"), [1.0]])
+@pytest.mark.parametrize("column", ["rewards", "ranks"])
+def test_ratings_that_are_none(look, rating, column):
+    """Found with their row, whatever stands there, and nothing else falls over them."""
+    plain = {"prompt": "a", "completions": [" good", " bad"]}
+    bad = rating if isinstance(rating, list) else [rating, 1.0]
+    rows = [{**plain, column: [0.0, 1.0]}, {**plain, "prompt": "b", column: bad}]
+    found = look("ratings", rows)
+    assert re.search(r"row 1 \(from 0\): not one finite number", found["error"])
+    assert look("length bias", rows) == {"ok": ""}
+
+
+def test_lists_that_are_all_tied(look):
+    tied = {**LIST, "rewards": [0.5, 0.5]}
+    assert re.search("row 1 .* one rating", look("ratings", [LIST, tied])["warning"])
+    assert "one rating" in look("ratings", [tied])["error"]
+    assert look("ratings", [LIST]) == {"ok": ""}
+
+
+@pytest.mark.parametrize("column", ["margin", "ref_chosen_logps"])
+def test_columns_of_numbers(look, column):
+    rows = [{**row, "ref_rejected_logps": 0.0, "ref_chosen_logps": 0.0, "margin": 1.0} for row in SOUND[:3]]
+    assert look("ratings", rows) == {"ok": ""}
+    rows[2][column] = float("nan")
+    assert f"row 2 (from 0): column '{column}' holds no finite number" in look("ratings", rows)["error"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": None, "chosen": None, "rejected": "b"}, "'chosen' must not be empty; it is in row 24"),
+        ({"prompt": "a", "chosen": "b", "rejected": ""}, "'rejected' must not be empty; it is in row 24"),
+    ],
+)
+def test_rows_that_a_trainer_refuses(look, row, message):
+    assert message in look("rows", [*SOUND, row])["error"]
+    assert look("rows", SOUND) == {"ok": ""}
+
+
+def test_an_empty_reply_of_a_transcript(look):
+    head = "\n\nHuman: is it good\n\nAssistant:"
+    rows = [{"chosen": f"{head} yes", "rejected": f"{head} no"}, {"chosen": f"{head} yes", "rejected": head}]
+    found = look("rows", rows)
+    assert "what follows the shared beginning must not be empty; it is in row 1 (from 0)" in found["error"]
+
+
+def test_lines_that_are_no_rows(look, tmp_path):
+    look("rows", SOUND)
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write("no JSON\n")
+    config = DoctorConfig(model=str(tmp_path / "model"), dataset=str(tmp_path / "rows.jsonl"))
+    (finding,) = [f for f in examine(config) if f.check == "rows"]
+    assert (finding.level, "JSON parse error in row 24 (from 0)" in finding.text) == ("error", True)
+
+
+def test_rows_of_a_prompt_alone(look):
+    rows = [{"prompt": "the movie"}, {"prompt": "a film"}, {"prompt": [{"role": "user", "content": "is it good"}]}]
+    assert {*look("empty completions", rows[:2])} == {*look("rows", rows[:2])} == {"ok"}
+    assert "ok" in look("sampling against training", rows[:2])
+    assert look("rows", rows[2:], with_template(TEMPLATE)) == {"ok": ""}
+    assert "prompt loses its beginning" in look("truncation", rows[:2], max_prompt_length=2)["warning"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [
+        ("left", ["row 24 .* loses its end", "row 25 .* the prompt loses its beginning"]),
+        ("right", ["row 24 .* loses its end", "row 25 .* left out"]),
+        ("drop", ["rows 24, 25 .* left out"]),
+    ],
+)
+def test_cut_prompts_and_replies_are_told_by_mode(look, mode, words):
+    long = [
+        {"prompt": "a", "chosen": " good" * 80, "rejected": "b"},
+        {"prompt": "is good" * 80, "chosen": " good", "rejected": "b"},
+    ]
+    found = look("truncation", [*SOUND, *long], max_length=64, truncation_mode=mode)["warning"]
+    assert all(re.search(each, found) for each in words), found
+    assert "more than max_length 64" in look("rows", [*SOUND, *long], max_length=64, truncation_mode="raise")["error"]
+
+
+def test_a_model_without_settings_of_its_own_samples_as_it_trains(look):
+    """generate keeps the 50 likeliest tokens where a model says nothing: no fault of the model's."""
+    assert look("sampling against training", SOUND) == {"ok": ""}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(look, value):
+    def change(model, tokenizer):
+        model.transformer.h[0].mlp.c_fc.weight.data[3, 1] = value
+
+    assert "transformer.h.0.mlp.c_fc.weight" in look("weights", SOUND, change)["error"]
+    assert look("weights", SOUND) == {"ok": ""}
+
+
+def test_rows_beyond_the_models_positions(look, tiny_model):
+    count = tiny_model().config.max_position_embeddings
+    rows = [*SOUND, {"prompt": "a", "chosen": " good" * (count + 5), "rejected": "b"}]
+    found = look("positions", rows, max_length=10 * count)["error"]
+    assert f"has learned {count} positions" in found
+    assert look("positions", rows, max_length=count) == {"ok": ""}
+
+
 class TestRewardModel:
     CHECK = "reward model in batches"
 

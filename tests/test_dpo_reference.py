@@ -19,6 +19,7 @@ from fastalign.trainers.common import ref_cache, run
 from fastalign.trainers.common.callbacks import LOG_NAME, read_log
 from fastalign.trainers.common.preference_callback import LINES, PreferenceWatch
 from fastalign.trainers.dpo import DPOConfig, DPOTrainer
+from fastalign.utils.environment import reference_cache_dir
 
 PAIRS = [
     {"prompt": "the movie", "chosen": " is good" * (1 + i % 3), "rejected": " is bad and long"[: 7 + 3 * (i % 4)]}
@@ -38,7 +39,7 @@ def make(tiny_model, tiny_tokenizer, tmp_path):
 
 
 def stored() -> list[Path]:
-    return sorted(ref_cache.folder().glob("*"))
+    return sorted(reference_cache_dir().glob("*"))
 
 
 def weights(model) -> torch.Tensor:

@@ -13,7 +13,6 @@ pytest.importorskip("transformers", reason="needs transformers (the extra `train
 pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
 pytest.importorskip("sklearn", reason="needs scikit-learn (the extra `train`)")
 
-from fastalign.evaluation import chat_judge
 from fastalign.evaluation.chat_judge import ChatJudge
 from fastalign.evaluation.evaluate import EvalConfig, evaluate
 from fastalign.evaluation.judges import HumanLabels, ScoreJudge, load_pair_judge
@@ -142,7 +141,7 @@ def prefers_good(body):
 class TestChatJudge:
     def test_request_and_verdicts(self, server, monkeypatch):
         server.reply = prefers_good
-        monkeypatch.setenv(chat_judge.KEY_VARIABLE, "secret")
+        monkeypatch.setenv("FASTALIGN_JUDGE_KEY", "secret")
         judge = load_pair_judge(server.url + "/", model="m")
         found = win_rate(judge, ["p {second}"] * 3, ["good", "bad", "so"], ["bad", "a good one", "so"])
         assert (found.wins, found.losses, found.ties, found.consistency) == (1 / 3, 1 / 3, 1 / 3, 1.0)

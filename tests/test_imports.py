@@ -20,7 +20,7 @@ LAYERS = (
     ("head",),
     ("losses",),
     ("rl",),
-    ("reference", "models", "memory"),
+    ("reference", "models", "memory", "api"),
     ("integrations",),
     ("trainers",),
     ("evaluation",),

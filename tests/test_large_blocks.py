@@ -27,11 +27,11 @@ def empty_stock():
     fa.release_memory()
     yield
     fa.release_memory()
-    fa.keep_memory(_backends.memory._default_limit())
+    fa.keep_memory(_backends.cache._default_limit())
 
 
 def held():
-    return cpu._C.kept_bytes() // MIB
+    return cpu._C.HeldBlock.kept_bytes() // MIB
 
 
 def test_freed_memory_is_used_again():
@@ -149,7 +149,7 @@ def test_a_gradient_becomes_a_leafs_own():
 def test_environment_variable():
     code = "import fastalign as fa, torch\nfrom fastalign import _backends\n"
     code += "x = _backends.empty((64 << 20,), torch.zeros(()), torch.int8)\ndel x\n"
-    code += "print(_backends.cpu._C.kept_bytes() >> 20)"
+    code += "print(_backends.cpu._C.HeldBlock.kept_bytes() >> 20)"
     for value, expected in (("0", "0"), ("63", "0"), ("64", "64"), ("many", "")):
         done = subprocess.run(
             [sys.executable, "-c", code],
@@ -159,4 +159,4 @@ def test_environment_variable():
             cwd=tempfile.gettempdir(),
         )
         assert done.stdout.strip() == expected, done.stderr
-    assert "FASTALIGN_KEPT_MIB must be a number of MiB, 0 for none; got 'many'" in done.stderr
+    assert "FASTALIGN_KEPT_MIB must be a whole number of MiB, 0 for none; got 'many'" in done.stderr

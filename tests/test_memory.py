@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastalign.head import estimate as memory
+from fastalign import memory
 
 TOKENS, VOCAB, HIDDEN = 384, 32000, 256
 MEASURE = """

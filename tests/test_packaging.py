@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import runpy
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,21 @@ def build_py(monkeypatch):
 def test_types_go_with_the_package(build_py):
     patterns = (build_py.package_data or {}).get("fastalign", [])
     assert {path.name for pattern in patterns for path in ROOT.joinpath("fastalign").glob(pattern)} == set(TYPES)
+
+
+def test_a_source_distribution_holds_every_file_that_is_compiled(monkeypatch):
+    """What the CPU's module names beside its sources: it is always built, the CUDA one only where there is an nvcc."""
+    pytest.importorskip("pybind11", reason="needs pybind11")
+    setuptools = pytest.importorskip("setuptools", reason="needs setuptools")
+    given = {}
+    monkeypatch.setattr(setuptools, "setup", given.update)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("FASTALIGN_CUDA", "0")
+    runpy.run_path("setup.py")
+    (cpu,) = given["ext_modules"]
+    kinds, folders = (".h", ".cuh", ".cpp", ".cu"), (ROOT / "csrc", ROOT / "kernels")
+    there = {path.relative_to(ROOT).as_posix() for f in folders for path in f.rglob("*") if path.suffix in kinds}
+    assert there == {*cpu.sources, *cpu.depends}
 
 
 def test_every_folder_of_modules_is_a_package(build_py):

@@ -42,9 +42,9 @@ def outcome(options, x, y, given, scale=1.0):
     return [t.detach() for t in out], torch.autograd.grad(scale * out.loss, x)[0]
 
 
-def by_the_table(monkeypatch, *args):
-    with monkeypatch.context() as patch:
-        patch.setattr("fastalign.losses.preference.pair_loss", lambda *_, **__: None)
+def by_the_table(programs, *args):
+    """As torch operations."""
+    with programs.off():
         return outcome(*args)
 
 
@@ -52,26 +52,16 @@ def wide(x, given):
     return x.detach().double().requires_grad_(), {k: v.double() for k, v in given.items()}
 
 
-def calls(monkeypatch):
-    """What `pair_loss` returned, call by call."""
-    from fastalign.losses import preference
-
-    seen, real = [], preference.pair_loss
-    monkeypatch.setattr(preference, "pair_loss", lambda *a, **k: seen.append(real(*a, **k)) or seen[-1])
-    return seen
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", REFERENCES)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_no_further_from_float64_than_the_table(monkeypatch, options, kind, dtype):
+def test_no_further_from_float64_than_the_table(programs, options, kind, dtype):
     x, y = problem(dtype=dtype)
     given = references(kind, x, y)
-    seen = calls(monkeypatch)
     found, gradient = outcome(options, x, y, given)
-    assert seen[0] is not None
-    tensors, table_gradient = by_the_table(monkeypatch, options, x, y, given)
-    exact, exact_gradient = by_the_table(monkeypatch, options, *wide(x, given)[:1], y, wide(x, given)[1])
+    assert programs.ran[0] is not None
+    tensors, table_gradient = by_the_table(programs, options, x, y, given)
+    exact, exact_gradient = by_the_table(programs, options, *wide(x, given)[:1], y, wide(x, given)[1])
     for got, other, want in zip(found, tensors, exact, strict=True):
         assert got.dtype == other.dtype == torch.float32
         assert got.shape == other.shape
@@ -134,18 +124,17 @@ def test_a_second_derivative_is_refused():
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e30])
-def test_huge_margins(monkeypatch, scale):
+def test_huge_margins(programs, scale):
     x, y = problem(scale=scale)
-    seen = calls(monkeypatch)
     found, gradient = outcome({"beta": 0.1}, x, y, {})
-    assert seen[0] is not None
-    expected, exact = by_the_table(monkeypatch, {"beta": 0.1}, x.detach().double().requires_grad_(), y, {})
+    assert programs.ran[0] is not None
+    expected, exact = by_the_table(programs, {"beta": 0.1}, x.detach().double().requires_grad_(), y, {})
     for got, want in zip(found, expected, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(gradient.double(), exact, rtol=1e-6, atol=1e-7)
 
 
-def test_an_impossible_response(monkeypatch):
+def test_an_impossible_response(programs):
     """A label of probability 0 among the rejected: no loss and no slope; among the chosen: an infinite loss."""
     x, y = problem(pairs=1, vocab=9)
     y[y < 0] = 0
@@ -199,22 +188,26 @@ def test_bad_labels_are_named():
         {"f_divergence": "js_divergence"},
         {"loss_type": ("sigmoid", "sft")},
         {"loss_type": "rpo"},
+        {"loss_type": "orpo"},
+        {"loss_type": "aot"},
     ],
     ids=str,
 )
-def test_other_losses_are_the_tables(monkeypatch, options):
+def test_no_cliff_between_options(programs, options):
+    """Every row of the table and every option is a program too, but those that couple the batch by sorting it."""
     x, y = problem()
-    seen = calls(monkeypatch)
-    outcome(options, x, y, {})
-    assert seen == []
+    found, gradient = outcome(options, x, y, {})
+    assert (programs.ran[-1] is None) == (options.get("loss_type") == "aot")
+    exact, exact_gradient = by_the_table(programs, options, x.detach().double().requires_grad_(), y, {})
+    for got, want in zip([*found, gradient], [*exact, exact_gradient], strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=3e-6, atol=3e-6)
 
 
-def test_references_of_two_dtypes_take_the_general_road(monkeypatch):
+def test_references_of_two_dtypes_run_as_torch_operations(programs):
     x, y = problem()
-    seen = calls(monkeypatch)
     one, other = torch.zeros(3), torch.zeros(3, dtype=torch.float64)
     outcome({}, x, y, {"ref_chosen_logps": one, "ref_rejected_logps": other})
-    assert seen == [None]
+    assert programs.ran == []
 
 
 def test_threads_change_no_bit():

@@ -7,7 +7,6 @@ import torch
 
 from fastalign import token_logps
 from fastalign.losses import PPOLoss
-from fastalign.losses import policy as room
 
 OPTIONS = [
     {},
@@ -42,16 +41,10 @@ def outcome(options, x, y, old, advantages, reference, scale=1.0, **more):
     return [None if t is None else t.detach() for t in out], torch.autograd.grad(scale * out.loss, x)[0]
 
 
-def general(monkeypatch, *args, **more):
-    with monkeypatch.context() as patch:
-        patch.setattr(room, "policy_terms", lambda *_, **__: None)
+def general(programs, *args, **more):
+    """As torch operations."""
+    with programs.off():
         return outcome(*args, **more)
-
-
-def calls(monkeypatch):
-    seen, real = [], room.policy_terms
-    monkeypatch.setattr(room, "policy_terms", lambda *a, **k: seen.append(real(*a, **k)) or seen[-1])
-    return seen
 
 
 def wide(x, *rest):
@@ -72,22 +65,21 @@ def no_further(found, theirs, exact):
 @pytest.mark.parametrize("per_token", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_no_further_from_float64_than_the_general_road(monkeypatch, options, dtype, per_token):
+def test_no_further_from_float64_than_the_general_road(programs, options, dtype, per_token):
     given = problem(dtype=dtype, per_token=per_token)
-    seen = calls(monkeypatch)
     found, gradient = outcome(options, *given)
-    assert seen[0] is not None
-    theirs, theirs_gradient = general(monkeypatch, options, *given)
-    exact, exact_gradient = general(monkeypatch, options, *wide(*given))
+    assert programs.ran[0] is not None
+    theirs, theirs_gradient = general(programs, options, *given)
+    exact, exact_gradient = general(programs, options, *wide(*given))
     no_further(found, theirs, exact)
     no_further([gradient], [theirs_gradient], [exact_gradient])
 
 
 @pytest.mark.parametrize("num_items", [0, 7, 12.5])
-def test_a_count_of_items(monkeypatch, num_items):
+def test_a_count_of_items(programs, num_items):
     given = problem()
     found, gradient = outcome({}, *given, num_items=num_items)
-    theirs, theirs_gradient = general(monkeypatch, {}, *given, num_items=num_items)
+    theirs, theirs_gradient = general(programs, {}, *given, num_items=num_items)
     for got, want in zip([*found, gradient], [*theirs, theirs_gradient], strict=True):
         if want is not None:
             torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-7)
@@ -103,11 +95,11 @@ def test_the_first_step_is_on_policy():
 
 @pytest.mark.parametrize("distance", [70.0, -70.0, 1e4, -1e4])
 @pytest.mark.parametrize("kind", ["clip", "trpo", "cispo", "reinforce"])
-def test_far_off_policies(monkeypatch, kind, distance):
+def test_far_off_policies(programs, kind, distance):
     x, y, old, advantages, reference = problem()
     given = (x, y, old + distance, advantages, reference)
     found, gradient = outcome({"kind": kind}, *given)
-    exact, exact_gradient = general(monkeypatch, {"kind": kind}, *wide(*given))
+    exact, exact_gradient = general(programs, {"kind": kind}, *wide(*given))
     for got, want in zip([*found, gradient], [*exact, exact_gradient], strict=True):
         if want is not None:
             torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-6)
@@ -145,11 +137,11 @@ def test_a_second_derivative_is_refused():
         torch.autograd.grad(first.sum(), x)
 
 
-def test_no_tokens(monkeypatch):
+def test_no_tokens(programs):
     x, y, old, advantages, _ = problem()
     hidden = torch.full_like(y, -100)
     found, gradient = outcome({}, x, hidden, old, advantages, None)
-    theirs, _ = general(monkeypatch, {}, x, hidden, old, advantages, None)
+    theirs, _ = general(programs, {}, x, hidden, old, advantages, None)
     for got, want in zip(found, theirs, strict=True):
         assert got == want or got is want is None
     assert not gradient.any()
@@ -157,26 +149,32 @@ def test_no_tokens(monkeypatch):
     assert empty.loss == 0
 
 
-ELSE = {
+OTHERS = {
     "entropy": ({"report_entropy": True}, {}),
+    "entropy bonus": ({"entropy_coef": 0.1}, {}),
     "normalization": ({"normalization": "grpo"}, {}),
-    "kind": ({"kind": "gspo"}, {}),
-    "one launch": ({"one_launch": True}, {}),
-    "sampler": ({}, {"sampler_logps": torch.zeros(5, 6)}),
-    "a tensor of items": ({}, {"num_items": torch.tensor(7)}),
+    "gspo": ({"kind": "gspo"}, {}),
+    "gspo_token": ({"kind": "gspo_token"}, {}),
+    "sampler": ({"importance_level": "sequence"}, {"sampler_logps": torch.full((5, 6), -2.0)}),
     "float64": ({}, {"double": True}),
 }
 
 
-@pytest.mark.parametrize("name", ELSE)
-def test_the_rest_takes_the_general_road(monkeypatch, name):
-    options, more = ELSE[name]
+@pytest.mark.parametrize("name", OTHERS)
+def test_no_cliff_between_options(programs, name):
+    options, more = OTHERS[name]
     x, y, old, advantages, _ = problem()
+    more = dict(more)
     if more.pop("double", False):
         old = old.double()
-    seen = calls(monkeypatch)
-    PPOLoss(**options)(x, y, old, advantages, **more)
-    assert all(found is None for found in seen)
+    found = outcome(options, x, y, old, advantages, None, **more)
+    assert programs.ran[-1] is not None
+    wider = {k: v.double() for k, v in more.items()}
+    exact = general(programs, options, *wide(x, y, old, advantages), None, **wider)
+    for got, want in zip([*found[0], found[1]], [*exact[0], exact[1]], strict=True):
+        assert (got is None) == (want is None)
+        if got is not None:
+            torch.testing.assert_close(got.double(), want.double(), rtol=3e-6, atol=3e-6)
 
 
 BAD = {

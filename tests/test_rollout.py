@@ -180,7 +180,10 @@ class TestPrompts:
         (long,) = load_prompts([{"prompt": TEXTS[2]}], tiny_tokenizer, 5)
         whole = tiny_tokenizer(TEXTS[2])["input_ids"]
         assert long.ids == [whole[0], *whole[-4:]]
-        assert long.text == TEXTS[2]
+        # The reward is shown what the policy saw, no more.
+        assert long.text == tiny_tokenizer.decode(long.ids[1:])
+        assert TEXTS[2].endswith(long.text)
+        assert long.text != TEXTS[2]
 
     def test_chat_messages_go_through_the_template(self, tiny_tokenizer):
         import copy

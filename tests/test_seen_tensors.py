@@ -33,9 +33,9 @@ TENSORS = {
 
 @pytest.fixture
 def by_attributes():
-    cpu._C.learn_tensors(*cpu._SEEN, True)
+    cpu._C.learn_tensors(*cpu._SEEN, True, cpu._new_tensor)
     yield
-    cpu._C.learn_tensors(*cpu._SEEN, False)
+    cpu._C.learn_tensors(*cpu._SEEN, False, cpu._new_tensor)
 
 
 def outcome(road, kind):

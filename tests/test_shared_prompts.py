@@ -40,14 +40,14 @@ CASES = {
 }
 
 
-def build(name: str, **options) -> torch.nn.Module:
+def build(name: str, dtype: torch.dtype = torch.float64, **options) -> torch.nn.Module:
     torch.manual_seed(0)
     sizes = {"GPTNeo": _NEO, **MODELS}.get(name, _DECODER)
     config = getattr(transformers, f"{name}Config")(vocab_size=101, **{**sizes, **options})
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     config.update(ends)
     model = f"{name}LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
-    return getattr(transformers, model)(config).double().train()
+    return getattr(transformers, model)(config).to(dtype).train()
 
 
 def neo(second: str, **options) -> torch.nn.Module:
@@ -120,6 +120,82 @@ def test_a_model_that_turns_out_otherwise_is_refused():
     model.model.forward = lambda *args, position_ids=None, **kwargs: body(*args, **kwargs)
     assert "gives other hidden states" in prompt_sharing(model)
     assert all(module.training for module in model.modules())
+
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_rounding_is_no_reason(name, dtype, attention):
+    """Weights far from their initial values, where layers differ more, and more layers than two."""
+    for layers in (1, 12):
+        sizes = {"n_layer": layers} if name == "GPT2" else {"num_hidden_layers": layers}
+        model = build(name, dtype, attn_implementation=attention, **{**MODELS[name], **sizes})
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(torch.randn_like(weight), alpha=0.2)
+        assert isinstance(prompt_sharing(model), PromptSharing)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("dtype", "mistake"), [(torch.float64, 1e-6), (torch.float32, 1e-4)], ids=str)
+@pytest.mark.parametrize("name", ["Llama", "GPT2"])
+def test_a_small_mistake_is_found(name, dtype, mistake, attention):
+    model = build(name, dtype, attn_implementation=attention)
+    body = model.base_model
+    forward = body.forward
+
+    def wrong(*args, attention_mask=None, **kwargs):
+        result = forward(*args, attention_mask=attention_mask, **kwargs)
+        if attention_mask.dim() == 4:  # only where a prompt is shared
+            result.last_hidden_state.mul_(1 + mistake)
+        return result
+
+    body.forward = wrong
+    found = prompt_sharing(model)
+    assert "gives other hidden states" in found
+    assert float(found.split(" by ")[1].split(";")[0]) == pytest.approx(mistake, rel=0.7)
+
+
+def alibi(query, key):
+    """A distance along the row, whatever positions are given."""
+    at = torch.arange(key.shape[-2])
+    return -0.05 * (at[:, None] - at).abs()
+
+
+def window(query, key):
+    at = torch.arange(key.shape[-2])
+    return torch.where((at[:, None] - at).abs() < 4, 0.0, -1e4)
+
+
+@pytest.mark.parametrize("bias", [alibi, window])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_along_the_row_is_found(dtype, bias, monkeypatch):
+    """Of a model whose configuration does not say so."""
+    from transformers.models.llama import modeling_llama
+
+    plain = modeling_llama.eager_attention_forward
+
+    def along(module, query, key, value, attention_mask, **options):
+        added = bias(query, key).to(query.dtype).expand(query.shape[0], 1, -1, -1)
+        mask = added if attention_mask is None else torch.clamp(added + attention_mask, torch.finfo(query.dtype).min)
+        return plain(module, query, key, value, mask, **options)
+
+    model = build("Llama", dtype, attn_implementation="eager")
+    with torch.no_grad():  # initial weights are so small that attention hardly matters
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight), alpha=0.2)
+    assert isinstance(prompt_sharing(model, anew=True), PromptSharing)
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", along)
+    assert "gives other hidden states" in prompt_sharing(model, anew=True)
+
+
+def test_autocast_counts_as_the_arithmetic_that_it_is():
+    model = build("Llama", torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert isinstance(prompt_sharing(model), PromptSharing)
 
 
 def test_a_row_is_no_longer_than_a_table_of_its_mask():

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "fastalign"
-KINDS = {"SupportsInt": "int", "SupportsFloat": "float"}  # as pybind11 names what it converts, from its version 3 on
+KINDS = {
+    "SupportsInt": "int",
+    "SupportsFloat": "float",
+    "Sequence": "list",
+}  # as pybind11 names what it converts, from its version 3 on
 
 
 def of_stub(path):
@@ -44,7 +48,7 @@ def of_module(module):
             continue
         text = value.__init__.__doc__ if isinstance(value, type) else value.__doc__
         arguments, result = re.match(r"\w+\((.*)\) -> (.*)", text).groups()
-        kinds = re.findall(r"arg\d+: (?:typing\.)?(\w+)", arguments)
+        kinds = re.findall(r"arg\d+: (?:\w+\.)*(\w+)", arguments)
         found[name] = ([KINDS.get(kind, kind) for kind in kinds], result.strip())
     return found
 

@@ -152,7 +152,7 @@ class TestConfig:
             frontier.FrontierConfig(methods=["dpo", "sft"])
 
     def test_the_command_that_is_written_down_makes_the_same_settings(self):
-        from fastalign.utils.arguments import parse
+        from fastalign.trainers.common.arguments import parse
 
         chosen = ["dpo", "grpo"]
         config = frontier.FrontierConfig(seeds=4, first_seed=2, methods=chosen, prompts=9, processes=1, output_dir="x")

@@ -3,21 +3,25 @@
 One module per backend, each with the functions of `Backend`. A backend is either available or has a reason why not;
 asking for one that is not available raises with that reason, and nothing is ever swapped for something else without
 being asked. `automatic` says what serves a tensor when nobody asked; `FASTALIGN_BACKEND` or `use_backend` override it.
+A choice of `use_backend` is its thread's or asyncio task's own.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
+import threading
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..utils import environment
 from . import cpu, cuda, eager, triton
 from ._interface import Backend, TokenProgram
 from .cache import LARGE, empty, keep_memory, release_memory
-from .cpu import cpu_isa, cpu_isas, loss_program, probe_copy, probe_read, saved_rows
+from .cpu import cpu_isa, cpu_isas, kept_rows, loss_program, probe_copy, probe_read
 
 __all__ = [
     "LARGE",
@@ -31,12 +35,12 @@ __all__ = [
     "direct",
     "empty",
     "keep_memory",
+    "kept_rows",
     "loss_program",
     "pick",
     "probe_copy",
     "probe_read",
     "release_memory",
-    "saved_rows",
     "use_backend",
 ]
 
@@ -48,7 +52,12 @@ BACKENDS: dict[str, Backend] = {
 }
 """In order of preference: of those that serve a tensor, the first one does."""
 
-_forced: str | None = os.environ.get("FASTALIGN_BACKEND") or None
+_choice: ContextVar[str | None] = ContextVar("fastalign_backend", default=environment.BACKEND)
+"""The backend that this thread or asyncio task asks for; None: the automatic choice."""
+
+_CARRIED = "fastalign_backend"
+"""Key of (thread, its choice) among the objects that torch carries into the threads where autograd runs the backward of
+other devices than the CPU: a ContextVar ends at the thread. (`torch._C`; torch 2.6 to 2.13 have it.)"""
 
 
 def backends() -> dict[str, str]:
@@ -65,23 +74,43 @@ def backends() -> dict[str, str]:
 def use_backend(name: str | None, *, isa: str | None = None) -> Iterator[None]:
     """Within the block every call uses the named backend (None: the automatic choice), `cpu` with the given ISA.
 
-    Raises ValueError for an unknown name and RuntimeError, with the reason, for a backend that is not available.
+    The choice is that of the calling thread or asyncio task: others, and threads that are started within the block, go
+    on as before. A backward runs what is chosen where `backward` or `grad` is called.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: with the reason, for a backend that is not available.
     """
-    global _forced
-    before, before_isa = _forced, cpu_isa() or ""
+    before, before_isa = _choice.get(), cpu_isa()
     for wanted in (name, None if isa is None else "cpu"):
         reason = "" if wanted is None else _known(wanted).unavailable()
         if reason:
             raise RuntimeError(f"backend {wanted!r} is not available: {reason}")
     if isa is not None:
         cpu.set_isa(isa)
-    _forced = name
+    carried = _carried()
+    _choose(name, (threading.get_ident(), name))
     try:
         yield
     finally:
-        _forced = before
-        if isa is not None:
+        _choose(before, carried)
+        if before_isa is not None and isa is not None:
             cpu.set_isa(before_isa)
+
+
+def _choose(name: str | None, carried: tuple[int, str | None] | None) -> None:
+    _choice.set(name)
+    torch._C._stash_obj_in_tls(_CARRIED, carried)
+
+
+def _carried() -> tuple[int, str | None] | None:
+    return torch._C._get_obj_in_tls(_CARRIED) if torch._C._is_key_in_tls(_CARRIED) else None
+
+
+def _chosen(tensor: Tensor) -> str | None:
+    """The backend that is asked for where this tensor is computed on; None: the automatic choice."""
+    carried = None if tensor.is_cpu else _carried()  # the CPU's backward runs in the thread that calls it
+    return _choice.get() if carried is None or carried[0] == threading.get_ident() else carried[1]
 
 
 def _known(name: str) -> Backend:
@@ -97,22 +126,23 @@ def automatic(tensor: Tensor, job: str = "tokens") -> str:
 
 def choose(tensor: Tensor, job: str = "tokens") -> str:
     """Name of the backend for this tensor: the forced one, checked against device and dtype, or the automatic one."""
-    if _forced is None:
+    forced = _chosen(tensor)
+    if forced is None:
         return automatic(tensor, job)
-    reason = _known(_forced).serves(tensor, job)
+    reason = _known(forced).serves(tensor, job)
     if reason:
-        raise RuntimeError(f"backend {_forced!r} {reason}")
-    return _forced
+        raise RuntimeError(f"backend {forced!r} {reason}")
+    return forced
 
 
 def direct(tensor: Tensor) -> Any:
     """The backend `cpu`, where it may serve this tensor: for its functions that look at the tensors themselves."""
-    return cpu if _forced in (None, "cpu") and cpu._C is not None and tensor.is_cpu else None
+    return cpu if tensor.is_cpu and _choice.get() in (None, "cpu") and cpu._C is not None else None
 
 
 def pick(tensor: Tensor, job: str = "tokens") -> Backend:
     """The backend that `choose` names: `pick(logits).forward(..)` is the way to every kernel."""
-    if _forced is None:
+    if (_choice.get() if tensor.is_cpu else _chosen(tensor)) is None:
         for backend in BACKENDS.values():
             if not backend.serves(tensor, job):
                 return backend

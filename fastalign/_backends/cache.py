@@ -8,6 +8,7 @@ import os
 import torch
 from torch import Tensor
 
+from ..utils import environment
 from . import cpu
 
 LARGE = 8 << 20
@@ -16,11 +17,8 @@ size on that moves with what a program allocates (glibc's: up to 32 MiB, and alw
 
 
 def _default_limit() -> int:
-    given = os.environ.get("FASTALIGN_KEPT_MIB")
-    if given is not None:
-        if not given.isdecimal():
-            raise ValueError(f"FASTALIGN_KEPT_MIB must be a number of MiB, 0 for none; got {given!r}")
-        return int(given) << 20
+    if environment.KEPT_BYTES is not None:
+        return environment.KEPT_BYTES
     known = hasattr(os, "sysconf") and {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= os.sysconf_names.keys()
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8 if known else 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from contextvars import ContextVar
 from typing import Any
 
 # torch is imported first: the compiled module takes its OpenMP runtime from the process, and that must be torch's.
@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from ..kernels.token_results import new_saved, new_statistics
+from ..utils import environment
 from ._interface import DTYPES, Statistics, TokenProgram, bad_label
+
+
+def _new_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
 
 try:
     from .. import _C
@@ -20,17 +26,11 @@ except ImportError as error:  # a source tree that was never built, or a build f
 else:
     _C_ERROR, _UNUSUAL = "", _C.UNUSUAL
     _SEEN = (Tensor, (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.float64))
-    _C.learn_tensors(*_SEEN, False)
-    if os.environ.get("FASTALIGN_CPU_ISA"):
-        _C.set_isa(os.environ["FASTALIGN_CPU_ISA"])
+    _C.learn_tensors(*_SEEN, False, _new_tensor)
 
 
 def unavailable() -> str:
     return _C_ERROR
-
-
-GROUP = 3
-"""Level of results by pair or list: see `ops.operations`."""
 
 
 def serves(tensor: Tensor, job: str) -> str:
@@ -42,22 +42,44 @@ def serves(tensor: Tensor, job: str) -> str:
     return f"serves {names} tensors on cpu; got {tensor.dtype} on {tensor.device}"
 
 
-def cpu_isa() -> str | None:
-    """Instruction set that the `cpu` backend runs: "avx512", "avx2" or "portable"; None where it is not built.
-
-    The best one that the processor has, unless the environment variable FASTALIGN_CPU_ISA names another.
-    """
-    return None if _C is None else _C.isa()
-
-
 def cpu_isas() -> tuple[str, ...]:
     """Instruction sets that this build holds and this processor can run, best first."""
     return () if _C is None else tuple(_C.isas())
 
 
+def _default_isa() -> int:
+    names, wanted = cpu_isas(), environment.CPU_ISA
+    if wanted is not None and names and wanted not in names:
+        environment.refuse(f"FASTALIGN_CPU_ISA must be one of {', '.join(names)} on this processor; got {wanted!r}")
+    return names.index(wanted) if wanted in names else 0
+
+
+_DEFAULT_ISA = _default_isa()
+_isa: ContextVar[int] = ContextVar("fastalign_cpu_isa", default=_DEFAULT_ISA)
+"""Position in `cpu_isas()` of what this thread or asyncio task runs; the compiled module reads it with every call."""
+if _C is not None:
+    _C.follow_isa(_isa)
+
+
+def cpu_isa() -> str | None:
+    """Instruction set that the `cpu` backend runs in this thread or asyncio task: "avx512_bf16", "avx512", "avx2" or
+    "portable"; None where it is not built.
+
+    The best one that the processor has, unless `use_backend` or FASTALIGN_CPU_ISA in the environment names another.
+    """
+    return None if _C is None else cpu_isas()[_isa.get()]
+
+
 def set_isa(name: str) -> None:
-    """Runs the named instruction set from now on; ValueError for one that `cpu_isas` does not list."""
-    _C.set_isa(name)
+    """Runs the named instruction set from now on in this thread or asyncio task.
+
+    Raises:
+        ValueError: one that `cpu_isas` does not list.
+    """
+    names = cpu_isas()
+    if name not in names:
+        raise ValueError(f"isa must be one of {', '.join(names)} on this processor; got {name!r}")
+    _isa.set(names.index(name))
 
 
 # ------------------------------------------------------------------------------------------------ token statistics
@@ -137,8 +159,8 @@ def backward(
 # These compiled functions look at the tensors themselves, in a fraction of the time that it takes to do so here, and do
 # nothing where they are not plain ones such as the kernels take as they are. `options` are ignore_index, temperature,
 # softcap; `inplace`: the gradient is to be written over the logits, which must not share memory with each other; `out`
-# is new and dense. What a backward needs is bytes, which are made in a third of a tensor's time; `saved_tensor` makes
-# the tensor of `forward` of it.
+# is new and dense. What a backward needs is bytes, which are made in a third of a tensor's time; `kept_rows` makes
+# tensors of it.
 Kept = bytes
 
 
@@ -149,14 +171,22 @@ def _done(live: int, labels: Tensor, options: tuple[int, float, float], logits: 
     return live >= 0
 
 
-def saved_rows(kept: Kept, labels: Tensor, which: int = 0) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """saved, entropy and kl as `forward` returns them, of what a call kept; `which`: bits 4, 8 for the last two."""
+def kept_rows(
+    kept: Kept, labels: Tensor, which: int = 0
+) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], Tensor | None]:
+    """(saved, entropy, kl) as `forward` returns them, and slopes [k, tokens], of what a call kept.
+
+    `which`: bits of the statistics that there are slopes for, in `ops.programs.STATISTICS`; 0: no slopes were kept.
+    """
     numbers = torch.frombuffer(bytearray(kept), dtype=torch.float32) if kept else _ONE.new_empty(0)
-    tokens = labels.numel()
-    saved, rest = numbers[: 4 * tokens], numbers[4 * tokens :]
-    entropy = rest[:tokens].view(labels.shape) if which & 4 else None
-    kl = rest[-tokens:].view(labels.shape) if which & 8 else None
-    return (saved.view(*labels.shape, 4) if saved.numel() == 4 * tokens else saved), entropy, kl
+    parts = 4 + bool(which & 4) + bool(which & 8) + which.bit_count()
+    tokens = numbers.numel() // parts
+    of_labels = tokens == labels.numel()  # a hook may have changed them: the checks of the backward then say so
+    rows = numbers[4 * tokens :].view(parts - 4, tokens)
+    saved = numbers[: 4 * tokens].view(*(labels.shape if of_labels else (tokens,)), 4)
+    found = [row.view(labels.shape) if of_labels else row for row in rows[: parts - 4 - which.bit_count()]]
+    entropy, kl = found.pop(0) if which & 4 else None, found.pop(0) if which & 8 else None
+    return (saved, entropy, kl), rows[-which.bit_count() :] if which else None
 
 
 def logps(
@@ -164,28 +194,16 @@ def logps(
 ) -> tuple[Tensor, Tensor, Kept] | None:
     """logps, lse and what the backward needs; None, and nothing was done, for other tensors than such."""
     found, lse = torch.empty_like(labels, dtype=torch.float32), torch.empty_like(labels, dtype=torch.float32)
-    live, saved = _C.logps_forward(logits, labels, options, inplace, found, lse, torch.get_num_threads())
+    live, saved, _ = _C.logps_forward(logits, labels, options, inplace, found, lse, torch.get_num_threads())
     return (found, lse, saved) if _done(live, labels, options, logits) else None
 
 
-# A scalar like one that is there already is made in half the time.
-_SCALARS = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in _DTYPE_CODES}
-_ONE = _SCALARS[torch.float32]
+_ONE = torch.zeros((), dtype=torch.float32, device="cpu")
 
 
 def loss_program(*encoded: Any) -> Any:
     """`Program.encoded()` as the functions below take it; None where the module is not built."""
     return None if _C is None else _C.LossProgram(*encoded)
-
-
-def _room(found: Any, tokens: int, grouping: tuple[int, int], wanted: bool, loss: Tensor) -> tuple:
-    """Where a loss's results go: see `Results` in csrc/losses.h."""
-    scalars = _ONE.new_empty((found.scalars,))
-    sequences, list_size = grouping
-    groups = sequences // (list_size if found.program.lists else 2)
-    rows = _ONE.new_empty((found.rows, groups if found.row_level == GROUP else sequences))
-    slopes = _ONE.new_empty((found.which.bit_count(), tokens)) if wanted else None
-    return loss, scalars, rows, slopes
 
 
 def loss(
@@ -194,49 +212,43 @@ def loss(
     options: tuple[int, float, float],
     reference: Tensor | None,
     inplace: bool,
-    found: Any,
+    program: Any,
     given: tuple,
     grouping: tuple[int, int],
     wanted: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None, Kept] | None:
-    """Runs a compiled loss (`ops.fused_loss._Compiled`): the loss in the dtype, other numbers of the batch, results by
-    sequence or group, slopes [k, tokens] if wanted, and what a backward needs.
+) -> tuple[list[Tensor | None], Kept] | None:
+    """Runs a `loss_program`: the formula's results, the loss in the dtype, and what a backward needs if one is wanted.
 
     None, and nothing was done, for other tensors than plain ones; logits that are not dense are copied once.
     """
-    like = _SCALARS.get(dtype)
-    if like is None:
+    code, threads = _DTYPE_CODES.get(dtype), torch.get_num_threads()
+    if code is None:
         return None
-    made, threads = _room(found, labels.numel(), grouping, wanted, torch.empty_like(like)), torch.get_num_threads()
-    rest: tuple[Any, ...] = (reference, inplace, found.handle, given, *grouping, made, threads)
-    live, kept = _C.loss_forward(logits, labels, options, *rest)
+    rest: tuple[Any, ...] = (reference, inplace, program, given, *grouping, wanted, code, threads)
+    live, kept, results = _C.loss_forward(logits, labels, options, *rest)
     if live == _UNUSUAL and not inplace:  # a dense copy would hide logits that share memory, which are not written over
         dense = logits.contiguous(), labels.contiguous()
         rest = (None if reference is None else reference.contiguous(), *rest[1:])
-        live, kept = _C.loss_forward(*dense, options, *rest)
-    if not _done(live, labels, options, logits):
-        return None
-    return made[0], made[1].unbind(), made[2].unbind(), made[3], kept
+        live, kept, results = _C.loss_forward(*dense, options, *rest)
+    return (results, kept) if _done(live, labels, options, logits) else None
 
 
 def loss_terms(
-    statistics: dict[str, Tensor | None],
+    statistics: tuple[Tensor | None, ...],
     labels: Tensor,
     ignore_index: int,
-    found: Any,
+    program: Any,
     given: tuple,
     grouping: tuple[int, int],
     wanted: bool,
-) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor] | None:
-    """The same from statistics of the labels' shape: loss, numbers of the batch, results by sequence or group, and
-    slopes."""
-    made = _room(found, labels.numel(), grouping, wanted, torch.empty_like(_ONE))
-    dense = tuple([None if t is None else t.detach().contiguous() for t in statistics.values()])
-    rest = (ignore_index, found.handle, given, *grouping, made, torch.get_num_threads())
-    if not _C.loss_terms(dense, labels.contiguous(), *rest):
-        return None
-    return made[0], made[1].unbind(), made[2].unbind(), made[3]
+) -> tuple[list[Tensor | None], Tensor] | None:
+    """The same from statistics of the labels' shape: the results, and slopes [k, tokens] if wanted."""
+    threads = torch.get_num_threads()
+    results, slopes = _C.loss_terms(
+        statistics, labels.contiguous(), ignore_index, program, given, *grouping, wanted, threads
+    )
+    return None if results is None else (results, slopes)
 
 
 def loss_backward(
@@ -246,13 +258,12 @@ def loss_backward(
     reference: Tensor | None,
     kept: Kept,
     upstream: tuple[Tensor, ...],
-    slopes: Tensor | None,
     which: int,
     out: Tensor,
 ) -> bool:
     """Whether the logits' gradient was written into `out`, which is new and dense, given that of the loss or of equally
-    long runs of tokens, and the tokens' own slopes for the statistics of the bits `which` (None: 1 for the logps)."""
-    rest: tuple[Any, ...] = (kept, upstream, slopes, which, out, torch.get_num_threads())
+    long runs of tokens; `which`: bits of the statistics whose slopes were kept, 0: the logps, whose slope is 1."""
+    rest: tuple[Any, ...] = (kept, upstream, which, out, torch.get_num_threads())
     live = _C.loss_backward(logits, labels, options, reference, *rest)
     if live == _UNUSUAL:
         dense = logits.contiguous(), labels.contiguous()

@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import os
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..utils import environment
 from ._interface import DTYPES, Statistics, TokenProgram, check_labels
 
 DEVICES = ("cuda", "xpu")  # torch calls AMD's devices cuda too
@@ -27,7 +27,7 @@ def _missing() -> str:
 
 
 def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return environment.triton_interprets()
 
 
 def unavailable() -> str:

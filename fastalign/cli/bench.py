@@ -13,6 +13,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "rl": ("bench_gae.py",),
     "trainers": ("bench_trainers.py",),
     "overhead": ("bench_overhead.py",),
+    "isa": ("bench_isa.py",),
 }
 """Suite → its files, all of them run by pytest, interleaved and written to one results file."""
 
@@ -33,7 +34,7 @@ Every other option is pytest's; `pytest bench --help` lists them."""
 
 def roots() -> list[Path]:
     """Folders that may be a source checkout: the package's own, then the working folder and those above it."""
-    return [Path(__file__).resolve().parents[1], Path.cwd(), *Path.cwd().parents]
+    return [Path(__file__).resolve().parents[2], Path.cwd(), *Path.cwd().parents]
 
 
 def folder() -> Path:

@@ -25,8 +25,8 @@ import datasets
 from rich.console import Console
 from transformers import logging as transformers_logging
 
+from ..trainers.common import arguments
 from ..trainers.common.checkpoints import make_folder, write_json
-from ..utils import arguments
 from . import report as demo_report
 from .config import DemoConfig
 from .stages import OWN, Demo, clear

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from ..utils.arguments import key
+from ..trainers.common.arguments import key
 from ..utils.checks import check_positive
 
 

@@ -23,7 +23,8 @@ from transformers import (
     set_seed,
 )
 
-from ..trainers.data.fetch import SMOLLM2, cache_dir, fetch
+from ..trainers.data.fetch import SMOLLM2, fetch
+from ..utils.environment import cache_dir
 
 _BOS, _EOS = "<s>", "</s>"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -19,12 +19,14 @@ from rich.markup import escape
 from transformers import AutoModelForSequenceClassification, set_seed
 
 from ..evaluation.sample import load
-from ..trainers.common import run
+from ..models import loading
+from ..trainers.common import arguments
+from ..trainers.common.arguments import key
 from ..trainers.common.config import DTYPES
+from ..trainers.data.cut import mode_of
 from ..trainers.data.encode import Encoder
 from ..trainers.data.files import check_sources, read_rows
-from ..utils import arguments
-from ..utils.arguments import key
+from ..trainers.data.problems import Reading, columns_of, tally
 from ..utils.checks import check_choice, check_positive
 from .data import DATA_CHECKS, Finding, Patient
 from .model import MODEL_CHECKS, REWARD_CHECKS
@@ -38,11 +40,18 @@ class DoctorConfig:
 
     model: str | None = key(None, "Folder (or hub name) of the language model to train", group="Model and data")
     tokenizer: str | None = key(None, "Folder of the tokenizer, if not the model's own", group="Model and data")
-    dataset: str | None = key(None, "Training data, in any form that the trainers take", group="Model and data")
+    dataset: str | list[str] | None = key(  # noqa: RUF009 (it makes a dataclasses.field)
+        None, "Training data, in any form that the trainers take", group="Model and data"
+    )
+    columns: dict[str, str] | str = key(  # noqa: RUF009
+        "", "As in the run: names of columns in the data and here, question=prompt,answer=completion",
+        group="Model and data",
+    )  # fmt: skip
     reward_model: str | None = key(None, "Folder of a reward model to look at as well", group="Model and data")
     dtype: str = key("float32", "Dtype of the weights: float32, bfloat16 or float16", group="Model and data")
     max_length: int = key(1024, "As in the run: tokens of prompt and completion", group="Model and data")
     max_prompt_length: int | None = key(None, "As in the run: tokens of the prompt", group="Model and data")
+    truncation_mode: str = key("left", "As in the run: left, right, drop or raise", group="Model and data")
     append_eos: bool = key(True, "As in the run: end completions with an end-of-sequence token", group="Model and data")
     per_device_train_batch_size: int = key(8, "As in the run: rows of a micro-batch", group="Training loop")
     gradient_checkpointing: bool = key(False, "As in the run", group="Training loop")
@@ -52,6 +61,8 @@ class DoctorConfig:
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
+        self.columns = columns_of(self.columns)
+        self.truncation_mode = mode_of(self.truncation_mode)
         check_positive("rows", self.rows)
         check_positive("per_device_train_batch_size", self.per_device_train_batch_size)
 
@@ -67,13 +78,17 @@ def examine(config: DoctorConfig) -> list[Finding]:
         config.max_length,
         config.max_prompt_length,
         config.append_eos and tokenizer.eos_token_id is not None,
+        truncation_mode=config.truncation_mode,
     )
-    patient = Patient(config, _some(read_rows(config.dataset), config), encode, model)
+    with tally("dataset", told=False) as counts:
+        # What a run refuses is to be found, all of it: the faulty rows are told, the others looked at.
+        rows = read_rows(config.dataset, Reading(columns_of(config.columns), skip_bad_rows=True))
+    patient = Patient(config, _some(rows, config), encode, model, said=counts.said)
     checks: dict[str, Callable[[Any], list[Finding]]] = {**DATA_CHECKS, **MODEL_CHECKS}
     if config.reward_model:
-        patient.reward_tokenizer = run.load_tokenizer(None, config.reward_model, "reward_model")
-        reward_model = run.load("reward_model", AutoModelForSequenceClassification, config.reward_model)
-        patient.reward_model = run.placed(reward_model.eval())
+        patient.reward_tokenizer = loading.load_tokenizer(None, config.reward_model, "reward_model")
+        reward_model = loading.load("reward_model", AutoModelForSequenceClassification, config.reward_model)
+        patient.reward_model = loading.placed(reward_model.eval())
         checks |= REWARD_CHECKS
     set_seed(config.seed)
     findings: list[Finding] = []

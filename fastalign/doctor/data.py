@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from scipy import stats
 from ..trainers.data.chat import is_chat, render, spans
 from ..trainers.data.encode import Encoder
 from ..trainers.data.tokenize import LIST_FORMS, PAIR_FORMS, SFT_FORMS
+from .rows import Walk, first_words, not_numbers, ratings, walk
 
 _MARKERS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "[INST]", "<|user|>", "<|assistant|>")
 
@@ -35,6 +37,8 @@ class Patient:
     rows: Dataset
     encode: Encoder
     model: Any
+    said: list[str] = field(default_factory=list)
+    """What reading the data had to tell."""
     reward_model: Any = None
     reward_tokenizer: Any = None
 
@@ -46,7 +50,7 @@ class Patient:
     def form(self) -> tuple[str, ...]:
         """The columns that the rows are read by. ValueError if they have no form that any trainer takes."""
         names = set(self.rows.column_names)
-        for form in (*LIST_FORMS, *SFT_FORMS):
+        for form in (*LIST_FORMS, *SFT_FORMS, ("prompt",)):
             if set(form) <= names:
                 return form
         raise ValueError(f"dataset has no form that a trainer takes; its columns are {', '.join(sorted(names))}")
@@ -58,7 +62,13 @@ class Patient:
             if form == ("messages",):
                 continue
             ends = row["completions"] if "completions" in form else [row[n] for n in form if n != "prompt"]
-            yield i, row.get("prompt") if "prompt" in form else "", list(ends or [])
+            ends = list(ends) if isinstance(ends, (list, tuple)) else []
+            yield i, row.get("prompt") if "prompt" in form else "", ends
+
+    @functools.cached_property
+    def walk(self) -> Walk:
+        """What the trainers make of the rows."""
+        return walk(self.rows, self.form, self.encode)
 
     def texts(self) -> Iterator[tuple[int, str, list[str]]]:
         """The same, of the rows of plain text alone."""
@@ -82,6 +92,31 @@ def _content(completion: Any) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------- the checks
+def refused(p: Patient) -> list[Finding]:
+    """Rows that could not be read or that a trainer refuses, and what else reading told."""
+    out = [Finding("error" if "faulty" in text else "note", text) for text in p.said]
+    if p.walk.refused:
+        out.append(Finding("error", f"{_rows(p.walk.refused)} would be refused: {first_words(p.walk.words)}"))
+    return out
+
+
+def rated(p: Patient) -> list[Finding]:
+    """Numbers that are none, and lists without any comparison."""
+    bad = [f"{_rows(rows)}: column {name!r} holds no finite number" for name, rows in not_numbers(p.rows).items()]
+    tied: list[int] = []
+    if "completions" in p.form:
+        found = [ratings(row) for row in p.rows]
+        none = [i for i, values in enumerate(found) if values is None]
+        if none:
+            bad.append(f"{_rows(none)}: not one finite number (rewards or ranks) for each completion")
+        tied = [i for i, values in enumerate(found) if values is not None and len(set(values)) < 2]
+    out = [Finding("error", "; ".join(bad))] if bad else []
+    if tied:
+        level = "error" if len(tied) == len(p.rows) else "warning"
+        out.append(Finding(level, f"{_rows(tied)}: all completions have one rating: nothing is learned from the list"))
+    return out
+
+
 def boundaries(p: Patient) -> list[Finding]:
     """Prompts and completions whose joint tokenisation merges over the border."""
     merged, spaces = [], 0
@@ -124,6 +159,8 @@ def padding(p: Patient) -> list[Finding]:
 
 def empty(p: Patient) -> list[Finding]:
     """Completions without text, which a trainer refuses."""
+    if p.form == ("prompt",):
+        return []
     rows = [i for i, _, ends in p.completions() if not ends or any(not _content(e).strip() for e in ends)]
     return [Finding("error", f"{_rows(rows)}: a completion is empty")] if rows else []
 
@@ -186,25 +223,22 @@ def _preferences(p: Patient, row: int, lengths: list[int]) -> Iterator[tuple[int
     if p.form in PAIR_FORMS:
         yield lengths[0], lengths[1]
     elif "completions" in p.form:
-        names = p.rows.column_names
-        rewards = p.rows[row]["rewards"] if "rewards" in names else None
-        ranks = p.rows[row]["ranks"] if "ranks" in names else [-r for r in rewards] if rewards else range(len(lengths))
-        for a, b in itertools.permutations(range(len(lengths)), 2):
-            if ranks[a] < ranks[b]:
+        values = ratings(p.rows[row]) or []
+        for a, b in itertools.permutations(range(len(values)), 2):
+            if values[a] > values[b]:
                 yield lengths[a], lengths[b]
 
 
 def truncation(p: Patient) -> list[Finding]:
-    """Completions that lose their end to max_length."""
-    cut, total = [], 0
-    for i, _, ends in p.texts():
-        total += 1
-        lengths = [len(p.tokenizer(e, add_special_tokens=False, verbose=False)["input_ids"]) for e in ends]
-        if max(lengths) + 2 > p.config.max_length:
-            cut.append(i)
-    if not cut:
-        return []
-    return [Finding("warning", f"{_rows(cut)} of {total}: a completion is longer than max_length and loses its end")]
+    """Rows that max_length or max_prompt_length cuts, or drops."""
+    w, total, mode = p.walk, len(p.rows), p.encode.truncation_mode
+    parts = [
+        (w.replies_cut, "a completion is longer than max_length and loses its end"),
+        (w.prompts_cut, "the prompt loses its beginning to max_length or max_prompt_length"),
+        (w.dropped, "too long, and left out"),
+    ]
+    told = [f"{_rows(rows)} of {total}: {what}" for rows, what in parts if rows]
+    return [Finding("warning", f"{'; '.join(told)} (truncation_mode {mode})")] if told else []
 
 
 def template(p: Patient) -> list[Finding]:
@@ -219,16 +253,17 @@ def template(p: Patient) -> list[Finding]:
         try:
             pieces = spans(p.tokenizer, messages)
             render(p.tokenizer, messages, reply_follows=False)
+            written = "".join(s.text for s in pieces)
+            forgotten = any(m["content"].strip() not in written for m in messages[:-1])
         except Exception as error:  # a template is a program of its own and may raise anything
             out.append(Finding("error", f"row {i} (from 0): {error}"))
             break
-        written = "".join(s.text for s in pieces)
-        if any(m["content"].strip() not in written for m in messages[:-1]):
+        if forgotten:
             out.append(Finding("warning", f"row {i} (from 0): the template leaves out a message's text"))
             break
     if not out:
         out += _ending(p, conversations[0][1])
-    roles = [i for i, m in conversations if any(a["role"] == b["role"] for a, b in itertools.pairwise(m))]
+    roles = [i for i, m in conversations if any(a.get("role") == b.get("role") for a, b in itertools.pairwise(m))]
     if roles:
         out.append(Finding("warning", f"{_rows(roles)}: two messages of one role follow each other"))
     return out
@@ -280,6 +315,8 @@ def _written_out(p: Patient) -> list[Finding]:
 
 
 DATA_CHECKS: dict[str, Callable[[Patient], list[Finding]]] = {
+    "rows": refused,
+    "ratings": rated,
     "boundaries": boundaries,
     "padding": padding,
     "empty completions": empty,

@@ -13,6 +13,7 @@ from ..evaluation.sampling import end_ids, prompt_ids
 from ..evaluation.scorers import score_texts
 from ..models.loading import pad_id
 from ..models.logits import logits_of
+from ..trainers.common.base import learned_positions
 from ..trainers.data.chat import is_chat
 from ..trainers.data.collate import pad
 from ..trainers.data.tokenize import LIST_FORMS, PAIR_FORMS
@@ -41,10 +42,14 @@ def _on(device: torch.device, batch: dict[str, torch.Tensor]) -> dict[str, torch
 def sampler(p: Patient) -> list[Finding]:
     """Log-probabilities of tokens as they were drawn, by plain `generate`, against those of training on them."""
     prompts = _prompts(p)
-    if not prompts:
+    if not prompts or _broken(p.model):
         return []
-    rows = prompt_ids(p.tokenizer, prompts)
+    room = min(p.config.max_length, learned_positions(p.model) or p.config.max_length) - _NEW_TOKENS
+    rows = [ids[-max(room, 1) :] for ids in prompt_ids(p.tokenizer, prompts)]
     batch = _on(p.model.device, pad([(ids, []) for ids in rows], pad_id(p.tokenizer), "left"))
+    own = p.model.generation_config.to_diff_dict()
+    # Left unset, generate keeps the 50 likeliest tokens: its own habit, not this model's setting.
+    habits = {} if "top_k" in own else {"top_k": 0}
     drawn = p.model.generate(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
@@ -54,6 +59,7 @@ def sampler(p: Patient) -> list[Finding]:
         return_dict_in_generate=True,
         pad_token_id=pad_id(p.tokenizer),
         eos_token_id=end_ids(p.model, p.tokenizer) or None,
+        **habits,
     )
     tails = drawn.sequences[:, batch["input_ids"].shape[1] :]
     sampled = torch.stack(drawn.scores, 1).float().log_softmax(-1).gather(-1, tails.unsqueeze(-1)).squeeze(-1)
@@ -158,6 +164,29 @@ def vocabulary(p: Patient) -> list[Finding]:
     return []
 
 
+def _broken(model: Any) -> list[str]:
+    """Names of the weights that are not all finite."""
+    return [name for name, w in model.named_parameters() if not torch.isfinite(w).all()]
+
+
+def weights(p: Patient) -> list[Finding]:
+    """Weights that are NaN or infinite."""
+    bad = _broken(p.model)
+    if not bad:
+        return []
+    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+    return [Finding("error", f"the model holds weights that are NaN or infinite: {', '.join(bad[:5])}{more}")]
+
+
+def positions(p: Patient) -> list[Finding]:
+    """Rows that are longer than the model has learned positions for."""
+    count = learned_positions(p.model)
+    if count is None or p.walk.longest <= count:
+        return []
+    text = f"a row has {p.walk.longest} tokens and the model has learned {count} positions: lower max_length to that"
+    return [Finding("error", text)]
+
+
 # --------------------------------------------------------------------------------------------------------- reward model
 def reward_invariance(p: Patient) -> list[Finding]:
     """Scores of texts alone and in a padded batch, and where the score is read."""
@@ -197,7 +226,9 @@ def reward_invariance(p: Patient) -> list[Finding]:
 
 
 MODEL_CHECKS: dict[str, Callable[[Patient], list[Finding]]] = {
+    "weights": weights,
     "vocabulary": vocabulary,
+    "positions": positions,
     "sampling against training": sampler,
     "memory": memory,
 }

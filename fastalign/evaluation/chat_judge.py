@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import re
 import time
 import urllib.error
@@ -15,10 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from ..utils import environment
 from .scorers import Prompt
-
-KEY_VARIABLE = "FASTALIGN_JUDGE_KEY"
-"""Environment variable with the endpoint's key; none is sent without it."""
 
 TEMPLATE = """Which of two answers to a prompt is better?
 
@@ -118,8 +115,8 @@ class ChatJudge:
 
     def _post(self, body: dict[str, Any]) -> Any:
         headers = {"Content-Type": "application/json"}
-        if os.environ.get(KEY_VARIABLE):
-            headers["Authorization"] = f"Bearer {os.environ[KEY_VARIABLE]}"
+        if (secret := environment.judge_key()) is not None:
+            headers["Authorization"] = f"Bearer {secret}"
         request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
         for attempt in range(self.retries + 1):
             pause = self.wait * 2**attempt

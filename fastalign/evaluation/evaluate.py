@@ -26,10 +26,11 @@ from rich.table import Table
 from transformers import set_seed
 
 from ..models.loading import pad_id
+from ..trainers.common import arguments
+from ..trainers.common.arguments import key
 from ..trainers.common.checkpoints import write_json
-from ..trainers.data.files import read_rows
-from ..utils import arguments
-from ..utils.arguments import key
+from ..trainers.data.files import Rows, read_rows
+from ..trainers.data.problems import Reading, columns_of
 from ..utils.checks import check_choice
 from .diversity import self_bleu
 from .estimates import distinct, estimate
@@ -87,8 +88,8 @@ def evaluate(config: EvalConfig) -> dict[str, dict[str, Any]]:
     """Figures of each model, by its folder: see `figures`, `versus` and `perplexity`."""
     if not config.models or not config.dataset:
         raise ValueError("eval needs models and a dataset")
-    prompts = read_prompts(config.dataset, config.limit)
-    rows = own_completions(config.dataset, config.limit)
+    prompts = read_prompts(config.dataset, config.limit, config.columns)
+    rows = own_completions(config.dataset, config.limit, config.columns)
     if config.against == "completion" and rows is None:
         raise ValueError("against=completion needs the column completion or chosen in dataset")
     score = load_judge(config.reward, batch_size=config.batch_size) if config.reward else None
@@ -170,9 +171,9 @@ def distance(
     return {name: estimate(value.reshape(shape).numpy())._asdict() for name, value in by_name.items()}
 
 
-def own_completions(dataset: str, limit: int) -> Any:
+def own_completions(dataset: Rows, limit: int, columns: dict[str, str] | str = "") -> Any:
     """The rows' `prompt` and `completion` (or `chosen`, under that name); None if they have neither."""
-    rows = read_rows(dataset)
+    rows = read_rows(dataset, Reading(columns_of(columns)))
     column = next((name for name in _COMPLETIONS if name in rows.column_names), None)
     if column is None:
         return None

@@ -18,13 +18,15 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, set_seed
 
+from ..models import loading
 from ..models.sampling import Sampling
-from ..trainers.common import run
+from ..trainers.common import arguments
+from ..trainers.common.arguments import key
 from ..trainers.common.config import DTYPES
 from ..trainers.data.chat import check_messages, is_chat
-from ..trainers.data.files import read_rows
-from ..utils import arguments
-from ..utils.arguments import key
+from ..trainers.data.files import Rows, read_rows
+from ..trainers.data.problems import Reading, columns_of
+from ..trainers.data.targets import as_prompts
 from ..utils.checks import check_choice, check_positive
 from .sampling import sample
 
@@ -34,6 +36,9 @@ class DrawConfig:
     """Keys of the commands that draw continuations of prompts."""
 
     dataset: str | None = key(None, "Rows with a column prompt", group="Model and data")
+    columns: dict[str, str] | str = key(  # noqa: RUF009 (it makes a dataclasses.field)
+        "", "Names of columns in the data and here: question=prompt,answer=completion", group="Model and data"
+    )
     limit: int = key(0, "Use the first so many rows; 0: all", group="Model and data")
     dtype: str = key("float32", "Dtype of the weights: float32, bfloat16 or float16", group="Model and data")
     output: str | None = key(None, "A file to write")
@@ -48,6 +53,7 @@ class DrawConfig:
         check_positive("samples_per_prompt", self.samples_per_prompt)
         if self.limit < 0:
             raise ValueError(f"limit must be at least 0; got {self.limit}")
+        self.columns = columns_of(self.columns)
         self.how()
 
     def how(self) -> Sampling:
@@ -78,13 +84,13 @@ class SampleConfig(DrawConfig):
 
 def load(path: str, tokenizer: str | None, dtype: str, key: str = "model") -> tuple[Any, Any]:
     """(model on the accelerator if there is one, tokenizer), for inference; `key` is the one that gave the path."""
-    model: Any = run.load(key, AutoModelForCausalLM, path, dtype=getattr(torch, dtype)).eval()
-    return run.placed(model), run.load_tokenizer(tokenizer, path, key)
+    model: Any = loading.load(key, AutoModelForCausalLM, path, dtype=getattr(torch, dtype)).eval()
+    return loading.placed(model), loading.load_tokenizer(tokenizer, path, key)
 
 
-def read_prompts(source: str, limit: int) -> list[Any]:
+def read_prompts(source: Rows, limit: int, columns: dict[str, str] | str = "") -> list[Any]:
     """The column `prompt` of a dataset: texts or messages. ValueError naming the row that is neither."""
-    rows = read_rows(source)
+    rows = as_prompts(read_rows(source, Reading(columns_of(columns))))
     if "prompt" not in rows.column_names:
         raise ValueError(f"dataset needs the column prompt; {source!r} has {', '.join(rows.column_names)}")
     prompts = list(rows["prompt"])[: limit or None]
@@ -116,7 +122,7 @@ def main(argv: list[str]) -> int:
     path = output_path(config.output)
     prompts: list[Any] = [config.prompt]
     if config.dataset is not None:
-        prompts = read_prompts(config.dataset, config.limit)
+        prompts = read_prompts(config.dataset, config.limit, config.columns)
     model, tokenizer = load(str(config.model), config.tokenizer, config.dtype)
     set_seed(config.seed)
     drawn = sample(model, tokenizer, prompts, per_prompt=config.samples_per_prompt, how=config.how())

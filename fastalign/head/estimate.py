@@ -1,25 +1,13 @@
-"""What the head of a language model will take, before anything is run.
-
-    python -m fastalign.memory --model DIR_OR_NAME --batch 8 --length 512
-    python -m fastalign.memory --vocab 128256 --hidden 1024 --dtype bfloat16 --batch 4 --length 128 --reference
-
-prints, for eager torch and for each plan of `fastalign.head_token_stats`, the peak memory of the head's forward and
-backward beyond its inputs (hidden states, weight) and in addition to the gradients that come out. Nothing is measured
-and nothing is loaded but the model's configuration.
-"""
+"""What the head of a language model will take, before anything is run; `python -m fastalign.memory` prints it."""
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
 from typing import NamedTuple
 
 import torch
 
-from .head import PLANS, HeadPlan, head_plan
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from .gemm_copies import Copies, gemm_copies
+from .head import PLANS, SUM_COLUMNS, HeadPlan, head_plan
 
 
 class Estimate(NamedTuple):
@@ -32,14 +20,14 @@ class Estimate(NamedTuple):
     gemms: int
 
 
-def _eager_peak(logits: int, gradients: int, size: int) -> int:
+def _eager_peak(logits: int, gradients: int, size: int, copies: int) -> int:
     """Peak of `log_softmax(hidden @ weight.T)`, gather, and their backward, from the bytes of one [tokens, V] tensor.
 
     The gradient of log_softmax is formed from the kept log-probs and a [tokens, V] of zeros but for the labels; then,
-    with the log-probs still there, it turns into the gradients of hidden and weight. In 16 bits the CPU takes one
-    more tensor of that size on the way.
+    with the log-probs gone, it turns into the gradients of hidden and weight, `copies` being the larger float32 copy
+    that the products make. In 16 bits the CPU takes one more tensor of that size on the way.
     """
-    return max((3 if size > 2 else 4) * logits, 2 * logits + gradients)
+    return max((3 if size > 2 else 4) * logits, logits + gradients + copies)
 
 
 def estimates(
@@ -52,7 +40,7 @@ def estimates(
     kl: bool = False,
     chunk_bytes: int | None = None,
 ) -> list[Estimate]:
-    """Eager torch and every plan, for so many live tokens.
+    """Eager torch and every plan, for so many live tokens, on this machine's CPU: see `gemm_copies`.
 
     Args:
         tokens, vocab, hidden: M, V and H.
@@ -65,18 +53,53 @@ def estimates(
     gradients = tokens * hidden * size + (0 if frozen else vocab * hidden * size)
     # An eager KL holds the reference's log-probs and the products under the sum as well.
     logits = tokens * vocab * size * (2 if kl else 1)
-    found = [Estimate("eager", _eager_peak(logits, gradients, size), gradients, 2 if frozen else 3)]
+    copies = gemm_copies(dtype)
+    backward = _backward_copies(copies, tokens, vocab, hidden, frozen)
+    found = [Estimate("eager", _eager_peak(logits, gradients, size, backward), gradients, 2 if frozen else 3)]
     for name in PLANS:
         if name == "project" and (not frozen or kl):
             continue
         budget = 64 << 20 if chunk_bytes is None else chunk_bytes
         plan = head_plan(tokens, vocab, hidden, dtype, train_weight=not frozen, kl=kl, chunk_bytes=budget, plan=name)
-        peak = _scratch(plan, tokens, hidden, size) + gradients
-        sums = plan.scratch_bytes - plan.rows * plan.columns * size if name == "objective" and not kl else 0
-        if sums:  # the gradients are made from them when the last part's logits are gone
-            peak -= min(gradients, plan.rows * plan.columns * size)
+        peak = _peak(plan, copies, tokens, vocab, hidden, size, gradients, frozen, kl)
         found.append(Estimate(name, peak, gradients, plan.gemms))
     return found
+
+
+def _backward_copies(copies: Copies, rows: int, columns: int, hidden: int, frozen: bool) -> int:
+    """Bytes of the larger copy that the two products of a tile's backward make, one after the other."""
+    return max(copies.hidden * rows * hidden, 0 if frozen else copies.weight * columns * hidden)
+
+
+def _peak(
+    plan: HeadPlan,
+    copies: Copies,
+    tokens: int,
+    vocab: int,
+    hidden: int,
+    size: int,
+    gradients: int,
+    frozen: bool,
+    kl: bool,
+) -> int:
+    """Peak of a plan beyond inputs, the gradients included."""
+    tile = plan.rows * plan.columns
+    forward = copies.logits * tile
+    backward = _backward_copies(copies, plan.rows, plan.columns, hidden, frozen)
+    peak = _scratch(plan, tokens, hidden, size) + gradients
+    if plan.name == "keep":  # the gradients are not there yet when the logits are formed
+        return max(plan.scratch_bytes + forward, peak + backward)
+    if plan.name == "recompute" and not frozen:
+        # Memory is taken when it is written: the weight's gradient for the last, narrower tile not before that tile.
+        rest = vocab % plan.columns
+        last = _backward_copies(copies, plan.rows, rest, hidden, frozen)
+        return peak + max(forward - rest * hidden * size, backward - rest * hidden * size, last)
+    sums = plan.scratch_bytes - tile * size if plan.name == "objective" and not kl else 0
+    if sums:  # the gradients are made from them when the last part's logits are gone
+        columns = min(vocab, SUM_COLUMNS)
+        part = _backward_copies(copies, plan.rows, columns, hidden, frozen) + columns * hidden * size
+        return plan.scratch_bytes + max(part, forward, gradients - min(gradients, tile * size))
+    return peak + max(forward, backward)
 
 
 def _scratch(plan: HeadPlan, tokens: int, hidden: int, size: int) -> int:
@@ -84,70 +107,3 @@ def _scratch(plan: HeadPlan, tokens: int, hidden: int, size: int) -> int:
         return plan.scratch_bytes
     # Where the vocabulary comes in parts, a product [tokens, H] is added to the gradient of hidden for each of them.
     return plan.scratch_bytes + (tokens * hidden * size if plan.name == "recompute" and size == 2 else 0)
-
-
-def _from_model(name: str) -> tuple[int, int, torch.dtype]:
-    """V, H and the dtype of weights, from a configuration; ValueError or OSError where there is none that says so."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(name)
-    text = config.get_text_config()
-    if not getattr(text, "vocab_size", None) or not getattr(text, "hidden_size", None):
-        raise ValueError("its configuration names no vocab_size and hidden_size")
-    return text.vocab_size, text.hidden_size, getattr(config, "dtype", None) or torch.float32
-
-
-def _count(text: str) -> int:
-    """A whole number above 0."""
-    if int(text) <= 0:
-        raise argparse.ArgumentTypeError(f"must be above 0; got {text}")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"must be in (0, 1]; got {text}")
-    return float(text)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Prints the table; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m fastalign.memory", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", help="directory or hub name of a transformers model")
-    parser.add_argument("--vocab", type=_count)
-    parser.add_argument("--hidden", type=_count)
-    parser.add_argument("--dtype", choices=_DTYPES)
-    parser.add_argument("--batch", type=_count, required=True, help="sequences")
-    parser.add_argument("--length", type=_count, required=True, help="tokens of a sequence")
-    parser.add_argument("--live", type=_share, default=1.0, help="share of tokens that are neither prompt nor padding")
-    parser.add_argument("--frozen", action="store_true", help="the head's weight is not trained")
-    parser.add_argument("--reference", action="store_true", help="an exact KL against a reference's logits")
-    parser.add_argument("--chunk_bytes", type=_count, help="budget of a tile in bytes (default: 64 MiB)")
-    args = parser.parse_args(argv)
-    sizes = (args.vocab, args.hidden)
-    if (args.model is not None) == any(sizes) or any(sizes) != all(sizes):
-        parser.error("either --model, or --vocab and --hidden, must be given")
-    vocab, hidden, dtype = *sizes, torch.bfloat16
-    if args.model is not None:
-        try:
-            vocab, hidden, dtype = _from_model(args.model)
-        except ModuleNotFoundError as error:
-            parser.error(f"--model needs the package {error.name}: pip install 'fastalign[train]'")
-        except (OSError, ValueError) as error:
-            local = args.model.startswith((".", "/", "~")) or args.model.count("/") > 1
-            absent = local and not os.path.isdir(args.model)
-            said = "there is no such folder" if absent else str(error).strip().splitlines()[0]
-            parser.error(f"--model must be a folder with config.json, or a hub's name; got {args.model!r}: {said}")
-    dtype = _DTYPES[args.dtype] if args.dtype else dtype
-    tokens, live = args.batch * args.length, round(args.batch * args.length * args.live)
-    print(f"{tokens:,} tokens, {live:,} of them live, V = {vocab:,}, H = {hidden:,}, {str(dtype)[6:]}\n")
-    print(f"{'':<12}{'peak':>14}{'of it gradients':>20}{'GEMMs':>8}")
-    options = {"frozen": args.frozen, "kl": args.reference, "chunk_bytes": args.chunk_bytes}
-    eager, *_ = estimates(tokens, vocab, hidden, dtype, **options)
-    for e in (eager, *estimates(live, vocab, hidden, dtype, **options)[1:]):
-        print(f"{e.name:<12}{e.peak / 2**20:>10,.0f} MiB{e.gradients / 2**20:>16,.0f} MiB{e.gemms:>8}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

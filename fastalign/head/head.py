@@ -33,11 +33,12 @@ from torch.autograd.function import once_differentiable
 from ..ops.diagnostics import Extras, check_extras
 from ..ops.statistics import TokenStats, TokenStatsAndExtras
 from .inputs import live_problem, plain_head
-from .tiles import HeadGradient, Problem, RowStats, forward, joined
+from .tiles import HeadGradient, Problem, RowStats, cut, forward, joined
 
 PLANS = ("keep", "recompute", "project", "objective")
 _TILE_BYTES = 64 << 20  # of a tile where the caller sets no budget: GEMMs of this size run at full speed
 _WORTH = 256  # tokens of a part below which adding to the weight's gradient costs more than a GEMM done again
+SUM_COLUMNS = 8192  # of the vocabulary, whose part of the weight's gradient `objective` adds at a time in 16 bits
 _NARROWEST = 1024  # columns below which a GEMM over a part of the vocabulary loses speed
 
 
@@ -245,7 +246,7 @@ class _HeadStats(torch.autograd.Function):
         buffers = None if ctx.kept is not None else problem.buffers(rows, columns)
         for at, part in problem.tiles(rows, columns):
             logits, reference = problem.logits(at, part, buffers) if ctx.kept is None else ctx.kept
-            block = tuple(None if g is None else g[at] for g in grads)
+            block = tuple(None if g is None else cut(g, at) for g in grads)
             total.add(at, part, problem.gradient(at, part, logits, reference, stats.rows(at), block))
         if ctx.kept is not None:
             ctx.kept = None  # overwritten by their gradient; where the graph is used again they are formed anew

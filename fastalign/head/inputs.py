@@ -66,7 +66,8 @@ def live_problem(
         check_reference(hidden, weight, *reference)
     live = (labels != ignore_index).reshape(-1)
     check_labels(labels, live, ignore_index, weight.shape[0])
-    index = None if bool(live.all()) else live.nonzero().squeeze(-1)
+    found = live.nonzero().squeeze(-1)
+    index = None if found.shape[0] == live.shape[0] else found
     places = index
     if rows is not None:
         places = rows.reshape(-1) if index is None else rows.reshape(-1).index_select(0, index)

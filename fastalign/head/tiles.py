@@ -20,6 +20,11 @@ _NO_LABEL = -100  # rows of a tile are all live; this value occurs nowhere among
 Grads = tuple[Tensor | None, ...]
 
 
+def cut(t: Tensor, at: slice) -> Tensor:
+    """t[at], and t itself where that is all of it: views are made in the time of a small kernel."""
+    return t if at.start == 0 and at.stop == t.shape[0] else t[at]
+
+
 @dataclass
 class Projection:
     """Hidden states of the live tokens and the head that turns them into logits: hidden @ weight.T + bias."""
@@ -29,16 +34,17 @@ class Projection:
     bias: Tensor | None  # [V]
 
     def part(self, columns: slice) -> Tensor:
-        return self.weight[columns].to(self.hidden.dtype)
+        part = cut(self.weight, columns)
+        return part if part.dtype == self.hidden.dtype else part.to(self.hidden.dtype)
 
     def logits(self, rows: slice, columns: slice, out: Tensor | None = None) -> Tensor:
         """[rows, columns] in the dtype of hidden, into the flat buffer `out` if one is given."""
-        hidden, weight = self.hidden[rows], self.part(columns)
+        hidden, weight = cut(self.hidden, rows), self.part(columns)
         shape = hidden.shape[0], weight.shape[0]
         out = _backends.empty(shape, hidden) if out is None else out[: shape[0] * shape[1]].view(shape)
         if self.bias is None:
             return torch.mm(hidden, weight.t(), out=out)
-        return torch.addmm(self.bias[columns].to(hidden.dtype), hidden, weight.t(), out=out)
+        return torch.addmm(cut(self.bias, columns).to(hidden.dtype), hidden, weight.t(), out=out)
 
 
 @dataclass
@@ -53,6 +59,8 @@ class RowStats:
     saved: Tensor  # [M, 4]: see kernels/token_stats.h
 
     def rows(self, at: slice) -> RowStats:
+        if at.start == 0 and at.stop == self.logps.shape[0]:
+            return self
         entropy, kl, mean = (None if t is None else t[at] for t in (self.entropy, self.kl, self.mean))
         return RowStats(self.logps[at], self.lse[at], entropy, kl, mean, self.saved[at])
 
@@ -94,9 +102,11 @@ class Problem:
         reference = None if self.reference is None else self.reference.logits(rows, columns, second)
         return self.policy.logits(rows, columns, first), reference
 
-    def local(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
-        """(label within the tile or 0, is it within) of each row."""
-        labels = self.labels[rows]
+    def local(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor | None]:
+        """(label within the tile or 0, is it within) of each row; None: all of them are."""
+        labels = cut(self.labels, rows)
+        if columns.start == 0 and columns.stop == self.vocab:
+            return labels, None
         inside = (labels >= columns.start) & (labels < columns.stop)
         return torch.where(inside, labels - columns.start, 0), inside
 
@@ -115,7 +125,7 @@ class Problem:
         """Overwrites a tile's logits with their gradient. `stats` and `grads` are those of its rows."""
         local, inside = self.local(rows, columns)
         g_logps, g_lse, g_entropy, g_kl, g_mean = grads
-        if g_logps is not None and columns.stop - columns.start < self.vocab:
+        if g_logps is not None and inside is not None:
             # d logps/dx = onehot - p. Where the target is elsewhere, -p alone is left, which is -d lse/dx.
             outside = torch.where(inside, 0, g_logps)
             g_lse = -outside if g_lse is None else g_lse - outside
@@ -152,10 +162,14 @@ class _Merger:
         inside = self._problem.local(rows, columns)[1]
         zero = torch.zeros_like(lse)
         # A part of nothing but -inf has no softmax: its target is -inf too.
-        target = torch.where(inside, torch.where(lse == -torch.inf, lse, part.logps + lse), 0)
+        target = torch.where(lse == -torch.inf, lse, part.logps + lse)
+        target = target if inside is None else torch.where(inside, target, 0)
         # E[x] and E[x - z] under the part's own softmax
         mean_x = zero if part.entropy is None else lse - part.entropy
         mean_gap = zero if part.kl is None else part.kl + lse - ref_lse
+        if part.kl is not None:
+            # The part has no reference, of which the whole has one: infinite, if the part weighs anything.
+            mean_gap = torch.where(ref_lse == -torch.inf, torch.inf, mean_gap)
         total = zero if part.mean is None else part.mean * float(columns.stop - columns.start)
         self._parts.append((lse, ref_lse, target, mean_x, mean_gap, total))
 
@@ -175,7 +189,7 @@ class _Merger:
 
         def split(x: Tensor) -> tuple[Tensor, Tensor]:
             high = x.to(dtype)
-            return high, (x - high).to(dtype)
+            return high, torch.where(high == -torch.inf, 0, x - high).to(dtype)
 
         none = torch.zeros_like(lse, dtype=dtype)
         saved = torch.stack([*split(lse), *(split(ref_lse) if has_kl else (none, none))], -1)
@@ -241,9 +255,9 @@ class HeadGradient:
 
     def add(self, rows: slice, columns: slice, dlogits: Tensor) -> None:
         if self.hidden is not None:
-            self._add_hidden(self.hidden[rows], columns, dlogits)
+            self._add_hidden(cut(self.hidden, rows), columns, dlogits)
         if self.weight is not None:
-            self._add_weight(self.weight[columns], rows, dlogits)
+            self._add_weight(cut(self.weight, columns), rows, dlogits)
         if self.bias is not None:
             self.bias[columns] += dlogits.sum(0, dtype=self.bias.dtype)
 
@@ -258,7 +272,7 @@ class HeadGradient:
             to.addmm_(dlogits, part)
 
     def _add_weight(self, to: Tensor, rows: slice, dlogits: Tensor) -> None:
-        hidden = self._policy.hidden[rows]
+        hidden = cut(self._policy.hidden, rows)
         if self._one_block:
             if to.dtype == dlogits.dtype:
                 torch.mm(dlogits.t(), hidden, out=to)

@@ -1,5 +1,6 @@
 """Losses on log-probabilities and scores, and the modules that take logits."""
 
+from .custom import CustomOutput, PairLoss, TokenLoss
 from .kl import importance_weights, kl_estimate
 from .listwise import ListOutput, PROLoss, PROOutput, plackett_luce_loss, pro_loss
 from .policy import PolicyLossOutput, PPOLoss, policy_loss
@@ -10,6 +11,7 @@ from .unpaired import KTOLoss, KTOOutput, kto_loss
 from .value import ValueLossOutput, ptx_loss, value_loss
 
 __all__ = [
+    "CustomOutput",
     "DPOLoss",
     "KTOLoss",
     "KTOOutput",
@@ -17,11 +19,13 @@ __all__ = [
     "PPOLoss",
     "PROLoss",
     "PROOutput",
+    "PairLoss",
     "PolicyLossOutput",
     "PreferenceOutput",
     "RewardOutput",
     "SFTLoss",
     "SFTOutput",
+    "TokenLoss",
     "ValueLossOutput",
     "best_of_k_loss",
     "dpo_loss",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends
-from ..head.head import Head, as_head, part_rows
+from ..head.head import SUM_COLUMNS, Head, as_head, part_rows
 from ..head.inputs import Live, live_problem, plain_head
 from ..head.tiles import RowStats
 from ..ops.fused_loss import attach_gradients
@@ -23,7 +23,6 @@ from ..ops.statistics import TokenStats
 from .base import Logits
 
 T = TypeVar("T")
-_COLUMNS = 8192  # of the vocabulary, whose part of the weight's gradient is added at a time in 16 bits
 
 
 class Piece:
@@ -106,9 +105,9 @@ class _Totals:
         else:
             if self.weight is None:
                 self.weight = self._new_weight(dlogits, hidden, wide)
-            for start in range(0, dlogits.shape[1], _COLUMNS):
-                product = torch.mm(dlogits[:, start : start + _COLUMNS].t(), hidden)
-                to = self.weight[start : start + _COLUMNS]
+            for start in range(0, dlogits.shape[1], SUM_COLUMNS):
+                product = torch.mm(dlogits[:, start : start + SUM_COLUMNS].t(), hidden)
+                to = self.weight[start : start + SUM_COLUMNS]
                 to.copy_(product) if first else to.add_(product)
 
     @staticmethod
@@ -131,6 +130,8 @@ def known_objective(logits: Logits, labels: Tensor, ignore_index: int) -> Head |
     trained = [t is not None and t.requires_grad for t in (head.hidden, head.weight, head.bias)]
     if not any(trained) or head.plan not in (None, "objective"):
         return None
+    if not part_rows(head, labels.numel(), any(trained[1:])):
+        return None  # nor for the real ones among them
     return head if part_rows(head, int((labels != ignore_index).sum()), any(trained[1:])) else None
 
 

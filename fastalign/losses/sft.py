@@ -237,5 +237,5 @@ def _grouping(labels: Tensor) -> Grouping:
 def _as_output(found: list[Any] | None) -> SFTOutput | None:
     if found is None:
         return None
-    *rest, tokens = found
-    return SFTOutput(*rest, tokens.to(torch.int64))
+    out = SFTOutput(*found)
+    return out._replace(num_tokens=out.num_tokens.to(torch.int64))

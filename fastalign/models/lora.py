@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
-import os
 from typing import Any
 
 from transformers import set_seed
 
-_YES = ("true", "True", "1")
+from ..utils import environment
 
 
 def is_adapted(model: Any) -> bool:
@@ -38,7 +37,7 @@ def with_lora(model: Any, args: Any, task: str) -> Any:
         return model
     if importlib.util.find_spec("peft") is None:
         raise ValueError("lora_rank needs the package peft: pip install peft")
-    if args.lora_merge and (getattr(args, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP", "") in _YES):
+    if args.lora_merge and (getattr(args, "fsdp", None) or environment.launched_with_fsdp()):
         raise ValueError("lora_merge must be false with FSDP, whose shards cannot be merged into; got true")
     from peft import LoraConfig, get_peft_model
 

@@ -11,11 +11,13 @@ attention under a mask, whose empty blocks are computed too; where that would ou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..utils.modes import evaluating
 from .lm_head import unwrapped
@@ -109,15 +111,55 @@ class PromptSharing:
         batch = {"input_ids": both, "attention_mask": mask, "position_ids": torch.arange(9, device=device).expand(2, 9)}
         found = share(batch, torch.zeros(2, dtype=torch.int64, device=device))
         with evaluating(model):
-            plain = hidden_states(batch)
+            with _Arithmetic() as arithmetic:
+                plain = hidden_states(batch)
             try:
                 shared = hidden_states(self._masked(found.inputs)).flatten(0, 1)[found.rows]
             except Exception as error:  # whatever a model raises that cannot work with such a mask
                 raise ValueError(f"{type(model).__name__} takes no mask of [B, 1, T, T]: {error}") from error
         real = mask.bool()
         gap = (plain - shared)[real].abs().max() / plain[real].abs().max()
-        if not gap <= 0.5 * torch.finfo(plain.dtype).eps ** 0.5:  # far above rounding, far below another mask's effect
-            raise ValueError(f"{type(model).__name__} gives other hidden states where a prompt is shared, by {gap:.1e}")
+        limit = _rounding(plain.dtype, arithmetic.eps, plain.shape[-1], _size(self.config, "num_hidden_layers"))
+        if not gap <= limit:
+            raise ValueError(
+                f"{type(model).__name__} gives other hidden states where a prompt is shared, by {gap:.1e}; rounding "
+                f"explains {limit:.1e}"
+            )
+
+
+class _Arithmetic(TorchDispatchMode):
+    """Watches a pass for the coarsest floating-point type that any operation gives.
+
+    Not that of the result: attention in float64 may compute its softmax in float32, autocast may compute in bfloat16.
+    """
+
+    eps = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for result in results if isinstance(results, (tuple, list)) else (results,):
+            if isinstance(result, Tensor) and result.is_floating_point():
+                self.eps = max(self.eps, torch.finfo(result.dtype).eps)
+        return results
+
+
+def _rounding(dtype: torch.dtype, coarsest: float, hidden: int, layers: int) -> float:
+    """How far rounding alone can take hidden states of two orders of the same sums apart, relative to the largest.
+
+    In every layer two kinds of results depend on the order: entries of the softmax and whatever else is stored, rounded
+    once in the coarsest type; and sums over up to `hidden` products, whose errors of eps each walk at random,
+    sqrt(hidden) of them far, in the type that accumulates them (float32 for 16 bits). The layers' errors are
+    independent and add up as sqrt(layers). Of all that, four standard deviations. Beyond half the digits nothing could
+    be told from another mask.
+
+    Args:
+        dtype: of the hidden states.
+        coarsest: eps of the coarsest type that the pass used.
+        hidden, layers: the model's sizes.
+    """
+    accumulated = min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    walk = 4 * math.sqrt(layers) * (coarsest + math.sqrt(hidden) * accumulated)
+    return min(walk, 0.5 * math.sqrt(coarsest))
 
 
 def _window(config: Any) -> str | None:

@@ -42,17 +42,20 @@ class Grouping(NamedTuple):
 
 # ------------------------------------------------------------------------------------------------------------ one node
 class _FusedLoss(torch.autograd.Function):
-    """A loss that is known with the way to its gradient: `pull(gradient of the loss, saved tensors)`."""
+    """A loss that is known with the way to its gradient: `pull(gradient of the loss, saved tensors)`.
+
+    `made`: the loss, which as an argument of its own would come back as a view, and that way.
+    """
 
     @staticmethod
-    def forward(ctx, loss, pull, *tensors):
-        ctx.pull = pull
-        ctx.save_for_backward(*tensors)
+    def forward(ctx, made, *tensors):
+        loss, ctx.pull = made
+        ctx.save_for_backward(*(() if isinstance(ctx.pull, _Known) else tensors))
         return loss
 
     @staticmethod
     def backward(ctx, gradient):
-        return None, None, *ctx.pull(gradient, ctx.saved_tensors)
+        return None, *ctx.pull(gradient, ctx.saved_tensors)
 
 
 _node = statistics.node_of(_FusedLoss)
@@ -61,9 +64,8 @@ _node = statistics.node_of(_FusedLoss)
 class _OfLogits(NamedTuple):
     """To the logits, by the backward kernel: tensors are logits, labels and the reference's logits or None."""
 
-    slopes: Tensor | None
-    """[k, tokens], the loss's gradient for each statistic of `which`; None: 1 for the log-probabilities."""
     which: int
+    """Bits of the statistics that the loss moves with, whose slopes were kept."""
     kept: bytes
     options: tuple[int, float, float]
     inplace: bool
@@ -74,24 +76,25 @@ class _OfLogits(NamedTuple):
             cpu = _backends.direct(logits)
             out = statistics.room_for_gradient(logits, inplace=False)
             if cpu is not None and cpu.loss_backward(
-                logits, labels, self.options, reference, self.kept, (gradient,), self.slopes, self.which, out
+                logits, labels, self.options, reference, self.kept, (gradient,), self.which, out
             ):
                 return out, None, None
-        grads = self._of_statistics(gradient, labels)
-        rows = _backends.saved_rows(self.kept, labels, self.which)
+        rows, slopes = _backends.kept_rows(self.kept, labels, self.which)
+        grads = self._of_statistics(gradient, labels, slopes)
         found = statistics.gradient(logits, labels, reference, *rows, grads, self.options, self.inplace)
         return found, None, None
 
-    def _of_statistics(self, gradient: Tensor, labels: Tensor) -> list[Tensor | None]:
+    def _of_statistics(self, gradient: Tensor, labels: Tensor, slopes: Tensor | None) -> list[Tensor | None]:
         """The gradient of every statistic, of the labels' shape."""
         each: list[Tensor | None] = [None] * len(STATISTICS)
         wide = gradient.float()
         if torch.is_grad_enabled() and not wide.requires_grad:
             wide = wide.detach().requires_grad_()  # so that another derivative is refused, not silently zero
-        rows = iter([] if self.slopes is None else self.slopes.unbind())
+        rows = iter([] if slopes is None else slopes.unbind())
         for k in range(len(STATISTICS)):
             if self.which >> k & 1:
-                each[k] = (wide * next(rows)).view(labels.shape)
+                row = wide * next(rows)  # if a hook changed the labels, the checks of the backward say so
+                each[k] = row.view(labels.shape) if row.numel() == labels.numel() else row
         return each
 
 
@@ -128,16 +131,7 @@ def attach_gradients(loss: Tensor, tensors: Sequence[Tensor | None], gradients: 
 
     None among the gradients: there is none.
     """
-    return _Attached.apply(loss.detach().clone(), _Known(tuple(gradients)), *tensors)
-
-
-class _Attached(_FusedLoss):
-    """The same node for tensors that are not kept: their gradients are there already."""
-
-    @staticmethod
-    def forward(ctx, loss, pull, *tensors):
-        ctx.pull = pull
-        return loss
+    return _FusedLoss.apply((loss.detach().clone(), _Known(tuple(gradients))), *tensors)
 
 
 # ------------------------------------------------------------------------------------------------- what a formula sees
@@ -156,7 +150,7 @@ class Values:
         for name, value, level in inputs:
             if isinstance(value, Tensor):
                 value = value.detach()
-                value = self._real(value) if level == TOKEN else value
+                value = self._real(value) if level == TOKEN else value.unsqueeze(-1) if level == SEQUENCE else value
             self._found[name] = value
 
     def _real(self, x: Tensor) -> Tensor:
@@ -171,33 +165,23 @@ class Values:
 class _Compiled(NamedTuple):
     program: Program
     handle: Any
-    there: tuple[bool, ...]
     names: tuple[str, ...]
     """Inputs that the program takes, in order."""
     which: int
     """Bits of the statistics that the loss moves with."""
-    scalars: int
-    rows: int
-    row_level: int
-    uses: tuple[str, ...]
 
 
 def _compile(formula: Callable[..., Any], levels: dict[str, int], statistics: Sequence[str], lists: bool) -> _Compiled:
     program, there = trace(formula, levels, statistics=statistics, lists=lists)
-    outputs = [program.steps[i].level for i in program.outputs[1:]]
-    rows = {level for level in outputs if level != BATCH}
-    if len(rows) > 1 or TOKEN in rows:
-        raise NotTraced(f"results of several levels: {', '.join(LEVEL_NAMES[x] for x in sorted(rows))}")
-    which, wanted = 0, _wanted(program)
-    for step, moved in zip(program.steps, wanted, strict=True):
+    if any(program.steps[i].level == TOKEN for i in program.outputs):
+        raise NotTraced("a result for each token: reduce it")
+    which = 0
+    for step, moved in zip(program.steps, _wanted(program), strict=True):
         name = program.inputs[int(step.value)] if step.op == "input" else ""
         if moved and name in STATISTICS:
             which |= 1 << STATISTICS.index(name)
-    given = tuple(n for n in program.inputs if n in levels)
-    handle = _backends.loss_program(*program.encoded())
-    count = sum(level != BATCH for level in outputs)
-    level = next(iter(rows), BATCH)
-    return _Compiled(program, handle, there, given, which, len(outputs) - count, count, level, program.statistics)
+    handle = _backends.loss_program(*program.encoded(), list(there))
+    return _Compiled(program, handle, tuple(n for n in program.inputs if n in levels), which)
 
 
 def _wanted(program: Program) -> list[bool]:
@@ -282,14 +266,13 @@ class FusedLoss:
         wanted = logits.requires_grad and torch.is_grad_enabled()
         options = (ignore_index, temperature, 0.0 if softcap is None else as_softcap(softcap))
         inplace = wanted and inplace_backward
-        made = cpu.loss(logits, labels, options, ref_logits, inplace, found, given, grouping, wanted, dtype)
+        made = cpu.loss(logits, labels, options, ref_logits, inplace, found.handle, given, grouping, wanted, dtype)
         if made is None:
             return None
-        loss, scalars, rows, slopes, kept = made
+        results, kept = made
         if wanted:
-            pull = _OfLogits(slopes, found.which, kept, options, inplace)
-            loss = _node(loss, pull, logits, labels, ref_logits)
-        return _placed(found, loss, scalars, rows)
+            results[0] = _node((results[0], _OfLogits(found.which, kept, options, inplace)), logits, labels, ref_logits)
+        return results
 
     def of_statistics(
         self, stats: TokenStats, labels: Tensor, inputs: Sequence[Input], grouping: Grouping, ignore_index: int
@@ -302,17 +285,18 @@ class FusedLoss:
         cpu = _backends.direct(logps)
         there = [x for x in inputs if x.value is not None]
         found = self.compiled(tuple([(x.name, x.level) for x in there])) if cpu is not None else ""
-        if cpu is None or isinstance(found, str) or any(given_stats[name] is None for name in found.uses):
+        if cpu is None or isinstance(found, str) or any(given_stats[name] is None for name in found.program.statistics):
             return None
         moved = [given_stats[name] for k, name in enumerate(STATISTICS) if found.which >> k & 1]
         wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in moved)
-        made = cpu.loss_terms(given_stats, labels, ignore_index, found, _values(found, there), grouping, wanted)
+        dense = tuple([None if t is None else t.detach().contiguous() for t in given_stats.values()])
+        made = cpu.loss_terms(dense, labels, ignore_index, found.handle, _values(found, there), grouping, wanted)
         if made is None:
             return None
-        loss, scalars, rows, slopes = made
+        results, slopes = made
         if wanted:
-            loss = _node(loss, _OfStatistics(slopes.unbind()), *moved)
-        return _placed(found, loss, scalars, rows)
+            results[0] = _node((results[0], _OfStatistics(slopes.unbind())), *moved)
+        return results
 
 
 def _values(found: _Compiled, there: Sequence[Input]) -> tuple[Any, ...]:
@@ -321,13 +305,3 @@ def _values(found: _Compiled, there: Sequence[Input]) -> tuple[Any, ...]:
         return tuple([x.value for x in there])
     by_name = {x.name: x.value for x in there}
     return tuple(by_name[name] for name in found.names)
-
-
-def _placed(found: _Compiled, loss: Tensor, scalars: Sequence[Tensor], rows: Sequence[Tensor]) -> list[Any]:
-    """The results in the formula's order, None where it had none."""
-    levels = iter([found.program.steps[i].level for i in found.program.outputs[1:]])
-    of_batch, of_rows = iter(scalars), iter(rows)
-    rest = [
-        (next(of_batch) if next(levels) == BATCH else next(of_rows)) if there else None for there in found.there[1:]
-    ]
-    return [loss, *rest]

@@ -272,6 +272,7 @@ _FUNCTIONS |= {
     "neg": lambda x: _apply("mul", x, -1.0),
     "negative": lambda x: _apply("mul", x, -1.0),
     "max": lambda a, b=None: _apply("maximum", a, b) if isinstance(b, (Symbol, Tensor)) else _reduce("amax")(a, b),
+    "relu": lambda x, inplace=False: _apply("relu", x),
     "logsigmoid": lambda x: _apply("log_sigmoid", x),
     "softplus": lambda x: _apply("mul", _apply("log_sigmoid", _apply("mul", x, -1.0)), -1.0),
     "logical_and": lambda a, b: _apply("and", a, b),

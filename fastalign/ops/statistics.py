@@ -106,9 +106,9 @@ def _kept_gradient(ctx, g_logps, g_lse) -> Tensor:
     logits, labels = ctx.saved_tensors
     if g_lse is None and not ctx.inplace and not torch.is_grad_enabled() and unwatched(logits, labels):
         cpu, out = _backends.direct(logits), room_for_gradient(logits, False)
-        if cpu is not None and cpu.loss_backward(logits, labels, ctx.options, None, ctx.kept, (g_logps,), None, 1, out):
+        if cpu is not None and cpu.loss_backward(logits, labels, ctx.options, None, ctx.kept, (g_logps,), 0, out):
             return out
-    rows = _backends.saved_rows(ctx.kept, labels)
+    rows, _ = _backends.kept_rows(ctx.kept, labels)
     return gradient(logits, labels, None, *rows, (g_logps, g_lse, None, None, None), ctx.options, ctx.inplace)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..demo.config import DemoConfig
-from ..utils.arguments import key
+from ..trainers.common.arguments import key
 from ..utils.checks import check_positive
 
 _ANY = ("seeds", "first_seed", "processes", "max_seconds", "output_dir", "overwrite", "quick", "full", "methods")

@@ -28,8 +28,8 @@ from rich.table import Table
 
 from ..evaluation.best_of_n import best_of_n, best_of_n_kl
 from ..evaluation.policy import measure
-from ..utils import arguments
-from ..utils.arguments import key
+from ..trainers.common import arguments
+from ..trainers.common.arguments import key
 from ..utils.checks import check_choice
 from . import plots, report
 from .callbacks import Watch

@@ -25,8 +25,8 @@ from ..evaluation.judges import compare_scores
 from ..evaluation.policy import Measured, measure
 from ..evaluation.ranked_samples import best_against_worst
 from ..evaluation.winrate import length_matched, tally
-from ..utils import arguments
-from ..utils.arguments import key
+from ..trainers.common import arguments
+from ..trainers.common.arguments import key
 from ..utils.checks import check_positive
 from . import frontier, plots, report
 from .callbacks import Watch

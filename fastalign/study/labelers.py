@@ -24,10 +24,10 @@ from rich.table import Column, Table
 from ..evaluation.agreement import Rating, held_out_labelers, krippendorff_alpha, pairwise_agreement
 from ..evaluation.gold import fit_gold
 from ..evaluation.labelers import read_labels, summarise
+from ..trainers.common import arguments
+from ..trainers.common.arguments import key
 from ..trainers.common.checkpoints import make_folder
 from ..trainers.data.reviews import DOMAINS, Review, load_reviews
-from ..utils import arguments
-from ..utils.arguments import key
 from ..utils.checks import check_positive
 from . import report
 from .machine import machine

@@ -23,8 +23,8 @@ from rich.console import Console
 from ..evaluation.estimates import estimate
 from ..evaluation.gold import Scorer, fit_gold
 from ..evaluation.policy import Measured, measure
+from ..trainers.common import arguments
 from ..trainers.data.reviews import DOMAINS, load_reviews, split_reviews
-from ..utils import arguments
 from . import plots, report
 from .callbacks import Watch
 from .config import StudyConfig

@@ -30,11 +30,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..losses.preference import DPOLoss
 from ..models.loading import disable_dropout, load_model, pad_id
 from ..models.lora import adapters_off, is_adapted
-from ..utils.arguments import key
 from ..utils.batch import IGNORE, Batch
 from ..utils.checks import check_positive
 from ..utils.modes import evaluating
 from .common import ref_cache
+from .common.arguments import key
 from .common.base import AlignmentTrainer, Metrics, Weighted
 from .common.config import GroupsConfig
 from .common.preference_callback import PreferenceWatch
@@ -185,7 +185,7 @@ class DPOTrainer(AlignmentTrainer):
     # ------------------------------------------------------------------------------------------------- reference
     def _set_reference(self, ref_model: nn.Module | None) -> None:
         """Attaches the reference's log-probabilities to the data, or keeps a frozen reference model for each step."""
-        given: Any = [rows for rows in (self.train_dataset, self.eval_dataset) if rows is not None]
+        given: Any = [rows for rows in self.all_rows().values() if rows is not None]
         if all(REFERENCE_COLUMNS[0] in rows.column_names for rows in given):
             return
         if ref_model is None and self.args.ref_model:
@@ -193,7 +193,11 @@ class DPOTrainer(AlignmentTrainer):
         if self.args.precompute_ref_log_probs:
             reference: Any = self.model if ref_model is None else ref_model
             self.train_dataset = self._with_reference(reference, self.train_dataset)
-            self.eval_dataset = self._with_reference(reference, self.eval_dataset)
+            sets: Any = self.eval_dataset
+            if isinstance(sets, dict):
+                self.eval_dataset = {name: self._with_reference(reference, rows) for name, rows in sets.items()}
+            else:
+                self.eval_dataset = self._with_reference(reference, sets)
         elif ref_model is not None or not is_adapted(self.model):
             own: Any = copy.deepcopy(self.model) if ref_model is None else ref_model
             self.ref_model = own.requires_grad_(False).eval().to(self.args.device)

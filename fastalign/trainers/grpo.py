@@ -21,8 +21,8 @@ import torch
 
 from .. import rl
 from ..losses.policy import PPOLoss
-from ..utils.arguments import key
 from ..utils.checks import check_choice
+from .common.arguments import key
 from .policy.config import PolicyConfig
 from .policy.rollout import Episode
 from .policy.run import run_policy

@@ -26,8 +26,8 @@ from .. import rl
 from ..losses.base import check_range, masked_mean
 from ..losses.policy import PPOLoss
 from ..models.actor_critic import ActorCritic, with_values
-from ..utils.arguments import key
 from ..utils.checks import check_choice, check_positive
+from .common.arguments import key
 from .policy.config import PolicyConfig
 from .policy.rollout import Episode, response_mask, stacked, unstack
 from .policy.run import run_policy

@@ -24,8 +24,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..losses.listwise import PROLoss, comparable, comparisons, pro_loss
 from ..models.loading import pad_id
-from ..utils.arguments import key
 from ..utils.batch import IGNORE, Batch
+from .common.arguments import key
 from .common.base import AlignmentTrainer, Metrics, Weighted
 from .common.config import GroupsConfig
 from .common.run import encoder, run

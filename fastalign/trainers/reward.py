@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +35,9 @@ from ..losses.listwise import comparable, comparisons, list_metrics, plackett_lu
 from ..losses.reward import best_of_k_loss, kwise_reward_loss, reward_loss
 from ..models.loading import load, load_tokenizer, model_options
 from ..models.logits import model_logits
-from ..utils.arguments import key
 from ..utils.batch import Batch
 from ..utils.checks import check_choice
+from .common.arguments import key
 from .common.base import AlignmentTrainer, Metrics, Weighted
 from .common.config import TrainingConfig
 from .common.run import encoder, run
@@ -147,9 +147,14 @@ class RewardTrainer(AlignmentTrainer):
         self._known = 0
         self._right: dict[int, list[float]] = {}
         if args.held_out_labelers and train_dataset is not None:
-            train_dataset, held_out = split_labelers(read_rows(train_dataset), args.held_out_labelers, args.seed)
-            parts = [held_out] if eval_dataset is None else [read_rows(eval_dataset), held_out]
-            eval_dataset = concatenate_datasets(parts)
+            train_dataset, held_out = split_labelers(
+                read_rows(train_dataset, args.reading), args.held_out_labelers, args.seed
+            )
+            if isinstance(eval_dataset, Mapping):
+                eval_dataset = {**eval_dataset, "held_out_labelers": held_out}
+            else:
+                parts = [held_out] if eval_dataset is None else [read_rows(eval_dataset, args.reading), held_out]
+                eval_dataset = concatenate_datasets(parts)
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, **kwargs)
 
     def check_model(self, model: Any, args: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> None:

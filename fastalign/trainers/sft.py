@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..losses.sft import SFTLoss
 from ..models.loading import pad_id
-from ..utils.arguments import key
 from ..utils.batch import IGNORE, Batch
 from ..utils.checks import check_choice
+from .common.arguments import key
 from .common.base import AlignmentTrainer
 from .common.config import TrainingConfig
 from .common.run import encoder, run

@@ -19,7 +19,7 @@ MOVED = {
     "trainers.actor_critic": "models.actor_critic",
     "trainers.draw": "models.sampling",
     "trainers.modes": "utils.modes",
-    "trainers.arguments": "utils.arguments",
+    "trainers.arguments": "trainers.common.arguments",
     "trainers.base": "trainers.common.base",
     "trainers.callbacks": "trainers.common.callbacks",
     "trainers.checkpoints": "trainers.common.checkpoints",

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from ..._backends import keep_memory, release_memory
+from ...utils import environment
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
@@ -25,7 +26,7 @@ def map_large_blocks(above: int = 1 << 20) -> None:
     """
     keep_memory(0)
     mallopt = _libc("mallopt")
-    if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+    if mallopt is not None and not environment.allocator_is_set():
         mallopt(_M_MMAP_THRESHOLD, above)
         mallopt(_M_TRIM_THRESHOLD, above)
 

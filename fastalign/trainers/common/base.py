@@ -25,7 +25,8 @@ from ...models.lora import is_adapted, merged, with_lora
 from ...ops.sequences import sum_tokens
 from ...utils.batch import Batch
 from ..data.collate import padding_last
-from ..data.files import Rows, named
+from ..data.files import Rows, named, read_rows
+from ..data.problems import tally
 from ..data.sampler import UpdateSampler
 from .callbacks import ConsoleCallback, GiveBackCallback, JsonlCallback
 from .checkpoints import PARTIAL, publish, rotate, seal, write_folder
@@ -85,7 +86,8 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
     Args:
         model: a causal language model, or what the subclass names.
         args: the configuration.
-        train_dataset, eval_dataset: rows of text (a path, a list of dicts or a datasets.Dataset); may be None.
+        train_dataset, eval_dataset: rows of text (see `data.files.read_rows`); may be None. Evaluation sets may be
+            several, as a mapping of names to rows.
         processing_class: the tokenizer; must be given.
         callbacks: more callbacks; console and JSONL logging are there already.
         optimizers: as in transformers.
@@ -120,6 +122,7 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
         self.check_model(model, args, processing_class)
         self._means = {"train": Means(), "eval": Means()}
         self._partial: str | None = None
+        self.data_counts: dict[str, int] = {}
         super().__init__(
             model=with_lora(model, args, self.task),
             args=args,
@@ -147,14 +150,20 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
         self.model_accepts_loss_kwargs = True
 
     def _prepared(self, key: str, rows: Rows | None, args: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
-        with named(key):
-            return None if rows is None else self.prepare(rows, args, tokenizer)
+        """Tokenised rows; of several evaluation sets, which are given by name, each."""
+        if isinstance(rows, Mapping):
+            return {name: self._prepared(f"{key}_{name}", each, args, tokenizer) for name, each in rows.items()}
+        if rows is None:
+            return None
+        with named(key), tally(key) as counts:
+            prepared = self.prepare(read_rows(rows, args.reading), args, tokenizer)
+        self.data_counts.update({f"data/{key}/{name}": value for name, value in counts.counts().items()})
+        return prepared
 
     def _check_positions(self) -> None:
         """ValueError for rows that the model has no positions for: on a GPU they would end all use of it."""
         positions = learned_positions(self.model)
-        prepared: dict[str, Any] = {"dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
-        for key, rows in prepared.items():
+        for key, rows in self.all_rows().items():
             if positions is None or rows is None or "prompt_ids" not in rows.column_names:
                 continue  # of packed rows each sequence begins at position 0
             longest = max(rows["length"], default=0)
@@ -163,6 +172,12 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
                     f"max_length must be at most {positions}, the model's learned positions, for such rows as "
                     f"{key} has; got {self.args.max_length} and a row of {longest} tokens"
                 )
+
+    def all_rows(self) -> dict[str, Any]:
+        """The tokenised rows of every set, by the key that gave it."""
+        given = self.eval_dataset
+        several = {f"eval_dataset_{name}": rows for name, rows in given.items()} if isinstance(given, dict) else {}
+        return {"dataset": self.train_dataset, **(several or {"eval_dataset": given})}
 
     # ------------------------------------------------------------------------------------------- for subclasses
     def check_model(self, model: Any, args: Any, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
 
-from ...utils.arguments import key
 from ...utils.checks import check_choice, check_positive
+from ..data.cut import MODES, mode_of
+from ..data.problems import Reading, columns_of
+from .arguments import key
 
 COMMON = (
     "learning_rate",
@@ -53,14 +55,34 @@ _REPLACED = {
 class CommonConfig:
     """Keys of every command that trains: the model, its head and adapters, the data, and where it goes."""
 
+    truncation_modes: ClassVar[tuple[str, ...]] = MODES
+    """What the command's truncation_mode may be."""
+
     model: str | None = key(None, "Folder (or hub name) of the causal language model to train", group="Model and data")
     tokenizer: str | None = key(None, "Folder of the tokenizer, if not the model's own", group="Model and data")
     dtype: str = key("float32", "Dtype of the weights: float32, bfloat16 or float16", group="Model and data")
     attn_implementation: str | None = key(
         None, "Attention of the model, as in transformers (eager, sdpa, ...)", group="Model and data"
     )
-    dataset: str | None = key(None, "Training data: .jsonl, .json, .csv or .parquet", group="Model and data")
-    eval_dataset: str | None = key(None, "Evaluation data of the same form", group="Model and data")
+    dataset: str | list[str] | None = key(  # noqa: RUF009 (it makes a dataclasses.field)
+        None, "Training data: .jsonl, .json, .csv, .parquet, a folder, a pattern of files, or several of them",
+        group="Model and data",
+    )  # fmt: skip
+    eval_dataset: str | list[str] | dict[str, str] | None = key(  # noqa: RUF009
+        None, "Evaluation data of the same form; or several sets, by name", group="Model and data"
+    )
+    columns: dict[str, str] | str = key(  # noqa: RUF009
+        "", "Names of columns in the data and here: question=prompt,answer=completion", group="Model and data"
+    )
+    skip_bad_rows: bool = key(
+        False, "Leave faulty rows out, and say how many and which; false: refuse the data", group="Model and data"
+    )
+    truncation_mode: str = key(
+        "left",
+        "For rows beyond max_length: left cuts prompts (to a quarter of it at least), then replies; right cuts replies "
+        "alone; drop; raise",
+        group="Model and data",
+    )
     fused_head: bool = key(
         True,
         "Losses from hidden states, logits never held whole; false, or a head of unknown form: whole logits",
@@ -90,6 +112,8 @@ class CommonConfig:
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
+        self.columns = columns_of(self.columns)
+        self.truncation_mode = mode_of(self.truncation_mode, self.truncation_modes)
         if self.chunk_bytes is not None:
             check_positive("chunk_bytes", self.chunk_bytes)
         check_positive("lora_alpha", self.lora_alpha)
@@ -99,14 +123,23 @@ class CommonConfig:
             )
         self.output_dir = self.output_dir and os.path.expanduser(self.output_dir)
 
+    @property
+    def reading(self) -> Reading:
+        """How the data is read."""
+        return Reading(columns_of(self.columns), self.skip_bad_rows)
+
 
 @dataclass
 class TrainingConfig(CommonConfig, TrainingArguments):
     """Keys shared by the training commands; every key of transformers.TrainingArguments is accepted beside them."""
 
-    max_length: int = key(1024, "Tokens of prompt and completion together; the rest is cut", group="Model and data")
+    max_length: int = key(
+        1024, "Tokens of prompt and completion together; what is longer: see truncation_mode", group="Model and data"
+    )
     max_prompt_length: int | None = key(
-        None, "Tokens of the prompt; its beginning is cut, before any completion is", group="Model and data"
+        None,
+        "Tokens of the prompt; what is longer loses its beginning (or see truncation_mode)",
+        group="Model and data",
     )
     append_eos: bool = key(True, "End every completion with the end-of-sequence token", group="Model and data")
     padding_side: str = key(

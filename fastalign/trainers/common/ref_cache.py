@@ -7,7 +7,6 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,20 +14,15 @@ import torch
 from torch import nn
 
 from ...models.lora import is_adapted
-from ..data.fetch import cache_dir
+from ...utils.environment import reference_cache_dir
 
 Columns = tuple[list[float], list[float]]
 """Summed log-probabilities of the chosen and of the rejected completions, in the rows' order."""
 
 
-def folder() -> Path:
-    """Where they are kept: FASTALIGN_REFERENCE_CACHE, else `reference` in the cache."""
-    return Path(os.environ.get("FASTALIGN_REFERENCE_CACHE") or cache_dir() / "reference")
-
-
 def cached(key: str, compute: Callable[[], Columns]) -> Columns:
     """What is stored under the key, or what `compute` returns, which is then stored (whole or not at all)."""
-    path = folder() / f"{key}.npz"
+    path = reference_cache_dir() / f"{key}.npz"
     if path.exists():
         with np.load(path) as stored:
             return stored["chosen"].tolist(), stored["rejected"].tolist()

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from ...utils import arguments
 from ..data.encode import Encoder
 from ..data.files import check_sources
+from . import arguments
 from .checkpoints import checkpoints, clear, start_point, write_json
 from .config import COMMON, TrainingConfig
 
@@ -18,7 +18,14 @@ __all__ = ["checkpoints", "encoder", "make_room", "run", "start_point", "train"]
 
 def encoder(tokenizer: PreTrainedTokenizerBase, args: TrainingConfig) -> Encoder:
     """Tokenisation as the configuration asks for it."""
-    return Encoder(tokenizer, args.max_length, args.max_prompt_length, args.append_eos)
+    return Encoder(
+        tokenizer,
+        args.max_length,
+        args.max_prompt_length,
+        args.append_eos,
+        truncation_mode=args.truncation_mode,
+        skip_bad_rows=args.skip_bad_rows,
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- a command
@@ -55,5 +62,5 @@ def train(trainer: Any, checkpoint: str | None = None) -> dict[str, float]:
     trainer.save_whole()
     if trainer.is_world_process_zero():
         path = Path(trainer.args.output_dir) / "metrics.json"
-        write_json(path, {**metrics, "num_tokens": trainer.state.num_input_tokens_seen})
+        write_json(path, {**metrics, **trainer.data_counts, "num_tokens": trainer.state.num_input_tokens_seen})
     return metrics

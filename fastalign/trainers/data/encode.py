@@ -8,11 +8,13 @@ although tokenising the joined text may well merge across that boundary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
 from .chat import Messages, Span, render, reply_span, spans
+from .cut import Cuts, Room, mode_of
+from .rowwise import Dropped
 
 
 @dataclass(frozen=True)
@@ -21,20 +23,25 @@ class Encoder:
 
     Attributes:
         tokenizer: the model's tokenizer.
-        max_length: tokens of prompt and completion together. The prompt loses its beginning first (one token of context
-            stays: the beginning-of-sequence token where there is one); a completion that is still too long loses its
-            end, and then has no end-of-sequence token.
+        max_length: tokens of prompt and completion together. A completion that is cut has no end-of-sequence token.
         max_prompt_length: tokens of the prompt; None leaves it to max_length.
         append_eos: end completions with the end-of-sequence token, unless they have it already. The last reply of a
             conversation gets one only where the chat template does not mark its end.
+        truncation_mode: what is done with rows that are longer: left, right, drop or raise, see `cut.Room`.
+        skip_bad_rows: whether those who read rows leave faulty ones out.
+        cuts: is told what each row lost.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     max_prompt_length: int | None = None
     append_eos: bool = True
+    truncation_mode: str = "left"
+    skip_bad_rows: bool = False
+    cuts: Cuts = field(default_factory=Cuts, compare=False)
 
     def __post_init__(self) -> None:
+        mode_of(self.truncation_mode)
         if self.append_eos and self.tokenizer.eos_token_id is None:
             raise ValueError("append_eos needs a tokenizer with an end-of-sequence token; this one has none")
         if self.max_length < 3:
@@ -51,8 +58,17 @@ class Encoder:
         before, replies = self._texts(prompt, completions)
         prompt_ids = self._ids(before)
         tails = [self._reply(before, prompt_ids, reply) for reply in replies]
-        prompt_ids = self._cut_prompt(prompt_ids, max(map(len, tails)))
-        return prompt_ids, [ids[: self.max_length - len(prompt_ids)] for ids in tails]
+        return self._fit(prompt_ids, tails)
+
+    def seen_prompt(self, prompt: str | Messages) -> tuple[list[int], str]:
+        """(token ids, text) of a prompt as a model that goes on from it sees it: what was cut is in neither."""
+        text, _ = self._texts(prompt, [])
+        whole, head = self._ids(text), self._bos()
+        if not isinstance(prompt, str) and whole[: len(head)] != head:
+            head = []  # a chat template says itself what prompts begin with
+        self.cuts.prompt = False
+        ids, _ = self._fit(whole, [], head)
+        return ids, self._decode(ids[len(head) :]) if self.cuts.prompt else text
 
     def conversation(self, messages: Messages) -> tuple[list[int], list[int], list[bool]]:
         """(prompt, rest, which tokens of the rest are the assistant's own).
@@ -80,9 +96,10 @@ class Encoder:
                 ids += between
                 own += [False] * len(between)
             text += span.text
-        prompt_ids = self._cut_prompt(prompt_ids, len(ids))
-        room = self.max_length - len(prompt_ids)
-        return prompt_ids, ids[:room], own[:room]
+        prompt_ids, (ids,) = self._fit(prompt_ids, [ids])
+        if not any(own[: len(ids)]):
+            raise Dropped(f"no reply of the conversation fits max_length {self.max_length}")
+        return prompt_ids, ids, own[: len(ids)]
 
     def _texts(self, prompt: str | Messages, completions: Sequence[str | Messages]) -> tuple[str, list[Span]]:
         if isinstance(prompt, str):
@@ -109,16 +126,14 @@ class Encoder:
         due = append and self.append_eos and not reply.is_closed
         return [*ids, eos] if due and eos is not None else ids
 
-    def _cut_prompt(self, ids: list[int], needed: int) -> list[int]:
-        """The prompt's ids, with the beginning-of-sequence token, cut so that `needed` tokens fit behind them."""
-        head = self._bos()
-        if ids[: len(head)] == head:  # a chat template writes it out
-            ids = ids[len(head) :]
-        room = self.max_length - needed
-        if self.max_prompt_length is not None:
-            room = min(room, self.max_prompt_length)
-        keep = max(room - len(head), 1 if not head else 0)
-        return head + (ids[-keep:] if keep else [])
+    def _fit(
+        self, ids: list[int], tails: list[list[int]], head: list[int] | None = None
+    ) -> tuple[list[int], list[list[int]]]:
+        """The prompt's ids, with the beginning-of-sequence token, and the completions', cut to their room."""
+        head = self._bos() if head is None else head
+        body = ids[len(head) :] if ids[: len(head)] == head else ids  # a chat template writes it out
+        room = Room(self.max_length, self.max_prompt_length, mode_of(self.truncation_mode))
+        return room.fit(head, body, tails, self.cuts)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []

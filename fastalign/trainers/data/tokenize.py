@@ -9,25 +9,34 @@
 | ranked list | `prompt`, `completions`, and `rewards` (high is good) or `ranks` (0 is best); without them best first |
 
 Beside pairs may stand `margin`, and both of `ref_chosen_logps`, `ref_rejected_logps`; beside pairs and lists `labeler`.
-Every prompt and completion is a text or a list of messages (`role`, `content`).
+Every prompt and completion is a text or a list of messages (`role`, `content`). Forms of well-known data sets become
+one of these on reading (see `forms`); rated completions become lists, and lists pairs, where they are asked for.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset
 
+from .cells import cell, checked_text
 from .chat import check_messages, is_chat
+from .cut import Cuts
 from .encode import Encoder
-from .files import Rows, checked_text, read_rows, text_of, together
+from .files import Rows, read_rows, together
+from .forms import pair_of
+from .problems import Tally, report
+from .rowwise import map_rows
+from .targets import as_completions, as_lists, as_pairs
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 SFT_FORMS = (("messages",), ("prompt", "completion"), ("text",), ("completion",))
 PAIR_FORMS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
 LIST_FORMS = (("prompt", "completions"), *PAIR_FORMS)
+
+_PROMPT_CUT, _REPLY_CUT = "_prompt_cut", "_reply_cut"
 
 Row = Mapping[str, Any]
 
@@ -37,7 +46,7 @@ def tokenize_sft(source: Rows, encode: Encoder) -> Dataset:
 
     Raises ValueError naming the row if a completion is empty.
     """
-    rows = read_rows(source)
+    rows = as_completions(read_rows(source), encode.skip_bad_rows)
     form = _form(rows, SFT_FORMS)
     return _map(rows, _conversation if form == ("messages",) else _completion, form, encode)
 
@@ -47,7 +56,7 @@ def tokenize_preferences(source: Rows, encode: Encoder) -> Dataset:
 
     Precomputed log-probabilities of the reference are kept. Raises ValueError naming the row if a completion is empty.
     """
-    rows = read_rows(source)
+    rows = as_pairs(read_rows(source), encode.skip_bad_rows)
     return _map(rows, _pair, _form(rows, PAIR_FORMS), encode, keep=together(rows, REFERENCE_COLUMNS, source))
 
 
@@ -57,7 +66,7 @@ def tokenize_lists(source: Rows, encode: Encoder) -> Dataset:
     Where the rows bring them, also `rewards`, `margin` (pairs only) and `labeler`. Raises ValueError naming the row if
     a completion is empty, or rewards or ranks do not match the completions.
     """
-    rows = read_rows(source)
+    rows = as_lists(read_rows(source), encode.skip_bad_rows)
     form = _form(rows, LIST_FORMS)
     if form in PAIR_FORMS:
         return _map(rows, _pair_as_list, form, encode, keep=_present(rows, "margin", "labeler"))
@@ -90,30 +99,39 @@ def _map(
     encode: Encoder,
     keep: Sequence[str] = (),
 ) -> Dataset:
-    """Every row through `convert`, which sees `columns`; the columns `keep` stay as they are, all others go."""
+    """Every row through `convert`, which sees `columns`; the columns `keep` stay as they are, all others go.
+
+    Tells how many rows were cut or left out, and how many are left.
+    """
     rows = rows.select_columns([*columns, *keep])
+    cuts = Cuts()
+    encode = replace(encode, cuts=cuts)
 
     def one(row: Row, index: int) -> dict[str, Any]:
-        try:
-            return convert(row, index, encode)
-        except ValueError as error:
-            text = str(error)
-            raise ValueError(text if f"row {index} " in text else f"row {index} (from 0): {text}") from None
+        cuts.prompt = cuts.reply = False
+        return {**convert(row, index, encode), _PROMPT_CUT: cuts.prompt, _REPLY_CUT: cuts.reply}
 
     gone = [name for name in columns if name not in keep]
-    return rows.map(one, with_indices=True, remove_columns=gone, desc="tokenising")
+    found = map_rows(rows, one, gone, skip_bad_rows=encode.skip_bad_rows, desc="tokenising")
+    prompts, replies = sum(found[_PROMPT_CUT]), sum(found[_REPLY_CUT])
+    report(Tally(rows=len(found), prompts_cut=prompts, replies_cut=replies))
+    return found.remove_columns([_PROMPT_CUT, _REPLY_CUT])
 
 
-def cell(row: Row, column: str, index: int, *, may_be_empty: bool) -> Any:
-    """A prompt or completion: checked text, or checked messages."""
-    value = row[column]
-    if is_chat(value):
-        check_messages(value, f"column {column!r}, row {index} (from 0),")
-        return value
-    return text_of(row, column, index, may_be_empty=may_be_empty)
+def converter(form: Sequence[str]) -> Callable[[Row, int, Encoder], dict[str, Any]]:
+    """What makes token ids and their `length` of a row of these columns; of a `prompt` alone its `prompt_ids`."""
+    single = {("messages",): _conversation, ("prompt", "completions"): _ranked, ("prompt",): _prompt}
+    return single.get(tuple(form)) or (_pair if tuple(form) in PAIR_FORMS else _completion)
 
 
 # ---------------------------------------------------------------------------------------------------- one row of each
+def _prompt(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
+    ids, _ = encode.seen_prompt(cell(row, "prompt", index, may_be_empty=True))
+    if not ids:
+        raise ValueError("column 'prompt' must have at least one token")
+    return {"prompt_ids": ids, "length": len(ids)}
+
+
 def _completion(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
     prompt = cell(row, "prompt", index, may_be_empty=True) if "prompt" in row else ""
     column = "text" if "text" in row else "completion"
@@ -130,58 +148,14 @@ def _conversation(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
 
 
 def _pair(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
-    prompt_ids, (chosen, rejected) = encode(*_pair_of(row, index))
+    prompt_ids, (chosen, rejected) = encode(*pair_of(row, index))
     length = len(prompt_ids) + max(len(chosen), len(rejected))
     return {"prompt_ids": prompt_ids, "chosen_ids": chosen, "rejected_ids": rejected, "length": length}
 
 
 def _pair_as_list(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
-    prompt_ids, completions = encode(*_pair_of(row, index))
+    prompt_ids, completions = encode(*pair_of(row, index))
     return _list(prompt_ids, completions, {"ranks": [0.0, 1.0]})
-
-
-def _pair_of(row: Row, index: int) -> tuple[Any, list[Any]]:
-    """(prompt, [chosen, rejected]); the prompt is what both begin with where there is none of its own."""
-    chosen, rejected = (cell(row, name, index, may_be_empty=False) for name in ("chosen", "rejected"))
-    prompt = cell(row, "prompt", index, may_be_empty=True) if "prompt" in row else None
-    if is_chat(chosen) != is_chat(rejected):
-        raise ValueError("chosen and rejected must both be text or both be messages")
-    if not is_chat(chosen):
-        if prompt is not None:
-            return prompt, [chosen, rejected]
-        shared = _shared_text(chosen, rejected)
-        return shared, [_remainder(text, shared, index) for text in (chosen, rejected)]
-    # Messages after a prompt of text, or none, repeat the whole conversation.
-    turns = 0 if is_chat(prompt) else _shared_turns(chosen, rejected)
-    before, after = [*(prompt if is_chat(prompt) else []), *chosen[:turns]], [chosen[turns:], rejected[turns:]]
-    if not before:
-        raise ValueError("chosen and rejected must begin with the same messages, or have a prompt of messages")
-    if any(len(rest) != 1 or rest[0]["role"] != "assistant" for rest in after):
-        raise ValueError("chosen and rejected must each be one reply of the assistant to the same conversation")
-    return before, after
-
-
-def _shared_text(chosen: str, rejected: str) -> str:
-    """What both texts begin with, to the last white space or line break: words are not torn."""
-    if chosen == rejected:
-        return ""  # nothing tells where the prompt ends
-    alike = (left == right for left, right in zip(chosen, rejected, strict=False))
-    end = sum(1 for _ in itertools.takewhile(bool, alike))
-    return chosen[: max(chosen.rfind(" ", 0, end), chosen.rfind("\n", 0, end) + 1, 0)]
-
-
-def _remainder(text: str, shared: str, index: int) -> str:
-    return checked_text(text[len(shared) :], "what follows the shared beginning", index, may_be_empty=False)
-
-
-def _shared_turns(chosen: Sequence[Row], rejected: Sequence[Row]) -> int:
-    """How many messages both begin with; the last reply of each is not among them."""
-    count = 0
-    for left, right in zip(chosen[:-1], rejected[:-1], strict=False):
-        if left != right:
-            break
-        count += 1
-    return count
 
 
 def _ranked(row: Row, index: int, encode: Encoder) -> dict[str, Any]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ...losses.base import check_range
-from ...utils.arguments import key
 from ...utils.checks import check_choice, check_positive
+from ..common.arguments import key
 from ..common.config import CommonConfig, share_prompts_key
 
 _POSITIVE = (
@@ -80,10 +81,22 @@ class EpisodeConfig:
 class PolicyConfig(CommonConfig, EpisodeConfig):
     """Keys shared by the commands that sample from the policy that they train."""
 
+    truncation_modes: ClassVar[tuple[str, ...]] = ("left", "drop", "raise")
+
     model: str | None = key(None, "Folder (or hub name) of the language model to train", group="Model and data")
-    dataset: str | None = key(None, "Rows with a prompt: .jsonl, .json, .csv or .parquet", group="Model and data")
-    eval_dataset: str | None = key(None, "Prompts to evaluate on, of the same form", group="Model and data")
-    max_prompt_length: int = key(512, "Tokens of the prompt; its beginning is cut", group="Model and data")
+    dataset: str | list[str] | None = key(  # noqa: RUF009
+        None, "Rows with a prompt: .jsonl, .json, .csv, .parquet, a folder, a pattern of files, or several of them",
+        group="Model and data",
+    )  # fmt: skip
+    eval_dataset: str | list[str] | dict[str, str] | None = key(  # noqa: RUF009
+        None, "Prompts to evaluate on, of the same form; or several sets, by name", group="Model and data"
+    )
+    max_prompt_length: int = key(512, "Tokens of the prompt; longer: see truncation_mode", group="Model and data")
+    truncation_mode: str = key(
+        "left",
+        "For prompts beyond max_prompt_length: left cuts their beginning, for policy and reward alike; drop; raise",
+        group="Model and data",
+    )
     lora_dropout: float = field(default=0.0, init=False)  # not a key: here nothing may be dropped
     num_train_epochs: float = key(1.0, "Passes over the prompts", group="Training loop")
     num_ppo_epochs: int = key(4, "Passes over each batch of responses", group="Training loop")

@@ -26,10 +26,13 @@ from ...models.logits import GROUPS, ModelLogits
 from ...models.sampling import Sampling, continuations
 from ...rl.rewards import ShapedRewards
 from ...utils.batch import IGNORE, Batch
-from ..data.chat import is_chat, render
+from ..data.cells import cell
 from ..data.collate import pad
 from ..data.encode import Encoder
-from ..data.files import Rows, load_rows, named, text_of
+from ..data.files import Rows, load_rows, named, read_rows
+from ..data.problems import Problems, Reading, Tally, report, tally
+from ..data.rowwise import Dropped
+from ..data.targets import as_prompts
 
 
 class Prompt(NamedTuple):
@@ -68,33 +71,56 @@ def load_prompts(
     max_prompt_length: int,
     columns: Sequence[str] = (),
     key: str = "dataset",
+    *,
+    truncation_mode: str = "left",
+    reading: Reading | None = None,
+    counts: dict[str, int] | None = None,
 ) -> list[Prompt]:
     """Rows with a `prompt` (text, or a list of chat messages) and further columns, which `key` gave; none for None.
 
-    Raises ValueError naming the row if a prompt has no token at all.
+    Args:
+        truncation_mode: for longer prompts: left (policy and reward see what is left of them), drop or raise.
+        reading: how the source is read.
+        counts: is told what was cut, dropped and left out.
+
+    Raises:
+        ValueError: a prompt without any token, or too long in mode raise; naming the row. No row that is left.
     """
     if source is None:
         return []
-    with named(key):
-        rows = load_rows(source, required=("prompt", *columns))
-        return list(_prompts(rows, tokenizer, max_prompt_length, columns))
+    reading = reading or Reading()
+    with named(key), tally(key) as told:
+        rows = as_prompts(read_rows(source, reading), reading.skip_bad_rows)
+        rows = load_rows(rows, required=("prompt", *columns))
+        encode = Encoder(tokenizer, 2**30, max_prompt_length, append_eos=False, truncation_mode=truncation_mode)
+        found = list(_prompts(rows, encode, columns, reading.skip_bad_rows))
+    if counts is not None:
+        counts.update({f"data/{key}/{name}": value for name, value in told.counts().items()})
+    return found
 
 
-def _prompts(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int, columns: Sequence[str]
-) -> Iterator[Prompt]:
-    encode = Encoder(tokenizer, 2**30, max_prompt_length, append_eos=False)
+def _prompts(rows: Dataset, encode: Encoder, columns: Sequence[str], skip_bad_rows: bool) -> Iterator[Prompt]:
+    problems, told = Problems(skip_bad_rows), Tally()
     for index, row in enumerate(rows):
         given: Any = row
-        if is_chat(given["prompt"]):
-            text = render(tokenizer, given["prompt"], reply_follows=True)
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"][-max_prompt_length:]
-        else:
-            text = text_of(given, "prompt", index, may_be_empty=True)
-            ids, _ = encode(text, [" "])
-        if not ids:
-            raise ValueError(f"column 'prompt' must have at least one token; row {index} (from 0) has none")
-        yield Prompt(list(ids), str(text), {name: given[name] for name in columns})
+        try:
+            ids, text = encode.seen_prompt(cell(given, "prompt", index, may_be_empty=True))
+            if not ids:
+                raise ValueError(f"column 'prompt' must have at least one token; row {index} (from 0) has none")
+        except Dropped:
+            told.dropped += 1
+            continue
+        except ValueError as error:
+            said = str(error)
+            problems.add(said if f"row {index} " in said else f"row {index} (from 0): {said}")
+            continue
+        told.rows += 1
+        told.prompts_cut += encode.cuts.prompt
+        yield Prompt(ids, text, {name: given[name] for name in columns})
+    problems.close(told.rows)
+    report(told)
+    if not told.rows:
+        raise ValueError(f"dataset must have a prompt within max_prompt_length; all {told.dropped} are longer")
 
 
 def prompt_order(count: int, start: int, number: int, seed: int) -> list[int]:
@@ -243,3 +269,11 @@ def describe(episodes: Sequence[Episode], shaped: ShapedRewards) -> dict[str, fl
         "eos_rate": float(np.mean(ended)),
         "val/num_eos_tokens": float(np.sum(ended)),
     }
+
+
+def describe_briefly(episodes: Sequence[Episode], shaped: ShapedRewards, prefix: str) -> dict[str, float]:
+    """What an evaluation tells: score, KL, entropy, length, share that ended, as `prefix/score` and so on."""
+    found = describe(episodes, shaped)
+    names = {"objective/scores": "score", "objective/kl": "kl", "objective/entropy": "entropy"}
+    names |= {"length": "length", "eos_rate": "eos_rate"}
+    return {f"{prefix}/{short}": found[name] for name, short in names.items()}

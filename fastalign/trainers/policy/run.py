@@ -6,7 +6,7 @@ import json
 import os
 from typing import Any
 
-from ...utils import arguments
+from ..common import arguments
 from ..common.run import make_room, start_point
 from ..data.files import check_sources
 from .config import PolicyConfig
@@ -23,6 +23,6 @@ def run_policy(command: str, config: type[PolicyConfig], trainer_class: Any, arg
     trainer.save_model()
     if trainer.accelerator.is_main_process:
         with open(os.path.join(args.output_dir, "metrics.json"), "w", encoding="utf-8") as file:
-            json.dump(metrics, file, indent=1)
+            json.dump({**metrics, **trainer.data_counts}, file, indent=1)
         print(f"saved to {args.output_dir}")
     return 0

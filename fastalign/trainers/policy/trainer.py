@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ from ..common.callbacks import JsonlCallback
 from ..common.checkpoints import PARTIAL, rotate, write_folder
 from ..data.collate import pad
 from ..data.files import Rows
+from . import rollout
 from .checkpoint import RunState, load_training_state, save_policy, save_whole
 from .config import PolicyConfig
 from .rewards import RewardFunction, load_reward
@@ -53,7 +54,8 @@ class PolicyTrainer(ABC):
     Args:
         model: a causal language model (transformers), or its folder; None takes `args.model`.
         args: the configuration.
-        train_dataset, eval_dataset: rows with a `prompt`: a path, a list of dicts or a datasets.Dataset.
+        train_dataset, eval_dataset: rows with a `prompt` (see `data.files.read_rows`); evaluation sets may be several,
+            as a mapping of names to rows.
         processing_class: the model's tokenizer; None loads that of `args.tokenizer` or the model's folder.
         reward: a function of the lists `prompts` and `completions` (and columns of the rows, by name) that returns one
             number each; None takes `args.reward_fn` or `args.reward_model`.
@@ -87,9 +89,14 @@ class PolicyTrainer(ABC):
         self.fill = pad_id(self.processing_class)
         self.state = RunState(is_world_process_zero=self.accelerator.is_main_process)
         self.reward = load_reward(args, reward, self.accelerator.device)
+        self.data_counts: dict[str, int] = {}
         options = (self.processing_class, args.max_prompt_length, self.reward.columns)
-        self.prompts: list[Prompt] = load_prompts(train_dataset, *options)
-        self.eval_prompts: list[Prompt] = load_prompts(eval_dataset, *options, "eval_dataset")
+        how: Any = {"truncation_mode": args.truncation_mode, "reading": args.reading, "counts": self.data_counts}
+        self.prompts: list[Prompt] = load_prompts(train_dataset, *options, **how)
+        sets = eval_dataset if isinstance(eval_dataset, Mapping) else {}
+        self.eval_sets = {n: load_prompts(x, *options, f"eval_dataset_{n}", **how) for n, x in sets.items()}
+        rest = load_prompts(None if sets else eval_dataset, *options, "eval_dataset", **how)
+        self.eval_prompts: list[Prompt] = [*rest, *(p for each in self.eval_sets.values() for p in each)]
         self._reference = self._keep_reference(policy, ref_model)
         self.inner = self.build(policy)
         disable_dropout(self.inner)
@@ -342,16 +349,22 @@ class PolicyTrainer(ABC):
             bar.write(f"step {self.state.global_step:>5}  {text}")
 
     def evaluate(self) -> dict[str, float]:
-        """One response to each evaluation prompt, always drawn alike: score, KL, entropy, length, share that ended."""
+        """One response to each evaluation prompt, always drawn alike: score, KL, entropy, length, share that ended.
+
+        Of several sets (`eval_sets`) also each one's, as `eval/NAME/score` and so on.
+        """
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         numbers = list(range(rank, len(self.eval_prompts), processes))
         # A step number that no training step has: the same draws at every evaluation.
         episodes = self._sample([self.eval_prompts[i] for i in numbers], [(2**31, i) for i in numbers])
-        shaped = self.shape(episodes, 0.0)
-        found = describe(episodes, shaped)
-        names = {"objective/scores": "score", "objective/kl": "kl", "objective/entropy": "entropy"}
-        names |= {"length": "length", "eos_rate": "eos_rate"}
-        return {f"eval/{short}": found[name] for name, short in names.items()}
+        found = rollout.describe_briefly(episodes, self.shape(episodes, 0.0), "eval")
+        order = [i for r in range(processes) for i in range(r, len(self.eval_prompts), processes)]
+        start = 0
+        for name, prompts in self.eval_sets.items():
+            mine = range(start, start := start + len(prompts))
+            own = [episode for i, episode in zip(order, episodes, strict=True) if i in mine]
+            found |= rollout.describe_briefly(own, self.shape(own, 0.0), f"eval/{name}")
+        return found
 
     # ----------------------------------------------------------------------------------------------------- saving
     @property

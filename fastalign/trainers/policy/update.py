@@ -26,7 +26,8 @@ from ...utils.batch import IGNORE, Batch
 from ..common.base import Means
 from ..data.collate import SFTCollator
 from ..data.encode import Encoder
-from ..data.files import named
+from ..data.files import named, read_rows
+from ..data.problems import tally
 from ..data.tokenize import tokenize_sft
 from .rollout import Episode, collate, group_numbers, spread
 
@@ -251,7 +252,9 @@ def make_scheduler(args: Any, optimizer: torch.optim.Optimizer, updates: int) ->
 
 def pretraining_stream(args: Any, tokenizer: PreTrainedTokenizerBase, processes: int) -> PretrainingStream:
     """The rows of `ptx_dataset`, tokenised."""
-    with named("ptx_dataset"):
-        rows = tokenize_sft(args.ptx_dataset, Encoder(tokenizer, args.max_prompt_length + args.response_length))
+    length = args.max_prompt_length + args.response_length
+    how = {"truncation_mode": args.truncation_mode, "skip_bad_rows": args.skip_bad_rows}
+    with named("ptx_dataset"), tally("ptx_dataset"):
+        rows = tokenize_sft(read_rows(args.ptx_dataset, args.reading), Encoder(tokenizer, length, **how))
     responses = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     return PretrainingStream(rows, args.ptx_batch_size or responses, pad_id(tokenizer), args.seed)

@@ -1,0 +1,36 @@
+"""All that `import fastalign` offers. The package imports this module when the first of its names is used."""
+
+from . import losses, rl
+from ._backends import backends, keep_memory, release_memory, use_backend
+from .head.head import Head, HeadPlan, head_plan, head_token_stats
+from .losses.cross_entropy import cross_entropy
+from .losses.objective import Objective, attach_gradient, token_objective
+from .ops.packed import Packed, packed_sequences
+from .ops.sequences import sequence_logps
+from .ops.statistics import TokenStats, TokenStatsAndExtras, token_logps, token_stats
+from .utils.version import __version__
+
+__all__ = [
+    "Head",
+    "HeadPlan",
+    "Objective",
+    "Packed",
+    "TokenStats",
+    "TokenStatsAndExtras",
+    "__version__",
+    "attach_gradient",
+    "backends",
+    "cross_entropy",
+    "head_plan",
+    "head_token_stats",
+    "keep_memory",
+    "losses",
+    "packed_sequences",
+    "release_memory",
+    "rl",
+    "sequence_logps",
+    "token_logps",
+    "token_objective",
+    "token_stats",
+    "use_backend",
+]
