@@ -18,12 +18,13 @@ from ..ops.fused_loss import BATCH, SEQUENCE, TOKEN, FusedLoss, Grouping, Input,
 from ..ops.objective import attach_gradient, fused_gradient
 from ..ops.programs import NotTraced
 from ..ops.results import TokenStats
-from .base import Logits, LogitsLoss, check_float, check_mask, check_range, lookup
+from .base import Logits, LogitsLoss, check_float, check_mask, lookup
 from .chunks import Piece, by_parts, known_objective, take
-from .kl import IMPORTANCE_LEVELS, KL_ESTIMATORS
+from .kl import KL_ESTIMATORS
+from .policy_checks import as_tokens, check_compared, check_config, check_given, is_sound
 from .policy_formula import PolicyLossOutput, policy_formula, token_inputs, token_program
 from .policy_objectives import KINDS
-from .reductions import NORMALIZATIONS, Count, as_real, check_normalization, token_weights
+from .reductions import NORMALIZATIONS, Count, check_normalization, token_weights
 
 
 def policy_loss(
@@ -112,65 +113,16 @@ def policy_loss(
         "normalization": normalization,
         "max_length": max_length,
     }
-    _check_config(config)
+    check_config(config)
     check_float("logps", logps)
     check_mask("mask", mask, logps.shape, "logps")
     check_float("old_logps", old_logps, logps.shape, "logps")
     check_normalization(logps, normalization, num_items, max_length)
-    given = {"advantages": _advantages(advantages, mask), "ref_logps": ref_logps, "sampler_logps": sampler_logps}
-    _check_given(config, mask, kl, entropy, given)
+    given = {"advantages": as_tokens(advantages, mask), "ref_logps": ref_logps, "sampler_logps": sampler_logps}
+    check_given(config, mask, kl, entropy, given)
     inputs = [Input(name, x, TOKEN) for name, x in ({"old_logps": old_logps} | given).items() if x is not None]
     stats = {"logps": logps, "kl": kl, "entropy": entropy}
     return policy_formula(Values(mask, stats, [*inputs, Input("num_items", num_items, BATCH)]), config)
-
-
-def _check_config(config: dict[str, Any]) -> None:
-    lookup("kind", KINDS, config["kind"])
-    lookup("kl_estimator", {**KL_ESTIMATORS, "exact": None}, config["kl_estimator"])
-    lookup("normalization", NORMALIZATIONS, config["normalization"])
-    lookup("importance_level", IMPORTANCE_LEVELS, config["importance_level"])
-    for name in ("cliprange", "cliprange_high", "kl_coef", "importance_cap"):
-        if config[name] is not None:
-            check_range(name, config[name], 0)
-    if config["dual_clip"] is not None:
-        check_range("dual_clip", config["dual_clip"], 1, open_low=True)
-
-
-def _is_sound(config: dict[str, Any]) -> bool:
-    try:
-        _check_config(config)
-        check_normalization(torch.zeros(1), config["normalization"], None, config["max_length"])
-    except (TypeError, ValueError):
-        return False
-    return config["normalization"] != "dr_grpo" or config["max_length"] is not None
-
-
-def _check_given(config: dict[str, Any], mask: Tensor, kl: Any, entropy: Any, given: dict[str, Tensor | None]) -> None:
-    """Raises unless the inputs are such as the configuration needs."""
-    if (kl is not None) != (config["kl_estimator"] == "exact"):
-        got = f"kl_estimator={config['kl_estimator']!r} {'with' if kl is not None else 'without'} kl"
-        raise ValueError(f"kl, the exact KL of each token, goes with kl_estimator='exact' and with no other; got {got}")
-    for name, x in ({"kl": kl, "entropy": entropy} | given).items():
-        if x is not None:
-            check_float(name, x, mask.shape, "logps")
-    _check_compared(config, given["ref_logps"] is not None)
-    if config["entropy_coef"] != 0.0 and entropy is None:
-        raise ValueError("entropy_coef other than 0 needs entropy, that of each token; got None")
-
-
-def _check_compared(config: dict[str, Any], has_reference: bool) -> None:
-    """Raises where a KL is weighted and there is nothing to compare with."""
-    compared = has_reference or config["kl_estimator"] == "exact" or config["kind"] == "penalty"
-    if config["kl_coef"] != 0.0 and not compared:
-        raise ValueError("kl_coef other than 0 needs ref_logps, or kl with kl_estimator='exact'; got neither")
-
-
-def _advantages(advantages: Tensor, mask: Tensor) -> Tensor:
-    """[..., T], hidden and constant, from one advantage per token or per sequence."""
-    check_float("advantages", advantages)
-    if advantages.shape == mask.shape[:-1]:
-        advantages = advantages.unsqueeze(-1).expand(mask.shape)
-    return as_real(check_float("advantages", advantages, mask.shape, "logps"), mask).detach()
 
 
 def _grouping(labels: Tensor) -> Grouping:
@@ -237,7 +189,7 @@ class PPOLoss(LogitsLoss):
         }
         self.want_entropy = report_entropy or entropy_coef != 0.0
         self.one_launch = one_launch
-        self._sound = _is_sound(self.config)
+        self._sound = is_sound(self.config)
         statistics = ["logps"] + self.want_entropy * ["entropy"] + (kl_estimator == "exact") * ["kl"]
         self.fused = FusedLoss(self._formula, statistics)
         if one_launch:
@@ -374,10 +326,10 @@ class PPOLoss(LogitsLoss):
         ref_logits: Any,
     ) -> PolicyLossOutput:
         config = self.config
-        _check_config(config)
-        _check_compared(config, given["ref_logps"] is not None)
+        check_config(config)
+        check_compared(config, given["ref_logps"] is not None)
         weight = token_weights(mask, config["normalization"], num_items, config["max_length"])
-        inputs = token_inputs(config, mask, old_logps, _advantages(advantages, mask), **given)
+        inputs = token_inputs(config, mask, old_logps, as_tokens(advantages, mask), **given)
         stats, _, gradient = fused_gradient(
             logits,
             labels,

@@ -116,7 +116,7 @@ def _moved(steps: Sequence[tuple[str, int, int, int]], loss: int, first: int) ->
 
 
 def _encoded(given: int, constants: Sequence[float], steps: Sequence[tuple[str, int, int, int]], loss: int) -> bytes:
-    """As `token_program` of csrc/arguments.h reads it: each step a word, see `TokenProgram` in kernels/loss_program.h."""
+    """As `token_program` of csrc/arguments.h reads it; each step is a word, see kernels/loss_program.h."""
     active = [slot < len(STATISTICS) for slot in range(len(STATISTICS) + given + len(constants))]
     words = []
     for op, *operands in steps:

@@ -1,0 +1,62 @@
+"""Whether a policy loss was called as it must be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import check_float, check_range, lookup
+from .kl import IMPORTANCE_LEVELS, KL_ESTIMATORS
+from .policy_objectives import KINDS
+from .reductions import NORMALIZATIONS, as_real, check_normalization
+
+
+def check_config(config: dict[str, Any]) -> None:
+    lookup("kind", KINDS, config["kind"])
+    lookup("kl_estimator", {**KL_ESTIMATORS, "exact": None}, config["kl_estimator"])
+    lookup("normalization", NORMALIZATIONS, config["normalization"])
+    lookup("importance_level", IMPORTANCE_LEVELS, config["importance_level"])
+    for name in ("cliprange", "cliprange_high", "kl_coef", "importance_cap"):
+        if config[name] is not None:
+            check_range(name, config[name], 0)
+    if config["dual_clip"] is not None:
+        check_range("dual_clip", config["dual_clip"], 1, open_low=True)
+
+
+def is_sound(config: dict[str, Any]) -> bool:
+    try:
+        check_config(config)
+        check_normalization(torch.zeros(1), config["normalization"], None, config["max_length"])
+    except (TypeError, ValueError):
+        return False
+    return config["normalization"] != "dr_grpo" or config["max_length"] is not None
+
+
+def check_given(config: dict[str, Any], mask: Tensor, kl: Any, entropy: Any, given: dict[str, Tensor | None]) -> None:
+    """Raises unless the inputs are such as the configuration needs."""
+    if (kl is not None) != (config["kl_estimator"] == "exact"):
+        got = f"kl_estimator={config['kl_estimator']!r} {'with' if kl is not None else 'without'} kl"
+        raise ValueError(f"kl, the exact KL of each token, goes with kl_estimator='exact' and with no other; got {got}")
+    for name, x in ({"kl": kl, "entropy": entropy} | given).items():
+        if x is not None:
+            check_float(name, x, mask.shape, "logps")
+    check_compared(config, given["ref_logps"] is not None)
+    if config["entropy_coef"] != 0.0 and entropy is None:
+        raise ValueError("entropy_coef other than 0 needs entropy, that of each token; got None")
+
+
+def check_compared(config: dict[str, Any], has_reference: bool) -> None:
+    """Raises where a KL is weighted and there is nothing to compare with."""
+    compared = has_reference or config["kl_estimator"] == "exact" or config["kind"] == "penalty"
+    if config["kl_coef"] != 0.0 and not compared:
+        raise ValueError("kl_coef other than 0 needs ref_logps, or kl with kl_estimator='exact'; got neither")
+
+
+def as_tokens(advantages: Tensor, mask: Tensor) -> Tensor:
+    """[..., T], hidden and constant, from one advantage per token or per sequence."""
+    check_float("advantages", advantages)
+    if advantages.shape == mask.shape[:-1]:
+        advantages = advantages.unsqueeze(-1).expand(mask.shape)
+    return as_real(check_float("advantages", advantages, mask.shape, "logps"), mask).detach()
