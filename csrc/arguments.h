@@ -115,22 +115,22 @@ inline TokenProgram token_program(const py::bytes& encoded) {
     const std::string bytes = encoded;
     TokenProgram p{};
     constexpr std::size_t kHead = offsetof(TokenProgram, values);
-    static_assert(sizeof(TokenProgram::Step) == 4 && kHead == 4 * sizeof(int));
+    static_assert(kHead == 4 * sizeof(int));
     if (bytes.size() < kHead) throw std::invalid_argument("a token's program is too short");
     std::memcpy(&p, bytes.data(), kHead);
     const auto is = [](int count, int most) { return 0 <= count && count <= most; };
     if (!is(p.inputs, p.kMaxInputs) || !is(p.constants, p.kMaxConstants) || !is(p.steps, p.kMaxSteps))
         throw std::invalid_argument("a token's program has at most 8 inputs, 16 constants and 64 steps");
-    const std::size_t values = p.constants * sizeof(float), steps = p.steps * sizeof(TokenProgram::Step);
+    const std::size_t values = p.constants * sizeof(float), steps = p.steps * sizeof(p.step[0]);
     const int first = p.kStatistics + p.inputs + p.constants;
     if (bytes.size() != kHead + values + steps || !is(p.loss, first + p.steps - 1))
         throw std::invalid_argument("a token's program must be as long as it says");
     std::memcpy(p.values, bytes.data() + kHead, values);
     std::memcpy(p.step, bytes.data() + kHead + values, steps);
     for (int i = 0; i < p.steps; ++i) {
-        const TokenProgram::Step s = p.step[i];
-        const bool known = static_cast<int>(Op::kAdd) <= s.op && s.op < kOperations;
-        if (!known || std::max({s.a, s.b, s.c}) >= first + i)
+        const auto part = [&](int which) { return TokenProgram::part(p.step[i], which); };
+        const bool known = static_cast<int>(Op::kAdd) <= part(0) && part(0) < kOperations;
+        if (!known || std::max({part(1), part(2), part(3)}) >= first + i)
             throw std::invalid_argument("a step of a token's program must be an operation on earlier numbers");
     }
     return p;

@@ -193,41 +193,60 @@ FA_HD void with_operation(Op op, const F& f) {
 }
 
 // ------------------------------------------------------------------------------------------- one token by itself
+// Which operands of an operation have a derivative: bits 1, 2, 4.
+template <Op op>
+FA_HD constexpr int pulled_operands() {
+    if constexpr (op == Op::kWhere) return 6;
+    else if constexpr (Op::kAdd <= op && op <= Op::kClampMax) return 3;
+    else if constexpr ((Op::kExp <= op && op <= Op::kAbs) || op == Op::kFloat32) return 1;
+    else return 0;  // comparisons, logic, detach
+}
+
 // A program of one token, by value, for the kernels that read the logits once. Its numbers lie in slots: the statistics
 // in their order, what the token is given, constants, and the results of the steps, whose operands are earlier slots.
 struct TokenProgram {
     static constexpr int kStatistics = 5, kMaxInputs = 8, kMaxConstants = 16, kMaxSteps = 64;
     static constexpr int kMaxSlots = kStatistics + kMaxInputs + kMaxConstants + kMaxSteps;
-    struct Step {
-        uint8_t op, a, b, c;
-    };
+    static_assert(kMaxSlots < 128 && kOperations < 128);
     int inputs, constants, steps, loss;  // how many, and the slot of the loss
     float values[kMaxConstants];
-    Step step[kMaxSteps];
+    // From the lowest byte on: the operation and three operands, each with its highest bit set where the number (of the
+    // operation: its result) has a derivative in a statistic. A device reads a word as fast as a byte of it.
+    uint32_t step[kMaxSteps];
+
+    static FA_MEMBER int part(uint32_t step, int which) { return step >> 8 * which & 127; }
+    static FA_MEMBER bool moves(uint32_t step, int which) { return step >> 8 * which & 128; }
 };
 
 // The gradient of weight * loss for the statistics; `input(i)`: the token's i-th number.
 template <class Input>
 FA_HD Grads token_slopes(const TokenProgram& p, const Stats& of, const Input& input, float weight) {
-    float y[TokenProgram::kMaxSlots], g[TokenProgram::kMaxSlots];
-    constexpr int kGiven = TokenProgram::kStatistics;
+    using P = TokenProgram;
+    float y[P::kMaxSlots], g[P::kMaxSlots];  // g: of numbers that have a derivative
     y[0] = of.logps, y[1] = of.lse, y[2] = of.entropy, y[3] = of.kl, y[4] = of.mean;
-    for (int i = 0; i < p.inputs; ++i) y[kGiven + i] = input(i);
-    const int constants = kGiven + p.inputs, first = constants + p.constants, end = first + p.steps;
+    for (int i = 0; i < P::kStatistics; ++i) g[i] = 0;
+    for (int i = 0; i < p.inputs; ++i) y[P::kStatistics + i] = input(i);
+    const int constants = P::kStatistics + p.inputs, first = constants + p.constants, end = first + p.steps;
     for (int i = 0; i < p.constants; ++i) y[constants + i] = p.values[i];
     for (int i = first; i < end; ++i) {
-        const TokenProgram::Step s = p.step[i - first];
-        with_operation(static_cast<Op>(s.op),
-                       [&](auto o) { y[i] = value_of<decltype(o)::value>(y[s.a], y[s.b], y[s.c]); });
+        const uint32_t s = p.step[i - first];
+        g[i] = 0;
+        with_operation(static_cast<Op>(P::part(s, 0)), [&](auto o) {
+            y[i] = value_of<decltype(o)::value>(y[P::part(s, 1)], y[P::part(s, 2)], y[P::part(s, 3)]);
+        });
     }
-    for (int i = 0; i < end; ++i) g[i] = 0;
     g[p.loss] = weight;
     for (int i = end - 1; i >= first; --i) {
-        if (g[i] == 0) continue;
-        const TokenProgram::Step s = p.step[i - first];
-        with_operation(static_cast<Op>(s.op), [&](auto o) {
-            const Pulled<float> d = pulled_by<decltype(o)::value>(g[i], y[s.a], y[s.b], y[s.c], y[i]);
-            g[s.a] += d.a, g[s.b] += d.b, g[s.c] += d.c;
+        const uint32_t s = p.step[i - first];
+        if (!P::moves(s, 0) || g[i] == 0) continue;
+        with_operation(static_cast<Op>(P::part(s, 0)), [&](auto o) {
+            constexpr Op kOp = decltype(o)::value;
+            constexpr int kPulled = pulled_operands<kOp>();
+            const int a = P::part(s, 1), b = P::part(s, 2), c = P::part(s, 3);
+            const Pulled<float> d = pulled_by<kOp>(g[i], y[a], y[b], y[c], y[i]);
+            if ((kPulled & 1) && P::moves(s, 1)) g[a] += d.a;
+            if ((kPulled & 2) && P::moves(s, 2)) g[b] += d.b;
+            if ((kPulled & 4) && P::moves(s, 3)) g[c] += d.c;
         });
     }
     return {g[0], g[1], g[2], g[3], g[4]};

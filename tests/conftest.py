@@ -225,3 +225,9 @@ def programs(monkeypatch):
     found, real = Programs(), FusedLoss.of_logits
     monkeypatch.setattr(FusedLoss, "of_logits", lambda *a, **k: found.ran.append(real(*a, **k)) or found.ran[-1])
     return found
+
+
+@pytest.fixture(scope="session")
+def own_formula():
+    """A loss of one token that uses all that such a loss may."""
+    return _module_from(Path(__file__).with_name("own_formula.py"), "own_formula").OWN_FORMULA

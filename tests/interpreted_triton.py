@@ -14,6 +14,8 @@ from triton.runtime import interpreter
 import fastalign as fa
 from fastalign import _backends
 from fastalign.losses import PPOLoss, SFTLoss
+from fastalign.ops.objective import fused_gradient
+from fastalign.ops.token_programs import trace_token
 from fastalign.reference import CASES, Sizes, cast
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of -inf - -inf and overflow to inf
@@ -374,3 +376,20 @@ def test_gae(dtype, length):
         want = fa.rl.gae(rewards, values, mask, gamma=0.97, lam=0.9)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=1e-5)
+
+
+@each_dtype
+def test_a_formula_of_ones_own_in_one_launch(own_formula, dtype):
+    g = torch.Generator().manual_seed(0)
+    logits, ref = ((2 * torch.randn(12, 50, generator=g)).to(dtype) for _ in range(2))
+    labels = torch.randint(50, (12,), generator=g)
+    labels[3] = -100
+    weight, x, y = (torch.rand(12, generator=g) for _ in range(3))
+    program = trace_token(own_formula.formula, own_formula.inputs)
+    stats, mean, gradient = fused_gradient(logits, labels, weight, program, {"x": x, "y": y}, ref_logits=ref)
+    exact, want = own_formula.exact(logits, ref, labels, weight, {"x": x, "y": y})
+    for name, found in {**stats._asdict(), "mean": mean}.items():
+        torch.testing.assert_close(found[labels >= 0].double(), exact[name][labels >= 0], rtol=2e-6, atol=2e-6)
+    # float32's roundings of the slopes, and one to the logits' dtype.
+    unit = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+    torch.testing.assert_close(gradient.double(), want, rtol=unit, atol=float(4e-6 * want.abs().max()))

@@ -10,6 +10,8 @@ import torch
 import fastalign as fa
 from fastalign import Objective, token_objective
 from fastalign._backends import cuda
+from fastalign.ops.objective import fused_gradient
+from fastalign.ops.token_programs import trace_token
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VOCABS = (1, 7, 1000, 32000, 50257, 128256, 151936, 256000)
@@ -363,3 +365,17 @@ def test_a_device_that_is_not_there(cuda_simulator, monkeypatch):
             fa.token_logps(x, labels)
         monkeypatch.undo()
     assert not launches
+
+
+def test_a_formula_of_ones_own_in_one_launch(cuda_simulator, own_formula):
+    """With every operation of a program: short and long rows, and a row that is shared by a cluster."""
+    program = trace_token(own_formula.formula, own_formula.inputs)
+    for vocab in (50, 40007):
+        x, z, labels, numbers = problem(6, vocab, torch.float32, ref=True)
+        weight, given = numbers[0].abs(), {"x": numbers[1].abs(), "y": numbers[2].abs()}
+        with cuda_simulator(check_uninit=True, check_races=True) as launches, cuda_simulator.raising():
+            _, _, gradient = fused_gradient(x, labels, weight, program, given, ref_logits=z)
+        _, want = own_formula.exact(x, z, labels, weight, given)
+        # float32's roundings of the slopes and of the gradient.
+        torch.testing.assert_close(gradient.double(), want, rtol=1e-5, atol=float(4e-6 * want.abs().max()))
+        assert not any(launch.stats.raw[name] for launch in launches for name in CHECKS)

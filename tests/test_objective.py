@@ -1,7 +1,6 @@
 """The one-launch objective: the same loss, metrics and gradient as two steps, for every kind that it serves."""
 
 import functools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ import fastalign as fa
 from fastalign import _backends
 from fastalign.losses import PPOLoss, SFTLoss
 from fastalign.ops.objective import fused_gradient
+from fastalign.ops.operations import ELEMENTWISE
 from fastalign.ops.programs import NotTraced
 from fastalign.ops.token_programs import trace_token
 
@@ -236,40 +236,19 @@ def test_statistics_are_those_of_two_steps():
         assert torch.equal(one, two)
 
 
-def focal(t):
-    """Focal loss (Lin et al. 2017, eq. 4) with a margin, a z-loss and a bound: what no loss here is."""
-    p = t.logps.exp()
-    loss = -((1 - p) ** 2) * t.logps * t.scale + 0.1 * torch.relu(t.margin - t.logps) + 0.01 * t.lse.square()
-    far = torch.where(t.entropy > 2.0, torch.tanh(t.kl), torch.log1p(t.kl.clamp(min=0)).sqrt())
-    return torch.minimum(loss, loss.detach() + 50) + far + 0.3 * torch.sigmoid(t.mean)
-
-
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_formula_of_ones_own_in_one_launch(isa, dtype):
-    logits, ref, labels, g = batch((4, 6, 50), dtype)
-    weight, scale, margin = (torch.rand(4, 6, generator=g) for _ in range(3))
-    program = trace_token(focal, ("scale", "margin"))
+def test_a_formula_of_ones_own_in_one_launch(own_formula, isa, dtype):
+    logits, ref, labels, g = batch((6, 8, 50), dtype)
+    weight, x, y = (torch.rand(6, 8, generator=g) for _ in range(3))
+    program = trace_token(own_formula.formula, own_formula.inputs)
+    assert {op for op, *_ in program.steps} == set(ELEMENTWISE) - {"float32"}  # all is float32 here
     with fa.use_backend("cpu", isa=isa):
-        stats, mean, gradient = fused_gradient(
-            logits, labels, weight, program, {"scale": scale, "margin": margin}, ref_logits=ref
-        )
-    leaf = logits.double().requires_grad_()
-    logp, ref_logp = leaf.log_softmax(-1), ref.double().log_softmax(-1)
-    exact = SimpleNamespace(
-        logps=logp.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1),
-        lse=leaf.logsumexp(-1),
-        entropy=-(logp.exp() * logp).sum(-1),
-        kl=(logp.exp() * (logp - ref_logp)).sum(-1),
-        mean=leaf.mean(-1),
-        scale=scale.double(),
-        margin=margin.double(),
-    )
+        stats, mean, gradient = fused_gradient(logits, labels, weight, program, {"x": x, "y": y}, ref_logits=ref)
+    exact, want = own_formula.exact(logits, ref, labels, weight, {"x": x, "y": y})
     real = labels != -100
-    (want,) = torch.autograd.grad((focal(exact) * weight)[real].sum(), leaf)
     for name, found in {**stats._asdict(), "mean": mean}.items():
-        expected = getattr(exact, name).detach()
-        torch.testing.assert_close(found[real].double(), expected[real], rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(found[real].double(), exact[name][real], rtol=2e-6, atol=2e-6)
     # float32's roundings of the slopes, and one to the logits' dtype.
     unit = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
     torch.testing.assert_close(gradient.double(), want, rtol=unit, atol=float(4e-6 * want.abs().max()))

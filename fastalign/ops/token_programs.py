@@ -116,6 +116,12 @@ def _moved(steps: Sequence[tuple[str, int, int, int]], loss: int, first: int) ->
 
 
 def _encoded(given: int, constants: Sequence[float], steps: Sequence[tuple[str, int, int, int]], loss: int) -> bytes:
-    """As `token_program` of csrc/arguments.h reads it."""
-    head = struct.pack(f"=4i{len(constants)}f", given, len(constants), len(steps), loss, *constants)
-    return head + b"".join(struct.pack("=4B", CODES[op], *operands) for op, *operands in steps)
+    """As `token_program` of csrc/arguments.h reads it; each step is a word, see kernels/loss_program.h."""
+    active = [slot < len(STATISTICS) for slot in range(len(STATISTICS) + given + len(constants))]
+    words = []
+    for op, *operands in steps:
+        active.append(op not in FLAT and any(active[slot] for slot in (operands[1:] if op == "where" else operands)))
+        parts = [CODES[op] | active[-1] << 7, *(slot | active[slot] << 7 for slot in operands)]
+        words.append(sum(part << 8 * i for i, part in enumerate(parts)))
+    form = f"=4i{len(constants)}f{len(words)}I"
+    return struct.pack(form, given, len(constants), len(steps), loss, *constants, *words)
