@@ -150,7 +150,9 @@ def test_readme_is_short_and_opens_with_its_two_commands():
     assert TEXT.index(FIRST) < TEXT.index("\n## ")
 
 
-@pytest.mark.parametrize("page", ["README.md", ".github/GUIDE.md", ".github/CONTRIBUTING.md", "bench/README.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", ".github/GUIDE.md", ".github/CONTRIBUTING.md", "bench/README.md", "kernels/README.md"]
+)
 def test_links_lead_somewhere(page):
     path = README.parent / page
     for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", path.read_text(encoding="utf-8")):
@@ -160,3 +162,32 @@ def test_links_lead_somewhere(page):
         if anchor:
             heads = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}, link
+
+
+KERNELS = README.parent / "kernels" / "README.md"
+
+
+def test_the_derivation_of_the_kernels_is_right():
+    """Its block against autograd, for each statistic by itself and for all of them."""
+    (block,) = re.findall(r"```python\n(.*?)```", KERNELS.read_text(encoding="utf-8"), re.DOTALL)
+    given = {}
+    exec(compile(block, "kernels/README.md", "exec"), given)
+    draw = torch.Generator().manual_seed(0)
+    x, z, weights = (torch.randn(9, generator=draw, dtype=torch.float64) for _ in range(3))
+    names = ("logps", "lse", "entropy", "kl", "mean")
+    for chosen in (*((name,) for name in names), names):
+        leaf = x.clone().requires_grad_()
+        log_p, log_q = torch.log_softmax(leaf, -1), torch.log_softmax(z, -1)
+        entropy, kl = -(log_p.exp() * log_p).sum(), (log_p.exp() * (log_p - log_q)).sum()
+        stats = dict(zip(names, (log_p[2], torch.logsumexp(leaf, -1), entropy, kl, leaf.mean()), strict=True))
+        g = {name: weights[k] if name in chosen else torch.zeros_like(z[0]) for k, name in enumerate(names)}
+        (wanted,) = torch.autograd.grad(sum(g[name] * stats[name] for name in names), leaf)
+        torch.testing.assert_close(given["gradient"](x, z, 2, g), wanted, rtol=1e-12, atol=1e-14)
+
+
+def test_every_kernel_is_in_the_table_of_files():
+    named = re.findall(r"`([\w*]+\.(?:\w+|\*))`", KERNELS.read_text(encoding="utf-8").partition("## Files")[2])
+    there = {path.name for path in KERNELS.parent.iterdir() if path.suffix in (".h", ".cpp", ".cu", ".cuh", ".py")}
+    found = {name: {path.name for path in KERNELS.parent.glob(name)} for name in named}
+    assert [name for name, files in found.items() if not files] == []
+    assert there - {"__init__.py"} == set().union(*found.values())
