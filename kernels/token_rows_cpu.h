@@ -130,17 +130,27 @@ struct Accumulators {
     }
 };
 
-// The pads of a unit of which `count` elements are the row's, and `hole` (any number) is the target's place. Beyond the
-// row's end x and z are to be 0.
+// Pads of a unit, as windows on tables: read, not written and read again, which would wait for the memory. In the dtype
+// of the elements, so that they part into two vectors as these do.
 template <class T>
-inline void unit_pads(int64_t count, int64_t hole, Pad& a, Pad& b) {
-    T pads[kUnit];
-    std::memset(static_cast<void*>(pads), 0, sizeof pads);
-    for (int64_t i = count; i < kUnit; ++i) from_float(-INFINITY, pads[i]);
-    load2(pads, a.z, b.z);
-    if (0 <= hole && hole < kUnit) from_float(-INFINITY, pads[hole]);
-    load2(pads, a.x, b.x);
-}
+struct PadTables {
+    T hole[2 * kUnit], tail[2 * kUnit];
+
+    PadTables() {
+        for (int64_t i = 0; i < 2 * kUnit; ++i) {
+            from_float(i == kUnit ? -INFINITY : 0.0f, hole[i]);
+            from_float(i < kUnit ? 0.0f : -INFINITY, tail[i]);
+        }
+    }
+    static const PadTables& get() {
+        static const PadTables tables;
+        return tables;
+    }
+    // -inf at one place; none: kUnit.
+    void hole_at(int64_t place, Vec& a, Vec& b) const { load2(hole + kUnit - place, a, b); }
+    // -inf from `count` on.
+    void tail_from(int64_t count, Vec& a, Vec& b) const { load2(tail + kUnit - count, a, b); }
+};
 
 // Adds n elements but for the one at `hole`, if that is among them.
 template <class T, bool kCap, Mode kMode, bool kFused, class Sink>
@@ -171,14 +181,24 @@ void add_range(Accumulators<kMode>& sums, const T* x, const T* z, int64_t n, int
             sink(px - x + at, e, f);
         }
     }
+    // A unit of which one element may be the target. Beyond the row's end x and z are 0, and padded both.
+    const auto& pads = PadTables<T>::get();
     const auto padded = [&](int64_t at, Lanes<kMode>& one, Lanes<kMode>& other) {
-        const int64_t count = n - at < kUnit ? n - at : kUnit;
-        Pad p, q;
-        unit_pads<T>(count, hole - at, p, q);
-        load_tail(x + at, count, 0.0f, a, b);
-        if constexpr (kMode == kReference) load_tail(z + at, count, 0.0f, c, d);
-        const Vec e = accumulate<kCap, true, kFused>(one, a, c, p, pv, rv, k);
-        const Vec f = accumulate<kCap, true, kFused>(other, b, d, q, pv, rv, k);
+        const int64_t count = n - at < kUnit ? n - at : kUnit, place = hole - at;
+        Vec xa, xb, za = set1(0), zb = za;
+        Pad p{za, za}, q{za, za};
+        pads.hole_at(0 <= place && place < kUnit ? place : kUnit, p.x, q.x);
+        if (count == kUnit) {
+            load2(x + at, xa, xb);
+            if constexpr (kMode == kReference) load2(z + at, za, zb);
+        } else {
+            load_tail(x + at, count, 0.0f, xa, xb);
+            if constexpr (kMode == kReference) load_tail(z + at, count, 0.0f, za, zb);
+            pads.tail_from(count, p.z, q.z);
+            p.x = p.x + p.z, q.x = q.x + q.z;
+        }
+        const Vec e = accumulate<kCap, true, kFused>(one, xa, za, p, pv, rv, k);
+        const Vec f = accumulate<kCap, true, kFused>(other, xb, zb, q, pv, rv, k);
         if (count < kUnit) sink.tail(at, count, e, f);
         else sink(at, e, f);
     };

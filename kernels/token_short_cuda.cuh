@@ -24,9 +24,10 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
     short_forward_kernel(const __grid_constant__ ForwardArgs a, const __grid_constant__ Prepare k) {
     __shared__ FloatSums parts[kMaxThreads / 32];
     for (ShortRows at; at.first < a.rows; at.next()) {
-        if (at.row() < a.rows && row_kind(a, a.label(at.row())) == Row::kLive) {
+        const int64_t target = at.row() < a.rows ? a.label(at.row()) : a.ignore_index;
+        if (row_kind(a, target) == Row::kLive) {
             const Source<T> x = row_of<T>(a.logits, a.layout, at.row(), a.vocab);
-            const int label = static_cast<int>(a.label(at.row()));
+            const int label = static_cast<int>(target);
             FloatSums sums;
             if constexpr (kOneTile) {
                 Pack v[kTile<kMode>];
