@@ -93,7 +93,8 @@ def ppo_clip(text: str) -> Iterator[int]:
 
 _LOG_SIGMOID = r"(?:\w+(?:\.|::))*log_?sigmoid(?:_of|_exact)?"
 _DPO = re.compile(
-    # (1 - e) loss - e log sigmoid(-z), or (e - 1) log sigmoid(z) for the first of them; weights of softplus(-z) and softplus(z); their derivative
+    # (1 - e) loss - e log sigmoid(-z), or (e - 1) log sigmoid(z) first; weights of softplus(-z) and softplus(z); their
+    # derivative
     rf"\(1(?:\.0f?)? - (\w+)\) \* .*? - \1 \* {_LOG_SIGMOID}\(-[\w.]+\)\s*$"
     rf"|\((\w+) - 1(?:\.0f?)?\) \* .*? - \2 \* {_LOG_SIGMOID}\(-[\w.]+\)\s*$"
     r"|\* softplus\(-(\w+)\).*\* softplus\(\3\)"

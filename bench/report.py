@@ -1,8 +1,9 @@
-"""The results file as text: the README's table, or every variant of every case.
+"""The results file as text: the table of bench/README.md, the README's short one, or every variant of every case.
 
-    python bench/report.py results.json                      print the README's table
+    python bench/report.py results.json                      print the table
+    python bench/report.py results.json --short              print the short one
     python bench/report.py results.json --details            print every variant
-    python bench/report.py results.json --update README.md   rewrite the table between the markers
+    python bench/report.py results.json --update FILE        rewrite that table between its markers
     python bench/report.py results.json --plots FOLDER       PNGs: time and memory against size, roofline
     python bench/report.py results.json --html page.html     table and plots on a page that stands alone
 
@@ -23,6 +24,9 @@ END = "<!-- end of benchmarks -->"
 DEVICE_BEGIN = "<!-- device benchmarks: written by bench/report.py -->"
 DEVICE_END = "<!-- end of device benchmarks -->"
 """Results of an accelerator have a place of their own."""
+SHORT_BEGIN = "<!-- short benchmarks: written by bench/report.py -->"
+SHORT_END = "<!-- end of short benchmarks -->"
+"""And so has the README's extract."""
 
 _TITLES = {
     ("logps", "forward"): "log-probs, forward",
@@ -151,7 +155,7 @@ def _host(row: dict[str, Any]) -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The README's block, markers not included: one line per case and variant of ours."""
+    """The block of bench/README.md, markers not included: one line per case and variant of ours."""
     cases = _measured(results)
     peers = list(dict.fromkeys(name for c in cases for name, row in c["variants"].items() if not row["ours"]))
     on_device = any("host_seconds" in row for case in cases for row in case["variants"].values())
@@ -181,6 +185,21 @@ def table(results: dict[str, Any]) -> str:
         more = _HOST_NOTES if on_device else _IDLE_NOTES if results["environment"].get("accelerator") else ""
         parts += ["\n".join(lines), *filter(None, [_rates(results)]), _NOTES + more]
     return "\n\n".join(parts + _advantages(results) + _overhead(results))
+
+
+def short(results: dict[str, Any]) -> str:
+    """The README's block: forward and backward together at the largest vocabulary, one line per case."""
+    cases = [case for case in _measured(results) if case["job"] == "both" and "fastalign" in case["ratios"]]
+    most = max((case["vocab"] for case in cases), default=0)
+    cases = [case for case in cases if case["vocab"] == most]
+    peers = list(dict.fromkeys(peer for case in cases for peer in case["ratios"]["fastalign"]))
+    head = ["", "logits", "time", *peers]
+    lines = [_line(head), _line(["---"] * 2 + ["---:"] * (len(head) - 2))]
+    for case in cases:
+        title = _TITLES.get((case["suite"], case["job"]), f"{case['suite']} {case['job']}")
+        times = (_times(case["ratios"]["fastalign"].get(peer)) for peer in peers)
+        lines.append(_line([title, size(case), duration(case["variants"]["fastalign"]["median"]), *times]))
+    return f"{machine(results)}; `2.0x`: the peer takes twice as long.\n\n" + "\n".join(lines)
 
 
 def details(results: dict[str, Any]) -> str:
@@ -219,7 +238,8 @@ def main() -> None:
     parser.add_argument(
         "results", type=results_file, nargs="+", help="JSON written by `pytest bench --json`; later cases win"
     )
-    parser.add_argument("--details", action="store_true", help="every variant instead of the README's table")
+    parser.add_argument("--details", action="store_true", help="every variant instead of the table")
+    parser.add_argument("--short", action="store_true", help="the README's extract instead of the table")
     parser.add_argument("--update", type=Path, metavar="FILE", help="rewrite the table between this file's markers")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write plots as PNG into this folder")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write table and plots to this file")
@@ -228,11 +248,13 @@ def main() -> None:
     if arguments.update:
         text = arguments.update.read_text(encoding="utf-8")
         markers = (DEVICE_BEGIN, DEVICE_END) if results["environment"].get("accelerator") else (BEGIN, END)
-        arguments.update.write_text(update(text, table(results), *markers), encoding="utf-8")
+        markers = (SHORT_BEGIN, SHORT_END) if arguments.short else markers
+        block = short(results) if arguments.short else table(results)
+        arguments.update.write_text(update(text, block, *markers), encoding="utf-8")
     elif arguments.plots or arguments.html:
         _draw(results, arguments.plots, arguments.html)
     else:
-        print(details(results) if arguments.details else table(results))
+        print(details(results) if arguments.details else short(results) if arguments.short else table(results))
 
 
 def _draw(results: dict[str, Any], folder: Path | None, page: Path | None) -> None:

@@ -1,7 +1,7 @@
-"""The studies' results as text, and the part of the README that they make.
+"""The studies' results as text, and the part of bench/README.md that they make.
 
     python bench/studies.py                          print that part, from the newest results of each study
-    python bench/studies.py --update README.md       rewrite it between its markers
+    python bench/studies.py --update bench/README.md rewrite it between its markers
     python bench/studies.py --take FOLDER            first copy what the studies left in that folder to bench/results
 
 Every number of the part comes from the JSON of a study. Needs nothing but Python.
@@ -51,7 +51,7 @@ def origin(results: dict[str, Any], path: Path) -> str:
     """Where the figures are, and how they came about."""
     m = results["machine"]
     others = [path.with_suffix(end) for end in (".png", ".html", ".csv") if path.with_suffix(end).exists()]
-    links = ", ".join(f"[{p.suffix[1:]}](bench/results/{p.name})" for p in (*others, path))
+    links = ", ".join(f"[{p.suffix[1:]}](results/{p.name})" for p in (*others, path))
     first, count = results.get("first_seed", 0), results.get("seeds", 1)
     seeds = f"seeds {first} to {first + count - 1}; " if count > 1 else ""
     return f"({links}; `{results['command']}`; {seeds}{m['date'][:10]}; {m['cpu']}, {m['cores']} cores)"
@@ -160,7 +160,7 @@ STUDIES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 
 
 def part() -> str:
-    """The README's part, from the newest results of each study."""
+    """The part, from the newest results of each study."""
     blocks = []
     for study, (title, write) in STUDIES.items():
         found = sorted(RESULTS.glob(f"{study}-*.json"))

@@ -13,7 +13,7 @@ steps' time went: the model's body forward and backward, head and loss forward a
     --ops     the ten most expensive operations of the last step (which then counts in no figure)
     --until N stop after step N and leave a checkpoint in `--folder`; the same command goes on from there
     --json F  write everything to F
-    --show F  the README's lines on a results file, and no run; `--update README.md` writes them there
+    --show F  the lines of bench/README.md on a results file, and no run; `--update bench/README.md` writes them there
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ def median_step(found: dict[str, Any]) -> dict[str, float]:
 
 
 def figures(kept: dict[str, Any]) -> str:
-    """What the README says of a results file."""
+    """What bench/README.md says of a results file."""
     given, where, results = kept["settings"], kept["environment"], dict(kept["results"])
     ours, theirs = results["fastalign"], results["trl"]
     speeds = [2 * given["pairs"] * given["tokens"] / median_step(found)["step"] for found in (ours, theirs)]
@@ -262,7 +262,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ops", action="store_true")
     parser.add_argument("--json")
     parser.add_argument("--show", metavar="RESULTS")
-    parser.add_argument("--update", type=Path, metavar="README")
+    parser.add_argument("--update", type=Path, metavar="FILE")
     parser.add_argument("--one", choices=list(PEERS), help=argparse.SUPPRESS)
     given = parser.parse_args()
     unknown = set(given.peers.split(",")) - set(PEERS)

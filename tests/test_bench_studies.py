@@ -1,4 +1,4 @@
-"""The README's parts on studies and trainers: every number is of the results that are kept, and up to date."""
+"""The tables of bench/README.md and of the README: every number is of the results that are kept, and up to date."""
 
 from __future__ import annotations
 
@@ -38,23 +38,68 @@ def bench(tmp_path):
     return folder, run
 
 
-def test_readme_is_up_to_date(bench):
+BENCH_PAGE = ROOT / "bench" / "README.md"
+
+
+def test_studies_are_up_to_date(bench):
     folder, run = bench
     for path in (ROOT / "bench" / "results").iterdir():
         shutil.copyfile(path, folder / "results" / path.name)
-    readme = folder.parent / "README.md"
-    shutil.copyfile(ROOT / "README.md", readme)
-    run("--update", readme)
-    assert readme.read_text(encoding="utf-8") == (ROOT / "README.md").read_text(encoding="utf-8")
+    page = folder / "README.md"
+    shutil.copyfile(BENCH_PAGE, page)
+    run("--update", page)
+    assert page.read_text(encoding="utf-8") == BENCH_PAGE.read_text(encoding="utf-8")
 
 
-def test_readme_is_up_to_date_with_the_trainers(tmp_path):
-    readme = tmp_path / "README.md"
-    shutil.copyfile(ROOT / "README.md", readme)
-    name = re.search(r"bench/results/(dpo-trl-[\d-]+\.json)", readme.read_text(encoding="utf-8"))[1]
-    command = [sys.executable, str(ROOT / "bench" / "trainers.py"), "--show", str(ROOT / "bench" / "results" / name)]
-    subprocess.run([*command, "--update", str(readme)], check=True, cwd=tmp_path)
-    assert readme.read_text(encoding="utf-8") == (ROOT / "README.md").read_text(encoding="utf-8")
+def rewritten(page, tmp_path, script, *arguments):
+    """A copy of the page after a script of bench/ wrote to it."""
+    copy = tmp_path / page.name
+    shutil.copyfile(page, copy)
+    command = [sys.executable, ROOT / "bench" / script, *arguments, "--update", copy]
+    subprocess.run([str(word) for word in command], check=True, cwd=tmp_path)
+    return copy.read_text(encoding="utf-8")
+
+
+def named_results(pattern):
+    """The results files that bench/README.md names where a line of it matches the pattern."""
+    (line,) = re.findall(pattern, BENCH_PAGE.read_text(encoding="utf-8"))
+    return [ROOT / name for name in re.findall(r"bench/results/[\w.-]+\.json", line)]
+
+
+def test_trainers_are_up_to_date(tmp_path):
+    name = re.search(r"results/(dpo-trl-[\d-]+\.json)", BENCH_PAGE.read_text(encoding="utf-8"))[1]
+    show = ("--show", ROOT / "bench" / "results" / name)
+    assert rewritten(BENCH_PAGE, tmp_path, "trainers.py", *show) == BENCH_PAGE.read_text(encoding="utf-8")
+
+
+CPU_TABLE = r"The table is `python bench/report\.py bench/results/cpu-.*"
+DEVICE_TABLE = r"The table is `python bench/report\.py bench/results/h100-.*"
+
+
+@pytest.mark.parametrize(
+    ("page", "pattern", "more"),
+    [
+        (BENCH_PAGE, CPU_TABLE, ()),
+        (BENCH_PAGE, DEVICE_TABLE, ()),
+        (ROOT / "README.md", CPU_TABLE, ("--short",)),
+    ],
+    ids=["cpu", "gpu", "short"],
+)
+def test_benchmarks_are_up_to_date(page, pattern, more, tmp_path):
+    files = named_results(pattern)
+    assert files
+    assert rewritten(page, tmp_path, "report.py", *files, *more) == page.read_text(encoding="utf-8")
+
+
+def test_every_table_of_measurements_is_in_one_file():
+    """The README has the extract alone, and no figure that no script writes but those that the page has too."""
+    readme, page = (path.read_text(encoding="utf-8") for path in (ROOT / "README.md", BENCH_PAGE))
+    assert readme.count("<!-- ") == 2
+    for name in re.findall(r"\]\((results/[\w.-]+)\)", page):
+        assert (ROOT / "bench" / name).is_file(), name
+    for text in ("56 µs against 44 µs", "up to 1.4 times as fast"):
+        assert text in readme
+        assert text in " ".join(page.split())
 
 
 def test_what_a_trainer_does_before_a_step_counts(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
@@ -138,7 +183,7 @@ def test_results_are_taken_and_told(bench):
         "gold reward of 0.25; 50 to 51 pairs a seed",
         "end by themselves: 0.75 before; at the ends of the runs DPO 0.50.",
         "Of 1 policies, 0 (k1) and 1 (k3) have a sampled KL",
-        "[png](bench/results/frontier-2031-02-03.png), [json](bench/results/frontier-2031-02-03.json)",
+        "[png](results/frontier-2031-02-03.png), [json](results/frontier-2031-02-03.json)",
     ):
         assert line in text
     assert "9.00" not in text

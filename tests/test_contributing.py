@@ -73,7 +73,8 @@ def copy(tmp_path_factory):
         path = folder / name
         text = path.read_text(encoding="utf-8")
         assert text.count(f"\n{anchor}\n") == 1, f"{name} must hold this line once: {anchor}"
-        path.write_text(text.replace(f"\n{anchor}\n", f"\n{block}{anchor}\n"), encoding="utf-8")
+        space = "\n\n" if block.startswith("def ") else ""
+        path.write_text(text.replace(f"\n{anchor}\n", f"\n{block}{space}{anchor}\n"), encoding="utf-8")
     return folder
 
 
