@@ -179,7 +179,8 @@ class Build(build_ext):
             defines = [f"-DFA_ISA={isa}", f'-DFA_ISA_NAME="{isa}"', f'-DFA_SIMD_HEADER="{header}"']
             units.append(("kernels/token_stats_cpu.cpp", isa, [*defines, *flags]))
         units += [
-            (f"kernels/{name}.cpp", name, []) for name in ("fresh_pages", "large_blocks", "gae_cpu", "loss_interpreter")
+            (f"kernels/{name}.cpp", name, [])
+            for name in ("fresh_pages", "large_blocks", "gae_cpu", "loss_interpreter", "loss_program")
         ]
         units += [("csrc/bindings.cpp", "bindings", [])]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -216,6 +217,7 @@ setup(
                 "kernels/gae_cpu.cpp",
                 "kernels/large_blocks.cpp",
                 "kernels/loss_interpreter.cpp",
+                "kernels/loss_program.cpp",
                 "kernels/token_stats_cpu.cpp",
             ],
             # All of them, and what only the other module is made of: a source distribution holds what is named here.

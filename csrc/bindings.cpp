@@ -177,9 +177,16 @@ py::tuple logps_forward(py::handle logits, py::handle labels, const py::tuple& o
 template <class T>
 void gae_rows(Address rewards, Address values, Address mask, Address advantages, Address returns, std::int64_t rows,
               std::int64_t length, double gamma, double gamma_lam, int threads) {
-    py::gil_scoped_release release;
     gae<T>({at<const T>(rewards), at<const T>(values), at<const bool>(mask), at<T>(advantages), at<T>(returns), rows,
             length, static_cast<T>(gamma), static_cast<T>(gamma_lam), threads});
+}
+
+// `wide`: all numbers are float64, else float32.
+void gae_of(bool wide, Address rewards, Address values, Address mask, Address advantages, Address returns,
+            std::int64_t rows, std::int64_t length, double gamma, double gamma_lam, int threads) {
+    py::gil_scoped_release release;
+    (wide ? gae_rows<double> : gae_rows<float>)(rewards, values, mask, advantages, returns, rows, length, gamma,
+                                                gamma_lam, threads);
 }
 
 std::vector<std::string> isas() {
@@ -223,8 +230,7 @@ PYBIND11_MODULE(_C, m) {
         .def_static("keep_at_most", [](std::int64_t bytes) { LargeBlocks::all().set_limit(bytes); })
         .def_static("kept_bytes", [] { return LargeBlocks::all().held(); })
         .def_static("release_kept", [] { return LargeBlocks::all().release(); });
-    m.def("gae_float32", &gae_rows<float>);
-    m.def("gae_float64", &gae_rows<double>);
+    m.def("gae", &gae_of);
     m.def("isas", &isas);
     m.def("follow_isa", &follow_isa);
     m.def("read", [](Address data, std::int64_t bytes, int threads) {

@@ -3,8 +3,6 @@
 Addresses are those of `Tensor.data_ptr()`; 0 is none.
 """
 
-from typing import Protocol
-
 def token_stats_forward(tokens: tuple, outputs: tuple) -> int: ...
 def token_stats_backward(tokens: tuple, per_row: tuple[int, ...], out: int, out_strides: tuple[int, ...]) -> int: ...
 def token_objective(
@@ -75,25 +73,19 @@ class HeldBlock:
     @staticmethod
     def release_kept() -> int: ...
 
-class _Gae(Protocol):
-    def __call__(
-        self,
-        rewards: int,
-        values: int,
-        mask: int,
-        advantages: int,
-        returns: int,
-        rows: int,
-        length: int,
-        gamma: float,
-        gamma_lam: float,
-        threads: int,
-        /,
-    ) -> None: ...
-
-gae_float32: _Gae
-gae_float64: _Gae
-
+def gae(
+    wide: bool,
+    rewards: int,
+    values: int,
+    mask: int,
+    advantages: int,
+    returns: int,
+    rows: int,
+    length: int,
+    gamma: float,
+    gamma_lam: float,
+    threads: int,
+) -> None: ...
 def isas() -> list[str]: ...
 def follow_isa(variable: object) -> None: ...
 def read(data: int, size: int, threads: int) -> float: ...

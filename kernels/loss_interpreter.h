@@ -12,6 +12,8 @@ namespace fastalign {
 enum class Level : uint8_t { kToken, kSequence, kComparison, kGroup, kBatch };
 enum class Way : uint8_t { kOwner, kCompared, kOther };
 
+inline bool reduces(Op op) { return op == Op::kSum || op == Op::kMax || op == Op::kLogSumExp; }
+
 struct LossStep {
     Op op;
     Level level;

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.token_results import SAVED
 from ..utils import environment
 from . import cpu, cuda, eager, triton
 from ._interface import Backend, TokenProgram
@@ -25,6 +26,7 @@ from .cpu import cpu_isa, cpu_isas, kept_rows, loss_program, probe_copy, probe_r
 
 __all__ = [
     "LARGE",
+    "SAVED",
     "Backend",
     "TokenProgram",
     "automatic",

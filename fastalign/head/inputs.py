@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.statistics import TokenStats
+from ..ops.results import TokenStats, smoothed
 from .checks import check_head, check_labels, check_options, check_places, check_reference, check_rows
 from .tiles import Problem, Projection
 
@@ -31,7 +31,7 @@ class Live(NamedTuple):
     ) -> TokenStats:
         """TokenStats of the labels' shape from those of live tokens; 0 at the others."""
         if self.label_smoothing and mean is not None:
-            logps = (1 - self.label_smoothing) * logps + self.label_smoothing * (mean - lse)
+            logps = smoothed(logps, lse, mean, self.label_smoothing)
         return TokenStats(*map(self.place, (logps, lse, entropy, kl)))  # type: ignore[arg-type]
 
     def place(self, t: Tensor | None) -> Tensor | None:

@@ -111,4 +111,5 @@ def _weighted(
         return losses, weights
     # sum_c w_c log p_c = sum_c w_c x_c - lse sum_c w_c
     whole = hide(logits @ weight, live) - stats.lse * weight.sum()
-    return (1 - smoothing) * losses - smoothing / logits.shape[-1] * hide(whole, live), weights
+    rest = -smoothing / logits.shape[-1] * hide(whole, live)
+    return rest if smoothing == 1.0 else (1 - smoothing) * losses + rest, weights

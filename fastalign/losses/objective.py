@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..ops.objective import attach_gradient, attach_gradients, fused_gradient
-from ..ops.results import TokenStats
+from ..ops.results import TokenStats, smoothed
 from ..ops.token_programs import TokenProgram, trace_token
 from .kl import KL_ESTIMATORS
 from .policy_objectives import KINDS, Terms, with_penalties
-from .sft import smoothed, with_z_loss
+from .sft import with_z_loss
 
 __all__ = ["Objective", "attach_gradient", "attach_gradients", "token_objective"]
 

@@ -19,9 +19,8 @@ from torch import Tensor
 from ..ops.programs import Symbol
 from .base import check_range, lookup
 
-# Above this exponent exp continues along its tangent: gradients stay finite and non-zero where exp would overflow, and
-# with |h| up to 1e4 even the square of such a score (1e34) still is a float32.
-_EXP_LIMIT = 30.0
+_EXP_LIMIT = 30.0  # Above it exp continues along its tangent: gradients stay finite and non-zero where exp would
+# overflow, and with |h| up to 1e4 even the square of such a score (1e34) still is a float32.
 
 
 # ------------------------------------------------------------------------------------------------- what a loss is given
@@ -118,15 +117,18 @@ NLL_NORMALIZATIONS: dict[str, Callable[[Side], Tensor]] = {
 """[B] terms whose mean is the chosen responses' NLL: over all tokens, of per-sequence means, of per-sequence sums."""
 
 
-def _nll(p: Pairs) -> Tensor:
-    return p.options.nll_weight * NLL_NORMALIZATIONS[p.options.nll_normalization](p.chosen)
+def _with_nll(loss: Tensor, p: Pairs) -> Tensor:
+    """The loss and the weighted NLL of the chosen responses; of weight 0 it is not formed: 0 * inf is NaN."""
+    weight = p.options.nll_weight
+    return loss + weight * NLL_NORMALIZATIONS[p.options.nll_normalization](p.chosen) if weight else loss
 
 
 # --------------------------------------------------------------------------------------------------- the loss functions
 def _smoothed(logit: Tensor, smoothing: float) -> Tensor:
     """-(1 - e) log sigmoid(z) - e log sigmoid(-z)."""
-    loss = -F.logsigmoid(logit)
-    return loss if smoothing == 0.0 else (1 - smoothing) * loss - smoothing * F.logsigmoid(-logit)
+    if smoothing in (0.0, 1.0):  # the other term is not formed: 0 * inf is NaN
+        return -F.logsigmoid(-logit if smoothing else logit)
+    return (smoothing - 1) * F.logsigmoid(logit) - smoothing * F.logsigmoid(-logit)
 
 
 def _sigmoid(p: Pairs) -> Tensor:
@@ -136,15 +138,14 @@ def _sigmoid(p: Pairs) -> Tensor:
 
 
 def _robust(p: Pairs) -> Tensor:
-    """Robust DPO, [-(1 - e) log sigmoid(z) + e log sigmoid(-z)] / (1 - 2e): Chowdhury et al. 2024,
-    arXiv 2403.00409 (the unbiased loss under label flips of probability e < 0.5)."""
+    """Robust DPO, [-(1 - e) log sigmoid(z) + e log sigmoid(-z)] / (1 - 2e), unbiased under label flips of probability
+    e < 0.5: Chowdhury et al. 2024, arXiv 2403.00409."""
     e, z = p.options.label_smoothing, p.logit
-    return (e * F.logsigmoid(-z) - (1 - e) * F.logsigmoid(z)) / (1 - 2 * e)
+    return (e * F.logsigmoid(-z) - (1 - e) * F.logsigmoid(z)) / (1 - 2 * e) if e else -F.logsigmoid(z)
 
 
 def _hinge(p: Pairs) -> Tensor:
-    """SLiC's hinge on the DPO logit, max(0, 1 - z): Zhao et al. 2023 (SLiC-HF) as normalised by
-    Liu et al. 2024 (RSO, arXiv 2309.06657)."""
+    """SLiC's hinge on the DPO logit, max(0, 1 - z): Zhao et al. 2023, normalised by Liu et al. 2024 (RSO)."""
     return torch.relu(1 - p.logit)
 
 
@@ -177,18 +178,18 @@ def _discopop(p: Pairs) -> Tensor:
 def _rpo(p: Pairs) -> Tensor:
     """NLL-regularised DPO, -log sigmoid(z) + nll_weight NLL(y_w): Pang et al. 2024 ("Iterative reasoning preference
     optimization") with `nll_normalization="sequence"`."""
-    return _smoothed(p.logit, p.options.label_smoothing) + _nll(p)
+    return _with_nll(_smoothed(p.logit, p.options.label_smoothing), p)
 
 
 def _dpop(p: Pairs) -> Tensor:
     """DPO-Positive, -log sigmoid(z - beta lambda max(0, -h_w)): Pal et al. 2024 ("Smaug"); lambda = 50 there."""
-    penalty = p.options.beta * p.options.dpop_lambda * torch.relu(-p.chosen.ratio)
-    return _smoothed(p.logit - penalty, p.options.label_smoothing)
+    by = p.options.dpop_lambda
+    logit = p.logit - p.options.beta * by * torch.relu(-p.chosen.ratio) if by else p.logit
+    return _smoothed(logit, p.options.label_smoothing)
 
 
 def _sppo(p: Pairs) -> Tensor:
-    """SPPO with hard win probabilities 1 and 0, (h_w - 1/(2 beta))^2 + (h_l + 1/(2 beta))^2: Wu et al. 2024, eq. 4.7
-    (their eta is 1/beta)."""
+    """SPPO, win probabilities 1 and 0: (h_w - 1/(2 beta))^2 + (h_l + 1/(2 beta))^2 (Wu et al. 2024, eq. 4.7)."""
     half = 0.5 / p.options.beta
     return (p.chosen.ratio - half).square() + (p.rejected.ratio + half).square()
 
@@ -201,8 +202,7 @@ def _nca_pair(p: Pairs) -> Tensor:
 
 
 def _bco_pair(p: Pairs) -> Tensor:
-    """BCO on pairs, -log sigmoid(r_w) - log sigmoid(-r_l): Jung et al. 2024, arXiv 2404.04656, with
-    their reward shift delta = 0."""
+    """BCO on pairs, -log sigmoid(r_w) - log sigmoid(-r_l): Jung et al. 2024, arXiv 2404.04656; delta = 0 there."""
     won, lost = p.rewards
     return -F.logsigmoid(won) - F.logsigmoid(-lost)
 
@@ -244,7 +244,8 @@ def _simpo(p: Pairs) -> Tensor:
 def _cpo(p: Pairs) -> Tensor:
     """CPO, -log sigmoid(beta log pi(y_w) - beta log pi(y_l)) + nll_weight NLL(y_w): Xu et al. 2024, eq. 3 (their
     NLL is `nll_normalization="sum"`). No reference."""
-    return _smoothed(p.options.beta * (p.chosen.logps - p.rejected.logps), p.options.label_smoothing) + _nll(p)
+    z = p.options.beta * (p.chosen.logps - p.rejected.logps)
+    return _with_nll(_smoothed(z, p.options.label_smoothing), p)
 
 
 def _log_odds(mean_logps: Tensor) -> Tensor:
@@ -258,13 +259,12 @@ def _log_odds(mean_logps: Tensor) -> Tensor:
 def _orpo(p: Pairs) -> Tensor:
     """ORPO, nll_weight NLL(y_w) - beta log sigmoid(log odds(y_w) - log odds(y_l)), where odds(y) = P / (1 - P) and
     P = exp(log pi(y) / |y|): Hong et al. 2024, eq. 7 (beta is their lambda). No reference."""
-    return _nll(p) - p.options.beta * F.logsigmoid(_log_odds(p.chosen.mean) - _log_odds(p.rejected.mean))
+    return _with_nll(-p.options.beta * F.logsigmoid(_log_odds(p.chosen.mean) - _log_odds(p.rejected.mean)), p)
 
 
 def _sft(p: Pairs) -> Tensor:
-    """NLL of the chosen responses times nll_weight, for weighted sums such as MPO (Wang et al. 2024, arXiv 2411.10442:
-    sigmoid, bco_pair and this one)."""
-    return _nll(p)
+    """NLL of the chosen responses times nll_weight, for weighted sums as MPO's (Wang et al. 2024, arXiv 2411.10442)."""
+    return _with_nll(torch.zeros_like(p.chosen.total), p)
 
 
 # ------------------------------------------------------------------------------------------------------------ the table

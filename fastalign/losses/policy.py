@@ -21,7 +21,7 @@ from ..ops.results import TokenStats
 from .base import Logits, LogitsLoss, check_float, check_mask, lookup
 from .chunks import Piece, by_parts, known_objective, take
 from .kl import KL_ESTIMATORS
-from .policy_checks import as_tokens, check_compared, check_config, check_given, is_sound
+from .policy_checks import check_compared, check_config, check_given, is_sound, token_advantages
 from .policy_formula import PolicyLossOutput, policy_formula, token_inputs, token_program
 from .policy_objectives import KINDS
 from .reductions import NORMALIZATIONS, Count, check_normalization, token_weights
@@ -118,7 +118,7 @@ def policy_loss(
     check_mask("mask", mask, logps.shape, "logps")
     check_float("old_logps", old_logps, logps.shape, "logps")
     check_normalization(logps, normalization, num_items, max_length)
-    given = {"advantages": as_tokens(advantages, mask), "ref_logps": ref_logps, "sampler_logps": sampler_logps}
+    given = {"advantages": token_advantages(advantages, mask), "ref_logps": ref_logps, "sampler_logps": sampler_logps}
     check_given(config, mask, kl, entropy, given)
     inputs = [Input(name, x, TOKEN) for name, x in ({"old_logps": old_logps} | given).items() if x is not None]
     stats = {"logps": logps, "kl": kl, "entropy": entropy}
@@ -329,7 +329,7 @@ class PPOLoss(LogitsLoss):
         check_config(config)
         check_compared(config, given["ref_logps"] is not None)
         weight = token_weights(mask, config["normalization"], num_items, config["max_length"])
-        inputs = token_inputs(config, mask, old_logps, as_tokens(advantages, mask), **given)
+        inputs = token_inputs(config, mask, old_logps, token_advantages(advantages, mask), **given)
         stats, _, gradient = fused_gradient(
             logits,
             labels,

@@ -1,4 +1,4 @@
-"""Whether a policy loss was called as it must be."""
+"""What the policy losses refuse, and with what words."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check_compared(config: dict[str, Any], has_reference: bool) -> None:
         raise ValueError("kl_coef other than 0 needs ref_logps, or kl with kl_estimator='exact'; got neither")
 
 
-def as_tokens(advantages: Tensor, mask: Tensor) -> Tensor:
+def token_advantages(advantages: Tensor, mask: Tensor) -> Tensor:
     """[..., T], hidden and constant, from one advantage per token or per sequence."""
     check_float("advantages", advantages)
     if advantages.shape == mask.shape[:-1]:

@@ -158,7 +158,9 @@ def pairwise_formula(options: PairwiseOptions, logps: Any, ref_logps: Any, lengt
     """The loss and its metrics from both sides' sums, the reference's and lengths: tensors or symbols."""
     chosen, rejected = (_side(options, *of_side) for of_side in zip(logps, ref_logps, lengths, strict=True))
     pairs = Pairs(chosen, rejected, options)
-    terms = [_weighted(mean_of(variant.losses(pairs)), weight) for variant, weight in options.variants]
+    # A loss of weight 0 is not formed: 0 times an infinite one would be NaN.
+    formed = [(variant, weight) for variant, weight in options.variants if weight] or options.variants[:1]
+    terms = [_weighted(mean_of(variant.losses(pairs)), weight) for variant, weight in formed]
     loss = functools.reduce(operator.add, terms)
     per_token = options.variants[0][0].rewards_per_token
     won, lost = (options.beta * (side.mean if per_token else side.score).detach() for side in (chosen, rejected))

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..head.head import Head
 from ..ops.fused_loss import BATCH, FusedLoss, Grouping, Input, Values
 from ..ops.objective import attach_gradient, fused_gradient
-from ..ops.results import TokenStats
+from ..ops.results import TokenStats, smoothed
 from ..ops.token_programs import TokenProgram, trace_token
 from .base import Logits, LogitsLoss, check_float, check_mask, check_range, lookup, masked_mean
 from .chunks import Piece, by_parts, flat_head, known_objective
@@ -87,11 +87,6 @@ def sft_formula(t: Any, normalization: str, z_loss: float, smoothing: float) -> 
         squares = masked_mean(t.lse.square().detach(), t.mask)
     loss = normalize_real(with_z_loss(nll, t.lse, z_loss), t.mask, normalization, t.num_items, None)
     return SFTOutput(loss, masked_mean(nll.detach(), t.mask), squares, t.mask.sum())
-
-
-def smoothed(logps: Any, lse: Any, mean: Any, smoothing: float) -> Any:
-    """Log-probabilities under label smoothing: (1 - e) of the label's, e times the vocabulary's mean."""
-    return logps if smoothing == 0.0 else (1 - smoothing) * logps + smoothing * (mean - lse)
 
 
 def with_z_loss(losses: Any, lse: Any, z_loss: float) -> Any:

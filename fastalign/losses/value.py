@@ -67,4 +67,6 @@ def ptx_loss(loss: Tensor, logps: Tensor, mask: Tensor, *, ptx_coef: float) -> T
     check_float("loss", loss, (), "a scalar")
     check_float("logps", logps)
     check_mask("mask", mask, logps.shape, "logps")
-    return loss - check_range("ptx_coef", ptx_coef, 0) * masked_mean(as_real(logps, mask), mask)
+    if check_range("ptx_coef", ptx_coef, 0) == 0:  # not formed: 0 times an infinite mean would be NaN
+        return loss
+    return loss - ptx_coef * masked_mean(as_real(logps, mask), mask)

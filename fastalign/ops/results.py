@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -21,6 +21,15 @@ class TokenStats(NamedTuple):
     """-sum_j p_j log p_j, in nats."""
     kl: Tensor | None
     """KL(p || q) = sum_j p_j (log p_j - log q_j) against the reference logits, over the whole vocabulary, in nats."""
+
+
+def smoothed(logps: Any, lse: Any, mean: Any, smoothing: float) -> Any:
+    """(1 - e) log p[label] + e times the vocabulary's mean log-probability. A term of weight 0 is not formed: 0 * inf
+    is NaN."""
+    if smoothing == 0.0:
+        return logps
+    whole = mean - lse
+    return whole if smoothing == 1.0 else (1 - smoothing) * logps + smoothing * whole
 
 
 class TokenStatsAndExtras(NamedTuple):

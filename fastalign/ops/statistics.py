@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import _backends
 from .call import as_saved, as_softcap, check_types
 from .diagnostics import of_logits
-from .results import TokenStats, TokenStatsAndExtras
+from .results import TokenStats, TokenStatsAndExtras, smoothed
 from .schema import check_backward, checked_forward, kernel_backward, library, room_for_gradient, written
 
 
@@ -242,7 +242,7 @@ def token_stats(
         logits, labels, ref_logits, ignore_index, temperature, cap, entropy, smooth, inplace
     )
     if smooth:
-        logps = (1 - label_smoothing) * logps + label_smoothing * (mean - lse)
+        logps = smoothed(logps, lse, mean, label_smoothing)
     stats = TokenStats(logps, lse, ent if entropy else None, div if kl else None)
     if not extras:
         return stats

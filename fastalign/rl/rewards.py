@@ -78,6 +78,7 @@ def shape_rewards(
             check_mask("ended", ended, scores.shape, "scores")
             penalty = check_range("missing_eos_penalty", missing_eos_penalty, 0)
             scores = torch.where(ended, scores, scores - penalty)
-        total = divergence.sum(-1)
+        # Of weight 0 the KL is reported alone: 0 times an infinite one would be NaN.
+        leash = kl_coef * divergence if kl_coef else torch.zeros_like(divergence)
         terminal = hide(scores.unsqueeze(-1).expand(mask.shape), last_real(mask))
-        return ShapedRewards(as_real(terminal - kl_coef * divergence, mask), total, scores, -kl_coef * total)
+        return ShapedRewards(as_real(terminal - leash, mask), divergence.sum(-1), scores, -leash.sum(-1))
