@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..utils import environment
 from . import cpu, cuda, eager, triton
-from ._interface import KINDS, KL_TERMS, Backend, Objective
+from ._interface import KINDS, KL_TERMS, Backend, Objective, check_labels
 from .cache import LARGE, empty, keep_memory, release_memory
 from .cpu import cpu_isa, cpu_isas, kept_rows, loss_program, probe_copy, probe_read
 
@@ -31,6 +31,7 @@ __all__ = [
     "Objective",
     "automatic",
     "backends",
+    "check_labels",
     "choose",
     "cpu_isa",
     "cpu_isas",

@@ -79,6 +79,6 @@ def shape_rewards(
             penalty = check_range("missing_eos_penalty", missing_eos_penalty, 0)
             scores = torch.where(ended, scores, scores - penalty)
         # Of weight 0 the KL is reported alone: 0 times an infinite one would be NaN.
-        penalty = kl_coef * divergence if kl_coef else torch.zeros_like(divergence)
+        cost = kl_coef * divergence if kl_coef else torch.zeros_like(divergence)
         terminal = hide(scores.unsqueeze(-1).expand(mask.shape), last_real(mask))
-        return ShapedRewards(as_real(terminal - penalty, mask), divergence.sum(-1), scores, -penalty.sum(-1))
+        return ShapedRewards(as_real(terminal - cost, mask), divergence.sum(-1), scores, -cost.sum(-1))
