@@ -49,7 +49,7 @@ def _weighted(p: Tensor, value: Tensor) -> Tensor:
 
 def _live(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """(mask of live tokens, labels with the ignored ones replaced by a safe index), both with a trailing axis."""
-    live = labels != ignore_index
+    live = labels.long() != ignore_index  # which may be beyond what int32 holds
     return live.unsqueeze(-1), torch.where(live, labels, 0).long().unsqueeze(-1)
 
 

@@ -98,17 +98,16 @@ def test_autocast_positions_and_integer_types():
 
 BAD = {
     "class probabilities are not supported": (TypeError, {"target": torch.rand(12, C)}),
-    "labels must be int64 or int32": (TypeError, {"target": torch.zeros(12, dtype=torch.int16)}),
+    "target must be int64, int32 or uint8": (TypeError, {"target": torch.zeros(12, dtype=torch.int16)}),
     "target must be a torch.Tensor; got list": (TypeError, {"target": [1]}),
     "input must be a torch.Tensor; got NoneType": (TypeError, {"input": None}),
     "input must be a floating-point tensor": (TypeError, {"input": torch.zeros(12, C, dtype=torch.int64)}),
-    "size_average and reduce are deprecated": (TypeError, {"size_average": True}),
     "reduction must be one of mean, none, sum; got 'all'": (ValueError, {"reduction": "all"}),
     "label_smoothing must be in": (ValueError, {"label_smoothing": 1.5}),
     r"weight must have shape \[301\], that of a class": (ValueError, {"weight": torch.ones(3)}),
     "weight must be a torch.Tensor": (TypeError, {"weight": 2.0}),
-    "labels must have the shape of logits": (ValueError, {"target": torch.zeros(11, dtype=torch.int64)}),
-    r"labels must be in \[0, 301\)": (ValueError, {"target": torch.full((12,), C)}),
+    r"target must be \[12\], input without C; got \[11\]": (ValueError, {"target": torch.zeros(11, dtype=torch.int64)}),
+    r"target must be in \[0, 301\)": (ValueError, {"target": torch.full((12,), C)}),
 }
 
 

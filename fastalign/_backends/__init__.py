@@ -20,7 +20,7 @@ from torch import Tensor
 from ..kernels.token_results import SAVED
 from ..utils import environment
 from . import cpu, cuda, eager, triton
-from ._interface import Backend, TokenProgram
+from ._interface import Backend, TokenProgram, check_labels
 from .cache import LARGE, empty, keep_memory, release_memory
 from .cpu import cpu_isa, cpu_isas, kept_rows, loss_program, probe_copy, probe_read
 
@@ -31,6 +31,7 @@ __all__ = [
     "TokenProgram",
     "automatic",
     "backends",
+    "check_labels",
     "choose",
     "cpu_isa",
     "cpu_isas",

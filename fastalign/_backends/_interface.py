@@ -117,6 +117,6 @@ def bad_label(labels: Tensor, at: int, ignore_index: int, vocab: int) -> ValueEr
 def check_labels(labels: Tensor, ignore_index: int, vocab: int) -> None:
     """Reads the labels of a call, never its logits. Off the CPU it would stop the host, and kernels guard instead."""
     if labels.device.type == "cpu":
-        bad = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
+        bad = ((labels < 0) | (labels >= vocab)) & (labels.long() != ignore_index)
         if bad.any():
             raise bad_label(labels, int(bad.flatten().nonzero()[0]), ignore_index, vocab)

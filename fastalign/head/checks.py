@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.call import as_softcap
+from ..ops.call import as_softcap, check_ignore_index
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -68,6 +68,7 @@ def check_options(
     hidden: Tensor,
     shape: torch.Size,
     labels: Any,
+    ignore_index: int,
     temperature: float,
     softcap: float | None,
     scale: float,
@@ -83,6 +84,7 @@ def check_options(
             f"labels must be {list(shape)}, that of hidden without H or of rows, on {hidden.device}; "
             f"got {list(labels.shape)} on {labels.device}"
         )
+    check_ignore_index(ignore_index)
     for name, value in (("temperature", temperature), ("logit_scale", scale)):
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be a finite number above 0; got {value}")

@@ -32,7 +32,9 @@ from torch.autograd.function import once_differentiable
 
 from ..ops.diagnostics import Extras, check_extras
 from ..ops.statistics import TokenStats, TokenStatsAndExtras
+from ..ops.transforms import batched, transformed
 from .inputs import live_problem, plain_head
+from .plain import pulled, transformed_stats
 from .tiles import HeadGradient, Problem, RowStats, cut, forward, joined
 
 PLANS = ("keep", "recompute", "project", "objective")
@@ -103,14 +105,15 @@ class Head(NamedTuple):
             logit_scale=self.logit_scale,
             rows=self.rows,
             chunk_bytes=self.chunk_bytes,
-            plan=None if self.plan == "objective" and not self._trained else self.plan,
+            plan=None if self.plan == "objective" and not self._by_parts(labels) else self.plan,
             **options,
         )
 
-    @property
-    def _trained(self) -> bool:
+    def _by_parts(self, labels: Tensor) -> bool:
+        """Whether there are gradients, of numbers that are there, to form part by part."""
         tensors = (self.hidden, self.weight, self.bias)
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        return trained and not labels.is_meta and not transformed(*tensors)
 
 
 def as_head(name: str, value: Any) -> Head:
@@ -235,8 +238,10 @@ class _HeadStats(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        _ = ctx.saved_tensors  # raises where one was changed
+        tensors = ctx.saved_tensors  # raises where one was changed
         problem, plan, stats = ctx.problem, ctx.plan, ctx.stats
+        if batched(*grads):  # a kernel cannot see them
+            return None, None, *pulled(problem, tensors, grads)
         only_logps = all(g is None for g in grads[1:])
         if ctx.projected is not None and only_logps:
             g_logps = torch.zeros_like(stats.logps) if grads[0] is None else grads[0]
@@ -334,20 +339,18 @@ def head_token_stats(
     if plan == "objective":
         raise ValueError("plan 'objective' is for loss modules, which know the objective: loss(Head(..., plan), ...)")
     reference = None if ref_hidden is None or ref_weight is None else (ref_hidden, ref_weight, ref_bias)
-    live = live_problem(
-        hidden,
-        weight,
-        bias,
-        labels,
-        reference,
-        rows,
-        ignore_index=ignore_index,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        label_smoothing=label_smoothing,
-        entropy=entropy,
-    )
+    options: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "temperature": temperature,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "label_smoothing": label_smoothing,
+        "entropy": entropy,
+    }
+    given = (hidden, weight, bias, labels, reference, rows)
+    if transformed(hidden, weight, bias):
+        return transformed_stats(*given, extras=extras, **options)
+    live = live_problem(*given, **options)
     if extras:
         check_extras(extras)
         live.problem.extras = Extras(extras, live.tokens.shape[0], weight.shape[0], weight.device)

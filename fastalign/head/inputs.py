@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.call import autocast_dtype
 from ..ops.results import TokenStats, smoothed
 from .checks import check_head, check_labels, check_options, check_places, check_reference, check_rows
 from .tiles import Problem, Projection
@@ -59,15 +60,16 @@ def live_problem(
     """Checks everything, then drops what is ignored. Arguments as in `fastalign.head_token_stats`."""
     check_head("", hidden, weight, bias)
     shape = hidden.shape[:-1] if rows is None else check_rows(hidden, rows)
-    cap = check_options(hidden, shape, labels, temperature, softcap, logit_scale, label_smoothing)
+    cap = check_options(hidden, shape, labels, ignore_index, temperature, softcap, logit_scale, label_smoothing)
     if reference is not None:
         with torch.no_grad():
             reference = plain_head(*reference)
         check_reference(hidden, weight, *reference)
-    live = (labels != ignore_index).reshape(-1)
+    live = (labels.long() != ignore_index).reshape(-1)
     check_labels(labels, live, ignore_index, weight.shape[0])
-    found = live.nonzero().squeeze(-1)
-    index = None if found.shape[0] == live.shape[0] else found
+    # Without data nobody knows which tokens count: all of them do.
+    found = None if labels.is_meta else live.nonzero().squeeze(-1)
+    index = None if found is None or found.shape[0] == live.shape[0] else found
     places = index
     if rows is not None:
         places = rows.reshape(-1) if index is None else rows.reshape(-1).index_select(0, index)
@@ -98,10 +100,8 @@ def live_problem(
 def plain_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Weights:
     """Gathered from their shards, and as autocast would make a linear layer's arguments."""
     weight, bias = gathered(weight), gathered(bias)
-    if not isinstance(hidden, Tensor) or not torch.is_autocast_enabled(hidden.device.type):
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(hidden.device.type)
-    if hidden.dtype == torch.float64:
+    dtype = autocast_dtype(hidden.device) if isinstance(hidden, Tensor) else None
+    if dtype is None or hidden.dtype == torch.float64:
         return hidden, weight, bias
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..losses import sft_loss
 from ..losses.base import Logits, check_logits, stats_of
 from ..losses.reductions import Count
 from ..models.headless import Headless
 from ..models.lm_head import head_module, unwrapped
+from ..ops.call import check_ignore_index
 
 __all__ = ["FusedLoss", "apply_fused_loss", "fused_lm_loss"]
 
@@ -59,16 +59,18 @@ def fused_lm_loss(
         TypeError, ValueError: as `token_stats` or `head_token_stats`; a vocab_size that is not that of the logits.
     """
     shape = check_logits("logits", logits).shape
+    check_ignore_index(ignore_index)
     if vocab_size is not None and shape[-1] != vocab_size:
         raise ValueError(f"vocab_size must be that of the logits, {shape[-1]}; got {vocab_size}")
     if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        last = torch.full_like(labels[..., :1], ignore_index, dtype=torch.int64)
+        shift_labels = torch.cat([labels[..., 1:].long(), last], -1)
     device = getattr(logits[0] if isinstance(logits, tuple) else logits, "device", labels.device)
     shift_labels = shift_labels.to(device)
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(device)
     stats = stats_of(logits, shift_labels, ignore_index=ignore_index, softcap=softcap)
-    return sft_loss(stats.logps, shift_labels != ignore_index, num_items=num_items_in_batch).loss
+    return sft_loss(stats.logps, shift_labels.long() != ignore_index, num_items=num_items_in_batch).loss
 
 
 class FusedLoss(Headless):

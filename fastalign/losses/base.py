@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from ..head.head import LogitsSource, as_head
 from ..ops import statistics as ops
+from ..ops.call import check_ignore_index
 from ..ops.programs import Symbol
 from ..ops.sequences import cut, sequence_sums, sum_tokens, wide_dtype
+from ..ops.transforms import transformed
 
 __all__ = [
     "Logits",
@@ -30,6 +32,7 @@ __all__ = [
     "stats_of",
     "sum_tokens",
     "total",
+    "trains",
 ]
 
 T = TypeVar("T")
@@ -45,6 +48,11 @@ def check_logits(name: str, logits: Any) -> Tensor | LogitsSource:
     if isinstance(logits, tuple):  # a Head is one; asked first, since a compiler cannot look into the protocol
         return as_head(name, logits)
     return logits if not isinstance(logits, Tensor) and isinstance(logits, LogitsSource) else check_float(name, logits)
+
+
+def trains(logits: Tensor) -> bool:
+    """Whether a gradient may be formed with the loss: one is wanted, as a kernel gives it."""
+    return torch.is_grad_enabled() and logits.requires_grad and not transformed(logits)
 
 
 def stats_of(logits: Logits, labels: Tensor, *, inplace_backward: bool = False, **options: Any) -> ops.TokenStats:
@@ -67,7 +75,7 @@ class LogitsLoss(nn.Module):
 
     def __init__(self, ignore_index: int, temperature: float, softcap: float | None, inplace_backward: bool) -> None:
         super().__init__()
-        self.ignore_index, self.inplace_backward = ignore_index, inplace_backward
+        self.ignore_index, self.inplace_backward = check_ignore_index(ignore_index), inplace_backward
         self.stats_options: dict[str, Any] = {
             "ignore_index": ignore_index,
             "temperature": temperature,

@@ -19,7 +19,8 @@ from ..head.head import SUM_COLUMNS, Head, as_head, part_rows
 from ..head.inputs import Live, live_problem, plain_head
 from ..head.tiles import RowStats
 from ..ops.fused_loss import attach_gradients
-from ..ops.statistics import TokenStats
+from ..ops.results import TokenStats
+from ..ops.transforms import transformed
 from .base import Logits
 
 T = TypeVar("T")
@@ -124,15 +125,17 @@ class _Totals:
 
 def known_objective(logits: Logits, labels: Tensor, ignore_index: int) -> Head | None:
     """The head, if its loss is to be formed by parts: as asked for, or where its logits do not fit the budget."""
-    if not isinstance(logits, tuple) or not torch.is_grad_enabled() or labels.numel() == 0:
+    if not isinstance(logits, tuple) or not torch.is_grad_enabled() or labels.numel() == 0 or labels.is_meta:
         return None
     head = as_head("logits", logits)
+    if transformed(head.hidden, head.weight, head.bias):
+        return None
     trained = [t is not None and t.requires_grad for t in (head.hidden, head.weight, head.bias)]
     if not any(trained) or head.plan not in (None, "objective"):
         return None
     if not part_rows(head, labels.numel(), any(trained[1:])):
         return None  # nor for the real ones among them
-    return head if part_rows(head, int((labels != ignore_index).sum()), any(trained[1:])) else None
+    return head if part_rows(head, int((labels.long() != ignore_index).sum()), any(trained[1:])) else None
 
 
 def take(head: Any, rows: Tensor) -> Head:
@@ -174,7 +177,7 @@ def by_parts(
     detached = head._replace(
         hidden=totals.hidden, weight=plain[1].detach(), bias=None if plain[2] is None else plain[2].detach()
     )
-    tokens = (labels != ignore_index).flatten(1).sum(-1)[groups].sum(-1)
+    tokens = (labels.long() != ignore_index).flatten(1).sum(-1)[groups].sum(-1)
     limit = part_rows(head, int(tokens.sum()), plain[1].requires_grad) or 1
     outputs, shares = [], []
     splits = list(_split(tokens.tolist(), limit))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..ops.call import autocast_dtype, check_ignore_index
 from ..ops.fused_loss import FusedLoss, Grouping
 from .base import check_float, check_range, hide, lookup, stats_of, total
 
@@ -34,9 +36,9 @@ def cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    size_average: None = None,
+    size_average: bool | None = None,
     ignore_index: int = -100,
-    reduce: None = None,
+    reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
@@ -45,9 +47,10 @@ def cross_entropy(
     Args:
         input: [C], [N, C] or [N, C, d1, ...] logits; float32, bfloat16, float16 or float64. With d1, ... and C not
             innermost in memory they are copied once, forward and backward.
-        target: [], [N] or [N, d1, ...] class indices, int64 or int32.
+        target: [], [N] or [N, d1, ...] class indices, int64, int32 or uint8.
         weight: [C], of each class.
-        size_average, reduce: deprecated in torch; must be None.
+        size_average, reduce: deprecated, as in torch; where one is given they say the reduction: "none" for
+            reduce=False, else "sum" for size_average=False, else "mean".
         ignore_index: targets with this value do not count; their logits are not read.
         reduction: "none", "sum" or "mean" (weighted by the targets' weights; NaN where no target counts, as in torch).
         label_smoothing: e in [0, 1] (Szegedy et al. 2016, sec. 7).
@@ -56,34 +59,76 @@ def cross_entropy(
         The loss in the dtype of input (under autocast float32, as torch's), computed in float32 or float64.
 
     Raises:
-        TypeError: class probabilities as target, unsupported dtypes, a deprecated argument.
+        TypeError: class probabilities as target, unsupported dtypes, an ignore_index that is not an int.
         ValueError: shapes that do not match, an unknown reduction, a target outside [0, C) (checked on CPU).
     """
-    if weight is size_average is reduce is None and label_smoothing == 0.0 and reduction in _PLAIN:
+    check_ignore_index(ignore_index)
+    if size_average is not None or reduce is not None:
+        reduction = _legacy(size_average, reduce)
+    if isinstance(target, Tensor) and target.dtype == torch.uint8:
+        target = target.long()
+    if weight is None and label_smoothing == 0.0 and reduction in _PLAIN:
         found = _fused(input, target, ignore_index, _PLAIN[reduction])
         if found is not None:
             return found
+    logits = _checked(input, target)
+    reducer = lookup("reduction", _REDUCTIONS, reduction)
+    check_range("label_smoothing", label_smoothing, 0.0, 1.0)
+    live = target.long() != ignore_index
+    try:
+        if weight is None:
+            losses = -stats_of(logits, target, ignore_index=ignore_index, label_smoothing=label_smoothing).logps
+            weights = live.to(losses.dtype)
+        else:
+            losses, weights = _weighted(logits, target, live, weight, ignore_index, label_smoothing)
+    except ValueError:
+        _check_classes(target, ignore_index, logits.shape[-1])
+        raise
+    wide = input.dtype == torch.float64 or autocast_dtype(input.device) is None
+    return reducer(losses, weights).to(input.dtype if wide else torch.float32)
+
+
+def _legacy(size_average: bool | None, reduce: bool | None) -> str:
+    warnings.warn(
+        "size_average and reduce are deprecated: use reduction='mean', 'sum' or 'none'",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    if reduce is not None and not reduce:
+        return "none"
+    return "sum" if size_average is not None and not size_average else "mean"
+
+
+def _checked(input: Any, target: Any) -> Tensor:
+    """The logits with the classes last. Raises in the names of this function what later checks would in theirs."""
     check_float("input", input)
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a torch.Tensor; got {type(target).__name__}")
     if target.is_floating_point():
         raise TypeError(
-            f"target must hold class indices, int64 or int32; got {target.dtype} (class probabilities are not "
+            f"target must hold class indices, int64, int32 or uint8; got {target.dtype} (class probabilities are not "
             "supported: use torch.nn.functional.cross_entropy)"
         )
-    if size_average is not None or reduce is not None:
-        raise TypeError(f"size_average and reduce are deprecated: use reduction; got {size_average} and {reduce}")
-    reducer = lookup("reduction", _REDUCTIONS, reduction)
-    check_range("label_smoothing", label_smoothing, 0.0, 1.0)
+    if target.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"target must be int64, int32 or uint8; got {target.dtype}")
+    if input.dim() < 1 or input.shape[1 if input.dim() > 1 else 0] == 0:
+        raise ValueError(f"input must be [C], [N, C] or [N, C, d1, ...] with C >= 1; got {list(input.shape)}")
     logits = input if input.dim() < 3 else input.movedim(1, -1)
-    live = target != ignore_index
-    if weight is None:
-        losses = -stats_of(logits, target, ignore_index=ignore_index, label_smoothing=label_smoothing).logps
-        weights = live.to(losses.dtype)
-    else:
-        losses, weights = _weighted(logits, target, live, weight, ignore_index, label_smoothing)
-    autocast = torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
-    return reducer(losses, weights).to(torch.float32 if autocast else input.dtype)
+    if target.shape != logits.shape[:-1]:
+        raise ValueError(f"target must be {list(logits.shape[:-1])}, input without C; got {list(target.shape)}")
+    if target.device != input.device:
+        raise ValueError(f"target must be on the device of input, {input.device}; got {target.device}")
+    return logits
+
+
+def _check_classes(target: Tensor, ignore_index: int, classes: int) -> None:
+    """Says what the kernels' own check found, by the name that the argument has here."""
+    bad = ((target < 0) | (target >= classes)) & (target.long() != ignore_index)
+    if bad.any():
+        raise ValueError(
+            f"target must be in [0, {classes}) or equal to ignore_index={ignore_index}; got {int(target[bad][0])} "
+            f"at flat position {int(bad.flatten().nonzero()[0])}"
+        )
 
 
 def _fused(input: object, target: object, ignore_index: int, loss: FusedLoss) -> Tensor | None:
@@ -92,7 +137,11 @@ def _fused(input: object, target: object, ignore_index: int, loss: FusedLoss) ->
         return None
     logits = input if input.dim() < 3 else input.movedim(1, -1)
     dtype = torch.float32 if torch.is_autocast_enabled("cpu") else input.dtype
-    found = loss.of_logits(logits, target, (), Grouping(1), ignore_index=ignore_index, dtype=dtype)
+    try:
+        found = loss.of_logits(logits, target, (), Grouping(1), ignore_index=ignore_index, dtype=dtype)
+    except ValueError:
+        _check_classes(target, ignore_index, logits.shape[-1])
+        raise
     return None if found is None else found[0]
 
 

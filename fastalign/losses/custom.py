@@ -87,7 +87,7 @@ class _Custom(LogitsLoss):
         if found is not None:
             return found
         there = {name: getattr(stats, name, None) for name in STATISTICS}
-        return list(self._formula(Values(labels != self.ignore_index, there, inputs)))
+        return list(self._formula(Values(labels.long() != self.ignore_index, there, inputs)))
 
     def _levels(self, labels: Tensor, given: Mapping[str, Any], groups: int | None) -> list[Input]:
         """What the caller gave, by the level that its shape means; in the order of names, so that calls are alike."""
@@ -176,7 +176,7 @@ class TokenLoss(_Custom):
         leading = labels.dim() - 1
         flat = {name: x.flatten(0, leading - 1) if rows_of[name] else x for name, x in given.items()}
         labels = labels.flatten(0, -2)
-        mask = labels != self.ignore_index
+        mask = labels.long() != self.ignore_index
         by_sequence = self.normalization in ("grpo", "dr_grpo")
         total = num_items if num_items is not None else (mask.any(-1) if by_sequence else mask).sum()
         tokens = mask.sum().clamp(min=1)

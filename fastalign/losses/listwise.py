@@ -223,7 +223,7 @@ class PROLoss(LogitsLoss):
         shape = _list_shape(logits, labels, rewards, mask, list_size)
         if mask is not None:
             check_mask("mask", mask, shape)
-            labels = labels.masked_fill(~mask.reshape(labels.shape[:-1]).unsqueeze(-1), self.ignore_index)
+            labels = labels.long().masked_fill(~mask.reshape(labels.shape[:-1]).unsqueeze(-1), self.ignore_index)
         head = known_objective(logits, labels, self.ignore_index)
         if head is not None:
             return self._by_parts(head, labels, rewards, shape)
@@ -232,7 +232,7 @@ class PROLoss(LogitsLoss):
     def _by_parts(self, head: Head, labels: Tensor, rewards: Tensor | None, shape: tuple[int, int]) -> PROOutput:
         """Some lists after the other: see `_parts`."""
         labels, numbers = labels.flatten(0, -2), torch.arange(labels[..., 0].numel(), device=labels.device).view(shape)
-        real = (labels != self.ignore_index).any(-1).view(shape)
+        real = (labels.long() != self.ignore_index).any(-1).view(shape)
         above = comparisons(real, None if rewards is None else -rewards)
         lists, pairs = comparable(above).double(), above.flatten(1).sum(-1).double()
 
@@ -270,7 +270,7 @@ class PROLoss(LogitsLoss):
             out = PROOutput(*found)
             return out._replace(num_lists=out.num_lists.to(torch.int64))
         sums = sum_tokens(stats.logps.flatten(0, -2)).reshape(shape)
-        counts = (labels != self.ignore_index).sum(-1).reshape(shape)
+        counts = (labels.long() != self.ignore_index).sum(-1).reshape(shape)
         means = sums / counts.clamp(min=1).to(sums.dtype)
         return pro_loss(
             means if self.average else sums,

@@ -18,7 +18,7 @@ from ..ops.fused_loss import BATCH, SEQUENCE, TOKEN, FusedLoss, Grouping, Input,
 from ..ops.objective import attach_gradient, fused_gradient
 from ..ops.programs import NotTraced
 from ..ops.results import TokenStats
-from .base import Logits, LogitsLoss, check_float, check_mask, lookup
+from .base import Logits, LogitsLoss, check_float, check_mask, lookup, trains
 from .chunks import Piece, by_parts, known_objective, take
 from .kl import KL_ESTIMATORS
 from .policy_checks import check_compared, check_config, check_given, is_sound, token_advantages
@@ -251,8 +251,8 @@ class PPOLoss(LogitsLoss):
         head = known_objective(logits, labels, self.ignore_index)
         if head is not None:
             return self._by_parts(head, ref_logits, labels, old_logps, advantages, given, num_items)
-        mask = labels != self.ignore_index
-        if self.one_launch and isinstance(logits, Tensor) and torch.is_grad_enabled() and logits.requires_grad:
+        mask = labels.long() != self.ignore_index
+        if self.one_launch and isinstance(logits, Tensor) and trains(logits):
             return self._one_launch(logits, labels, mask, old_logps, advantages, given, num_items, ref_logits)
         stats = self.stats(logits, labels, kl=exact, ref_logits=ref_logits, entropy=self.want_entropy)
         found = None
@@ -355,7 +355,7 @@ class PPOLoss(LogitsLoss):
         num_items: Count | None,
     ) -> PolicyLossOutput:
         """Some responses after the other: see `_parts`."""
-        mask = labels != self.ignore_index
+        mask = labels.long() != self.ignore_index
         per_sequence = self.config["normalization"] in ("grpo", "dr_grpo")
         total = num_items
         if total is None and self.config["normalization"] != "dapo":

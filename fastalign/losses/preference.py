@@ -306,7 +306,7 @@ class DPOLoss(LogitsLoss):
         (chosen, rejected), dtype = self.sums(logits, labels, 2, torch.float64 if wide else torch.float32)
         lengths: _Two = (None, None)
         if self.options.needs_lengths:
-            lengths = _halves(labels.ne(self.ignore_index).sum(-1))
+            lengths = _halves((labels.long() != self.ignore_index).sum(-1))
         return narrow(_pairwise_loss(self.options, (chosen, rejected), references, lengths), dtype)
 
     def _formula(self, wide: bool, t: Any) -> PreferenceOutput:

@@ -13,7 +13,7 @@ from ..ops.fused_loss import BATCH, FusedLoss, Grouping, Input, Values
 from ..ops.objective import attach_gradient, fused_gradient
 from ..ops.results import TokenStats, smoothed
 from ..ops.token_programs import TokenProgram, trace_token
-from .base import Logits, LogitsLoss, check_float, check_mask, check_range, lookup, masked_mean
+from .base import Logits, LogitsLoss, check_float, check_mask, check_range, lookup, masked_mean, trains
 from .chunks import Piece, by_parts, flat_head, known_objective
 from .reductions import Count, check_normalization, normalize_real, token_weights
 
@@ -152,12 +152,12 @@ class SFTLoss(LogitsLoss):
         found = self._fused(logits, labels, num_items)
         if found is not None:
             return found
-        mask = labels != self.ignore_index
+        mask = labels.long() != self.ignore_index
         head = known_objective(logits, labels, self.ignore_index)
         if head is not None and labels.dim() > 1:
             return self._by_parts(head, labels, mask, num_items)
         gradient = None
-        if self.one_launch and isinstance(logits, Tensor) and torch.is_grad_enabled() and logits.requires_grad:
+        if self.one_launch and isinstance(logits, Tensor) and trains(logits):
             weight = token_weights(mask, NORMALIZATIONS[self.normalization], num_items)
             program = _program(self.z_loss, self.label_smoothing)
             stats, mean, gradient = fused_gradient(

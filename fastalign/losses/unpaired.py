@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..head.head import Head
 from ..ops.fused_loss import BATCH, SEQUENCE, FusedLoss, Grouping, Input
 from .base import (
     Logits,
@@ -19,6 +20,10 @@ from .base import (
     mean_of,
     sum_tokens,
 )
+from .chunks import Piece, by_parts, known_objective
+
+_Baseline = tuple[Tensor | float | None, Tensor | None, Tensor | None]
+"""What z_0 comes from: kl, kl_logps, ref_kl_logps."""
 
 __all__ = ["KTOLoss", "KTOOutput", "kto_loss"]
 
@@ -186,9 +191,19 @@ class KTOLoss(LogitsLoss):
                 raise ValueError("give ref_logits or ref_logps, not both")
             ref_logps = self.reference_logps(ref_logits, labels)
         baseline = (kl, kl_logps, ref_kl_logps)
+        head = known_objective(logits, labels, self.ignore_index)
+        if head is not None:
+            return self._by_parts(head, labels, desirable, ref_logps, baseline)
+        return self._of(logits, labels, desirable, ref_logps, baseline)
+
+    def _of(
+        self, logits: Logits, labels: Tensor, desirable: Tensor, ref_logps: Tensor | None, baseline: _Baseline
+    ) -> KTOOutput:
+        """The loss of responses whose references are sums."""
         found = self._fused(logits, labels, desirable, ref_logps, baseline)
         if found is not None:
             return KTOOutput(*found)
+        kl, kl_logps, ref_kl_logps = baseline
         return kto_loss(
             sum_tokens(self.stats(logits, labels).logps),
             desirable,
@@ -201,12 +216,32 @@ class KTOLoss(LogitsLoss):
             undesirable_weight=self.undesirable_weight,
         )
 
+    def _by_parts(
+        self, head: Head, labels: Tensor, desirable: Tensor, ref_logps: Tensor | None, baseline: _Baseline
+    ) -> KTOOutput:
+        """Some responses after the other: see `chunks`."""
+        rows = check_mask("desirable", desirable, labels.shape[:1], "logps").shape[0]
+        if ref_logps is not None:
+            check_float("ref_logps", ref_logps, labels.shape[:1], "logps")
+        dtype = torch.float64 if head.hidden.dtype == torch.float64 else torch.float32
+        known = (_baseline(*baseline, torch.zeros((), dtype=dtype, device=labels.device)), None, None)
+
+        def run(piece: Piece, which: Tensor, at: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+            out = self._of(piece, labels[at], desirable[at], None if ref_logps is None else ref_logps[at], known)
+            return (out.rewards, out.logps, out.kl), out.loss * (len(which) / rows)
+
+        numbers = torch.arange(rows, device=labels.device).unsqueeze(-1)
+        loss, parts = by_parts(head, labels, self.ignore_index, numbers, run)
+        rewards, logps = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+        won, lost = masked_mean(rewards, desirable), masked_mean(rewards, ~desirable)
+        return KTOOutput(loss, rewards, won, lost, won - lost, parts[0][2], logps)
+
     def _formula(self, t: Any) -> KTOOutput:
         weights = (self.desirable_weight, self.undesirable_weight)
         return kto_formula(sum_tokens(t.logps), t.desirable > 0, t.ref_logps, t.baseline, self.beta, *weights)
 
     def _fused(
-        self, logits: Logits, labels: Any, desirable: Any, ref_logps: Any, baseline: tuple[Any, Any, Any]
+        self, logits: Logits, labels: Any, desirable: Any, ref_logps: Any, baseline: _Baseline
     ) -> list[Any] | None:
         """The results where one program serves; else None, and the general path does it or says what is wrong."""
         given = (desirable,) if ref_logps is None else (desirable, ref_logps)

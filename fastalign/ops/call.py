@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,10 +96,28 @@ def unit_stride(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def check_types(logits, labels, ref_logits, kl: bool, label_smoothing: float) -> None:
+def check_ignore_index(value: Any) -> int:
+    """Raises unless it is an integer that int64 holds."""
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+        raise TypeError(f"ignore_index must be an int; got {type(value).__name__} {value!r}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"ignore_index must fit into int64; got {value}")
+    return value
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes matrix products of the device in; None where it is off, or not known there (`meta`)."""
+    name = device.type
+    if not torch.amp.is_autocast_available(name) or not torch.is_autocast_enabled(name):
+        return None
+    return torch.get_autocast_dtype(name)
+
+
+def check_types(logits, labels, ref_logits, kl: bool, label_smoothing: float, ignore_index: int = -100) -> None:
     for name, value in (("logits", logits), ("labels", labels), ("ref_logits", ref_logits)):
         if not isinstance(value, Tensor) and not (name == "ref_logits" and value is None):
             raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
+    check_ignore_index(ignore_index)
     if kl and ref_logits is None:
         raise ValueError("kl=True needs ref_logits, the reference policy's logits; got None")
     if ref_logits is not None and not kl:

@@ -75,7 +75,7 @@ def of_logits(
 ) -> dict[str, Tensor]:
     """Name → [...] of whole logits, through the operator, which a compiled function can hold."""
     check_extras(names)
-    logits, live = logits.detach(), labels != ignore_index
+    logits, live = logits.detach(), labels.long() != ignore_index
 
     def forward(over: float) -> tuple[Tensor, Tensor]:
         options = (ignore_index, over, softcap, False, True, False)

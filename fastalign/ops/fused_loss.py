@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends
-from . import statistics
+from . import statistics, transforms
 from .call import as_softcap
 from .operations import BATCH, GROUP, LEVEL_NAMES, SEQUENCE, TOKEN
 from .programs import STATISTICS, NotTraced, Program, trace
@@ -72,7 +72,8 @@ class _OfLogits(NamedTuple):
 
     def __call__(self, gradient: Tensor, saved: tuple[Any, ...]) -> tuple[Tensor, None, None]:
         logits, labels, reference = saved
-        if not self.inplace and not torch.is_grad_enabled() and statistics.unwatched(logits, labels):
+        plain = not transforms.batched(gradient) and statistics.unwatched(logits, labels)
+        if not self.inplace and not torch.is_grad_enabled() and plain:
             cpu = _backends.direct(logits)
             out = statistics.room_for_gradient(logits, inplace=False)
             if cpu is not None and cpu.loss_backward(
@@ -120,6 +121,8 @@ class _Known:
                 "the gradient of a loss that was formed with it was handed on already: it can be used once "
                 "(one_launch=False, or another plan of the head, keeps what another backward needs)"
             )
+        if transforms.batched(scale):  # one gradient for each
+            return [None if gradient is None else gradient * scale for gradient in gradients]
         for gradient in gradients:
             if gradient is not None:
                 _backends.pick(gradient).scale(gradient, scale)  # the buffer is ours

@@ -65,6 +65,6 @@ def sequence_logps(
     (total,) = sequence_sums(logits, labels, 1, dtype, **options)
     if not average:
         return total
-    live = (labels != options.get("ignore_index", -100)).to(total.dtype)
+    live = (labels.long() != options.get("ignore_index", -100)).to(total.dtype)
     count = live.flatten(1).sum(-1) if live.dim() > 1 else live
     return total / count.clamp(min=1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends
+from . import transforms
 from .call import as_saved, as_softcap, check_types
 from .diagnostics import of_logits
 from .results import TokenStats, TokenStatsAndExtras, smoothed
@@ -40,6 +41,12 @@ def _gradient(ctx, *grads):
 
 def gradient(logits, labels, ref_logits, saved, entropy, kl, grads, options, inplace: bool) -> Tensor:
     """The logits' gradient, given that of each statistic that a forward returned; `saved` and the rest are its own."""
+    if transforms.batched(*grads):  # a kernel cannot see them
+
+        def again(x: Tensor) -> tuple[Tensor | None, ...]:
+            return transforms.statistics(x, labels, ref_logits, options)[0]
+
+        return transforms.pull(again, (logits,), grads)[0]
     args = (logits.detach() if inplace else logits, labels, ref_logits, saved, entropy, kl, *grads, *options)
     if (
         torch.is_grad_enabled()
@@ -104,7 +111,8 @@ class _PlainStats(torch.autograd.Function):
 def _kept_gradient(ctx, g_logps, g_lse) -> Tensor:
     """The logits' gradient after a direct forward."""
     logits, labels = ctx.saved_tensors
-    if g_lse is None and not ctx.inplace and not torch.is_grad_enabled() and unwatched(logits, labels):
+    plain = not transforms.batched(g_logps, g_lse) and unwatched(logits, labels)
+    if g_lse is None and not ctx.inplace and not torch.is_grad_enabled() and plain:
         cpu, out = _backends.direct(logits), room_for_gradient(logits, False)
         if cpu is not None and cpu.loss_backward(logits, labels, ctx.options, None, ctx.kept, (g_logps,), 0, out):
             return out
@@ -129,7 +137,7 @@ class _Once(torch.autograd.Function):
 
 
 # Bound here: looking them up takes longer than most of them do.
-_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
+_modes, _transforms = torch._C._len_torch_dispatch_stack, transforms.active
 _of_transform = torch._C._functorch.is_functorch_wrapped_tensor  # also of one that is over
 
 
@@ -148,6 +156,7 @@ def alone(logits, labels) -> bool:
         and not _modes()
         and not _transforms()
         and not _of_transform(logits)
+        and not transforms.has_tangent(logits)
         and not logits.is_neg()
     )
 
@@ -225,6 +234,7 @@ def token_stats(
 
     Returns:
         TokenStats(logps, lse, entropy, kl): float32 [...] each (float64 for float64), differentiable in `logits` once.
+        Under transforms of `torch.func` and with forward-mode tangents, plain torch operations take the kernels' place.
         With extras `TokenStatsAndExtras`, which has them too.
 
     Raises:
@@ -233,9 +243,16 @@ def token_stats(
             a temperature or soft-cap that is not finite and positive, a reference that requires a gradient, an unknown
             extra.
     """
-    check_types(logits, labels, ref_logits, kl, label_smoothing)
+    check_types(logits, labels, ref_logits, kl, label_smoothing, ignore_index)
     cap = as_softcap(softcap)
     smooth = label_smoothing != 0.0
+    if transforms.transformed(logits):
+        (logps, lse, ent, div, mean), found = transforms.statistics(
+            logits, labels, ref_logits, (ignore_index, temperature, cap), extras
+        )
+        logps = smoothed(logps, lse, mean, label_smoothing)
+        stats = TokenStats(logps, lse, ent if entropy else None, div)
+        return TokenStatsAndExtras(*stats, **found) if extras else stats  # type: ignore[return-value]
     call = _call_plain if alone(logits, labels) else torch.ops.fastalign.token_stats
     inplace = inplace_backward and not torch.compiler.is_compiling()
     logps, lse, ent, div, mean, *_ = call(
