@@ -37,5 +37,5 @@ def uncompiled(function: F) -> F:
             eval_frame.set_eval_frame(before)
 
     run._torchdynamo_disable = True  # type: ignore[attr-defined]
-    _skip(run.__code__)
+    _skip(run.__code__)  # type: ignore[attr-defined]
     return run  # type: ignore[return-value]
