@@ -214,6 +214,7 @@ class Simulator:
 
 
 def _only(text: str, name: str) -> str:
-    """The module with one of its kernels: the simulator reads all that it is given."""
-    parts = re.split(r"(?m)^(?=\s*(?:\.visible |\.weak )?\.entry )", text)
-    return parts[0] + next(p for p in parts[1:] if f".entry {name}(" in p.split("{")[0])
+    """The module with one of its kernels and the functions apart: the simulator reads all that it is given."""
+    head, *parts = re.split(r"(?m)^(?=\s*(?:(?:\.visible |\.weak )?\.entry |\.func ))", text)
+    functions = [p for p in parts if p.lstrip().startswith(".func")]
+    return "".join([head, *functions, next(p for p in parts if f".entry {name}(" in p.split("{")[0])])

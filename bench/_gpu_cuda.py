@@ -13,8 +13,11 @@ import torch
 from _cuda_simulator import SHARED_BYTES, Launch, Simulator
 from _gpu_row import DTYPES, ROWS, VOCABS, Row, limits
 
-from fastalign import Objective
 from fastalign._backends import cuda
+from fastalign.losses.kl import KL_ESTIMATORS
+from fastalign.losses.policy_objectives import KINDS as POLICIES
+from fastalign.losses.policy_objectives import Terms
+from fastalign.ops.token_programs import trace_token
 
 LONGEST = 256000
 _MANGLED = {"float32": "If", "bfloat16": "INS_8BFloat16E", "float16": "INS_4HalfE"}
@@ -43,6 +46,12 @@ def usage(arch: str, kind: str, dtype: str, vocab: int) -> dict[str, int]:
     return next((entry for name, entry in table.items() if re.search(pattern, name)), {})
 
 
+def _clip(t: Any) -> Any:
+    """PPO's loss of a token, with a KL."""
+    terms = Terms(t.logps, t.logps - t.old, t.advantages, t.mask, 0.2, 0.2, None)
+    return POLICIES["clip"](terms).loss + 0.05 * KL_ESTIMATORS["k3"](t.logps - t.ref)
+
+
 def _calls(vocab: int, dtype: torch.dtype) -> dict[str, Any]:
     """Kind → a function of no arguments that launches it, on tensors of its own."""
     generator = torch.Generator().manual_seed(0)
@@ -60,8 +69,10 @@ def _calls(vocab: int, dtype: torch.dtype) -> dict[str, Any]:
         cuda.backward(logits, labels, None, results[5], None, None, (row, None, None, None, None), *options, out)
 
     def objective() -> None:
-        clip = Objective("clip", 0.2, 0.2, kl="k3", kl_coef=0.05)
-        cuda.objective(logits, labels, None, (row, -row, row, -row), clip, *options, False, out)
+        program = trace_token(_clip, ("old", "advantages", "ref"))
+        given = {"old": -row, "advantages": row, "ref": -row}
+        inputs = tuple(given[name] for name in program.inputs)
+        cuda.objective(logits, labels, None, program, row, inputs, *options, False, out)
 
     return {"forward": forward, "backward": backward, "objective": objective}
 

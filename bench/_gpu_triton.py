@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import math
 import re
 import subprocess
 import tempfile
@@ -19,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastalign.kernels import objectives_triton, token_stats_triton
+from fastalign.ops.token_programs import trace_token
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -35,7 +35,7 @@ _TYPES = {
     torch.int64: "i64",
     torch.bool: "i1",
 }
-SFT = (0, 0.0, 0.0, math.inf, 0, 0.0, False, 0.0, 0.0, 0.0)
+SFT = trace_token(lambda t: -t.logps)
 
 
 # ------------------------------------------------------------------------------------------------------------- launches
@@ -48,13 +48,13 @@ def plan(kind: str, logits: torch.Tensor, labels: torch.Tensor, lanes: int = 32)
         launches, results = token_stats_triton.forward(logits, labels, None, *plain, False, False, lanes=lanes)
         return launches[0], {"logps": results[0], "saved": results[5]}
     if kind == "backward":
-        saved = torch.zeros(*labels.shape, 4)
+        saved = torch.zeros(*labels.shape, 5)
         saved[..., 0] = torch.logsumexp(logits.float(), -1)
         grads = (rows, None, None, None, None)
         launches = token_stats_triton.backward(logits, labels, None, saved, None, None, grads, *plain, out)
         return launches[0], {"out": out}
     launches, results = objectives_triton.objective(
-        logits, labels, None, (rows, None, None, None), SFT, *plain, False, out, lanes=lanes
+        logits, labels, None, SFT, rows, (), *plain, False, out, lanes=lanes
     )
     return launches[0], {"logps": results[0], "out": out}
 

@@ -3,7 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "../kernels/token_args.h"
@@ -105,28 +109,43 @@ inline BackwardArgs backward_args(const py::tuple& tokens, const py::tuple& per_
     return a;
 }
 
-// options: kind, low, high, dual_clip, kl, kl_coef, kl_reversed, entropy_coef, label_smoothing, z_loss.
-inline ObjectiveOptions objective_options(const py::tuple& t) {
-    if (t.size() != 10) throw std::invalid_argument("options must have 10 fields");
-    const auto number = [&](int i) { return py::cast<float>(t[i]); };
-    ObjectiveOptions o{};
-    o.kind = static_cast<Kind>(py::cast<int>(t[0]));
-    o.low = number(1), o.high = number(2), o.dual_clip = number(3);
-    o.kl = static_cast<KlTerm>(py::cast<int>(t[4]));
-    o.kl_coef = number(5), o.kl_reversed = py::cast<bool>(t[6]);
-    o.entropy_coef = number(7), o.label_smoothing = number(8), o.z_loss = number(9);
-    return o;
+// Of bytes that Python has made (`TokenProgram.encoded` in fastalign/_backends): numbers of inputs, constants and steps
+// and the slot of the loss, the constants, the steps.
+inline TokenProgram token_program(const py::bytes& encoded) {
+    const std::string bytes = encoded;
+    TokenProgram p{};
+    constexpr std::size_t kHead = offsetof(TokenProgram, values);
+    static_assert(sizeof(TokenProgram::Step) == 4 && kHead == 4 * sizeof(int));
+    if (bytes.size() < kHead) throw std::invalid_argument("a token's program is too short");
+    std::memcpy(&p, bytes.data(), kHead);
+    const auto is = [](int count, int most) { return 0 <= count && count <= most; };
+    if (!is(p.inputs, p.kMaxInputs) || !is(p.constants, p.kMaxConstants) || !is(p.steps, p.kMaxSteps))
+        throw std::invalid_argument("a token's program has at most 8 inputs, 16 constants and 64 steps");
+    const std::size_t values = p.constants * sizeof(float), steps = p.steps * sizeof(TokenProgram::Step);
+    const int first = p.kStatistics + p.inputs + p.constants;
+    if (bytes.size() != kHead + values + steps || !is(p.loss, first + p.steps - 1))
+        throw std::invalid_argument("a token's program must be as long as it says");
+    std::memcpy(p.values, bytes.data() + kHead, values);
+    std::memcpy(p.step, bytes.data() + kHead + values, steps);
+    for (int i = 0; i < p.steps; ++i) {
+        const TokenProgram::Step s = p.step[i];
+        const bool known = static_cast<int>(Op::kAdd) <= s.op && s.op < kOperations;
+        if (!known || std::max({s.a, s.b, s.c}) >= first + i)
+            throw std::invalid_argument("a step of a token's program must be an operation on earlier numbers");
+    }
+    return p;
 }
 
-// inputs: weight, old_logps, advantages, ref_logps.
-inline ObjectiveArgs objective_args(const py::tuple& tokens, const py::tuple& options, const py::tuple& inputs,
+// inputs: weight, and what the program is given.
+inline ObjectiveArgs objective_args(const py::tuple& tokens, const py::bytes& program, const py::tuple& inputs,
                                     const py::tuple& outputs, Address out, const py::tuple& out_strides) {
-    if (inputs.size() != 4) throw std::invalid_argument("inputs must have 4 fields");
     ObjectiveArgs a{};
     fill_tokens(a, tokens);
-    a.options = objective_options(options);
-    a.weight = address<const float>(inputs, 0), a.old_logps = address<const float>(inputs, 1);
-    a.advantages = address<const float>(inputs, 2), a.ref_logps = address<const float>(inputs, 3);
+    a.program = token_program(program);
+    if (static_cast<int>(inputs.size()) != 1 + a.program.inputs)
+        throw std::invalid_argument("inputs must be the weight and what the program is given");
+    a.weight = address<const float>(inputs, 0);
+    for (int i = 0; i < a.program.inputs; ++i) a.inputs[i] = address<const float>(inputs, 1 + i);
     a.out = outputs_of(outputs), a.saved = address<float>(outputs, 5);
     fill_result(a, tokens, out, out_strides);
     return a;

@@ -69,9 +69,9 @@ std::int64_t token_stats_backward(const py::tuple& tokens, const py::tuple& per_
     return with_labels(a, [&](std::int64_t) { run_gradient(cpu_kernels().backward, a); });
 }
 
-std::int64_t token_objective(const py::tuple& tokens, const py::tuple& options, const py::tuple& inputs,
+std::int64_t token_objective(const py::tuple& tokens, const py::bytes& program, const py::tuple& inputs,
                              const py::tuple& outputs, Address out, const py::tuple& out_strides) {
-    ObjectiveArgs a = objective_args(tokens, options, inputs, outputs, out, out_strides);
+    ObjectiveArgs a = objective_args(tokens, program, inputs, outputs, out, out_strides);
     return with_labels(a, [&](std::int64_t) { run_gradient(cpu_kernels().objective, a); });
 }
 

@@ -29,9 +29,9 @@ void token_stats_backward(const py::tuple& tokens, const py::tuple& per_row, Add
     cuda::backward(checked(backward_args(tokens, per_row, out, out_strides)), place_of(device, stream));
 }
 
-void token_objective(const py::tuple& tokens, const py::tuple& options, const py::tuple& inputs,
+void token_objective(const py::tuple& tokens, const py::bytes& program, const py::tuple& inputs,
                      const py::tuple& outputs, Address out, const py::tuple& out_strides, int device, Address stream) {
-    cuda::objective(checked(objective_args(tokens, options, inputs, outputs, out, out_strides)),
+    cuda::objective(checked(objective_args(tokens, program, inputs, outputs, out, out_strides)),
                     place_of(device, stream));
 }
 

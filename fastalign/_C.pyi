@@ -9,7 +9,7 @@ def token_stats_forward(tokens: tuple, outputs: tuple) -> int: ...
 def token_stats_backward(tokens: tuple, per_row: tuple[int, ...], out: int, out_strides: tuple[int, ...]) -> int: ...
 def token_objective(
     tokens: tuple,
-    options: tuple,
+    program: bytes,
     inputs: tuple[int, ...],
     outputs: tuple[int, ...],
     out: int,

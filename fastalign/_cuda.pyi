@@ -9,7 +9,7 @@ def token_stats_backward(
 ) -> None: ...
 def token_objective(
     tokens: tuple,
-    options: tuple,
+    program: bytes,
     inputs: tuple,
     outputs: tuple,
     out: int,

@@ -4,7 +4,7 @@ from . import losses, rl
 from ._backends import backends, keep_memory, release_memory, use_backend
 from .head.head import Head, HeadPlan, head_plan, head_token_stats
 from .losses.cross_entropy import cross_entropy
-from .ops.objective import Objective, attach_gradient, token_objective
+from .losses.objective import Objective, attach_gradient, token_objective
 from .ops.packed import Packed, packed_sequences
 from .ops.sequences import sequence_logps
 from .ops.statistics import TokenStats, TokenStatsAndExtras, token_logps, token_stats

@@ -8,10 +8,12 @@
 #ifdef __CUDACC__
 #define FA_HD __host__ __device__ inline
 #define FA_MEMBER __host__ __device__
+#define FA_APART __noinline__
 #else
 // static: each instruction set keeps its own copy, none of which may serve another processor.
 #define FA_HD static inline
 #define FA_MEMBER
+#define FA_APART
 #endif
 
 namespace fastalign {
@@ -85,10 +87,11 @@ FA_HD float exp2_polynomial(float u) {
 
 // ln(s), error below 5e-9, for s of 0 or at least the smallest normal number: s = 2^i (1 + g), g in [-0.293, 0.415),
 // ln(1 + g) = g - g^2 / 2 + g^3 q(g), q by a polynomial in float32. A fifth of the instructions of the float64 log.
-FA_HD double natural_log_of(float s) {
+// `beyond`: s - 1, perhaps better known than from s.
+FA_HD double natural_log_of(float s, float beyond) {
     constexpr uint32_t kRootHalf = 0x3f3504f3u;
     const int32_t exponent = static_cast<int32_t>(bits_of(s) - kRootHalf) >> 23;
-    const float g = float_of(bits_of(s) - (static_cast<uint32_t>(exponent) << 23)) - 1.0f;
+    const float g = exponent == 0 ? beyond : float_of(bits_of(s) - (static_cast<uint32_t>(exponent) << 23)) - 1.0f;
     float q = fmaf(-0.0763121024f, g, 0.128549263f);
     q = fmaf(q, g, -0.132078886f);
     q = fmaf(q, g, 0.141900063f);
@@ -105,9 +108,29 @@ FA_HD double natural_log_of(float s) {
 // ln(x); on the device x was a float32 sum.
 FA_HD double natural_log(double x) {
 #ifdef __CUDA_ARCH__
-    return natural_log_of(static_cast<float>(x));
+    const float s = static_cast<float>(x);
+    return natural_log_of(s, s - 1.0f);
 #else
     return kLn2 * log2(x);
+#endif
+}
+
+// ln(1 + x) to a relative error below 2e-7, x in [0, 1].
+FA_HD double natural_log1p(double x) {
+#ifdef __CUDA_ARCH__
+    const float beyond = static_cast<float>(x);
+    return natural_log_of(1.0f + beyond, beyond);
+#else
+    return log1p(x);
+#endif
+}
+
+// a / b of a row's float32 sums; on the device without float64's long way.
+FA_HD double quotient(double a, double b) {
+#ifdef __CUDA_ARCH__
+    return static_cast<float>(a) * reciprocal(static_cast<float>(b));
+#else
+    return a / b;
 #endif
 }
 

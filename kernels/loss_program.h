@@ -2,7 +2,7 @@
 // and derivative, once, for host and device. A program is run forward for its values and then backward, step by step,
 // from the loss to the statistics of the logits.
 #pragma once
-#include "approximations.h"
+#include "token_stats.h"
 
 namespace fastalign {
 
@@ -193,44 +193,44 @@ FA_HD void with_operation(Op op, const F& f) {
 }
 
 // ------------------------------------------------------------------------------------------- one token by itself
-// A program of one token, as the kernels take it that read the logits once: by value, its numbers in float.
-struct TokenStep {
-    uint8_t op, a, b, c;  // operands are numbers of steps; of an input, a is which
-    float value;
-};
+// A program of one token, by value, for the kernels that read the logits once. Its numbers lie in slots: the statistics
+// in their order, what the token is given, constants, and the results of the steps, whose operands are earlier slots.
 struct TokenProgram {
-    static constexpr int kMaxSteps = 64, kMaxInputs = 8;
-    int count;       // steps; the last one is the token's loss
-    int statistics;  // inputs 0 to 4 are logps, lse, entropy, kl, mean; others follow
-    TokenStep steps[kMaxSteps];
+    static constexpr int kStatistics = 5, kMaxInputs = 8, kMaxConstants = 16, kMaxSteps = 64;
+    static constexpr int kMaxSlots = kStatistics + kMaxInputs + kMaxConstants + kMaxSteps;
+    struct Step {
+        uint8_t op, a, b, c;
+    };
+    int inputs, constants, steps, loss;  // how many, and the slot of the loss
+    float values[kMaxConstants];
+    Step step[kMaxSteps];
 };
 
-// The loss's gradients for the five statistics of a token; `inputs`: those and the others.
-FA_HD void token_slopes(const TokenProgram& p, const float* inputs, float weight, float* slopes) {
-    float y[TokenProgram::kMaxSteps], g[TokenProgram::kMaxSteps];
-    for (int i = 0; i < p.count; ++i) {
-        const TokenStep& s = p.steps[i];
-        const Op op = static_cast<Op>(s.op);
-        g[i] = 0;
-        if (op == Op::kInput) y[i] = inputs[s.a];
-        else if (op == Op::kConst) y[i] = s.value;
-        else with_operation(op, [&](auto o) { y[i] = value_of<decltype(o)::value>(y[s.a], y[s.b], y[s.c]); });
+// The gradient of weight * loss for the statistics; `input(i)`: the token's i-th number.
+template <class Input>
+FA_HD Grads token_slopes(const TokenProgram& p, const Stats& of, const Input& input, float weight) {
+    float y[TokenProgram::kMaxSlots], g[TokenProgram::kMaxSlots];
+    constexpr int kGiven = TokenProgram::kStatistics;
+    y[0] = of.logps, y[1] = of.lse, y[2] = of.entropy, y[3] = of.kl, y[4] = of.mean;
+    for (int i = 0; i < p.inputs; ++i) y[kGiven + i] = input(i);
+    const int constants = kGiven + p.inputs, first = constants + p.constants, end = first + p.steps;
+    for (int i = 0; i < p.constants; ++i) y[constants + i] = p.values[i];
+    for (int i = first; i < end; ++i) {
+        const TokenProgram::Step s = p.step[i - first];
+        with_operation(static_cast<Op>(s.op),
+                       [&](auto o) { y[i] = value_of<decltype(o)::value>(y[s.a], y[s.b], y[s.c]); });
     }
-    for (int i = 0; i < 5; ++i) slopes[i] = 0;
-    g[p.count - 1] = weight;
-    for (int i = p.count - 1; i >= 0; --i) {
-        const TokenStep& s = p.steps[i];
-        const Op op = static_cast<Op>(s.op);
+    for (int i = 0; i < end; ++i) g[i] = 0;
+    g[p.loss] = weight;
+    for (int i = end - 1; i >= first; --i) {
         if (g[i] == 0) continue;
-        if (op == Op::kInput) {
-            if (s.a < 5) slopes[s.a] += g[i];
-            continue;
-        }
-        with_operation(op, [&](auto o) {
+        const TokenProgram::Step s = p.step[i - first];
+        with_operation(static_cast<Op>(s.op), [&](auto o) {
             const Pulled<float> d = pulled_by<decltype(o)::value>(g[i], y[s.a], y[s.b], y[s.c], y[i]);
             g[s.a] += d.a, g[s.b] += d.b, g[s.c] += d.c;
         });
     }
+    return {g[0], g[1], g[2], g[3], g[4]};
 }
 
 }  // namespace fastalign

@@ -1,13 +1,16 @@
-"""The one-launch token objective in Triton: a row's statistics, the slope of its loss and the gradient of its logits.
+"""The one-launch token objective in Triton: a row's statistics, the slopes of its loss and the gradient of its logits.
 
-The formulas are those of `objectives.h`. A row that fits into the registers of its program is read once and its
-gradient written once; a longer one is read a second time, mostly from the cache that it has just passed through.
+The loss is a program of scalar steps (see `loss_program_triton.py`). A row that fits into registers is read once and
+its gradient written once; a longer one is read a second time, mostly from the cache that it has just passed through.
 """
+
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .loss_program_triton import depends, slope, values
 from .token_formulas_triton import coefficients, finish
 from .token_gradient_triton import (
     write_edges,
@@ -27,60 +30,10 @@ from .token_stats_triton import (
     row_kernel,
     scalars,
     store_statistics,
+    within,
 )
 from .token_sums_triton import sum_registers
 from .token_walk_triton import sum_row
-
-SFT, REINFORCE, SURROGATE, CLIP, CISPO = (tl.constexpr(i) for i in range(5))
-_, K1, K2, K3, EXACT = (tl.constexpr(i) for i in range(5))
-MAX_LOG_RATIO = tl.constexpr(60.0)
-
-
-# -------------------------------------------------------------------------------------------------------------- slopes
-@triton.jit
-def _expm1(y):
-    """e^y - 1 without cancellation: a polynomial near 0, of relative error 2^-24."""
-    near = 1.0 + y / 2 * (1.0 + y / 3 * (1.0 + y / 4 * (1.0 + y / 5 * (1.0 + y / 6 * (1.0 + y / 7 * (1.0 + y / 8))))))
-    return tl.where(tl.abs(y) < 0.4, y * near, tl.exp(y) - 1.0)
-
-
-@triton.jit
-def policy_slope(logp, old_logp, advantage, low, high, dual_clip, KIND: tl.constexpr):
-    """d policy term / d log pi."""
-    d = logp - old_logp
-    held = (d < -MAX_LOG_RATIO) | (d > MAX_LOG_RATIO)  # there the ratio no longer moves
-    ratio = tl.where(d == d, tl.exp(tl.minimum(tl.maximum(d, -MAX_LOG_RATIO), MAX_LOG_RATIO)), d)
-    cut = tl.minimum(tl.maximum(ratio, 1.0 - low), 1.0 + high)
-    moved = tl.where(held, 0.0, -advantage * ratio)
-    slope = nothing() - 1.0
-    if KIND == REINFORCE:
-        slope = -advantage
-    elif KIND == SURROGATE:
-        slope = moved
-    elif KIND == CISPO:
-        slope = -advantage * cut
-    elif KIND == CLIP:
-        plain = -advantage * ratio
-        over = (advantage < 0) & (plain > -dual_clip * advantage)
-        slope = tl.where((-advantage * cut > plain) | over, 0.0, moved)
-    return slope
-
-
-@triton.jit
-def kl_slope(logp, ref_logp, KL_TERM: tl.constexpr, REVERSED: tl.constexpr):
-    """d KL estimate / d log pi."""
-    sign = nothing() + 1.0
-    if REVERSED:
-        sign = -sign
-    d = sign * (logp - ref_logp)
-    slope = nothing()
-    if KL_TERM == K1:
-        slope = sign
-    elif KL_TERM == K2:
-        slope = sign * d
-    elif KL_TERM == K3:
-        slope = -sign * _expm1(-d)
-    return slope
 
 
 # ------------------------------------------------------------------------------------------------------------- kernels
@@ -97,9 +50,14 @@ def objective_kernel(
     out_inner: tl.int64,
     labels_ptr,
     weight_ptr,
-    old_logps_ptr,
-    advantages_ptr,
-    ref_logps_ptr,
+    input0_ptr,
+    input1_ptr,
+    input2_ptr,
+    input3_ptr,
+    input4_ptr,
+    input5_ptr,
+    input6_ptr,
+    input7_ptr,
     logps_ptr,
     lse_ptr,
     entropy_ptr,
@@ -113,17 +71,29 @@ def objective_kernel(
     inv_t: tl.float64,
     cap: tl.float32,
     inv_cap: tl.float32,
-    low: tl.float32,
-    high: tl.float32,
-    dual_clip: tl.float32,
-    kl_coef: tl.float32,
-    entropy_coef: tl.float32,
-    label_smoothing: tl.float32,
-    z_loss: tl.float32,
-    KIND: tl.constexpr,
-    KL_TERM: tl.constexpr,
-    REVERSED: tl.constexpr,
-    SLOPE: tl.constexpr,
+    constant0: tl.float32,
+    constant1: tl.float32,
+    constant2: tl.float32,
+    constant3: tl.float32,
+    constant4: tl.float32,
+    constant5: tl.float32,
+    constant6: tl.float32,
+    constant7: tl.float32,
+    constant8: tl.float32,
+    constant9: tl.float32,
+    constant10: tl.float32,
+    constant11: tl.float32,
+    constant12: tl.float32,
+    constant13: tl.float32,
+    constant14: tl.float32,
+    constant15: tl.float32,
+    INPUTS: tl.constexpr,
+    CONSTANTS: tl.constexpr,
+    STEPS: tl.constexpr,
+    COUNT: tl.constexpr,
+    LOSS: tl.constexpr,
+    DEPENDS: tl.constexpr,
+    MOVES: tl.constexpr,
     FITS: tl.constexpr,
     R: tl.constexpr,
     T: tl.constexpr,
@@ -152,47 +122,75 @@ def objective_kernel(
     if KL:
         z_label = label_logit(z_row, label, V, cap, inv_cap, SOFTCAP)
     zero = finite(x_label)
+    target = within(label, V)
     if FITS:
         head = row_head(x_row, V, VEC)
         xs, x_edges = load_row(x_row, head, V, True, R, T, VEC)
         zs, z_edges = xs, x_edges
         if KL:
             zs, z_edges = load_row(z_row, head, V, ALIGNED, R, T, VEC)
-        sums, at, ref_at = sum_registers(xs, zs, head, V, zero, scale, cap, inv_cap, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
+        sums, at, ref_at = sum_registers(
+            *(xs, zs, x_row, z_row, x_label, target, head, V, zero, scale, cap, inv_cap),
+            *(T, VEC, SOFTCAP, ENTROPY, KL, MEAN),
+        )
     else:
         sums, at, ref_at = sum_row(
-            *(x_row, z_row, x_label, z_label, V, zero, scale, cap, inv_cap),
+            *(x_row, z_row, x_label, z_label, target, V, zero, scale, cap, inv_cap),
             *(R, T, VEC, ALIGNED, SOFTCAP, ENTROPY, KL, MEAN),
         )
-    logps, entropy, kl, mean, m, r, ref_m, ref_r = finish(sums, at, ref_at, x_label, zero, V, inv_t, KL)
+    logps, entropy, kl, mean, m, r, ref_m, ref_r, rest = finish(sums, at, ref_at, x_label, z_label, zero, V, inv_t, KL)
     store_statistics(logps_ptr, lse_ptr, entropy_ptr, kl_ptr, mean_ptr, row, logps, m, entropy, kl, mean)
 
     weight = tl.load(weight_ptr + row)
-    ref_logp = optional(ref_logps_ptr, row)
-    slope = policy_slope(
-        logps, optional(old_logps_ptr, row), optional(advantages_ptr, row), low, high, dual_clip, KIND
-    ) + kl_coef * kl_slope(logps, ref_logp, KL_TERM, REVERSED)
-    g_mean = weight * label_smoothing * slope
-    g_kl = none
-    if KL_TERM == EXACT:
-        g_kl = weight * kl_coef
+    inputs = (
+        optional(input0_ptr, row),
+        optional(input1_ptr, row),
+        optional(input2_ptr, row),
+        optional(input3_ptr, row),
+        optional(input4_ptr, row),
+        optional(input5_ptr, row),
+        optional(input6_ptr, row),
+        optional(input7_ptr, row),
+    )
+    constants = (
+        constant0,
+        constant1,
+        constant2,
+        constant3,
+        constant4,
+        constant5,
+        constant6,
+        constant7,
+        constant8,
+        constant9,
+        constant10,
+        constant11,
+        constant12,
+        constant13,
+        constant14,
+        constant15,
+    )
+    FIRST: tl.constexpr = 5 + INPUTS + CONSTANTS
+    numbers = values((logps, m, entropy, kl, mean), inputs, constants, INPUTS, CONSTANTS, STEPS, COUNT)
     c = coefficients(
         m,
         r,
         ref_m,
         ref_r,
+        rest,
         entropy,
         kl,
-        weight * (1.0 - label_smoothing) * slope,
-        2.0 * weight * z_loss * m - g_mean,
-        -weight * entropy_coef,
-        g_kl,
-        g_mean,
+        weight * slope(numbers, 0, FIRST, STEPS, COUNT, LOSS, DEPENDS),
+        weight * slope(numbers, 1, FIRST, STEPS, COUNT, LOSS, DEPENDS),
+        weight * slope(numbers, 2, FIRST, STEPS, COUNT, LOSS, DEPENDS),
+        weight * slope(numbers, 3, FIRST, STEPS, COUNT, LOSS, DEPENDS),
+        weight * slope(numbers, 4, FIRST, STEPS, COUNT, LOSS, DEPENDS),
         V,
         temperature,
         inv_t,
     )
-    LINEAR: tl.constexpr = KL_TERM == EXACT
+    SLOPE: tl.constexpr = MOVES[2] or MOVES[3]
+    LINEAR: tl.constexpr = MOVES[3]
     if FITS:
         write_edges(x_edges, z_edges, out_row, head, c, V, scale, cap, inv_cap, R, T, VEC, SOFTCAP, SLOPE, LINEAR, MEAN)
         write_registers(xs, zs, out_row, head, c, V, scale, cap, inv_cap, T, VEC, ALIGNED, SOFTCAP, SLOPE, LINEAR, MEAN)
@@ -208,8 +206,9 @@ def objective(
     logits: Tensor,
     labels: Tensor,
     ref_logits: Tensor | None,
-    inputs: tuple[Tensor | None, ...],
-    codes: tuple,
+    program: Any,
+    weight: Tensor,
+    inputs: tuple[Tensor, ...],
     ignore_index: int,
     temperature: float,
     softcap: float,
@@ -221,29 +220,25 @@ def objective(
     """(launches, (logps, lse, entropy, kl, mean)); the gradient goes into `out`, which may be `logits` itself.
 
     Args:
-        inputs: weight, old_logps, advantages, ref_logps; float32 of the labels' shape.
-        codes: kind, low, high, dual_clip, KL term, kl_coef, kl_reversed, entropy_coef, label_smoothing, z_loss, kind
-            and KL term as the numbers of `objectives.h`.
+        program: a `TokenProgram`. Its steps are compiled in; its constants are not.
+        weight, inputs: what each token's loss counts for, and what the program is given; float32 of the labels' shape.
         lanes: threads of a warp; None: of the logits' device.
     """
-    kind, low, high, dual_clip, kl_term, kl_coef, kl_reversed, entropy_coef, label_smoothing, z_loss = codes
-    results = new_statistics(labels, want_entropy, ref_logits is not None, label_smoothing != 0)
-    per_row = dict(zip(("weight", "old_logps", "advantages", "ref_logps"), inputs, strict=True))
+    results = new_statistics(labels, want_entropy, ref_logits is not None, program.uses[4])
+    per_row = {"weight": weight, **dict.fromkeys(f"input{i}" for i in range(8))}
+    per_row |= {f"input{i}": t for i, t in enumerate(inputs)}
     per_row = {name: None if t is None else t.contiguous() for name, t in {"labels": labels, **per_row}.items()}
     per_row |= dict(zip(("logps", "lse", "entropy", "kl", "mean"), results, strict=True))
     shape = (logits.shape[-1], logits.dtype, ref_logits is not None, lanes or lanes_of(logits.device))
     options = scalars(temperature, softcap, ignore_index) | {
-        "low": low,
-        "high": high,
-        "dual_clip": dual_clip,
-        "kl_coef": kl_coef,
-        "entropy_coef": entropy_coef,
-        "label_smoothing": label_smoothing,
-        "z_loss": z_loss,
-        "KIND": kind,
-        "KL_TERM": kl_term,
-        "REVERSED": kl_reversed,
-        "SLOPE": kl_term == EXACT.value or entropy_coef != 0,
+        **{f"constant{i}": value for i, value in enumerate(program.constants + (0.0,) * (16 - len(program.constants)))},
+        "INPUTS": len(inputs),
+        "CONSTANTS": len(program.constants),
+        "STEPS": program.steps,
+        "COUNT": len(program.steps),
+        "LOSS": program.loss,
+        "DEPENDS": depends(program),
+        "MOVES": program.moves,
     }
     planned = launches(
         objective_kernel,

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "objectives.h"
+#include "loss_program.h"
 #include "token_stats.h"
 
 namespace fastalign {
@@ -55,7 +55,7 @@ struct TokenArgs {
 
 struct ForwardArgs : TokenArgs {
     PerRow<float> out;
-    float* saved;  // [rows, 4]: m, r of the policy and of the reference
+    float* saved;  // [rows, 5], see `Saved`
 };
 
 struct BackwardArgs : TokenArgs {
@@ -68,8 +68,9 @@ struct BackwardArgs : TokenArgs {
 };
 
 struct ObjectiveArgs : TokenArgs {
-    ObjectiveOptions options;
-    const float *weight, *old_logps, *advantages, *ref_logps;  // one per row; weight is needed, others may be null
+    TokenProgram program;                           // of the loss of a row
+    const float* weight;                            // what that counts for, one per row
+    const float* inputs[TokenProgram::kMaxInputs];  // what the program is given, one per row
     PerRow<float> out;
     float* saved;  // as the forward's; null: not wanted
     void* out_gradient;
@@ -91,10 +92,12 @@ FA_HD Grads wanted(Grads d, Mode mode) {
     return d;
 }
 
-// What the forward keeps of a row for the backward; one access on devices.
-struct alignas(16) Saved {
-    float m, r, ref_m, ref_r;
+// What the forward keeps of a row for the backward.
+struct Saved {
+    float m, r, ref_m, ref_r, rest;
 };
+
+constexpr int kSaved = sizeof(Saved) / sizeof(float);
 
 FA_HD Saved& saved_row(float* saved, int64_t row) { return reinterpret_cast<Saved*>(saved)[row]; }
 FA_HD const Saved& saved_row(const float* saved, int64_t row) { return reinterpret_cast<const Saved*>(saved)[row]; }
@@ -105,7 +108,7 @@ FA_HD void write_row(const PerRow<float>& out, float* saved, int64_t row, const 
     if (mode != kPlain && out.entropy) out.entropy[row] = o.entropy;
     if (mode == kReference && out.kl) out.kl[row] = o.kl;
     if (mode != kPlain && out.mean) out.mean[row] = o.mean;
-    if (saved) saved_row(saved, row) = {o.m, o.r, o.ref_m, o.ref_r};
+    if (saved) saved_row(saved, row) = {o.m, o.r, o.ref_m, o.ref_r, o.rest};
 }
 
 FA_HD float at_row(const float* p, int64_t row) { return p ? p[row] : 0.0f; }
@@ -116,26 +119,39 @@ template <class Exact = AsGiven>
 FA_HD Coefficients row_coefficients(const BackwardArgs& a, int64_t row, Mode mode = kReference, Exact exact = {}) {
     const bool moments = mode != kPlain, ref = mode == kReference;
     const Saved saved = saved_row(a.saved, row);
-    const Stats o{
-        0,           0,          moments ? at_row(a.entropy, row) : 0, ref ? at_row(a.kl, row) : 0, 0, saved.m, saved.r,
-        saved.ref_m, saved.ref_r};
+    const Stats o{0,
+                  0,
+                  moments ? at_row(a.entropy, row) : 0,
+                  ref ? at_row(a.kl, row) : 0,
+                  0,
+                  saved.m,
+                  saved.r,
+                  saved.ref_m,
+                  saved.ref_r,
+                  saved.rest};
     const Grads d{at_row(a.grads.logps, row), at_row(a.grads.lse, row), moments ? at_row(a.grads.entropy, row) : 0,
                   ref ? at_row(a.grads.kl, row) : 0, at_row(a.grads.mean, row)};
     return coefficients(o, d, a.temperature, a.inv_temperature, static_cast<double>(a.vocab), exact);
+}
+
+// The gradients of a row's statistics under an objective. One thread finds them, in memory of its own, so on devices it
+// is a function apart, or its registers would be every kernel's.
+FA_HD FA_APART Grads objective_gradient(const ObjectiveArgs& a, int64_t row, Stats o) {
+    const auto input = [&](int i) { return a.inputs[i][row]; };
+    return token_slopes(a.program, o, input, a.weight[row]);
 }
 
 // The same under an objective, from the statistics just found.
 template <class Exact = AsGiven>
 FA_HD Coefficients row_coefficients(const ObjectiveArgs& a, int64_t row, const Stats& o, Mode mode = kReference,
                                     Exact exact = {}) {
-    const TokenInputs t{a.weight[row], at_row(a.old_logps, row), at_row(a.advantages, row), at_row(a.ref_logps, row)};
-    const Grads d = wanted(objective_gradient(a.options, o, t), mode);
+    const Grads d = wanted(objective_gradient(a, row, o), mode);
     return coefficients(o, d, a.temperature, a.inv_temperature, static_cast<double>(a.vocab), exact);
 }
 
 // Tokens whose loss does not move (a clipped PPO ratio) are written without being read.
 FA_HD bool no_gradient(const Coefficients& c) {
-    return c.a == 0 && c.b == 0 && c.g == 0 && c.kappa == 0 && c.delta == 0;
+    return c.a == 0 && c.b == 0 && c.g == 0 && c.kappa == 0 && c.delta == 0 && c.own == 0;
 }
 
 }  // namespace fastalign

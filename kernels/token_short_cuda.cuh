@@ -26,13 +26,14 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
     for (ShortRows at; at.first < a.rows; at.next()) {
         if (at.row() < a.rows && row_kind(a, a.label(at.row())) == Row::kLive) {
             const Source<T> x = row_of<T>(a.logits, a.layout, at.row(), a.vocab);
+            const int label = static_cast<int>(a.label(at.row()));
             FloatSums sums;
             if constexpr (kOneTile) {
                 Pack v[kTile<kMode>];
                 x.load_edge(v, 0);
-                sums = tile_sums<T, kCap, kMode>(v, x.length, k);
+                sums = tile_sums<T, kCap, kMode>(v, x.length, label, k);
             } else {
-                sums = warp_sums<kMode>(thread_sums<WarpTeam, T, kCap, kMode, false>(x, x, k), k.scale);
+                sums = warp_sums<kMode>(thread_sums<WarpTeam, T, kCap, kMode, false>(x, x, label, k), k.scale);
             }
             if (at.lane == 0) keep_sums<kMode>(parts[at.warp], sums);
         }
@@ -57,7 +58,8 @@ struct ShortSlope {
 
 template <class T, bool kCap, Mode kMode>
 __device__ inline ShortSlope short_slope(const Slope& slope, float logit, const Prepare& k) {
-    return {slope, gradient<T, kCap, kMode>(logit, 0, slope, slope.c.kappa + slope.c.delta, k)};
+    const Coefficients c = at_target(slope.c);
+    return {slope, gradient<T, kCap, kMode>(logit, 0, slope, c.a, c.kappa, k)};
 }
 
 // The first `count` elements of a vector.
@@ -153,12 +155,13 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
             FloatSums sums;
             if constexpr (kOneTile) {
                 source.load_edge(v, 0);
-                sums = tile_sums<T, kCap, kMode>(v, source.length, k);
+                sums = tile_sums<T, kCap, kMode>(v, source.length, static_cast<int>(label), k);
             } else {
                 x = Staged<T>::template copy<WarpTeam>(staged + at.warp * span, source.base, source.length);
                 wait_for_copies();
                 __syncwarp();  // every lane's copies and paddings are in shared memory before any lane reads them
-                sums = warp_sums<kMode>(thread_sums<WarpTeam, T, kCap, kMode, false>(x, x, k), k.scale);
+                const int hole = static_cast<int>(label);
+                sums = warp_sums<kMode>(thread_sums<WarpTeam, T, kCap, kMode, false>(x, x, hole, k), k.scale);
             }
             if (at.lane == 0) keep_sums<kMode>(parts[at.warp], sums);
         }
@@ -170,7 +173,7 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
             Stats o = empty_stats(found);
             if (found == Row::kLive) {
                 const float logit = row_of<T>(a.logits, a.layout, row, a.vocab).at(static_cast<int>(target));
-                o = row_stats<kCap, kMode>(a, kept_sums<kMode>(parts[threadIdx.x]), logit, k);
+                o = row_stats<kCap, kMode>(a, kept_sums<kMode>(parts[threadIdx.x]), {logit, 0}, k);
                 const Slope slope = slope_of<kMode>(row_coefficients(a, row, o, kMode, k.exact()), k);
                 slopes[threadIdx.x] = short_slope<T, kCap, kMode>(slope, logit, k);
             }

@@ -1,14 +1,30 @@
 """What the CUDA kernels read, write and are bound by, counted by a PTX simulator on the figures of an H100. No time is
 predicted: a lower bound says what a kernel cannot beat, and which limit it meets first."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from fastalign import Objective
 from fastalign._backends import cuda
+from fastalign.ops.token_programs import trace_token
 
 ROWS = 132  # one for each multiprocessor
 CHIP = "H100"
+
+
+def clip(t):
+    """PPO's loss of a token."""
+    ratio = (t.logps - t.old).clamp(-60, 60).exp()
+    return torch.maximum(-t.advantages * ratio, -t.advantages * ratio.clamp(0.8, 1.2))
+
+
+def clip_and_more(t):
+    smoothed = SimpleNamespace(logps=0.9 * t.logps + 0.1 * (t.mean - t.lse), old=t.old, advantages=t.advantages)
+    return clip(smoothed) + 0.05 * (smoothed.logps - t.old).square() - 0.01 * t.entropy
+
+
+CLIP = trace_token(clip, ("old", "advantages"))
 KERNELS = ("forward", "backward", "objective")
 
 
@@ -23,7 +39,7 @@ def launch(simulator, vocab, dtype, misaligned=0):
     with simulator() as launches, simulator.raising():
         saved = cuda.forward(x, labels, None, *options, False, False)[5]
         cuda.backward(x, labels, None, saved, None, None, (row, None, None, None, None), *options, out)
-        cuda.objective(x, labels, None, (row, -row, row, None), Objective("clip", 0.2, 0.2), *options, False, out)
+        cuda.objective(x, labels, None, CLIP, row, (-row, row), *options, False, out)
         found = {"forward": launches[:1], "backward": launches[1:2], "objective": launches[2:]}
     return x, found
 
@@ -87,13 +103,13 @@ def test_two_reads_give_the_same_gradient(cuda_simulator):
     x, row = (torch.randn(5, 100000, generator=g) * 3).bfloat16(), torch.randn(5, generator=g)
     labels = torch.randint(0, 100000, (5,), generator=g)
     labels[3] = -100
-    results = []
+    program, results = trace_token(clip_and_more, ("old", "advantages")), []
+    assert program.inputs == ("old", "advantages")
     for arch in ("sm_90a", "sm_80"):
         cuda_simulator.pretend(arch)
         out = torch.empty_like(x)
         with cuda_simulator(), cuda_simulator.raising():
-            clip = Objective("clip", 0.2, 0.2, kl="k2", kl_coef=0.1, entropy_coef=0.01, label_smoothing=0.1)
-            stats = cuda.objective(x, labels, None, (row.abs(), row - 9, row, row - 9), clip, -100, 0.8, 0.0, True, out)
+            stats = cuda.objective(x, labels, None, program, row.abs(), (row - 9, row), -100, 0.8, 0.0, True, out)
         results.append((stats, out))
     cuda_simulator.pretend("sm_90a")
     (one, a), (two, b) = results

@@ -6,6 +6,7 @@ The file is also the program that the processes run: `python test_distributed.py
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,12 +23,13 @@ pytest.importorskip("accelerate", reason="needs accelerate (the extra `train`)")
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from fastalign.cli import commands as cli
 from fastalign.trainers.common.callbacks import LOG_NAME, read_log
 from fastalign.trainers.dpo import DPOConfig, DPOTrainer
 from fastalign.trainers.grpo import GRPOConfig, GRPOTrainer
+from fastalign.trainers.policy.rewards import FunctionReward
 from fastalign.trainers.ppo import PPOConfig, PPOTrainer
 from fastalign.trainers.sft import SFTConfig, SFTTrainer
 
@@ -101,9 +103,42 @@ def run_part(out: Path, part: str, processes: int, start: Path | None = None, **
         (out / f"{part}.json").write_text(json.dumps(metrics))
 
 
+class _Ruin(TrainerCallback):
+    """From the third step on, the second process alone computes NaN."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2 and int(os.environ["RANK"]) == 1:
+            inner = getattr(model, "module", model)
+            inner.transformer.ln_f.register_forward_hook(lambda *seen: seen[-1] * math.nan)
+
+
+def run_broken(out: Path, part: str) -> None:
+    """A run that fails in the second process alone; each writes down what it raised."""
+    rank = int(os.environ["RANK"])
+    if part in SUPERVISED:
+        trainer = supervised(out, part, 2, save_strategy="no")
+        trainer.add_callback(_Ruin())
+    else:
+        trainer, calls = policy(out, part, 2, save_steps=None, eval_steps=None), []
+
+        def reward(completions):
+            calls.append(1)
+            return [math.nan] * len(completions) if rank == 1 and len(calls) > 2 else lengths(completions)
+
+        trainer.reward = FunctionReward(reward)
+    try:
+        trainer.train()
+    except (ValueError, FloatingPointError) as error:
+        (out / f"{part}-{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+
+
 def main(folder: str, name: str, *parts: str) -> None:
     """What each process runs: every part from its start, and again from the single process's checkpoint."""
     processes = int(os.environ["WORLD_SIZE"])
+    if name == "broken":
+        for part in parts:
+            run_broken(Path(folder) / name, part)
+        return
     if os.environ.get("ACCELERATE_USE_FSDP"):
         _shard_on_the_cpu()
     for part in parts:
@@ -164,6 +199,23 @@ def runs(tiny_tokenizer, tmp_path_factory) -> Path:
         run_part(folder / "one", part, 1)
     start_two(str(folder), "two", *PARTS)
     return folder
+
+
+def test_what_fails_in_one_process_ends_all_with_a_checkpoint(runs):
+    """No process waits for the others, all say the same, and what was reached before is there."""
+    parts = ("sft", "lora", "ppo", "grpo")
+    start_two(str(runs), "broken", *parts)
+    for part in parts:
+        said = [(runs / "broken" / f"{part}-{rank}.txt").read_text() for rank in (0, 1)]
+        assert said[0] == said[1]
+        assert "checkpoint-2 holds the run up to there" in said[0]
+        assert ("update 3 was not made: the gradient's norm is nan" if part in SUPERVISED else "is nan, for") in said[0]
+        assert [path.name for path in (runs / "broken" / part).glob("checkpoint-*")] == ["checkpoint-2"]
+        kept = runs / "broken" / part / "checkpoint-2"
+        if part == "lora":
+            assert all(value.isfinite().all() for value in load_file(kept / "adapter_model.safetensors").values())
+        else:
+            assert weights(kept).isfinite().all()
 
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}

@@ -104,7 +104,7 @@ def test_chat_templates(look):
     endless = TEMPLATE.replace("</s>", "<end>")
     assert "generation does not stop" in look(check, CHAT, with_template(endless))["error"]
     forgetful = TEMPLATE.replace("for m in messages", "for m in messages if m['role'] != 'user'")
-    assert "leaves out a message" in look(check, CHAT, with_template(forgetful))["warning"]
+    assert "leaves out what the user says" in look(check, CHAT, with_template(forgetful))["error"]
     twice = [{"messages": [{"role": "user", "content": "so"}, *row["messages"]]} for row in CHAT]
     assert "one role follow each other" in look(check, twice, with_template(TEMPLATE))["warning"]
     assert "do not go through" in look(check, SOUND, with_template(TEMPLATE))["note"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -15,13 +16,16 @@ pytest.importorskip("sklearn", reason="needs scikit-learn (the extra `train`)")
 from transformers import AutoTokenizer, GPT2ForSequenceClassification, set_seed
 
 from fastalign.cli import commands as cli
-from fastalign.evaluation.evaluate import EvalConfig, evaluate
+from fastalign.evaluation.evaluate import EvalConfig, evaluate, told_apart
 from fastalign.evaluation.sample import read_prompts
 from fastalign.evaluation.sampling import sample
 from fastalign.evaluation.scorers import load_judge
 from fastalign.models.sampling import Sampling
 from fastalign.trainers.data.encode import Encoder
+from fastalign.trainers.data.files import read_rows
 from fastalign.trainers.data.tokenize import tokenize_lists
+from fastalign.trainers.policy.rewards import FunctionReward, load_function
+from fastalign.trainers.policy.rollout import Episode, load_prompts
 
 ROWS = [
     {"prompt": p, "completion": c} for p, c in (("the movie", " is good"), ("a film", " and great fun"), ("a", " b"))
@@ -96,11 +100,92 @@ def test_judges(place, tiny_model, tiny_tokenizer):
         ids = tokenizer(prompt + end)["input_ids"] + [tokenizer.eos_token_id]
         with torch.no_grad():
             assert float(model(torch.tensor([ids])).logits) == pytest.approx(float(score), abs=1e-4)
-    for spec in ("nothing", "json:nothing", str(place / "absent")):
-        with pytest.raises(ValueError, match="reward must be gold"):
+    for spec, message in {
+        "nothing": "reward must be gold",
+        "json:nothing": "reward must name a function; 'json' has no function 'nothing'",
+        str(place / "absent"): "reward must be gold",
+        "absent.py:f": "reward names 'absent.py', which cannot be imported",
+    }.items():
+        with pytest.raises(ValueError, match=message):
             load_judge(spec)
-    with pytest.raises(ValueError, match="must return 3 finite numbers"):
+    with pytest.raises(ValueError, match="reward eq must return 3 numbers; got False"):
         load_judge("operator:eq")(prompts, ends)
+
+
+REWARD = """
+def right(completions, answer):
+    return [float(a in c) for c, a in zip(completions, answer)]
+
+def anything(prompts, completions, **columns):
+    return [len(c) + len(a) for c, a in zip(completions, columns["answer"])]
+
+def sometimes(completions):
+    return [None for _ in completions]
+"""
+
+
+class TestRewardFunctions:
+    """One form for `grpo`, `ppo` and `eval`: a file's function, by the names of its parameters, columns among them."""
+
+    @pytest.fixture
+    def options(self, place):
+        (place / "reward.py").write_text(REWARD)
+        rows = [{**row, "answer": row["completion"][:2]} for row in ROWS]
+        (place / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        keys = {"models": [str(place / "one"), str(place / "two")], "dataset": str(place / "answers.jsonl")}
+        return {**keys, "max_new_tokens": 4, "samples_per_prompt": 2}
+
+    @pytest.mark.parametrize("name", ["right", "anything"])
+    def test_eval_takes_what_grpo_takes(self, place, options, tiny_tokenizer, name):
+        spec = f"{place}/reward.py:{name}"
+        found = evaluate(EvalConfig(**options, reward=spec, against="completion"))
+        assert all("win_rate" in figures and "reward" in figures for figures in found.values())
+        judged = evaluate(EvalConfig(**options, judge=spec))
+        assert "win_rate" in judged[options["models"][1]]
+        reward = FunctionReward(load_function(spec))
+        prompts = load_prompts(options["dataset"], tiny_tokenizer, 64, reward.columns, optional=reward.optional)
+        scores = reward([Episode(p, [1], " is good", True) for p in prompts])
+        judge = load_judge(spec)
+        texts = [row["prompt"] for row in ROWS]
+        judge.bind(texts, read_rows(options["dataset"]))
+        assert judge(texts, [" is good"] * 3).tolist() == scores.tolist()
+
+    @pytest.mark.parametrize(
+        ("name", "dataset", "message"),
+        [
+            ("right", "rows.jsonl", "reward needs the columns answer; dataset has completion"),
+            ("sometimes", "answers.jsonl", "must return a number for every completion that is compared; number 0"),
+            ("right", "twice.jsonl", r"row 1 \(from 0\) has the prompt of an earlier one, and other columns"),
+        ],
+    )
+    def test_what_a_function_cannot_judge_is_named(self, place, options, name, dataset, message):
+        twice = [{"prompt": "a", "completion": "b", "answer": answer} for answer in "xy"]
+        (place / "twice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in twice))
+        options = {**options, "dataset": str(place / dataset)}
+        with pytest.raises(ValueError, match=message):
+            evaluate(EvalConfig(**options, reward=f"{place}/reward.py:{name}"))
+
+
+def test_models_of_one_name_are_told_apart(place, capsys):
+    for name in ("first", "second"):
+        shutil.copytree(place / "one", place / name / "final")
+    models = f"{place}/first/final,{place}/second/final"
+    keys = ["--max_new_tokens", "4", "--samples_per_prompt", "1", "--dataset", str(place / "rows.jsonl")]
+    assert cli.main(["eval", "--models", models, *keys]) == 0
+    shown = capsys.readouterr().out
+    assert "first/final" in shown
+    assert "second/final" in shown
+    assert told_apart(["runs/a/final", "runs/b/final/", "other"]) == ["a/final", "b/final", "other"]
+    assert told_apart(["runs/a", "runs/b"]) == ["a", "b"]
+    assert told_apart(["a", "x/a"]) == ["a", "x/a"]
+
+
+def test_samples_are_printed_as_text(place, capsys):
+    keys = ["--max_new_tokens", "2", "--model", str(place / "one")]
+    assert cli.main(["sample", "--prompt", "\u4f60\u597d caf\u00e9", *keys]) == 0
+    out = capsys.readouterr().out
+    assert '"prompt": "\u4f60\u597d caf\u00e9"' in out
+    assert "\\u" not in out.partition('"completions"')[0]
 
 
 def test_commands(place, capsys):

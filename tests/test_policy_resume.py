@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,11 +77,13 @@ class TestResume:
         torch.manual_seed(99)
         resumed = make(**shared, output_dir=str(tmp_path / "cut"), resume_from_checkpoint="auto")
         start = run.start_point(resumed.args)
-        assert os.path.basename(start) == "checkpoint-2"
-        resumed.train(start)
-        assert torch.equal(weights(resumed), weights(whole))
-        assert log_of(resumed) == log_of(whole)
-        assert resumed.state_dict() == whole.state_dict()
+        assert os.path.basename(start) == "checkpoint-3"  # what the interrupt itself has left
+        for name in ("checkpoint-2", "checkpoint-3"):
+            resumed = make(**shared, output_dir=str(shutil.copytree(tmp_path / "cut", tmp_path / name)))
+            resumed.train(str(tmp_path / name / name))
+            assert torch.equal(weights(resumed), weights(whole))
+            assert log_of(resumed) == log_of(whole)
+            assert resumed.state_dict() == whole.state_dict()
 
     def test_killed_run_goes_on_and_no_half_written_checkpoint_is_loaded(self, tiny_model, tiny_tokenizer, tmp_path):
         """SIGKILL from outside while it trains and writes checkpoints all the time; then the same command again."""

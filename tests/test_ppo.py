@@ -102,6 +102,24 @@ class TestUpdate:
         losses = [line["loss/ptx_avg"] for line in log_of(trainer)]
         assert losses[-1] < losses[0] - 5.0
 
+    def test_equal_returns_leave_nothing_to_explain(self, make):
+        """All returns are one number: their rounded mean is not, and 1 - x / 1e-16 is no share of a variance."""
+        trainer = make(kl_coef=0.0, gamma=1.0, lam=1.0)
+        episodes = trainer.roll_out()
+        for reward in (n / 100 for n in range(100)):
+            for e in episodes:
+                e.score = reward
+            assert trainer.advantages(episodes, trainer.shape(episodes, 0.0))["val/explained_variance"] == 0.0
+            assert all((e.advantages == 0).all() for e in episodes)
+
+    @pytest.mark.parametrize(("trainer", "config"), [(PPOTrainer, PPOConfig), (GRPOTrainer, GRPOConfig)])
+    def test_a_generation_config_with_several_ends_is_heeded(self, make, trainer, config):
+        """As `sample` does: here every token ends a response, so all of them end, with one token each."""
+        run = make(trainer, config, num_generations=2, missing_eos_penalty=10.0)
+        run.inner.policy.generation_config.eos_token_id = list(range(run.inner.policy.config.vocab_size))
+        metrics = run.train()
+        assert (metrics["eos_rate"], metrics["length"]) == (1.0, 1.0)
+
     def test_missing_end_is_penalised_and_score_falls_on_the_last_token(self, make):
         trainer = make(missing_eos_penalty=10.0, kl_coef=0.0)
         episodes = trainer.roll_out()
@@ -132,6 +150,23 @@ class TestUpdate:
 
 
 class TestGroups:
+    @pytest.mark.parametrize("loss_type", sorted(VARIANTS))
+    def test_equal_rewards_teach_nothing(self, make, loss_type):
+        """A prompt whose samples are all as good as one another: no gradient at all, whatever the rounded mean is."""
+        same = {"reward": lambda prompts: [0.3] * len(prompts), "kl_coef": 0.0, "loss_type": loss_type}
+        size = {
+            "num_generations": 7,
+            "per_device_train_batch_size": 7,
+            "num_mini_batches": 1,
+            "gradient_accumulation_steps": 1,
+        }
+        trainer = make(GRPOTrainer, GRPOConfig, **size, **same)
+        before = weights(trainer)
+        metrics = trainer.train()
+        assert metrics["objective/group_std"] == 0
+        assert metrics["grad_norm"] == 0
+        assert torch.equal(weights(trainer), before)
+
     @pytest.mark.parametrize("loss_type", list(VARIANTS))
     def test_every_variant_trains(self, make, loss_type):
         trainer = make(GRPOTrainer, GRPOConfig, loss_type=loss_type, num_generations=4)

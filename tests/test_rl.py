@@ -92,6 +92,35 @@ def test_group_without_spread_has_no_advantage():
         assert (rl.grpo_advantages(rewards, eps=0.0) == 0).all()
 
 
+NOT_DYADIC = [0.1 * i + 0.01 for i in range(40)] + [1 / 3, 1e-8 / 7, 1e6 / 3, -0.7]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [2, 3, 5, 7, 11, 49])
+def test_equal_rewards_are_no_advantage_at_all(size, dtype):
+    """The rounded mean of equal numbers is another number: 7 x 0.3 gave 0.926 with eps = 0, and one sign for all."""
+    rewards = torch.tensor(NOT_DYADIC, dtype=dtype)[:, None].expand(-1, size)
+    for eps in (0.0, 1e-4):
+        assert (rl.grpo_advantages(rewards, eps=eps) == 0).all()
+    assert (rl.grpo_advantages(rewards, scale=False) == 0).all()
+    assert (rl.rloo_advantages(rewards) == 0).all()
+    for row in rewards:
+        mask = torch.arange(size) != 1
+        hidden = torch.where(mask, row, float("nan"))
+        for unbiased in (False, True):
+            assert (rl.masked_whiten(hidden, mask, unbiased=unbiased) == 0).all()
+            kept = rl.masked_whiten(hidden, mask, unbiased=unbiased, shift_mean=False)
+            assert torch.equal(kept[mask], row[mask].to(kept.dtype))
+
+
+def test_one_reward_apart_keeps_its_advantage():
+    """Equality is exact: the smallest difference that float32 holds is standardised like any other."""
+    apart = torch.tensor([0.3] * 6 + [math.nextafter(0.3, 1)], dtype=torch.float64)
+    advantages = rl.grpo_advantages(apart, eps=0.0)
+    torch.testing.assert_close(advantages[-1].item(), 6 / math.sqrt(7), rtol=1e-12, atol=0)
+    torch.testing.assert_close(advantages[:-1], torch.full((6,), -1 / math.sqrt(7), dtype=torch.float64))
+
+
 # ------------------------------------------------------------------------------------------------------------ whitening
 @pytest.mark.parametrize("unbiased", [False, True])
 def test_whitening_of_the_real_entries(unbiased):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -14,10 +15,10 @@ pytest.importorskip("accelerate", reason="needs accelerate (the extra `train`)")
 
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
+from fastalign.evaluation.sampling import sample
 from fastalign.models.actor_critic import ActorCritic, policy_logits, with_values
 from fastalign.models.logits import logits_of
-from fastalign.models.sampling import Draw, Sampling
-from fastalign.trainers.policy import rollout
+from fastalign.models.sampling import Draw, Sampling, up_to_end
 from fastalign.trainers.policy.rewards import FunctionReward, ModelReward, load_function
 from fastalign.trainers.policy.rollout import Episode, Prompt, fill_in, generate, load_prompts, prompt_order
 
@@ -109,12 +110,29 @@ class TestSampling:
 
     def test_a_response_ends_with_its_first_end_of_sequence_token(self, tiny_tokenizer):
         eos, word = tiny_tokenizer.eos_token_id, tiny_tokenizer(" good", add_special_tokens=False)["input_ids"]
-        prompt = Prompt([0], "", {})
         assert tiny_tokenizer.pad_token_id == eos
-        ended = rollout._episode(prompt, [*word, eos, eos, eos], eos, tiny_tokenizer)
-        assert (ended.ids, ended.ended, ended.text) == ([*word, eos], True, " good")
-        cut = rollout._episode(prompt, [*word, *word], eos, tiny_tokenizer)
-        assert (cut.ids, cut.ended) == ([*word, *word], False)
+        assert up_to_end([*word, eos, eos, eos], [eos]) == ([*word, eos], True)
+        assert up_to_end([*word, *word], [eos]) == ([*word, *word], False)
+        assert up_to_end([*word, 7, *word, eos], [7, eos]) == ([*word, 7], True)
+
+    @pytest.mark.parametrize("adapted", [False, True])
+    def test_ends_of_turns_end_responses_in_every_sampler(self, sharp, tiny_tokenizer, prompts, adapted):
+        """A generation config with several end tokens, as Gemma's: `ppo` and `grpo` stop where `sample` does."""
+        free = generate(sharp, tiny_tokenizer, prompts, keys(prompts), Sampling(8))
+        stops = sorted({e.ids[2] for e in free})
+        plain = [next((k for k, i in enumerate(e.ids) if i in stops), None) for e in free]
+        sharp.generation_config.eos_token_id = [tiny_tokenizer.eos_token_id, *stops]
+        model = sharp
+        if adapted:
+            peft = pytest.importorskip("peft", reason="needs peft (the extra `train`)")
+            model = peft.get_peft_model(sharp, peft.LoraConfig(r=2, target_modules="all-linear"))
+        found = generate(model, tiny_tokenizer, prompts, keys(prompts), Sampling(8))
+        assert ids(found) == [e.ids[: end + 1] for e, end in zip(free, plain, strict=True)]
+        assert all(e.ended for e in found)
+        drawn = sample(model, tiny_tokenizer, ["the movie"] * 3, per_prompt=2, how=Sampling(8, temperature=2.0))
+        for one in (s for each in drawn for s in each):
+            assert one.finished == (one.ids[-1] in (tiny_tokenizer.eos_token_id, *stops))
+            assert not set(one.ids[:-1]) & set(stops)
 
 
 def logits_from(model, values=False):
@@ -222,15 +240,93 @@ class TestRewards:
 
     @pytest.mark.parametrize(
         ("function", "message"),
-        [(lambda prompts: [1.0], "must return 3 numbers"), (lambda prompts: [0, 1, float("nan")], "finite")],
+        [
+            (lambda prompts: [1.0], "must return 3 numbers; got 1"),
+            (lambda prompts: 1.0, "must return 3 numbers; got 1.0"),
+            (lambda prompts: None, "must return 3 numbers; got None"),
+            (lambda prompts: [[0.0], [0.0, 1.0], []], "number 0 of 3 .* is \\[0.0\\]"),
+            (lambda prompts: ["1", "2", "3"], "number 0 of 3 .* is '1'"),
+            (lambda prompts: [0, 1, float("nan")], "number 2 of 3 .* is nan, for the prompt 'a' and .* ' dull'"),
+            (lambda prompts: [0, float("-inf"), 0], "number 1 of 3 .* is -inf, for the prompt 'a great'"),
+        ],
     )
     def test_what_a_function_returns_is_checked(self, function, message):
         with pytest.raises(ValueError, match=message):
             FunctionReward(function)(self.EPISODES)
 
-    def test_a_function_that_takes_anything_is_refused(self):
-        with pytest.raises(TypeError, match="must name its parameters"):
-            FunctionReward(lambda **columns: [])
+    def test_the_number_that_is_none_is_named_wherever_it_is(self):
+        """Of twenty, number 11: not the first eight, among which it is not."""
+        with pytest.raises(
+            ValueError, match=r"number 11 of 20 .* is nan, for the prompt 'p11' and the completion 'c11'"
+        ):
+            FunctionReward(lambda prompts: [float("nan") if i == 11 else 0.5 for i in range(len(prompts))])(
+                [made(f"p{i}", f"c{i}") for i in range(20)]
+            )
+
+    def test_a_parameter_with_a_default_gets_its_column_where_there_is_one(self):
+        def score(completions, answer=None, scale=1):
+            return [len(c) * scale - (a or 0) for c, a in zip(completions, answer or [0] * 3, strict=True)]
+
+        reward = FunctionReward(score)
+        assert (reward.columns, reward.optional) == ([], ["answer", "scale"])
+        assert reward(self.EPISODES).tolist() == [3.0, 8.0, 4.0]
+        assert reward([made("a", "abc")] * 3).tolist() == [3.0] * 3
+
+    def test_a_function_with_keywords_gets_every_column(self):
+        """TRL's style: prompts, completions, their ids and all columns."""
+        seen = {}
+
+        def score(completions, **kwargs):
+            seen.update(kwargs)
+            return [0.0] * len(completions)
+
+        reward = FunctionReward(score)
+        assert reward.optional is None
+        reward(self.EPISODES)
+        assert seen == {"prompts": ["the", "a great", "a"], "completion_ids": [[1]] * 3, "answer": [3, 5, 1]}
+
+    def test_columns_reach_the_function_through_the_prompts(self, tiny_tokenizer):
+        rows = [{"prompt": "the", "answer": 7, "other": "x"}]
+        assert load_prompts(rows, tiny_tokenizer, 9)[0].columns == {}
+        assert load_prompts(rows, tiny_tokenizer, 9, optional=["answer", "absent"])[0].columns == {"answer": 7}
+        assert load_prompts(rows, tiny_tokenizer, 9, optional=None)[0].columns == {"answer": 7, "other": "x"}
+        with pytest.raises(ValueError, match="lacks absent"):
+            load_prompts(rows, tiny_tokenizer, 9, ["absent"], optional=None)
+
+    def test_none_says_that_the_reward_does_not_apply(self):
+        scores = FunctionReward(lambda prompts: [1.0, None, 2.0])(self.EPISODES).tolist()
+        assert scores[::2] == [1.0, 2.0]
+        assert math.isnan(scores[1])
+        both = FunctionReward(lambda prompts: [1.0, None, None], lambda completions: [1, 2, None])(
+            self.EPISODES
+        ).tolist()
+        assert both[:2] == [2.0, 2.0]
+        assert math.isnan(both[2])
+
+    def test_what_fails_inside_is_told_with_its_place(self, tmp_path):
+        path = tmp_path / "broken.py"
+        path.write_text("import json\n\n\ndef score(completions):\n    return [json.loads(c) for c in completions]\n")
+        reward = FunctionReward(load_function(f"{path}:score"))
+        with pytest.raises(
+            ValueError, match=r"reward_fn score failed in .*broken.py, line 5 .*json.loads.*: JSONDecodeEr"
+        ):
+            reward(self.EPISODES)
+
+    def test_what_cannot_be_called_by_names_is_refused(self):
+        async def later(completions):
+            return []
+
+        for function, message in {
+            (lambda *lists: []): "must name its parameters",
+            later: "asynchronous",
+            7: "must be a function; got int",
+        }.items():
+            with pytest.raises(TypeError, match=message):
+                FunctionReward(function)
+
+    def test_two_nameless_parameters_are_prompts_and_completions(self):
+        reward = FunctionReward(lambda p, c: [len(a) - len(b) for a, b in zip(p, c, strict=True)])
+        assert reward(self.EPISODES).tolist() == [-3.0, -6.0, -4.0]
 
     def test_functions_are_found_in_modules_and_files(self, tmp_path):
         path = tmp_path / "rewards.py"

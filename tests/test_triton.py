@@ -83,6 +83,21 @@ def test_importing_fastalign_does_not_import_triton():
     assert done.stdout.strip() == "False"
 
 
+def everything_program(row):
+    """PPO with every term and every statistic, and what its program is given."""
+    from fastalign.ops.token_programs import trace_token
+
+    def loss(t):
+        logps = 0.9 * t.logps + 0.1 * (t.mean - t.lse)
+        ratio = (logps - t.old).clamp(-60, 60).exp()
+        policy = torch.maximum(-t.advantages * ratio, -t.advantages * ratio.clamp(0.8, 1.3))
+        bounded = torch.where((t.advantages < 0) & (policy > -3 * t.advantages), -3 * t.advantages, policy)
+        return bounded + 0.1 * t.kl - 0.01 * t.entropy + 0.01 * t.lse.square()
+
+    program = trace_token(loss, ["old", "advantages"])
+    return program, (row,) * len(program.inputs)
+
+
 # ---------------------------------------------------------------------------------------------------------- compiled
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -104,16 +119,16 @@ def test_no_spills_with_everything_asked_for(arch, dtype):
         return torch.empty(2, vocab, dtype=dtype), torch.zeros(2, dtype=torch.int64), torch.ones(2)
 
     options, lanes = (-100, 0.7, 30.0), static().TARGETS[arch].warp_size
-    codes = (3, 0.2, 0.2, 3.0, 4, 0.1, False, 0.01, 0.1, 0.01)
+    program, given = everything_program(torch.ones(2))
     x, labels, w = inputs(16000)
     launches = [
         *token_stats_triton.forward(x[:, :8000], labels, x[:, :8000], *options, True, True, lanes=lanes)[0],
         *token_stats_triton.forward(x, labels, x, *options, True, True, lanes=lanes)[0],
-        *token_stats_triton.backward(x, labels, x, torch.zeros(2, 4), w, w, (w,) * 5, *options, x),
+        *token_stats_triton.backward(x, labels, x, torch.zeros(2, 5), w, w, (w,) * 5, *options, x),
     ]
     for vocab in (8000, 32000):  # in registers, and read twice
         x, labels, w = inputs(vocab)
-        launches += objectives_triton.objective(x, labels, x, (w,) * 4, codes, *options, True, x, lanes=lanes)[0]
+        launches += objectives_triton.objective(x, labels, x, program, w, given, *options, True, x, lanes=lanes)[0]
     assert [launch.arguments.get("FITS") for launch in launches] == [True, False, None, True, False]
     for launch in launches:
         made = static().compiled(launch, arch)
@@ -222,12 +237,12 @@ def test_a_row_knows_nothing_of_its_place_in_the_compiled_code(dtype, everything
     labels, w = torch.tensor([77] * 8 + [78] * 8), torch.ones(16)
     ref, more = (z, w) if everything else (None, None)
     options = (-100, 0.7, 30.0 if everything else 0.0)
-    codes = (3, 0.2, 0.3, 3.0, 4, 0.1, False, 0.01, 0.1, 0.01) if everything else static().SFT
+    program, given = everything_program(w) if everything else (static().SFT, ())
     outs = torch.empty_like(x), torch.empty_like(x)
     forward, found = token_stats_triton.forward(x, labels, ref, *options, everything, everything)
     grads = (w, w, more, more, None)
     back = token_stats_triton.backward(x, labels, ref, found[5], found[2], found[3], grads, *options, outs[0])
-    one, again = objectives_triton.objective(x, labels, ref, (w,) * 4, codes, *options, everything, outs[1])
+    one, again = objectives_triton.objective(x, labels, ref, program, w, given, *options, everything, outs[1])
     for launch in (*forward, *back, *one):
         static().simulated(launch, static().compiled(launch, "sm_90"))
     for number in (*found, *again, *outs):

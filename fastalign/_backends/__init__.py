@@ -17,18 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.token_results import SAVED
 from ..utils import environment
 from . import cpu, cuda, eager, triton
-from ._interface import KINDS, KL_TERMS, Backend, Objective, check_labels
+from ._interface import Backend, TokenProgram, check_labels
 from .cache import LARGE, empty, keep_memory, release_memory
 from .cpu import cpu_isa, cpu_isas, kept_rows, loss_program, probe_copy, probe_read
 
 __all__ = [
-    "KINDS",
-    "KL_TERMS",
     "LARGE",
+    "SAVED",
     "Backend",
-    "Objective",
+    "TokenProgram",
     "automatic",
     "backends",
     "check_labels",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,26 +14,27 @@ DTYPES = {
 }
 """Job → dtypes that the compiled backends know; `eager` knows every floating dtype."""
 
-KINDS = {"sft": 0, "reinforce": 1, "surrogate": 2, "clip": 3, "cispo": 4}
-KL_TERMS = {None: 0, "k1": 1, "k2": 2, "k3": 3, "exact": 4}
-
 Statistics = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 """logps, lse, entropy, kl, mean: None where not asked for."""
 
 
-class Objective(NamedTuple):
-    """A token-level objective as `kernels/objectives.h` knows it; see `objective.token_objective` for the fields."""
+class TokenProgram(NamedTuple):
+    """The loss of one token (`ops.token_programs` makes it), on numbers in slots: the five statistics, what the token
+    is given, constants, and the results of the steps."""
 
-    kind: str
-    low: float = 0.0
-    high: float = 0.0
-    dual_clip: float = math.inf
-    kl: str | None = None
-    kl_coef: float = 0.0
-    kl_reversed: bool = False
-    entropy_coef: float = 0.0
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
+    inputs: tuple[str, ...]
+    """Names of what a token is given beside its logits."""
+    constants: tuple[float, ...]
+    steps: tuple[tuple[str, int, int, int], ...]
+    """An operation of the table in `ops.operations`, and the slots of its operands."""
+    loss: int
+    """Slot of the loss."""
+    uses: tuple[bool, ...]
+    """Of each statistic: whether the loss looks at it."""
+    moves: tuple[bool, ...]
+    """Of each statistic: whether the loss has a derivative in it."""
+    encoded: bytes
+    """All of this as the compiled modules take it."""
 
 
 class Backend(Protocol):
@@ -84,18 +84,20 @@ class Backend(Protocol):
         logits: Tensor,
         labels: Tensor,
         ref_logits: Tensor | None,
-        inputs: tuple[Tensor | None, ...],
-        options: Objective,
+        program: TokenProgram,
+        weight: Tensor,
+        inputs: tuple[Tensor, ...],
         ignore_index: int,
         temperature: float,
         softcap: float,
         want_entropy: bool,
         out: Tensor,
     ) -> Statistics:
-        """The statistics; the gradient of the objective goes into `out`, which may be `logits` itself.
+        """The statistics; the gradient of the losses of tokens, times their weights, goes into `out`, which may be
+        `logits` itself.
 
-        `inputs` are weight, old_logps, advantages, ref_logps: float32 of the labels' shape. RuntimeError where the
-        backend has no such kernel.
+        `inputs` are what the program is given, in its order; they and `weight` are float32 of the labels' shape.
+        RuntimeError where the backend has no such kernel.
         """
 
     def scale(self, gradient: Tensor, by: Tensor) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.token_results import new_saved, new_statistics
+from ..kernels.token_results import SAVED, new_saved, new_statistics
 from ..utils import environment
-from ._interface import DTYPES, KINDS, KL_TERMS, Objective, Statistics, bad_label
+from ._interface import DTYPES, Statistics, TokenProgram, bad_label
 
 
 def _new_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -179,12 +179,12 @@ def kept_rows(
     `which`: bits of the statistics that there are slopes for, in `ops.programs.STATISTICS`; 0: no slopes were kept.
     """
     numbers = torch.frombuffer(bytearray(kept), dtype=torch.float32) if kept else _ONE.new_empty(0)
-    parts = 4 + bool(which & 4) + bool(which & 8) + which.bit_count()
+    parts = SAVED + bool(which & 4) + bool(which & 8) + which.bit_count()
     tokens = numbers.numel() // parts
     of_labels = tokens == labels.numel()  # a hook may have changed them: the checks of the backward then say so
-    rows = numbers[4 * tokens :].view(parts - 4, tokens)
-    saved = numbers[: 4 * tokens].view(*(labels.shape if of_labels else (tokens,)), 4)
-    found = [row.view(labels.shape) if of_labels else row for row in rows[: parts - 4 - which.bit_count()]]
+    rows = numbers[SAVED * tokens :].view(parts - SAVED, tokens)
+    saved = numbers[: SAVED * tokens].view(*(labels.shape if of_labels else (tokens,)), SAVED)
+    found = [row.view(labels.shape) if of_labels else row for row in rows[: parts - SAVED - which.bit_count()]]
     entropy, kl = found.pop(0) if which & 4 else None, found.pop(0) if which & 8 else None
     return (saved, entropy, kl), rows[-which.bit_count() :] if which else None
 
@@ -272,16 +272,13 @@ def loss_backward(
 
 
 # ------------------------------------------------------------------------------------------------- one launch
-def _codes(o: Objective) -> tuple:
-    return (KINDS[o.kind], *o[1:4], KL_TERMS[o.kl], *o[5:])
-
-
 def objective(
     logits: Tensor,
     labels: Tensor,
     ref_logits: Tensor | None,
-    inputs: tuple[Tensor | None, ...],
-    options: Objective,
+    program: TokenProgram,
+    weight: Tensor,
+    inputs: tuple[Tensor, ...],
     ignore_index: int,
     temperature: float,
     softcap: float,
@@ -289,11 +286,11 @@ def objective(
     out: Tensor,
 ) -> Statistics:
     labels = labels.contiguous()
-    dense = [None if t is None else t.contiguous() for t in inputs]
-    found = new_statistics(labels, want_entropy, ref_logits is not None, options.label_smoothing != 0)
+    dense = [t.contiguous() for t in (weight, *inputs)]
+    found = new_statistics(labels, want_entropy, ref_logits is not None, program.uses[4])
     live = _C.token_objective(
         tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
-        _codes(options),
+        program.encoded,
         tuple(map(_address, dense)),
         tuple(map(_address, (*found, None))),
         out.data_ptr(),

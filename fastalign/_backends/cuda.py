@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.token_results import new_saved, new_statistics
-from ._interface import DTYPES, KINDS, KL_TERMS, Objective, Statistics
+from ._interface import DTYPES, Statistics, TokenProgram
 
 try:
     from .. import _cuda
@@ -139,8 +139,9 @@ def objective(
     logits: Tensor,
     labels: Tensor,
     ref_logits: Tensor | None,
-    inputs: tuple[Tensor | None, ...],
-    options: Objective,
+    program: TokenProgram,
+    weight: Tensor,
+    inputs: tuple[Tensor, ...],
     ignore_index: int,
     temperature: float,
     softcap: float,
@@ -148,12 +149,12 @@ def objective(
     out: Tensor,
 ) -> Statistics:
     labels = labels.contiguous()
-    dense = [None if t is None else t.contiguous() for t in inputs]
-    found = new_statistics(labels, want_entropy, ref_logits is not None, options.label_smoothing != 0)
+    dense = [t.contiguous() for t in (weight, *inputs)]
+    found = new_statistics(labels, want_entropy, ref_logits is not None, program.uses[4])
     saved = new_saved(found[0])
     _cuda.token_objective(
         _tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
-        (KINDS[options.kind], *options[1:4], KL_TERMS[options.kl], *options[5:]),
+        program.encoded,
         _addresses(*dense),
         _addresses(*found, saved),
         _address(out),

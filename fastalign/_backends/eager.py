@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..kernels import gae_eager, token_stats_eager
-from ._interface import Objective, Statistics, check_labels
+from ._interface import Statistics, TokenProgram, check_labels
 
 gae = gae_eager.gae
 
@@ -48,8 +48,9 @@ def objective(
     logits: Tensor,
     labels: Tensor,
     ref_logits: Tensor | None,
-    inputs: tuple[Tensor | None, ...],
-    options: Objective,
+    program: TokenProgram,
+    weight: Tensor,
+    inputs: tuple[Tensor, ...],
     ignore_index: int,
     temperature: float,
     softcap: float,

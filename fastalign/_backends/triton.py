@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..utils import environment
-from ._interface import DTYPES, KINDS, KL_TERMS, Objective, Statistics, check_labels
+from ._interface import DTYPES, Statistics, TokenProgram, check_labels
 
 DEVICES = ("cuda", "xpu")  # torch calls AMD's devices cuda too
 
@@ -105,8 +105,9 @@ def objective(
     logits: Tensor,
     labels: Tensor,
     ref_logits: Tensor | None,
-    inputs: tuple[Tensor | None, ...],
-    options: Objective,
+    program: TokenProgram,
+    weight: Tensor,
+    inputs: tuple[Tensor, ...],
     ignore_index: int,
     temperature: float,
     softcap: float,
@@ -114,9 +115,8 @@ def objective(
     out: Tensor,
 ) -> Statistics:
     check_labels(labels, ignore_index, logits.shape[-1])
-    codes = (KINDS[options.kind], *options[1:4], KL_TERMS[options.kl], *options[5:])
     launches, results = _kernels()[1].objective(
-        logits, labels, ref_logits, inputs, codes, ignore_index, temperature, softcap, want_entropy, out
+        logits, labels, ref_logits, program, weight, inputs, ignore_index, temperature, softcap, want_entropy, out
     )
     _run(launches, logits.device)
     return results

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from ..trainers.common.arguments import Helped
+from ..trainers.common.arguments import Helped, given_keys
 from ..utils import environment
 from ..utils.version import __version__
+from .keys import known_keys
 
 
 class Command(NamedTuple):
@@ -149,7 +150,8 @@ def _explain(error: ImportError) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 1 for a missing package or file, 2 for bad input, 130 interrupted.
+    """Runs one command; returns the exit status: 0, 1 for a missing package or file or a run that
+    diverged, 2 for bad input, 130 interrupted.
 
     Bad input prints one line; with FASTALIGN_TRACEBACK set in the environment it raises instead.
     """
@@ -161,6 +163,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status
+
+
+def _check_keys(command: str, argv: list[str]) -> None:
+    """ValueError for a key that the command does not have, before the packages that it needs are imported."""
+    known = None if {"-h", "--help"} & set(argv) else known_keys(command)
+    if known is not None:
+        given_keys(argv, known, command)
 
 
 def _answer(args: list[str]) -> int:
@@ -177,6 +186,7 @@ def _answer(args: list[str]) -> int:
     if name != "bench":  # which measures ours and its peers as they run without us
         environment.prepare_threads()
     try:
+        _check_keys(name, rest)
         return COMMANDS[name].run(rest)
     except Helped as text:
         print(text)
@@ -188,11 +198,11 @@ def _answer(args: list[str]) -> int:
             raise
         print(f"fastalign {name}: error: {_explain(error)}", file=sys.stderr)
         return 1
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
         if environment.wants_traceback():
             raise
         print(f"fastalign {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1 if isinstance(error, OSError) else 2
+        return 1 if isinstance(error, (OSError, FloatingPointError)) else 2
     except KeyboardInterrupt:
         print(f"fastalign {name}: interrupted", file=sys.stderr)
         return 130

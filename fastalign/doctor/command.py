@@ -27,6 +27,7 @@ from ..trainers.data.cut import mode_of
 from ..trainers.data.encode import Encoder
 from ..trainers.data.files import check_sources, read_rows
 from ..trainers.data.problems import Reading, columns_of, tally
+from ..trainers.data.template import OPTIONS_HELP, PATH_HELP
 from ..utils.checks import check_choice, check_positive
 from .data import DATA_CHECKS, Finding, Patient
 from .model import MODEL_CHECKS, REWARD_CHECKS
@@ -58,6 +59,10 @@ class DoctorConfig:
     reference_model: bool = key(False, "The run holds a second model in memory", group="Training loop")
     rows: int = key(1000, "Rows to look at; drawn at random if there are more")
     seed: int = key(0, "Seed of that choice and of the sampled texts")
+    chat_template_path: str | None = key(None, PATH_HELP, group="Model and data")
+    chat_template_kwargs: dict[str, Any] | None = key(  # noqa: RUF009
+        None, OPTIONS_HELP, group="Model and data"
+    )
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
@@ -72,12 +77,13 @@ def examine(config: DoctorConfig) -> list[Finding]:
     if not config.model or not config.dataset:
         raise ValueError("doctor needs a model and a dataset")
     check_sources(config, ("dataset",))
-    model, tokenizer = load(config.model, config.tokenizer, config.dtype)
+    model, tokenizer = load(config.model, config.tokenizer, config.dtype, chat_template_path=config.chat_template_path)
     encode = Encoder(
         tokenizer,
         config.max_length,
         config.max_prompt_length,
         config.append_eos and tokenizer.eos_token_id is not None,
+        config.chat_template_kwargs or {},
         truncation_mode=config.truncation_mode,
     )
     with tally("dataset", told=False) as counts:

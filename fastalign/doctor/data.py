@@ -13,7 +13,7 @@ import numpy as np
 from datasets import Dataset
 from scipy import stats
 
-from ..trainers.data.chat import is_chat, render, spans
+from ..trainers.data.chat import content_of, is_chat, template_options
 from ..trainers.data.encode import Encoder
 from ..trainers.data.tokenize import LIST_FORMS, PAIR_FORMS, SFT_FORMS
 from .rows import Walk, first_words, not_numbers, ratings, walk
@@ -87,7 +87,7 @@ def _rows(numbers: Sequence[int]) -> str:
 def _content(completion: Any) -> str:
     """A completion as text: of messages, what the last one says."""
     if is_chat(completion):
-        return str(completion[-1].get("content") or "")
+        return content_of(completion[-1]) or str(completion[-1].get("tool_calls") or "")
     return completion if isinstance(completion, str) else ""
 
 
@@ -251,27 +251,32 @@ def template(p: Patient) -> list[Finding]:
     out: list[Finding] = []
     for i, messages in conversations:
         try:
-            pieces = spans(p.tokenizer, messages)
-            render(p.tokenizer, messages, reply_follows=False)
-            written = "".join(s.text for s in pieces)
-            forgotten = any(m["content"].strip() not in written for m in messages[:-1])
-        except Exception as error:  # a template is a program of its own and may raise anything
+            options = template_options(p.rows[i])
+            p.encode.conversations(messages, options)
+            opened = p.encode.unmet_opening(messages, options)
+        except Exception as error:  # messages without a role or content, say
             out.append(Finding("error", f"row {i} (from 0): {error}"))
             break
-        if forgotten:
-            out.append(Finding("warning", f"row {i} (from 0): the template leaves out a message's text"))
+        if opened:
+            out.append(
+                Finding(
+                    "warning",
+                    f"row {i} (from 0): generation begins a reply with {opened!r}, and this reply is written without. "
+                    "Give replies that have it, or chat_template_kwargs that turn it off",
+                )
+            )
             break
-    if not out:
-        out += _ending(p, conversations[0][1])
+    if not any(f.level == "error" for f in out):
+        out += _ending(p, conversations[0][1], template_options(p.rows[conversations[0][0]]))
     roles = [i for i, m in conversations if any(a.get("role") == b.get("role") for a, b in itertools.pairwise(m))]
     if roles:
         out.append(Finding("warning", f"{_rows(roles)}: two messages of one role follow each other"))
     return out
 
 
-def _ending(p: Patient, messages: Any) -> list[Finding]:
+def _ending(p: Patient, messages: Any, options: Any) -> list[Finding]:
     """Whether what ends a reply is a token that generation stops at."""
-    ids = p.encode.conversation(messages)[1]
+    ids = p.encode.conversations(messages, options)[-1].ids
     stops = getattr(p.model.generation_config, "eos_token_id", None)
     known = {p.tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
     if known & set(ids[-3:]):

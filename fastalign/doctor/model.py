@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..evaluation.sampling import end_ids, prompt_ids
+from ..evaluation.sampling import prompt_ids
 from ..evaluation.scorers import score_texts
 from ..models.loading import pad_id
 from ..models.logits import logits_of
+from ..models.sampling import end_ids
 from ..trainers.common.base import learned_positions
 from ..trainers.data.chat import is_chat
 from ..trainers.data.collate import pad

@@ -10,7 +10,7 @@ from typing import Any
 from ..trainers.data.encode import Encoder
 from ..trainers.data.problems import LIMIT
 from ..trainers.data.rowwise import Dropped
-from ..trainers.data.tokenize import REFERENCE_COLUMNS, converter
+from ..trainers.data.tokenize import REFERENCE_COLUMNS, TEMPLATE_COLUMNS, converter
 
 _RATINGS = ("rewards", "ranks")
 _NUMBERS = ("margin", *REFERENCE_COLUMNS)
@@ -31,7 +31,8 @@ class Walk:
 def walk(rows: Any, form: Sequence[str], encode: Encoder) -> Walk:
     """Every row through the conversion that the trainers use for rows of this form."""
     convert = converter(form)
-    columns = [*form, *(name for name in _RATINGS if name in rows.column_names and "completions" in form)]
+    given = [name for name in TEMPLATE_COLUMNS if name in rows.column_names]
+    columns = [*form, *given, *(name for name in _RATINGS if name in rows.column_names and "completions" in form)]
     out, cuts = Walk(), encode.cuts
     for i, row in enumerate(rows.select_columns(columns)):
         cuts.prompt = cuts.reply = False

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..utils import environment
-from .scorers import Prompt
+from .scorers import Prompt, prompt_text
 
 TEMPLATE = """Which of two answers to a prompt is better?
 
@@ -90,9 +90,8 @@ class ChatJudge:
         return np.array([0.5 if v is None else v for v in verdicts])
 
     def _question(self, prompt: Prompt, first: str, second: str) -> str:
-        asked = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
         # One pass over the template: texts that contain {second} themselves stay as they are.
-        values = {"prompt": asked, "first": first, "second": second}
+        values = {"prompt": prompt_text(prompt), "first": first, "second": second}
         return re.sub(r"\{(prompt|first|second)\}", lambda match: values[match[1]], self.template)
 
     def _ask(self, question: str) -> float | None:

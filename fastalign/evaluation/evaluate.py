@@ -16,29 +16,32 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import set_seed
 
 from ..models.loading import pad_id
 from ..trainers.common import arguments
 from ..trainers.common.arguments import key
 from ..trainers.common.checkpoints import write_json
+from ..trainers.data.chat import check_messages, content_of, is_chat
 from ..trainers.data.files import Rows, read_rows
 from ..trainers.data.problems import Reading, columns_of
+from ..trainers.data.tokenize import TEMPLATE_COLUMNS
 from ..utils.checks import check_choice
 from .diversity import self_bleu
 from .estimates import distinct, estimate
 from .judges import PairJudge, ScoreJudge, load_pair_judge
 from .perplexity import likelihood
-from .sample import DrawConfig, load, output_path, read_prompts
+from .sample import DrawConfig, load, output_path, read_options, read_prompts
 from .sampling import Sample, compare_policies, sample
-from .scorers import Judge, load_judge
+from .scorers import FunctionJudge, Judge, load_judge
 from .winrate import win_rate
 
 _COMPLETIONS = ("completion", "chosen")
@@ -58,7 +61,9 @@ class EvalConfig(DrawConfig):
     )  # fmt: skip
     dataset: str | None = key(None, "Rows with a column prompt; completion or chosen too", group="Model and data")
     reward: str | None = key(
-        None, "What judges: a reward model's folder, gold (movie reviews), or module:function", group="Model and data"
+        None,
+        "What judges: a reward model's folder, gold (movie reviews), or module:function or file.py:function as in grpo",
+        group="Model and data",
     )
     judge: str | None = key(
         None, "What judges pairs: http(s)://host/v1 (OpenAI form), labels.jsonl, or as reward; the reward by default",
@@ -94,13 +99,17 @@ def evaluate(config: EvalConfig) -> dict[str, dict[str, Any]]:
         raise ValueError("against=completion needs the column completion or chosen in dataset")
     score = load_judge(config.reward, batch_size=config.batch_size) if config.reward else None
     judge = _pair_judge(config, score)
+    for each in {id(f): f for f in (score, getattr(judge, "score", None)) if isinstance(f, FunctionJudge)}.values():
+        each.bind(prompts, read_rows(config.dataset))
     reference = load(config.reference, None, config.dtype, "reference")[0] if config.reference else None
     result: dict[str, dict[str, Any]] = {}
-    base = None if config.against == "first" or rows is None else [[str(row["completion"])] for row in rows]
+    base = None if config.against == "first" or rows is None else completion_texts(rows)
+    options = read_options(config.dataset, config.limit, config.chat_template_kwargs, config.columns)
+    many, how = config.samples_per_prompt, config.how()
     for path in config.models:
-        model, tokenizer = load(path, None, config.dtype, "models")
+        model, tokenizer = load(path, None, config.dtype, "models", config.chat_template_path)
         set_seed(config.seed)
-        drawn = sample(model, tokenizer, prompts, per_prompt=config.samples_per_prompt, how=config.how())
+        drawn = sample(model, tokenizer, prompts, per_prompt=many, how=how, options=options)
         texts = [[s.text for s in each] for each in drawn]
         found = figures(drawn)
         if score is not None:
@@ -112,7 +121,12 @@ def evaluate(config: EvalConfig) -> dict[str, dict[str, Any]]:
             found |= distance(model, reference, tokenizer, drawn, config)
         if rows is not None:
             found["perplexity"] = likelihood(
-                model, tokenizer, rows, max_length=config.max_length, batch_size=config.batch_size
+                model,
+                tokenizer,
+                rows,
+                max_length=config.max_length,
+                batch_size=config.batch_size,
+                template_options=config.chat_template_kwargs,
             ).perplexity
         result[path] = found
     return result
@@ -172,13 +186,37 @@ def distance(
 
 
 def own_completions(dataset: Rows, limit: int, columns: dict[str, str] | str = "") -> Any:
-    """The rows' `prompt` and `completion` (or `chosen`, under that name); None if they have neither."""
+    """The rows' `prompt` and `completion` (or `chosen`, under that name), and what their chat template is told; None if
+    they have neither."""
     rows = read_rows(dataset, Reading(columns_of(columns)))
     column = next((name for name in _COMPLETIONS if name in rows.column_names), None)
     if column is None:
         return None
     rows = rows.select(range(min(limit or len(rows), len(rows))))
-    return rows.select_columns(["prompt", column]).rename_columns({column: "completion"} if column == "chosen" else {})
+    kept = ["prompt", column, *(name for name in TEMPLATE_COLUMNS if name in rows.column_names)]
+    return rows.select_columns(kept).rename_columns({column: "completion"} if column == "chosen" else {})
+
+
+def completion_texts(rows: Any) -> list[list[str]]:
+    """The rows' own completions, one for each prompt, as judges read the models': of messages, what the reply says.
+
+    Raises:
+        ValueError: naming the row whose completion is neither text nor one reply that says something.
+    """
+    out = []
+    for i, completion in enumerate(rows["completion"]):
+        if is_chat(completion):
+            check_messages(completion, f"the completion of row {i} (from 0)")
+            if len(completion) != 1 or completion[0]["role"] != "assistant" or completion[0].get("tool_calls"):
+                raise ValueError(
+                    "against=completion needs completions of text, or of one reply of the assistant without "
+                    f"tool_calls; row {i} (from 0) has {len(completion)} messages, the last {dict(completion[-1])!r}"
+                )
+            completion = content_of(completion[0])
+        if not isinstance(completion, str):
+            raise ValueError(f"column 'completion' must hold text or messages; row {i} (from 0) has {completion!r}")
+        out.append([completion])
+    return out
 
 
 # -------------------------------------------------------------------------------------------------------------- table
@@ -190,6 +228,16 @@ def _cell(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
+def told_apart(paths: Sequence[str]) -> list[str]:
+    """Short names of folders: the last parts of each, as many as it takes for all to differ."""
+    parts = [os.path.normpath(path).split(os.sep) for path in paths]
+    for count in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(paths)
+
+
 def main(argv: list[str]) -> int:
     """The `fastalign eval` command."""
     config = arguments.parse(EvalConfig, argv, command="eval", needs=("models", "dataset"))
@@ -197,8 +245,8 @@ def main(argv: list[str]) -> int:
     result = evaluate(config)
     names = [n for n in _COLUMNS if any(figure.get(n) is not None for figure in result.values())]
     console = Console(width=None if Console().is_terminal else 160)
-    table = Table("model", *names)
-    for model, figure in result.items():
+    table = Table(Column("model", overflow="fold"), *names)
+    for model, figure in zip(told_apart(list(result)), result.values(), strict=True):
         table.add_row(model, *(_cell(figure.get(n)) for n in names))
     console.print(table)
     if path is not None:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..trainers.data.chat import without_none
 from .scorers import Judge, Prompt, load_judge
 
 
@@ -90,7 +91,7 @@ class HumanLabels:
 
 def _text(prompt: Any) -> str:
     """Messages compare by what they hold."""
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, ensure_ascii=False)
+    return prompt if isinstance(prompt, str) else json.dumps(without_none(prompt), sort_keys=True, ensure_ascii=False)
 
 
 def _label(line: str, path: str, number: int) -> tuple[str, str, str, float]:

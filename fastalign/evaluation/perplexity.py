@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,6 +45,7 @@ def likelihood(
     *,
     max_length: int = 1024,
     batch_size: int = 64,
+    template_options: Mapping[str, Any] | None = None,
 ) -> TextLikelihood:
     """Negative log-likelihood of the rows' completions, in the rows' order.
 
@@ -52,8 +53,9 @@ def likelihood(
         rows: `prompt` and `completion`; whole texts have an empty prompt.
         max_length: tokens of prompt and completion; the rest is cut.
         batch_size: rows in a forward pass.
+        template_options: what the chat template is told beside messages.
     """
-    tokenised = tokenize_sft(rows, Encoder(tokenizer, max_length))
+    tokenised = tokenize_sft(rows, Encoder(tokenizer, max_length, template_options=template_options or {}))
     collate = SFTCollator(pad_id(tokenizer))
     nats, tokens = np.zeros(len(tokenised)), np.zeros(len(tokenised))
     order = sorted(range(len(tokenised)), key=lambda i: tokenised[i]["length"])

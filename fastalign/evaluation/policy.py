@@ -14,6 +14,7 @@ from ..trainers.data.chat import Messages
 from .estimates import distinct, estimate
 from .gold import Scorer
 from .sampling import Sample, compare_policies, sample
+from .scorers import whole_text
 
 
 class Measured(NamedTuple):
@@ -57,7 +58,7 @@ def measure(
     drawn = sample(policy, tokenizer, prompts, per_prompt=per_prompt, how=how, desc=desc)
     flat = [s for samples in drawn for s in samples]
     shape = (len(prompts), per_prompt)
-    texts = [f"{p}{s.text}" for p, samples in zip(prompts, drawn, strict=True) for s in samples]
+    texts = [whole_text(p, s.text) for p, samples in zip(prompts, drawn, strict=True) for s in samples]
     scores = {name: np.asarray(score(texts)).reshape(shape) for name, score in scorers.items()}
     versus = compare_policies(policy, reference, flat, pad_id(tokenizer), temperature=how.temperature)
     tokens = float(versus.tokens.sum())

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .scorers import Prompt, whole_text
+
 if TYPE_CHECKING:
     from .sampling import Sample
 
 
 def ranked_samples(
-    prompts: Sequence[str], drawn: Sequence[Sequence[Sample]], score: Callable[[Sequence[str]], np.ndarray]
+    prompts: Sequence[Prompt], drawn: Sequence[Sequence[Sample]], score: Callable[[Sequence[str]], np.ndarray]
 ) -> list[dict[str, Any]]:
     """A row of `prompt`, `completions` and `rewards` for each prompt with two different, finished continuations.
 
@@ -26,7 +28,7 @@ def ranked_samples(
     for prompt, samples in zip(prompts, drawn, strict=True):
         texts = list(dict.fromkeys(s.text for s in samples if s.finished and s.text.strip()))
         if len(texts) > 1:
-            rewards = np.asarray(score([prompt + text for text in texts])).tolist()
+            rewards = np.asarray(score([whole_text(prompt, text) for text in texts])).tolist()
             rows.append({"prompt": prompt, "completions": texts, "rewards": rewards})
     return rows
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ from ..models.sampling import Sampling
 from ..trainers.common import arguments
 from ..trainers.common.arguments import key
 from ..trainers.common.config import DTYPES
-from ..trainers.data.chat import check_messages, is_chat
+from ..trainers.data.chat import check_messages, is_chat, template_options
 from ..trainers.data.files import Rows, read_rows
 from ..trainers.data.problems import Reading, columns_of
 from ..trainers.data.targets import as_prompts
+from ..trainers.data.template import OPTIONS_HELP, PATH_HELP, use_template
+from ..trainers.data.tokenize import TEMPLATE_COLUMNS
 from ..utils.checks import check_choice, check_positive
-from .sampling import sample
+from .sampling import Sample, sample
 
 
 @dataclass
@@ -47,6 +50,10 @@ class DrawConfig:
     temperature: float = key(1.0, "Divides the logits; 0 takes the likeliest token each time")
     batch_size: int = key(64, "Continuations drawn at once")
     seed: int = key(0, "Seed of the draws")
+    chat_template_path: str | None = key(None, PATH_HELP, group="Model and data")
+    chat_template_kwargs: dict[str, Any] | None = key(  # noqa: RUF009 (it makes a dataclasses.field)
+        None, OPTIONS_HELP, group="Model and data"
+    )
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
@@ -82,10 +89,14 @@ class SampleConfig(DrawConfig):
         return replace(super().how(), top_k=self.top_k, top_p=self.top_p)
 
 
-def load(path: str, tokenizer: str | None, dtype: str, key: str = "model") -> tuple[Any, Any]:
+def load(
+    path: str, tokenizer: str | None, dtype: str, key: str = "model", chat_template_path: str | None = None
+) -> tuple[Any, Any]:
     """(model on the accelerator if there is one, tokenizer), for inference; `key` is the one that gave the path."""
     model: Any = loading.load(key, AutoModelForCausalLM, path, dtype=getattr(torch, dtype)).eval()
-    return loading.placed(model), loading.load_tokenizer(tokenizer, path, key)
+    found = loading.load_tokenizer(tokenizer, path, key)
+    use_template(found, chat_template_path)
+    return loading.placed(model), found
 
 
 def read_prompts(source: Rows, limit: int, columns: dict[str, str] | str = "") -> list[Any]:
@@ -100,6 +111,26 @@ def read_prompts(source: Rows, limit: int, columns: dict[str, str] | str = "") -
         elif not isinstance(prompt, str):
             raise ValueError(f"column 'prompt' must hold text or messages; row {i} (from 0) has {prompt!r}")
     return prompts
+
+
+def read_options(
+    source: Rows, limit: int, given: Mapping[str, Any] | None, columns: dict[str, str] | str = ""
+) -> list[dict[str, Any]]:
+    """What the chat template is told of each row's prompt: the row's `tools` and `chat_template_kwargs` over `given`.
+
+    Raises:
+        ValueError: naming the row whose column is not of that form.
+    """
+    rows = read_rows(source, Reading(columns_of(columns)))
+    names = [name for name in TEMPLATE_COLUMNS if name in rows.column_names]
+    rows = rows.select(range(min(limit or len(rows), len(rows))))
+    out = []
+    for i in range(len(rows)):
+        try:
+            out.append({**(given or {}), **template_options({name: rows[i][name] for name in names})})
+        except ValueError as error:
+            raise ValueError(f"row {i} (from 0): {error}") from None
+    return out
 
 
 def output_path(given: str | None) -> Path | None:
@@ -121,18 +152,27 @@ def main(argv: list[str]) -> int:
     config = arguments.parse(SampleConfig, argv, command="sample", needs=("model",))
     path = output_path(config.output)
     prompts: list[Any] = [config.prompt]
+    options: list[dict[str, Any]] = [{}]
     if config.dataset is not None:
         prompts = read_prompts(config.dataset, config.limit, config.columns)
-    model, tokenizer = load(str(config.model), config.tokenizer, config.dtype)
+        options = read_options(config.dataset, config.limit, config.chat_template_kwargs, config.columns)
+    model, tokenizer = load(
+        str(config.model), config.tokenizer, config.dtype, chat_template_path=config.chat_template_path
+    )
     set_seed(config.seed)
-    drawn = sample(model, tokenizer, prompts, per_prompt=config.samples_per_prompt, how=config.how())
-    lines = [
-        json.dumps({"prompt": p, "completions": [s.text for s in each], "finished": [s.finished for s in each]})
-        for p, each in zip(prompts, drawn, strict=True)
-    ]
+    many = config.samples_per_prompt
+    drawn = sample(model, tokenizer, prompts, per_prompt=many, how=config.how(), options=options)
+    lines = [json.dumps(_line(*each), ensure_ascii=False) for each in zip(prompts, options, drawn, strict=True)]
     if path is None:
         print("\n".join(lines))
         return 0
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{len(lines)} rows in {path}")
     return 0
+
+
+def _line(prompt: Any, options: Mapping[str, Any], drawn: Sequence[Sample]) -> dict[str, Any]:
+    """A row to write: the prompt, with its tools, and what was drawn."""
+    tools = {"tools": options["tools"]} if "tools" in options else {}
+    texts, finished = [s.text for s in drawn], [s.finished for s in drawn]
+    return {"prompt": prompt, **tools, "completions": texts, "finished": finished}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..losses import kl_estimate
 from ..models.loading import pad_id
 from ..models.logits import logits_of
-from ..models.sampling import Sampling, continuations
+from ..models.sampling import Sampling, Tail, continuations
 from ..trainers.data.chat import Messages
 from ..trainers.data.collate import pad
 from ..trainers.data.encode import Encoder
@@ -46,17 +46,26 @@ class PolicyComparison(NamedTuple):
     """Number of tokens, the end among them."""
 
 
-def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a text: the tokenizer's, and those of the model's generation config (ends of turns)."""
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    found = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
-    return sorted({i for i in found if i is not None})
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | Messages],
+    options: Sequence[Mapping[str, Any]] | None = None,
+) -> list[list[int]]:
+    """Token ids of prompts, texts or messages, as training sees them.
 
+    options: what the chat template is told of each, beside its messages.
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Messages]) -> list[list[int]]:
-    """Token ids of prompts, texts or messages, as training sees them."""
+    Raises:
+        ValueError: what the chat template has against a prompt, which is named.
+    """
     encode = Encoder(tokenizer, max_length=2**30, append_eos=False)
-    return [encode(prompt, [" "])[0] for prompt in prompts]
+    out = []
+    for i, (prompt, each) in enumerate(zip(prompts, options or [{}] * len(prompts), strict=True)):
+        try:
+            out.append(encode.prompt(prompt, each))
+        except ValueError as error:
+            raise ValueError(f"row {i} (from 0): {error}") from None
+    return out
 
 
 @torch.no_grad()
@@ -68,10 +77,14 @@ def sample(
     per_prompt: int,
     how: Sampling,
     desc: str = "sampling",
+    options: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[list[Sample]]:
-    """`per_prompt` continuations of each prompt. Uses torch's global generator: seed it for the same samples again."""
-    rows = prompt_ids(tokenizer, prompts)
-    fill, ends = pad_id(tokenizer), end_ids(model, tokenizer)
+    """`per_prompt` continuations of each prompt. Uses torch's global generator: seed it for the same samples again.
+
+    options: what the chat template is told of each prompt, beside its messages: `tools` and other names that it reads.
+    """
+    rows = prompt_ids(tokenizer, prompts, options)
+    fill = pad_id(tokenizer)
     out: list[list[Sample]] = []
     step = max(1, how.batch_size // per_prompt)
     with evaluating(model):
@@ -79,19 +92,16 @@ def sample(
             batch = pad([(ids, []) for ids in rows[start : start + step]], fill, "left")
             inputs = {name: batch[name].repeat_interleave(per_prompt, 0) for name in ("input_ids", "attention_mask")}
             numbers = torch.rand(len(inputs["input_ids"]), how.max_new_tokens, dtype=torch.float64)
-            tails = continuations(model, inputs, numbers, how, fill, ends or None)
+            tails = continuations(model, tokenizer, inputs, numbers, how)
             for i, ids in enumerate(rows[start : start + step]):
                 mine = tails[i * per_prompt : (i + 1) * per_prompt]
-                out.append([_cut(ids, tail, ends, tokenizer) for tail in mine])
+                out.append([_sample(ids, tail, tokenizer) for tail in mine])
     return out
 
 
-def _cut(start: list[int], tail: list[int], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Sample:
-    """The continuation up to and with its end; what follows is padding."""
-    end = next((i for i, token in enumerate(tail) if token in ends), None)
-    ids = tail if end is None else tail[: end + 1]
-    text = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-    return Sample(start, ids, text, end is not None)
+def _sample(start: list[int], tail: Tail, tokenizer: PreTrainedTokenizerBase) -> Sample:
+    text = str(tokenizer.decode(tail.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return Sample(start, tail.ids, text, tail.finished)
 
 
 @torch.no_grad()

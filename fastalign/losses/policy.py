@@ -8,40 +8,22 @@ are averaged (`normalization`) and what holds the policy close to another (`kl_c
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..head.head import Head
 from ..ops.fused_loss import BATCH, SEQUENCE, TOKEN, FusedLoss, Grouping, Input, Values
-from ..ops.objective import attach_gradient, token_objective
+from ..ops.objective import attach_gradient, fused_gradient
+from ..ops.programs import NotTraced
 from ..ops.results import TokenStats
-from .base import Logits, LogitsLoss, check_float, check_mask, check_range, lookup, mean_over, real_tokens, trains
+from .base import Logits, LogitsLoss, check_float, check_mask, check_range, lookup, trains
 from .chunks import Piece, by_parts, known_objective, take
-from .kl import IMPORTANCE_LEVELS, KL_ESTIMATORS, importance_ratio
-from .one_launch import policy_inputs, policy_objective, token_weights
-from .policy_objectives import KINDS, Terms
-from .reductions import NORMALIZATIONS, Count, as_real, check_normalization, normalize_real
-
-
-class PolicyLossOutput(NamedTuple):
-    """`loss` is differentiable; all else is detached and, but for `policy_loss`, the mean over real tokens."""
-
-    loss: Tensor
-    """Scalar: policy_loss + kl_coef * KL - entropy_coef * entropy, all under the chosen normalisation."""
-    policy_loss: Tensor
-    """Scalar: the policy term alone, under the chosen normalisation."""
-    kl: Tensor | None
-    """Scalar: KL by the chosen estimator, in nats a token; None where there is nothing to compare with."""
-    entropy: Tensor | None
-    """Scalar, in nats a token; None where no entropy was given."""
-    approxkl: Tensor
-    """Scalar: half the mean squared log-ratio to the old policy."""
-    clipfrac: Tensor
-    """Scalar: share of tokens whose ratio was cut."""
-    ratio: Tensor
-    """Scalar: mean ratio of new to old policy (of sequences, for `gspo`)."""
+from .kl import IMPORTANCE_LEVELS, KL_ESTIMATORS
+from .policy_formula import PolicyLossOutput, policy_formula, token_inputs, token_program
+from .policy_objectives import KINDS
+from .reductions import NORMALIZATIONS, Count, as_real, check_normalization, token_weights
 
 
 def policy_loss(
@@ -142,56 +124,6 @@ def policy_loss(
     return policy_formula(Values(mask, stats, [*inputs, Input("num_items", num_items, BATCH)]), config)
 
 
-def policy_formula(t: Any, config: dict[str, Any]) -> PolicyLossOutput:
-    """The loss and its metrics from what is known of every token: `t` has logps, old_logps, advantages, mask and, where
-    they were given, ref_logps, kl, entropy, sampler_logps and num_items."""
-    high = config["cliprange"] if config["cliprange_high"] is None else config["cliprange_high"]
-    log_ratio = t.logps - t.old_logps
-    terms = Terms(t.logps, log_ratio, t.advantages, t.mask, config["cliprange"], high, config["dual_clip"])
-    objective = KINDS[config["kind"]](terms)
-    policy = objective.loss
-    if t.sampler_logps is not None:
-        level, cap = config["importance_level"], config["importance_cap"]
-        policy = policy * importance_ratio(t.old_logps - t.sampler_logps, level, cap)
-    divergence = _divergence(t, config)
-
-    def reduced(x: Any) -> Any:
-        return normalize_real(x, t.mask, config["normalization"], t.num_items, config["max_length"])
-
-    # A term whose weight is 0 is not formed: 0 times an infinite divergence would be NaN.
-    loss = policy_term = reduced(policy)
-    if config["kl_coef"] != 0.0:
-        loss = loss + config["kl_coef"] * reduced(divergence)
-    if config["entropy_coef"] != 0.0:
-        loss = loss - config["entropy_coef"] * reduced(t.entropy)
-    count = real_tokens(t.mask, log_ratio.dtype)
-
-    def metric(x: Any) -> Any:
-        return mean_over(x.detach(), t.mask, count)
-
-    return PolicyLossOutput(
-        loss,
-        policy_term.detach(),
-        None if divergence is None else metric(divergence),
-        None if t.entropy is None else metric(t.entropy),
-        metric(0.5 * log_ratio.square()),
-        metric(objective.clipped.to(log_ratio.dtype)),
-        metric(objective.ratio),
-    )
-
-
-def _divergence(t: Any, config: dict[str, Any]) -> Any:
-    """The KL term: to the reference where one is given, and for `penalty` without one KL(pi_old, pi)."""
-    if config["kl_estimator"] == "exact":
-        return t.kl
-    estimator = KL_ESTIMATORS[config["kl_estimator"]]
-    if t.ref_logps is not None:
-        return estimator(t.logps - t.ref_logps)
-    if config["kind"] == "penalty":
-        return estimator(t.old_logps - t.logps)  # the samples are the old policy's: it comes first
-    return None
-
-
 def _check_config(config: dict[str, Any]) -> None:
     lookup("kind", KINDS, config["kind"])
     lookup("kl_estimator", {**KL_ESTIMATORS, "exact": None}, config["kl_estimator"])
@@ -221,10 +153,16 @@ def _check_given(config: dict[str, Any], mask: Tensor, kl: Any, entropy: Any, gi
     for name, x in ({"kl": kl, "entropy": entropy} | given).items():
         if x is not None:
             check_float(name, x, mask.shape, "logps")
-    if config["kl_coef"] != 0.0 and kl is given["ref_logps"] is None and config["kind"] != "penalty":
-        raise ValueError("kl_coef other than 0 needs ref_logps, or kl with kl_estimator='exact'; got neither")
+    _check_compared(config, given["ref_logps"] is not None)
     if config["entropy_coef"] != 0.0 and entropy is None:
         raise ValueError("entropy_coef other than 0 needs entropy, that of each token; got None")
+
+
+def _check_compared(config: dict[str, Any], has_reference: bool) -> None:
+    """Raises where a KL is weighted and there is nothing to compare with."""
+    compared = has_reference or config["kl_estimator"] == "exact" or config["kind"] == "penalty"
+    if config["kl_coef"] != 0.0 and not compared:
+        raise ValueError("kl_coef other than 0 needs ref_logps, or kl with kl_estimator='exact'; got neither")
 
 
 def _advantages(advantages: Tensor, mask: Tensor) -> Tensor:
@@ -303,7 +241,10 @@ class PPOLoss(LogitsLoss):
         statistics = ["logps"] + self.want_entropy * ["entropy"] + (kl_estimator == "exact") * ["kl"]
         self.fused = FusedLoss(self._formula, statistics)
         if one_launch:
-            policy_objective(self.config, has_reference=True)  # refuses a kind that needs whole sequences
+            try:
+                token_program(tuple(self.config.items()), ("old_logps", "advantages", "ref_logps", "importance"))
+            except NotTraced as reason:
+                raise ValueError(f"one_launch is for losses of single tokens; got kind={kind!r}: {reason}") from None
 
     def _formula(self, t: Any) -> PolicyLossOutput:
         return policy_formula(t, self.config)
@@ -432,18 +373,20 @@ class PPOLoss(LogitsLoss):
         num_items: Count | None,
         ref_logits: Any,
     ) -> PolicyLossOutput:
-        weight = token_weights(mask, self.config["normalization"], num_items, self.config["max_length"])
-        objective = policy_objective(self.config, given["ref_logps"] is not None)
-        inputs: dict[str, Any] = policy_inputs(self.config, mask, old_logps, _advantages(advantages, mask), **given)
-        stats, gradient = token_objective(
+        config = self.config
+        _check_config(config)
+        _check_compared(config, given["ref_logps"] is not None)
+        weight = token_weights(mask, config["normalization"], num_items, config["max_length"])
+        inputs = token_inputs(config, mask, old_logps, _advantages(advantages, mask), **given)
+        stats, _, gradient = fused_gradient(
             logits,
             labels,
             weight,
-            objective,
+            token_program(tuple(config.items()), tuple(inputs)),
+            inputs,
             inplace=self.inplace_backward,
             ref_logits=ref_logits,
             entropy=self.want_entropy,
-            **inputs,
             **self.stats_options,
         )
         output = self._terms(stats, old_logps, advantages, mask, given, num_items)

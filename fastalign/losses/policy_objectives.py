@@ -7,7 +7,7 @@ Log-ratios arrive with 0 at hidden tokens; what the functions return there is ig
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,3 +104,14 @@ KINDS: dict[str, Callable[[Terms], Objective]] = {
     "gspo_token": _gspo_token,
     "cispo": _cispo,
 }
+
+
+def with_penalties(policy: Any, kl: Any, kl_coef: float, entropy: Any, entropy_coef: float) -> Any:
+    """policy + kl_coef KL - entropy_coef H, of tokens or of what they were reduced to.
+
+    A term whose weight is 0 is not formed: 0 times an infinite divergence would be NaN.
+    """
+    total = policy
+    if kl_coef != 0.0:
+        total = total + kl_coef * kl
+    return total if entropy_coef == 0.0 else total - entropy_coef * entropy

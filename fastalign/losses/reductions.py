@@ -93,6 +93,16 @@ def normalize_real(
     return NORMALIZATIONS[normalization](x, mask, num_items, max_length)
 
 
+def token_weights(
+    mask: Tensor, normalization: str, num_items: Count | None = None, max_length: int | None = None
+) -> Tensor:
+    """What each token's loss counts for in the scalar: the derivative of the (linear) normalisation. float32."""
+    with torch.enable_grad():
+        x = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device, requires_grad=True)
+        (weight,) = torch.autograd.grad(normalize(x, mask, normalization, num_items, max_length), x)
+    return weight
+
+
 def as_real(x: Tensor, mask: Tensor) -> Tensor:
     """x in float32 at least, with 0 where the mask is False: log-ratios and token counts do not fit half precision."""
     return hide(x.to(torch.promote_types(x.dtype, torch.float32)), mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -9,12 +10,12 @@ from torch import Tensor
 
 from ..head.head import Head
 from ..ops.fused_loss import BATCH, FusedLoss, Grouping, Input, Values
-from ..ops.objective import Objective, attach_gradient, token_objective
+from ..ops.objective import attach_gradient, fused_gradient
 from ..ops.results import TokenStats, smoothed
+from ..ops.token_programs import TokenProgram, trace_token
 from .base import Logits, LogitsLoss, check_float, check_mask, check_range, lookup, masked_mean, trains
 from .chunks import Piece, by_parts, flat_head, known_objective
-from .one_launch import token_weights
-from .reductions import Count, check_normalization, normalize_real
+from .reductions import Count, check_normalization, normalize_real, token_weights
 
 __all__ = ["NORMALIZATIONS", "SFTLoss", "SFTOutput", "sft_loss"]
 
@@ -80,15 +81,23 @@ def sft_loss(
 
 def sft_formula(t: Any, normalization: str, z_loss: float, smoothing: float) -> SFTOutput:
     """The loss and its metrics from what is known of every token: logps, mask, and lse, mean, num_items if needed."""
-    logps = smoothed(t.logps, t.lse, t.mean, smoothing)
-    losses = nll = -logps
-    squares = torch.zeros_like(logps.detach().sum())
+    nll = -smoothed(t.logps, t.lse, t.mean, smoothing)
+    squares = torch.zeros_like(nll.detach().sum())
     if t.lse is not None and (z_loss or not smoothing):
-        square = t.lse.square()
-        squares = masked_mean(square.detach(), t.mask)
-        losses = nll + z_loss * square if z_loss else nll
-    loss = normalize_real(losses, t.mask, normalization, t.num_items, None)
+        squares = masked_mean(t.lse.square().detach(), t.mask)
+    loss = normalize_real(with_z_loss(nll, t.lse, z_loss), t.mask, normalization, t.num_items, None)
     return SFTOutput(loss, masked_mean(nll.detach(), t.mask), squares, t.mask.sum())
+
+
+def with_z_loss(losses: Any, lse: Any, z_loss: float) -> Any:
+    """Losses of tokens plus z_loss * lse^2."""
+    return losses + z_loss * lse.square() if z_loss else losses
+
+
+@functools.lru_cache(maxsize=128)
+def _program(z_loss: float, smoothing: float) -> TokenProgram:
+    """The loss of one token, for the kernels of one launch."""
+    return trace_token(lambda t: with_z_loss(-smoothed(t.logps, t.lse, t.mean, smoothing), t.lse, z_loss))
 
 
 class SFTLoss(LogitsLoss):
@@ -150,10 +159,11 @@ class SFTLoss(LogitsLoss):
         gradient = None
         if self.one_launch and isinstance(logits, Tensor) and trains(logits):
             weight = token_weights(mask, NORMALIZATIONS[self.normalization], num_items)
-            objective = Objective("sft", label_smoothing=self.label_smoothing, z_loss=self.z_loss)
-            stats, gradient = token_objective(
-                logits, labels, weight, objective, inplace=self.inplace_backward, **self.stats_options
+            program = _program(self.z_loss, self.label_smoothing)
+            stats, mean, gradient = fused_gradient(
+                logits, labels, weight, program, {}, inplace=self.inplace_backward, **self.stats_options
             )
+            stats = stats._replace(logps=smoothed(stats.logps, stats.lse, mean, self.label_smoothing))
         else:
             stats = self.stats(logits, labels, label_smoothing=self.label_smoothing)
             terms = self._of_statistics(stats, labels, num_items)

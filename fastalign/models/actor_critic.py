@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from ..utils.batch import Batch
 from .loading import load
 from .logits import GROUPS, Answer, ModelLogits, Request, ask, run_model
-from .lora import is_adapted
+from .lora import is_adapted, merged
 
 VALUE_FOLDER, VALUE_HEAD = "value_model", "value_head.safetensors"
 _POLICY, _CRITIC, _HEAD = "policy.", "critic.", "value_head."
@@ -153,7 +153,8 @@ def with_values(policy: Any, source: str, dtype: torch.dtype) -> ActorCritic:
     if source == "shared":
         return ActorCritic(policy, shared=True)
     if source == "separate":
-        return ActorCritic(policy, copy.deepcopy(policy.base_model))
+        backbone = merged(policy).base_model if is_adapted(policy) else copy.deepcopy(policy.base_model)
+        return ActorCritic(policy, backbone.requires_grad_(True))
     inner = os.path.join(source, VALUE_FOLDER)
     own = os.path.isdir(inner)
     model = ActorCritic(policy, load("value_model", AutoModel, inner if own else source, dtype=dtype))

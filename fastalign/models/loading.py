@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..utils.text import first_line
+from .adapters import holds_adapters, load_adapted
 
 CONFIGS = {"config.json", "adapter_config.json"}
 """Files of which a folder with a model, or with adapters of one, holds one."""
@@ -20,17 +21,24 @@ def model_options(args: Any) -> dict[str, Any]:
     return {"dtype": getattr(torch, args.dtype), **attention}
 
 
-def load(key: str, kind: Any, path: str, **options: Any) -> Any:
+def load(key: str, kind: Any, path: str, *, adapters: str = "merge", **options: Any) -> Any:
     """What one of transformers' Auto classes loads from the folder, or hub's name, that a key gave.
+
+    A folder of adapters stands for the model that they are on: see `adapters`, where `adapters` says what becomes of
+    them; other modes than "merge" need some.
 
     Raises:
         ValueError: nothing there, or nothing of this kind; naming the key.
     """
+    path = os.path.expanduser(path)
     local = path.startswith((".", "/", "~")) or path.count("/") > 1 or os.path.exists(path)
     if local and not os.path.isdir(path):
         raise ValueError(f"{key} must be a model's folder or a hub's name; there is no folder {path!r}")
+    adapted = kind is not AutoTokenizer and holds_adapters(path)
+    if adapters != "merge" and not adapted:
+        raise ValueError(f"adapters={adapters} needs a {key} that is a folder of adapters; {path!r} is none")
     try:
-        return kind.from_pretrained(path, **options)
+        return load_adapted(kind, path, adapters, **options) if adapted else kind.from_pretrained(path, **options)
     except ImportError:  # a package that an option needs: the command names it
         raise
     except Exception as error:  # each kind of damaged file raises its own
@@ -50,8 +58,22 @@ def placed(model: Any) -> Any:
 
 
 def load_model(path: str, args: Any, key: str = "model") -> PreTrainedModel:
-    """The causal language model in that folder, with the dtype and attention that the configuration asks for."""
-    return load(key, AutoModelForCausalLM, path, **model_options(args))
+    """The causal language model in that folder, with the dtype and attention that the configuration asks for.
+
+    Adapters in it are merged into the weights, or for the model to train what the configuration's `adapters` says.
+    """
+    mode = adapter_mode(path, args) if key == "model" else "merge"
+    return load(key, AutoModelForCausalLM, path, adapters=mode, **model_options(args))
+
+
+def adapter_mode(path: str, args: Any) -> str:
+    """`args.adapters`; ValueError where what would be saved at the end could not be loaded."""
+    if args.adapters == "merge" and args.lora_rank and not args.lora_merge and holds_adapters(os.path.expanduser(path)):
+        raise ValueError(
+            f"lora_merge must be true where new adapters are trained on {path!r}, whose own are merged into weights "
+            "that nothing would save; got false: adapters=stack saves both as one, adapters=continue trains its own"
+        )
+    return args.adapters
 
 
 def load_tokenizer(path: str | None, model: str, key: str = "model") -> PreTrainedTokenizerBase:

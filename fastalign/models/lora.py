@@ -33,12 +33,19 @@ def with_lora(model: Any, args: Any, task: str) -> Any:
         ValueError: adapters are asked for and peft is not installed, or there is no such module, or they would have to
             be merged at the end into weights that are sharded (FSDP).
     """
-    if not args.lora_rank or is_adapted(model):
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "model holds adapters that transformers has put beside its weights, which can be neither trained nor saved "
+            "here: give the folder itself, or load it with peft's AutoPeftModelForCausalLM"
+        )
+    if not args.lora_rank and not is_adapted(model):
         return model
     if importlib.util.find_spec("peft") is None:
         raise ValueError("lora_rank needs the package peft: pip install peft")
     if args.lora_merge and (getattr(args, "fsdp", None) or environment.launched_with_fsdp()):
         raise ValueError("lora_merge must be false with FSDP, whose shards cannot be merged into; got true")
+    if is_adapted(model):
+        return model
     from peft import LoraConfig, get_peft_model
 
     set_seed(args.seed)
@@ -50,6 +57,17 @@ def with_lora(model: Any, args: Any, task: str) -> Any:
         task_type=task,
     )
     return get_peft_model(model, config)
+
+
+def starts_at_base(model: Any) -> bool:
+    """Whether a model with adapters is, as it is now, the model without: LoRA's second matrices are all 0.
+
+    Then the model without is the reference of a run that begins here; of adapters that have been trained it is not.
+    """
+    if not is_adapted(model):
+        return False
+    second = [p for name, p in model.named_parameters() if "lora_B" in name or "lora_embedding_B" in name]
+    return bool(second) and not any(p.detach().any() for p in second)
 
 
 def adapters_off(model: Any) -> contextlib.AbstractContextManager:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,14 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedTokenizerBase,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from ..utils.checks import check_positive
+from .loading import pad_id
 from .lora import is_adapted
 
 
@@ -105,26 +107,46 @@ def _check_row(table: Any, args: tuple[Any, ...]) -> None:
         raise IndexError(f"there is no row {int(args[0].max())} in a table of {table.num_embeddings}")
 
 
+def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a text: the tokenizer's, and those of the model's generation config (ends of turns)."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = [tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])]
+    return sorted({int(i) for i in found if i is not None})
+
+
+class Tail(NamedTuple):
+    """What follows a prompt: its tokens, the one that ended it among them, and whether there was such a one."""
+
+    ids: list[int]
+    finished: bool
+
+
+def up_to_end(ids: Sequence[int], ends: Sequence[int]) -> Tail:
+    """The tokens up to and with the first that ends a text; what follows is padding."""
+    end = next((i for i, token in enumerate(ids) if token in ends), None)
+    return Tail(list(ids), False) if end is None else Tail(list(ids[: end + 1]), True)
+
+
 @torch.no_grad()
 def continuations(
     model: Any,
+    tokenizer: PreTrainedTokenizerBase,
     batch: dict[str, Tensor],
     uniforms: Tensor,
     how: Sampling,
-    pad_token_id: int,
-    eos_token_id: int | Sequence[int] | None,
-) -> list[list[int]]:
-    """The tokens that follow each prompt, with padding behind their end. No other option of generation applies.
+) -> list[Tail]:
+    """What follows each prompt, to the first of `end_ids`. No other option of generation applies.
 
     Args:
         model: a causal language model of transformers.
+        tokenizer: the model's.
         batch: `input_ids` and `attention_mask`, [B, T], padded on the left.
         uniforms: [B, how.max_new_tokens] float64 in [0, 1), a number for each token; not used at temperature 0.
         how: the draws; its batch size is the caller's affair.
 
     Raises ValueError where a model with learned positions has too few of them.
     """
-    width = batch["input_ids"].shape[1]
+    width, ends = batch["input_ids"].shape[1], end_ids(model, tokenizer)
     processors: list[Any] = []
     if how.temperature:
         processors += [TemperatureLogitsWarper(float(how.temperature))] if how.temperature != 1 else []
@@ -135,8 +157,8 @@ def continuations(
         max_new_tokens=how.max_new_tokens,
         do_sample=False,
         use_cache=True,
-        pad_token_id=pad_token_id,
-        eos_token_id=eos_token_id,
+        pad_token_id=pad_id(tokenizer),
+        eos_token_id=ends or None,
     )
     positions = getattr(model.config, "max_position_embeddings", None)
     short = positions is not None and width + how.max_new_tokens > positions
@@ -155,4 +177,4 @@ def continuations(
             f"prompt and continuation must fit in the model's {positions} positions; got a prompt of {width} tokens "
             f"and up to {how.max_new_tokens} new ones"
         ) from error
-    return out[:, width:].tolist()
+    return [up_to_end(ids, ends) for ids in out[:, width:].tolist()]

@@ -1,71 +1,66 @@
-"""One launch for objectives that need no other token: statistics, slope and gradient while a row of logits is in cache.
+"""One launch for losses whose tokens need no other token: statistics, slopes and gradient while a row is in cache.
 
 `ops.token_stats` reads the logits once forward and once backward. Where a token's loss depends on that token alone
 (SFT, PPO and its token-level relatives), both fit into one visit: one read of the logits, one write of their gradient.
-The price is that the gradient is computed in the forward; backward only hands it on. Values and metrics come from the
-same functions of `fastalign.losses` as ever, from the statistics that the launch returns.
+The price is that the gradient is computed in the forward; backward only hands it on. The kernels run the loss as a
+program (see `token_programs`) for its derivatives; values and metrics come from the statistics that they return.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from .. import _backends
-from .._backends import Objective
+from .._backends import TokenProgram
 from .call import as_softcap, check, check_types, unit_stride
 from .fused_loss import attach_gradients
-from .statistics import TokenStats
+from .results import TokenStats
 
-__all__ = ["Objective", "attach_gradient", "attach_gradients", "token_objective"]
+__all__ = ["attach_gradient", "attach_gradients", "fused_gradient"]
 
 
-def token_objective(
+def fused_gradient(
     logits: Tensor,
     labels: Tensor,
     weight: Tensor,
-    objective: Objective,
+    program: TokenProgram,
+    inputs: Mapping[str, Tensor],
     *,
-    old_logps: Tensor | None = None,
-    advantages: Tensor | None = None,
-    ref_logps: Tensor | None = None,
     ref_logits: Tensor | None = None,
     ignore_index: int = -100,
     temperature: float = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
     inplace: bool = False,
-) -> tuple[TokenStats, Tensor]:
+) -> tuple[TokenStats, Tensor | None, Tensor]:
     """Statistics of every token and the gradient of sum_t weight_t loss_t in the logits, in one read and one write.
-
-    loss_t = policy_t + kl_coef KL_t - entropy_coef H_t + z_loss lse_t^2, with policy_t the objective's kind: "sft"
-    -log p, "reinforce" -A log p, "surrogate" -A rho, "clip" PPO's, "cispo" (see `losses.policy_loss` for the formulas).
 
     Args:
         logits: [..., V], float32, bfloat16 or float16, on the CPU or a GPU.
         labels: [...], int64 or int32; tokens equal to ignore_index have no gradient.
-        weight: [...], float32: what the normalisation gives each token, for a token mean 1 / tokens.
-        objective: `Objective(kind, low, high, dual_clip, kl, kl_coef, kl_reversed, entropy_coef, label_smoothing,
-            z_loss)`: the ratio is cut to [1 - low, 1 + high]; kl is None, "k1", "k2", "k3" or "exact"; kl_reversed
-            estimates KL(ref, pi) from the reference's samples.
-        old_logps, advantages: [...], float32; needed by every kind but "sft".
-        ref_logps: [...], float32, for an estimated KL; ref_logits: [..., V], for the exact one.
+        weight: [...], float32: what each token's loss counts for.
+        program: the loss of a token, made by `trace_token`.
+        inputs: what the program is given, by name: [...], float32; more may be there.
+        ref_logits: [..., V], of a reference, for a program that looks at the KL, or for the KL alone.
         ignore_index, temperature, softcap: as in `token_stats`.
-        entropy: return the entropy (always so where entropy_coef is not 0).
+        entropy: return the entropy also where the program does not look at it.
         inplace: write the gradient over the logits and raise their version counter.
 
     Returns:
-        (TokenStats without gradient, gradient of the logits' shape and dtype, dense or the logits' own memory).
+        (TokenStats without gradient, the mean of each row's logits where the program looks at it, gradient of the
+        logits' shape and dtype, dense or the logits' own memory).
 
     Raises:
-        TypeError, ValueError: as `token_stats`; an input that the objective needs and did not get.
+        TypeError, ValueError: as `token_stats`; an input that the program needs and did not get, or not as it must be.
         RuntimeError: no compiled kernel serves these logits.
     """
-    kl = objective.kl == "exact"
-    check_types(logits, labels, ref_logits, kl, objective.label_smoothing)
+    check_types(logits, labels, ref_logits, program.uses[3] or ref_logits is not None, 0.0, ignore_index)
     cap = as_softcap(softcap)
     check(logits.detach(), labels, ref_logits, temperature, cap, inplace)
-    _check_inputs(labels, objective, weight, old_logps, advantages, ref_logps)
+    given = _checked(labels, {"weight": weight, **dict.fromkeys(program.inputs), **inputs})
     if inplace and logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(f"inplace needs a dense vocabulary; got logits with strides {tuple(logits.stride())}")
     source = unit_stride(logits.detach())
@@ -74,39 +69,32 @@ def token_objective(
         source,
         labels,
         None if ref_logits is None else unit_stride(ref_logits),
-        (weight, old_logps, advantages, ref_logps),
-        objective,
+        program,
+        given["weight"],
+        tuple(given[name] for name in program.inputs),
         ignore_index,
         temperature,
         cap,
-        entropy or objective.entropy_coef != 0.0,
+        entropy or program.uses[2],
         out,
     )
     if inplace and not logits.is_inference():
         torch.autograd.graph.increment_version(logits)  # the kernel wrote behind autograd's back
-    if mean is not None:
-        logps = (1 - objective.label_smoothing) * logps + objective.label_smoothing * (mean - lse)
-    return TokenStats(logps, lse, ent, div), out
+    return TokenStats(logps, lse, ent, div), mean, out
 
 
-def _check_inputs(labels, objective: Objective, weight, old_logps, advantages, ref_logps) -> None:
-    for argument, table, key in (("kind", _backends.KINDS, objective.kind), ("kl", _backends.KL_TERMS, objective.kl)):
-        if key not in table:
-            raise ValueError(f"{argument} must be one of {', '.join(map(str, table))}; got {key!r}")
-    named = {"weight": weight, "old_logps": old_logps, "advantages": advantages, "ref_logps": ref_logps}
-    needed = ["weight"]
-    if objective.kind != "sft":
-        needed += ["old_logps", "advantages"]
-    if objective.kl in ("k1", "k2", "k3"):
-        needed += ["ref_logps"]
+def _checked(labels: Tensor, named: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    found = {}
     for name, t in named.items():
-        if t is None and name in needed:
-            raise ValueError(f"{name} is needed by kind={objective.kind!r}, kl={objective.kl!r}; got None")
-        if t is not None and (t.shape != labels.shape or t.dtype != torch.float32 or t.device != labels.device):
+        if not isinstance(t, Tensor):
+            raise ValueError(f"{name} is needed by the loss: float32 {list(labels.shape)}; got {type(t).__name__}")
+        if t.shape != labels.shape or t.dtype != torch.float32 or t.device != labels.device:
             raise ValueError(
                 f"{name} must be float32 {list(labels.shape)} on {labels.device}; "
                 f"got {t.dtype} {list(t.shape)} on {t.device}"
             )
+        found[name] = t.detach().resolve_neg()
+    return found
 
 
 def attach_gradient(loss: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:

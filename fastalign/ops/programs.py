@@ -272,6 +272,7 @@ _FUNCTIONS |= {
     "neg": lambda x: _apply("mul", x, -1.0),
     "negative": lambda x: _apply("mul", x, -1.0),
     "max": lambda a, b=None: _apply("maximum", a, b) if isinstance(b, (Symbol, Tensor)) else _reduce("amax")(a, b),
+    "relu": lambda x, inplace=False: _apply("relu", x),
     "logsigmoid": lambda x: _apply("log_sigmoid", x),
     "softplus": lambda x: _apply("mul", _apply("log_sigmoid", _apply("mul", x, -1.0)), -1.0),
     "logical_and": lambda a, b: _apply("and", a, b),
@@ -379,7 +380,7 @@ def trace(
     if not isinstance(values[0], Symbol) or values[0].level != BATCH:
         raise NotTraced("the loss must be one number for the batch, reduced from what the formula is given")
     symbols = [_symbol(tape, x, BATCH) if not isinstance(x, Symbol) else x for x in values]
-    return _scheduled(tape, [s._at for s in symbols]), there
+    return schedule(tape, [s._at for s in symbols]), there
 
 
 class Given:
@@ -398,7 +399,7 @@ class Given:
         return None
 
 
-def _scheduled(tape: Tape, outputs: list[int]) -> Program:
+def schedule(tape: Tape, outputs: list[int]) -> Program:
     """The steps that the outputs need, numbered anew, with their passes."""
     needed = set(outputs)
     for at in range(len(tape.steps) - 1, -1, -1):

@@ -79,7 +79,7 @@ def masked_whiten(x: Tensor, mask: Tensor, *, unbiased: bool = False, shift_mean
         shift_mean: subtract the mean.
 
     Returns:
-        [...], float32 or float64. A single real entry, which has no variance, comes back as 0 (or as itself).
+        [...], float32 or float64. Equal entries, and a single one, have no variance: exactly 0 (or themselves).
 
     Raises:
         TypeError: not a floating-point tensor, or a mask that is not boolean.
@@ -88,14 +88,42 @@ def masked_whiten(x: Tensor, mask: Tensor, *, unbiased: bool = False, shift_mean
     check_float("x", x)
     check_mask("mask", mask, x.shape, "x")
     x = as_real(x, mask)
-    mean = masked_mean(x, mask)
-    centred = hide(x - mean, mask)
-    variance = masked_mean(centred.square(), mask)
+    off, mean = centred(x, mask)
+    variance = masked_mean(off.square(), mask)
     if unbiased:
         count = mask.sum().to(x.dtype)
         variance = variance * count / (count - 1).clamp(min=1)
-    scaled = centred * torch.rsqrt(variance + 1e-8)
+    scaled = off * torch.rsqrt(variance + 1e-8)
     return scaled if shift_mean else hide(scaled + mean, mask)
+
+
+def centred(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(x minus its mean over the real entries and 0 where hidden, that mean): exactly 0 where all of them are equal.
+
+    The mean of equal numbers, rounded, need not be that number, and what is left over, divided by a deviation that is
+    as small, has one sign for all. So distances to the first real entry are centred, which are 0 where all are equal.
+
+    Args:
+        x: [...], floating point.
+        mask: [...], boolean, True = real.
+    """
+    if x.numel() == 0:
+        return x, x.sum()
+    first = x.flatten().gather(0, mask.flatten().int().argmax(0, keepdim=True))  # an index: no host synchronisation
+    off = hide(x - first, mask)
+    mean = masked_mean(off, mask)
+    return hide(off - mean, mask), first.squeeze(0) + mean
+
+
+def _centred_group(rewards: Tensor) -> Tensor:
+    """The same over the last axis."""
+    off = rewards - rewards[..., :1]
+    return off - off.mean(-1, keepdim=True)
+
+
+def group_deviation(rewards: Tensor) -> Tensor:
+    """[..., 1]: sample standard deviation (n - 1) of each group [..., K]; exactly 0 where its rewards are equal."""
+    return (rewards - rewards[..., :1]).std(-1, keepdim=True)
 
 
 def rloo_advantages(rewards: Tensor) -> Tensor:
@@ -105,14 +133,14 @@ def rloo_advantages(rewards: Tensor) -> Tensor:
         rewards: [..., K], K >= 2 samples of one prompt along the last axis.
 
     Returns:
-        [..., K], constants.
+        [..., K], constants; exactly 0 in a group of equal rewards.
 
     Raises:
         TypeError: not a floating-point tensor. ValueError: fewer than two samples in a group.
     """
     rewards = _group(rewards, 2)
     size = rewards.shape[-1]
-    return (rewards - rewards.mean(-1, keepdim=True)) * (size / (size - 1))
+    return _centred_group(rewards) * (size / (size - 1))
 
 
 def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-4) -> Tensor:
@@ -120,7 +148,7 @@ def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-4) -
 
     GRPO (Shao et al. 2024, sec. 4.1.2), with the sample standard deviation (n - 1) that its implementations use;
     scale=False is Dr. GRPO (Liu et al. 2025, sec. 3.2), which drops the division for the bias it puts on easy and hard
-    prompts. A group of one or of equal rewards has advantages 0.
+    prompts. A group of one or of equal rewards has advantages of exactly 0.
 
     Args:
         rewards: [..., K], K samples of one prompt along the last axis.
@@ -135,11 +163,11 @@ def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-4) -
     """
     rewards = _group(rewards, 1)
     check_range("eps", eps, 0)
-    centred = rewards - rewards.mean(-1, keepdim=True)
+    off = _centred_group(rewards)
     if not scale or rewards.shape[-1] == 1:
-        return centred
-    deviation = rewards.std(-1, keepdim=True)
-    return torch.where(deviation > 0, centred / (deviation + eps), 0)
+        return off
+    deviation = group_deviation(rewards)
+    return torch.where(deviation > 0, off / (deviation + eps), 0)
 
 
 def _group(rewards: Tensor, least: int) -> Tensor:

@@ -9,7 +9,7 @@ or from Python:
 Rows have `prompt`, `chosen` and `rejected`. The reference is the model as it was before training (or `ref_model`).
 By default its log-probabilities are computed once, before the first step, kept on disk for later runs on the same model
 and data, and no second model is held in memory; rows that bring `ref_chosen_logps` and `ref_rejected_logps` are used as
-they are. With LoRA the reference is the model with its adapters off.
+they are. With fresh LoRA the reference is the model with its adapters off.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..losses.preference import DPOLoss
 from ..models.loading import disable_dropout, load_model, pad_id
-from ..models.lora import adapters_off, is_adapted
+from ..models.lora import adapters_off, starts_at_base
 from ..utils.batch import IGNORE, Batch
 from ..utils.checks import check_positive
 from ..utils.modes import evaluating
@@ -198,7 +198,7 @@ class DPOTrainer(AlignmentTrainer):
                 self.eval_dataset = {name: self._with_reference(reference, rows) for name, rows in sets.items()}
             else:
                 self.eval_dataset = self._with_reference(reference, sets)
-        elif ref_model is not None or not is_adapted(self.model):
+        elif ref_model is not None or not starts_at_base(self.model):
             own: Any = copy.deepcopy(self.model) if ref_model is None else ref_model
             self.ref_model = own.requires_grad_(False).eval().to(self.args.device)
 
@@ -226,7 +226,8 @@ class DPOTrainer(AlignmentTrainer):
         with _placed_for_now(reference, self.args.device):
             for batch in tqdm(loader, desc="reference log-probs", disable=self.args.disable_tqdm):
                 batch = self._prepare_inputs(batch)
-                with evaluating(reference), self.accelerator.autocast(), adapters_off(reference):
+                off = adapters_off(reference) if starts_at_base(reference) else contextlib.nullcontext()
+                with evaluating(reference), self.accelerator.autocast(), off:
                     logps = self.sequence_logps(reference, batch)
                 for column, half in zip(columns, logps.chunk(2), strict=True):
                     column += half.tolist()

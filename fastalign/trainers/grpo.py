@@ -21,10 +21,11 @@ import torch
 
 from .. import rl
 from ..losses.policy import PPOLoss
+from ..rl.gae import group_deviation
 from ..utils.checks import check_choice
 from .common.arguments import key
 from .policy.config import PolicyConfig
-from .policy.rollout import Episode
+from .policy.rollout import Episode, applicable
 from .policy.run import run_policy
 from .policy.trainer import PolicyTrainer
 
@@ -116,11 +117,18 @@ class GRPOTrainer(PolicyTrainer):
         )
 
     def advantages(self, episodes: Sequence[Episode], shaped: rl.ShapedRewards) -> dict[str, float]:
-        rewards = (shaped.scores + shaped.non_score_rewards).view(-1, self.args.num_generations)
-        advantages = _ADVANTAGES[self.args.variant.advantages](rewards).flatten()
+        size, advantages_of = self.args.num_generations, _ADVANTAGES[self.args.variant.advantages]
+        rewards, applies = shaped.scores + shaped.non_score_rewards, applicable(episodes)
+        advantages = torch.zeros_like(rewards)
+        deviations = []
+        for group in torch.arange(len(rewards)).view(-1, size):
+            real = group[applies[group]]  # of a response that the reward does not apply to nothing is learnt
+            if len(real) > 1:
+                advantages[real] = advantages_of(rewards[real])
+                deviations.append(float(group_deviation(rewards[real])))
         for episode, advantage in zip(episodes, advantages, strict=True):
             episode.advantages = torch.full((len(episode.ids),), float(advantage))
-        return {"objective/group_std": float(rewards.std(-1).mean())}
+        return {"objective/group_std": sum(deviations) / max(len(deviations), 1)}
 
 
 def main(argv: list[str]) -> int:

@@ -26,10 +26,11 @@ from .. import rl
 from ..losses.base import check_range, masked_mean
 from ..losses.policy import PPOLoss
 from ..models.actor_critic import ActorCritic, with_values
+from ..rl.gae import centred
 from ..utils.checks import check_choice, check_positive
 from .common.arguments import key
 from .policy.config import PolicyConfig
-from .policy.rollout import Episode, response_mask, stacked, unstack
+from .policy.rollout import Episode, applicable, response_mask, stacked, unstack
 from .policy.run import run_policy
 from .policy.trainer import PolicyTrainer
 from .policy.trust_region import trust_region_updates
@@ -143,17 +144,17 @@ class PPOTrainer(PolicyTrainer):
 
     def advantages(self, episodes: Sequence[Episode], shaped: rl.ShapedRewards) -> dict[str, float]:
         args, mask, rewards = self.args, response_mask(episodes), shaped.rewards
+        real = mask & applicable(episodes)[:, None]  # nothing is learnt of a response that the reward does not apply to
         if args.whiten_rewards:
-            rewards = rl.masked_whiten(rewards, mask, shift_mean=False)
+            rewards = rl.masked_whiten(rewards, real, shift_mean=False)
         values = stacked(episodes, "values")
         # Where the model runs: a backend that was asked for by name serves that device alone.
         there = (x.to(self.accelerator.device) for x in (rewards, values, mask))
         advantages, returns = (x.cpu() for x in rl.gae(*there, gamma=args.gamma, lam=args.lam))
-        spread = masked_mean((returns - masked_mean(returns, mask)).square(), mask)
-        missed = returns - values
-        unexplained = masked_mean((missed - masked_mean(missed, mask)).square(), mask)
+        advantages, returns = torch.where(real, advantages, 0), torch.where(real, returns, values)
+        spread, unexplained = (masked_mean(centred(x, real)[0].square(), real) for x in (returns, returns - values))
         unstack(returns, episodes, "returns")
-        unstack(rl.masked_whiten(advantages, mask) if args.whiten_advantages else advantages, episodes, "advantages")
+        unstack(rl.masked_whiten(advantages, real) if args.whiten_advantages else advantages, episodes, "advantages")
         explained = 1 - float(unexplained / spread) if spread > 0 else 0.0
         return {"val/explained_variance": explained, "val/value_avg": float(masked_mean(values, mask))}
 

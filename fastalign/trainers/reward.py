@@ -33,13 +33,14 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from ..losses.listwise import comparable, comparisons, list_metrics, plackett_luce_loss
 from ..losses.reward import best_of_k_loss, kwise_reward_loss, reward_loss
-from ..models.loading import load, load_tokenizer, model_options
+from ..models.loading import adapter_mode, load, load_tokenizer, model_options
 from ..models.logits import model_logits
 from ..utils.batch import Batch
 from ..utils.checks import check_choice
 from .common.arguments import key
 from .common.base import AlignmentTrainer, Metrics, Weighted
 from .common.config import TrainingConfig
+from .common.given import check_config
 from .common.run import encoder, run
 from .data.collate import ListCollator, in_lists
 from .data.files import Rows, read_rows
@@ -104,7 +105,8 @@ def load_reward_model(path: str, args: TrainingConfig) -> tuple[PreTrainedModel,
     A language model gets a fresh head, which is drawn from torch's generator: seed it for the same head again.
     """
     tokenizer = load_tokenizer(args.tokenizer, path)
-    model = load("model", AutoModelForSequenceClassification, path, num_labels=1, **model_options(args))
+    options = {"num_labels": 1, "adapters": adapter_mode(path, args), **model_options(args)}
+    model = load("model", AutoModelForSequenceClassification, path, **options)
     return model, tokenizer
 
 
@@ -143,6 +145,7 @@ class RewardTrainer(AlignmentTrainer):
         **kwargs: Any,
     ) -> None:
         """As `AlignmentTrainer`. The tokenizer may gain a padding token, as may the model."""
+        check_config(self, args)
         self._labelers: dict[Any, int] = {}
         self._known = 0
         self._right: dict[int, list[float]] = {}

@@ -12,7 +12,7 @@ from types import ModuleType
 
 MOVED = {
     "packed": "ops.packed",
-    "objective": "ops.objective",
+    "objective": "losses.objective",
     "trainers.model_logits": "models.logits",
     "trainers.shared_prompts": "models.shared_prompts",
     "trainers.lora": "models.lora",

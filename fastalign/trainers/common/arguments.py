@@ -13,9 +13,11 @@ import json
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+from .other_names import translate
 
 C = TypeVar("C")
 
@@ -54,13 +56,9 @@ def parse(
     """
     if any(a in ("-h", "--help") for a in argv):
         raise Helped(help_text(config, command, needs, common))
-    given, path, bare = _split(argv, command)
-    values = {**(_read_yaml(path) if path else {}), **given}
     types_by_name = typing.get_type_hints(config)
     fields = {f.name: f for f in dataclasses.fields(config) if f.init}  # type: ignore[arg-type]
-    for name in values:
-        if name not in fields:
-            raise ValueError(_unknown(name, fields, command))
+    values, bare = given_keys(argv, fields, command)
     for name in bare:
         if not (bool in _members(types_by_name[name]) or fields[name].metadata.get("bare")):
             raise ValueError(f"--{name} needs a value: --{name} VALUE")
@@ -68,6 +66,29 @@ def parse(
     if missing:
         raise ValueError(f"{command} needs {', '.join('--' + n for n in missing)} (see fastalign {command} --help)")
     return config(**{name: convert(name, types_by_name[name], value) for name, value in values.items()})
+
+
+def given_keys(argv: Sequence[str], known: Collection[str], command: str) -> tuple[dict[str, Any], list[str]]:
+    """(values by key of the command line and its YAML file, keys without a value, which are taken as true).
+
+    Keys of other libraries that mean one of ours are that one.
+
+    Raises:
+        ValueError: a key that is none (with the nearest known ones, or what to use instead), or one that is given twice
+            under two names.
+    """
+    given, path, bare = _split(argv, command)
+    values: dict[str, Any] = {}
+    for part in (_read_yaml(path) if path else {}, given):
+        named: dict[str, str] = {}
+        for name, value in part.items():
+            own = translate(name, known)
+            if own not in known:
+                raise ValueError(_unknown(name, known, command))
+            if own in named:
+                raise ValueError(f"--{named[own]} and --{name} are one key; give it once")
+            named[own], values[own] = name, value
+    return values, [translate(name, known) for name in bare]
 
 
 def _split(argv: Sequence[str], command: str) -> tuple[dict[str, Any], str | None, list[str]]:

@@ -7,6 +7,7 @@ items of all its micro-batches and processes, whatever their sizes, and so are t
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from abc import ABC, abstractmethod
@@ -15,10 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from ...models.adapters import join_with_base
 from ...models.loading import load_model, load_tokenizer
 from ...models.logits import ModelLogits, can_answer, logits_of, shares_prompts
 from ...models.lora import is_adapted, merged, with_lora
@@ -28,11 +30,13 @@ from ..data.collate import padding_last
 from ..data.files import Rows, named, read_rows
 from ..data.problems import tally
 from ..data.sampler import UpdateSampler
-from .callbacks import ConsoleCallback, GiveBackCallback, JsonlCallback
-from .checkpoints import PARTIAL, publish, rotate, seal, write_folder
+from ..data.template import use_template
+from .callbacks import ConsoleCallback, GiveBackCallback, JsonlCallback, LinesCallback
+from .checkpoints import PARTIAL, publish, rotate, seal, write_folder, writing
 from .config import GroupsConfig, TrainingConfig
 from .even import FILLER, EvenCollator, even
-from .sharding import WholeCheckpoints
+from .finite import CheckedUpdates, refuse_bad_weights
+from .given import check_config, model_given, refuse_others, with_peft_config
 
 
 class Weighted(NamedTuple):
@@ -80,19 +84,21 @@ def learned_positions(model: Any) -> int | None:
     return count if count and any(0 <= rows - count <= 2 for rows in tables) else None
 
 
-class AlignmentTrainer(WholeCheckpoints, ABC):
+class AlignmentTrainer(CheckedUpdates, ABC):
     """Base of the trainers. Subclasses give `collator`, `prepare`, `items` and `batch_loss`.
 
     Args:
-        model: a causal language model, or what the subclass names.
+        model: a causal language model, or what the subclass names; its folder; None takes `args.model`.
         args: the configuration.
         train_dataset, eval_dataset: rows of text (see `data.files.read_rows`); may be None. Evaluation sets may be
             several, as a mapping of names to rows.
-        processing_class: the tokenizer; must be given.
+        processing_class: the tokenizer; must be given with a model, and is that of the folder for a folder.
         callbacks: more callbacks; console and JSONL logging are there already.
         optimizers: as in transformers.
+        peft_config: adapters to train, as peft describes them, in place of the lora_* keys of args.
 
     Raises:
+        TypeError: args of another kind; arguments of other libraries' trainers, with what to use instead.
         ValueError: no processing_class; several GPUs in one process; what a row, the model or the configuration has
             wrong.
     """
@@ -103,7 +109,7 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
 
     def __init__(
         self,
-        model: PreTrainedModel | nn.Module,
+        model: PreTrainedModel | nn.Module | str | None,
         args: TrainingConfig,
         train_dataset: Rows | None = None,
         eval_dataset: Rows | None = None,
@@ -111,7 +117,17 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
         *,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any = None,
+        **others: Any,
     ) -> None:
+        refuse_others(self, others)
+        check_config(self, args)
+        given: Any = model_given(model, args)
+        if isinstance(given, str):
+            set_seed(args.seed)  # a fresh head is drawn while loading
+            given, own = self.load(given, args)
+            processing_class = processing_class or own
+        model = given
         if processing_class is None:
             raise ValueError("processing_class must be the model's tokenizer; got None")
         if args.n_gpu > 1:  # transformers would take torch.nn.DataParallel, whose replicas share one forward and head
@@ -119,12 +135,13 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
                 f"a process must train on one device; got {args.n_gpu} GPUs: start it with torchrun or accelerate "
                 "launch, or choose one with CUDA_VISIBLE_DEVICES"
             )
+        use_template(processing_class, args.chat_template_path)
         self.check_model(model, args, processing_class)
         self._means = {"train": Means(), "eval": Means()}
         self._partial: str | None = None
         self.data_counts: dict[str, int] = {}
         super().__init__(
-            model=with_lora(model, args, self.task),
+            model=with_lora(with_peft_config(model, peft_config, args), args, self.task),
             args=args,
             data_collator=EvenCollator(self.collator(args, processing_class)),
             train_dataset=self._prepared("dataset", train_dataset, args, processing_class),
@@ -143,7 +160,7 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
         self._share_prompts = grouped and shares_prompts(self.model, args, self.args.device)
         for plain in (ProgressCallback, PrinterCallback):
             self.remove_callback(plain)
-        self.add_callback(ConsoleCallback())
+        self.add_callback(LinesCallback() if args.disable_tqdm else ConsoleCallback())
         # Our losses are means over the items of the whole update: Trainer must not divide them by the number of
         # micro-batches once more. (The second name is the one that releases before 5.2x look at.)
         self.loss_is_scaled_for_ga = True
@@ -221,6 +238,7 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of one update, and the number of items in all of them on all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.note_update(batches)
         if not batches:
             return batches, None
         count = torch.stack([self._count(batch) for batch in batches]).sum().to(device)
@@ -263,6 +281,8 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
         if FILLER in inputs:
             metrics = {k: metric.mean if isinstance(metric, Weighted) else metric for k, metric in metrics.items()}
         training = model.training
+        if training:
+            self.note_loss(loss)
         self._means["train" if training else "eval"].add(metrics if training else {"loss": loss, **metrics}, count)
         if training:
             real = inputs["attention_mask" if "attention_mask" in inputs else "num_tokens"]
@@ -305,6 +325,10 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
         super().log(logs, start_time)
 
     def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+        """NaN is never the best, nor what later ones are compared with."""
+        name = str(self.args.metric_for_best_model)
+        if math.isnan(metrics.get(name if name.startswith("eval_") else f"eval_{name}", 0.0)):
+            return False
         try:
             return super()._determine_best_metric(metrics, trial)
         except KeyError as error:
@@ -321,23 +345,26 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
         if self.args.should_save:
             shutil.rmtree(self._partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+        written, target = os.path.join(self._partial, name), os.path.join(output_dir, name)
         try:
-            super()._save_checkpoint(model, trial)
+            with writing(target, written):
+                super()._save_checkpoint(model, trial)
         finally:
-            written, self._partial = os.path.join(self._partial, name), None
-        target = os.path.join(output_dir, name)
+            self._partial = None
         if self.state.best_model_checkpoint == written:
             self.state.best_model_checkpoint = target
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))
-            seal(written)
-            publish(written, target)
+            with writing(target, written):
+                self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))
+                seal(written)
+                publish(written, target)
             rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
     def save_whole(self) -> None:
         """Saves the model and the tokenizer to `output_dir`, whole or not at all; with adapters merged if so asked."""
+        refuse_bad_weights(self.model, self.accelerator, f"the model in {self.args.output_dir}")
         write_folder(str(self.args.output_dir), self._save_final, is_writer=self.args.should_save)
         self.accelerator.wait_for_everyone()
 
@@ -345,6 +372,8 @@ class AlignmentTrainer(WholeCheckpoints, ABC):
         args: Any = self.args
         if not (is_adapted(self.model) and args.lora_merge):
             self.save_model(folder, _internal_call=True)
+            if args.should_save and is_adapted(self.model):
+                join_with_base(folder)
         elif args.should_save:
             merged(self.model).save_pretrained(folder)
             self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
@@ -78,13 +79,27 @@ def read_log(path: str) -> list[dict[str, Any]]:
     return lines
 
 
+def shown(step: int, logs: Mapping[str, float], names: Sequence[str] = _SHOWN) -> str:
+    """The line of the console: the numbers that matter; empty if there are none."""
+    text = "  ".join(f"{name} {logs[name]:.4g}" for name in names if name in logs)
+    return f"step {step:>6}  {text}" if text else ""
+
+
+class LinesCallback(TrainerCallback):
+    """A line on the console for each log line, without a progress bar: for `disable_tqdm`, and files that keep both."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        line = shown(state.global_step, logs or {})
+        if state.is_world_process_zero and line:
+            print(line, flush=True)
+
+
 class ConsoleCallback(ProgressCallback):
     """Transformers' progress bar with the numbers that matter beside it, instead of a dictionary per log line."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or self.training_bar is None:
             return
-        shown = {name: logs[name] for name in _SHOWN if name in logs}
-        if shown:
-            text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-            self.training_bar.write(f"step {state.global_step:>6}  {text}")
+        line = shown(state.global_step, logs or {})
+        if line:
+            self.training_bar.write(line)

@@ -6,21 +6,25 @@ writes leaves what was there before.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ...models.loading import CONFIGS
+from ...utils.text import first_line
 from .config import CommonConfig
 
 PARTIAL = ".partial"
 """Folder inside the output folder for what is being written or removed; nothing in it is ever read."""
 
 _STATE, _FILES = "trainer_state.json", "files.json"
+
+_WRITE_FAILED = ("No space", "I/O error", "IoError", "PytorchStreamWriter", "unexpected pos", "File too large", "quota")
 
 _ANEW = (None, "false")  # values of resume_from_checkpoint
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -36,12 +40,48 @@ def make_folder(output_dir: str) -> None:
         raise ValueError(f"output_dir must be a folder that can be made; got {output_dir!r}: {error}") from error
 
 
+@contextlib.contextmanager
+def writing(place: str, partial: str) -> Iterator[None]:
+    """Whatever fails inside leaves no half-written file or folder `partial` behind, which would keep a disk full.
+
+    Raises OSError, naming the place and the room on its disk, for what could not be written, whichever library tried.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if os.path.isdir(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it holds something else
+                os.rmdir(os.path.dirname(partial))
+        else:
+            Path(partial).unlink(missing_ok=True)
+        if _is_of_the_disk(error):
+            free = shutil.disk_usage(_existing(place)).free
+            raise OSError(
+                f"{place} could not be written: {first_line(error)} ({free / 1e9:.2f} GB free there)"
+            ) from error
+        raise
+
+
+def _is_of_the_disk(error: BaseException) -> bool:
+    """Whether a write failed: torch and safetensors say so in errors of their own."""
+    own = type(error).__name__ == "SafetensorError" or isinstance(error, RuntimeError)
+    return isinstance(error, OSError) or (own and any(word in str(error) for word in _WRITE_FAILED))
+
+
+def _existing(place: str) -> str:
+    """The place, or the nearest folder above it that is there."""
+    path = Path(place).absolute()
+    return str(next(p for p in (path, *path.parents) if p.exists()))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes the file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(partial, path)
+    with writing(str(path), str(partial)):
+        partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
+        os.replace(partial, path)
 
 
 def write_folder(folder: str, write: Callable[[str], None], *, is_writer: bool = True) -> None:
@@ -53,7 +93,8 @@ def write_folder(folder: str, write: Callable[[str], None], *, is_writer: bool =
     partial = os.path.join(folder, PARTIAL, "model")
     if is_writer:
         shutil.rmtree(partial, ignore_errors=True)
-    write(partial)
+    with writing(folder, partial):
+        write(partial)
     if is_writer:
         written = sorted(os.listdir(partial), key=lambda name: (name in CONFIGS, name))
         for name in CONFIGS.intersection(os.listdir(folder)):

@@ -9,9 +9,12 @@ from typing import Any, ClassVar
 import torch
 from transformers import TrainingArguments
 
+from ...models.adapters import MODES as ADAPTER_MODES
 from ...utils.checks import check_choice, check_positive
-from ..data.cut import MODES, mode_of
+from ..data import cut
+from ..data.cut import mode_of
 from ..data.problems import Reading, columns_of
+from ..data.template import OPTIONS_HELP, PATH_HELP
 from .arguments import key
 
 COMMON = (
@@ -55,7 +58,7 @@ _REPLACED = {
 class CommonConfig:
     """Keys of every command that trains: the model, its head and adapters, the data, and where it goes."""
 
-    truncation_modes: ClassVar[tuple[str, ...]] = MODES
+    truncation_modes: ClassVar[tuple[str, ...]] = cut.MODES
     """What the command's truncation_mode may be."""
 
     model: str | None = key(None, "Folder (or hub name) of the causal language model to train", group="Model and data")
@@ -83,6 +86,10 @@ class CommonConfig:
         "alone; drop; raise",
         group="Model and data",
     )
+    chat_template_path: str | None = key(None, PATH_HELP, group="Model and data")
+    chat_template_kwargs: dict[str, Any] | None = key(  # noqa: RUF009
+        None, OPTIONS_HELP, group="Model and data"
+    )
     fused_head: bool = key(
         True,
         "Losses from hidden states, logits never held whole; false, or a head of unknown form: whole logits",
@@ -98,6 +105,12 @@ class CommonConfig:
     lora_dropout: float = key(0.0, "Dropout in front of the adapters", group="LoRA")
     lora_target_modules: list[str] | None = key(  # noqa: RUF009 (it makes a dataclasses.field)
         None, "Names of the layers that get adapters; all linear ones by default", group="LoRA"
+    )
+    adapters: str = key(
+        "merge",
+        "Where model is a folder of adapters: merge them into the weights, continue to train them, or stack new ones "
+        "(lora_rank) on them, with which they are saved as one",
+        group="LoRA",
     )
     lora_merge: bool = key(
         True, "Save a plain model with the adapters merged in at the end; false: the adapters alone", group="LoRA"
@@ -117,6 +130,11 @@ class CommonConfig:
         if self.chunk_bytes is not None:
             check_positive("chunk_bytes", self.chunk_bytes)
         check_positive("lora_alpha", self.lora_alpha)
+        check_choice("adapters", self.adapters, ADAPTER_MODES)
+        if self.adapters == "continue" and self.lora_rank:
+            raise ValueError(f"lora_rank must be 0 with adapters=continue, which adds none; got {self.lora_rank}")
+        if self.adapters == "stack" and not self.lora_rank:
+            raise ValueError("lora_rank must be above 0 with adapters=stack: the rank of the new ones; got 0")
         if self.lora_rank < 0 or not 0 <= self.lora_dropout < 1:
             raise ValueError(
                 f"lora_rank must be at least 0 and lora_dropout in [0, 1); got {self.lora_rank} and {self.lora_dropout}"
@@ -176,6 +194,8 @@ class TrainingConfig(CommonConfig, TrainingArguments):
             self.dataloader_pin_memory = False
         # The columns that our collators read are not arguments of the model's forward, so none may be dropped.
         self.remove_unused_columns = False
+        # Transformers' filter shows the mean of earlier losses in place of NaN; our runs stop at one (see `finite`).
+        self.logging_nan_inf_filter = False
         TrainingArguments.__post_init__(self)
 
 

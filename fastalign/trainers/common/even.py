@@ -19,6 +19,9 @@ from ...utils.batch import Batch
 FILLER = "is_filler"
 """Key of a batch that holds no real row, and of a row that is not one."""
 
+ROWS = "rows"
+"""Key of a batch's row numbers in the data that was given, where they are known."""
+
 
 class EvenRows(Dataset):
     """Rows, and fillers behind them up to the next multiple."""
@@ -54,7 +57,7 @@ class EvenSampler(Sampler[int]):
 
 
 class EvenCollator:
-    """A collator that leaves the fillers out, and marks a batch that has nothing else."""
+    """A collator that leaves the fillers out, marks a batch that has nothing else, and passes the rows' numbers on."""
 
     def __init__(self, collate: Callable[..., Batch]) -> None:
         self.collate = collate
@@ -62,7 +65,8 @@ class EvenCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         real = [row for row in rows if FILLER not in row]
         if real:
-            return self.collate(real)
+            numbers = [i for row in real for i in row.get(ROWS, ())]
+            return {**self.collate(real), ROWS: torch.tensor(numbers)} if numbers else self.collate(real)
         only = {name: value for name, value in rows[0].items() if name != FILLER}
         return {**self.collate([only]), FILLER: torch.ones(1, dtype=torch.bool)}
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ...models.lora import is_adapted
+from ...models.lora import starts_at_base
 from ...utils.environment import reference_cache_dir
+from .checkpoints import writing
 
 Columns = tuple[list[float], list[float]]
 """Summed log-probabilities of the chosen and of the rejected completions, in the rows' order."""
@@ -28,20 +29,23 @@ def cached(key: str, compute: Callable[[], Columns]) -> Columns:
             return stored["chosen"].tolist(), stored["rejected"].tolist()
     columns = compute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
-        np.savez(file, chosen=np.array(columns[0]), rejected=np.array(columns[1]))
-    os.replace(file.name, path)
+    handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+    with writing(str(path), partial):
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, chosen=np.array(columns[0]), rejected=np.array(columns[1]))
+        os.replace(partial, path)
     return columns
 
 
 def key_of(reference: nn.Module, rows: Any, columns: Sequence[str], settings: dict[str, Any]) -> str:
     """Hexadecimal hash of the reference's weights and configuration, the rows' token ids and the settings.
 
-    A model with adapters counts as the model without: that is the reference.
+    A model with fresh adapters counts as the model without: that is the reference.
     """
+    fresh = starts_at_base(reference)
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(reference.state_dict().items()):
-        if "lora_" in name and is_adapted(reference):
+        if "lora_" in name and fresh:
             continue
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         raw = tensor.detach().cpu().contiguous().reshape(-1)

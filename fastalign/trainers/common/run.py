@@ -23,6 +23,7 @@ def encoder(tokenizer: PreTrainedTokenizerBase, args: TrainingConfig) -> Encoder
         args.max_length,
         args.max_prompt_length,
         args.append_eos,
+        args.chat_template_kwargs or {},
         truncation_mode=args.truncation_mode,
         skip_bad_rows=args.skip_bad_rows,
     )
@@ -40,7 +41,8 @@ def run(command: str, config: type[TrainingConfig], trainer_class: Any, argv: li
     trainer = trainer_class(model, args, args.dataset, args.eval_dataset, tokenizer)
     make_room(trainer)
     train(trainer, checkpoint)
-    print(f"saved to {args.output_dir}")
+    if trainer.is_world_process_zero():
+        print(f"saved to {args.output_dir}")
     return 0
 
 

@@ -7,7 +7,9 @@ may go on with another number of processes, sharded or not, and a saved model lo
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -90,6 +93,21 @@ def load_weights(model: nn.Module, folder: str) -> None:
     if not state or result.unexpected_keys:
         found = ", ".join(result.unexpected_keys[:3]) or "no weights"
         raise ValueError(f"{folder!r} must hold the weights of {type(model).__name__}; it holds {found}")
+
+
+@contextlib.contextmanager
+def whole_weights(module: nn.Module) -> Iterator[None]:
+    """Sharded weights inside the module gathered for a while, so that no process waits for another to run it."""
+    sharded = [m for m in module.modules() if isinstance(m, FSDPModule)]
+    for part in sharded:
+        part.unshard()
+        part.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for part in sharded:
+            part.set_reshard_after_forward(True, recurse=False)
+            part.reshard()
 
 
 def _with_adapter(name: str) -> str:

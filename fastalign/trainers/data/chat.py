@@ -1,24 +1,23 @@
-"""Conversations to text, by the tokenizer's own chat template, cut where the assistant's turns begin and end."""
+"""Conversations: what their messages may hold, checked and brought to the one form that chat templates are given."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeGuard
-
-from transformers import PreTrainedTokenizerBase
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeGuard
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
-"""A conversation: mappings with `role` and `content`, oldest first."""
+"""A conversation: mappings with `role`, `content` (a text, or a list of text parts) and what else the template reads:
+`tool_calls`, `reasoning_content`, `name`, ... ; oldest first. An assistant's `weight` of 0 leaves it untrained."""
 
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""The names that a message's reasoning goes by."""
 
-class Span(NamedTuple):
-    """A piece of a conversation's text."""
+_FRAME = ("system", "developer")
+"""Roles whose messages are no turns."""
 
-    text: str
-    is_reply: bool
-    """Written by the assistant, so trained on."""
-    is_closed: bool
-    """The template marks its end, so that no end-of-sequence token is missing."""
+_OTHER_WEIGHTS = ("train", "trainable", "training", "loss_weight")
+"""What other programs call a message's weight: refused, since nothing would come of it."""
 
 
 def is_chat(value: Any) -> TypeGuard[Messages]:
@@ -27,57 +26,156 @@ def is_chat(value: Any) -> TypeGuard[Messages]:
 
 
 def check_messages(messages: Messages, where: str) -> None:
-    """ValueError naming the place unless every message has a role and a text, and replies are not empty."""
+    """Whether these are messages that can be trained on.
+
+    Raises:
+        ValueError: naming the place, a message without role or content, a part that is no text, a reply of the
+            assistant that says and does nothing, a weight that is not 0 or 1.
+    """
     for message in messages:
-        role, content = message.get("role"), message.get("content")
-        if not isinstance(role, str) or not isinstance(content, str):
+        role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
+        if not isinstance(role, str) or not (_is_content(content, where) or (content is None and calls)):
             raise ValueError(f"{where} must hold messages with a role and a content, both text; one has {message!r}")
-        if role == "assistant" and not content.strip():
+        if message.get("function_call"):
+            raise ValueError(f"{where} must give calls as tool_calls; one message has a function_call")
+        if calls and not all(isinstance(c, Mapping) for c in calls):
+            raise ValueError(f"{where} must hold tool_calls as a list of mappings; one has {calls!r}")
+        if role == "assistant" and not (content_of(message).strip() or calls or reasoning_of(message).strip()):
             raise ValueError(f"{where} must not hold an empty reply of the assistant")
+        if message.get("weight") not in (None, 0, 1):
+            raise ValueError(f"{where} must hold weights of 0 or 1; one message has {message['weight']!r}")
+        for name in _OTHER_WEIGHTS:
+            if message.get(name) is not None:
+                raise ValueError(f"{where} must call a message's weight weight (0 or 1); one has {name!r}")
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, reply_follows: bool) -> str:
-    """The conversation as the template writes it; with the opening of the assistant's turn if its reply follows."""
-    if tokenizer.chat_template is None:
-        raise ValueError("conversational rows need a tokenizer with a chat template; this one has none")
-    plain = [{"role": m["role"], "content": m["content"]} for m in messages]
-    return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=reply_follows))
+def _is_content(content: Any, where: str) -> bool:
+    if not isinstance(content, (list, tuple)):
+        return isinstance(content, str)
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f"{where} must hold content of text; one message has a part of type {kind!r}")
+    return True
 
 
-def reply_span(tokenizer: PreTrainedTokenizerBase, before: str, messages: Messages) -> Span:
-    """What the template adds to `before` when the conversation goes on to the end of `messages`, an assistant's turn.
+def content_of(message: Mapping[str, Any]) -> str:
+    """What a message says: its text, or its parts' texts one after the other; nothing where it only calls tools."""
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(part["text"] for part in content)
 
-    Raises ValueError where the template writes the earlier turns otherwise once a reply is there: what the model is
-    trained on would then not be what it sees when it is asked.
+
+def reasoning_of(message: Mapping[str, Any]) -> str:
+    """The reasoning that a message brings beside its content."""
+    return next((message[name] for name in REASONING if isinstance(message.get(name), str)), "")
+
+
+def transcript(messages: Messages) -> str:
+    """A conversation for people and judges to read: `role: content` of each message, then its calls of tools."""
+    lines = []
+    for message in messages:
+        calls = without_none(message.get("tool_calls") or [])
+        said = [content_of(message), *(json.dumps(call, ensure_ascii=False) for call in calls)]
+        lines.append(f"{message['role']}: " + "\n".join(part for part in said if part))
+    return "\n".join(lines)
+
+
+def shortened(messages: Messages, fits: Callable[[Messages], bool]) -> Messages:
+    """The conversation without its oldest turns, so that it fits; what is left begins with a user's, and what stands
+    before all turns (system, developer) stays. Of the last such rest, the longest message loses its beginning.
+
+    Raises:
+        ValueError: it does not fit even so.
     """
-    whole = render(tokenizer, messages, reply_follows=False)
-    if not whole.startswith(before):
-        raise ValueError(
-            "the chat template must write a prompt the same way with and without the reply after it; this one turns "
-            f"{before[-80:]!r} into {whole[max(0, len(before) - 80) : len(before)]!r}"
-        )
-    text = whole[len(before) :]
-    return Span(text, True, not text.rstrip().endswith(messages[-1]["content"].rstrip()))
+    if fits(messages):
+        return messages
+    frame = [m for m in messages if m["role"] in _FRAME]
+    turns = [m for m in messages if m["role"] not in _FRAME]
+    if not turns:
+        raise ValueError("the system message is too long")
+    starts = [i for i, m in enumerate(turns) if m["role"] == "user"] or [0]
+    for start in starts:
+        if start and fits(rest := [*frame, *turns[start:]]):
+            return rest
+    rest = [*frame, *turns[starts[-1] :]]
+    at = max(range(len(frame), len(rest)), key=lambda i: len(content_of(rest[i])))
+    content, room, too_many = content_of(rest[at]), 0, len(content_of(rest[at]))
+    cut = list(rest)
+    while too_many - room > 1:
+        middle = (room + too_many) // 2
+        cut[at] = {**rest[at], "content": content[len(content) - middle :]}
+        room, too_many = (middle, too_many) if fits(cut) else (room, middle)
+    if not room:
+        raise ValueError("what the chat template writes beside the last message's text (system, tools) is too long")
+    cut[at] = {**rest[at], "content": content[len(content) - room :]}
+    return cut
 
 
-def spans(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[Span]:
-    """The conversation in pieces, up to its last reply: context, reply, context, reply, ...
+def is_trained(message: Mapping[str, Any]) -> bool:
+    """Whether the message is a reply that training counts."""
+    return message["role"] == "assistant" and message.get("weight") != 0
 
-    Raises ValueError if there is no reply, or the template rewrites earlier turns.
+
+def plain(messages: Messages) -> list[dict[str, Any]]:
+    """The messages as templates expect them: contents of one text each, arguments of tool calls as mappings.
+
+    What is None is left out, at every depth: tables of rows fill in the keys that only other rows have.
     """
-    out: list[Span] = []
-    text = ""
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = render(tokenizer, messages[:i], reply_follows=True) if i else ""
-        if not before.startswith(text):
-            raise ValueError(
-                "the chat template must not rewrite earlier turns: give these rows as prompt and completion"
-            )
-        reply = reply_span(tokenizer, before, messages[: i + 1])
-        out += [Span(before[len(text) :], False, True), reply]
-        text = before + reply.text
-    if not out:
-        raise ValueError("messages must hold at least one turn of the assistant")
+    out = []
+    for message in messages:
+        given = without_none(message)
+        given.pop("weight", None)
+        if "content" in given:
+            given["content"] = content_of(given)
+        if given.get("tool_calls"):
+            given["tool_calls"] = [_call(call) for call in given["tool_calls"]]
+        out.append(given)
     return out
+
+
+def _call(call: dict[str, Any]) -> dict[str, Any]:
+    """A tool call whose arguments, often a text of JSON, are what that text says."""
+    inner = call.get("function", call)
+    arguments = inner.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except json.JSONDecodeError:
+            return call
+        if isinstance(arguments, dict):
+            inner = {**inner, "arguments": arguments}
+    return {**call, "function": inner} if "function" in call else inner
+
+
+def without_none(value: Any) -> Any:
+    """A copy in which no mapping has a value of None."""
+    if isinstance(value, Mapping):
+        return {k: without_none(v) for k, v in value.items() if v is not None}
+    return [without_none(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What the row's columns `tools` and `chat_template_kwargs` tell the chat template; either may be a text of JSON.
+
+    Raises:
+        ValueError: tools that are no list of mappings, or chat_template_kwargs that are no mapping.
+    """
+    tools, options = (_parsed(row.get(name), name) for name in ("tools", "chat_template_kwargs"))
+    if isinstance(tools, list):
+        tools = [_parsed(tool, "tools") for tool in tools]
+    if tools and not (isinstance(tools, list) and all(isinstance(t, Mapping) for t in tools)):
+        raise ValueError(f"column 'tools' must hold a list of tools, each a mapping (JSON schema); got {tools!r}")
+    if options and not isinstance(options, Mapping):
+        raise ValueError(f"column 'chat_template_kwargs' must hold a mapping; got {options!r}")
+    return {**without_none(options or {}), **({"tools": without_none(tools)} if tools else {})}
+
+
+def _parsed(value: Any, column: str) -> Any:
+    if not isinstance(value, str) or not value.strip():
+        return value or None
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"column {column!r} must hold JSON where it holds text: {error}") from None

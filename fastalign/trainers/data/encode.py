@@ -7,14 +7,24 @@ although tokenising the joined text may well merge across that boundary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from .chat import Messages, Span, render, reply_span, spans
+from .chat import Messages, shortened
 from .cut import Cuts, Room, mode_of
 from .rowwise import Dropped
+from .template import ChatTemplate, Span, render
+
+
+class Conversation(NamedTuple):
+    """Token ids of what stands before the first reply, of the rest, and which of the rest are the assistant's own."""
+
+    prompt_ids: list[int]
+    ids: list[int]
+    own: list[bool]
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,7 @@ class Encoder:
         max_prompt_length: tokens of the prompt; None leaves it to max_length.
         append_eos: end completions with the end-of-sequence token, unless they have it already. The last reply of a
             conversation gets one only where the chat template does not mark its end.
+        template_options: what the chat template is told beside messages and tools, such as `enable_thinking`.
         truncation_mode: what is done with rows that are longer: left, right, drop or raise, see `cut.Room`.
         skip_bad_rows: whether those who read rows leave faulty ones out.
         cuts: is told what each row lost.
@@ -36,6 +47,7 @@ class Encoder:
     max_length: int
     max_prompt_length: int | None = None
     append_eos: bool = True
+    template_options: Mapping[str, Any] = field(default_factory=dict)
     truncation_mode: str = "left"
     skip_bad_rows: bool = False
     cuts: Cuts = field(default_factory=Cuts, compare=False)
@@ -48,21 +60,38 @@ class Encoder:
             raise ValueError(f"max_length must be at least 3 (context, a token, its end); got {self.max_length}")
 
     def __call__(
-        self, prompt: str | Messages, completions: Sequence[str | Messages]
+        self,
+        prompt: str | Messages,
+        completions: Sequence[str | Messages],
+        options: Mapping[str, Any] | None = None,
+        *,
+        ended: bool | None = None,
     ) -> tuple[list[int], list[list[int]]]:
         """Token ids of the prompt and of each completion. All completions share one prompt, cut alike.
 
-        A prompt of messages goes through the chat template; its completions are the assistant's replies, as text or
-        as the messages that follow.
+        Args:
+            prompt: a text; or messages, which go through the chat template.
+            completions: texts; or after a prompt of messages the assistant's replies, as texts or one message each.
+            options: of the chat template, for this row: see `chat.template_options`.
+            ended: for completions that a model sampled: whether they came to their end. Their parts that the template
+                drops are not missed, and those that did not end get none.
+
+        Raises:
+            ValueError: completions that do not go with the prompt, or what the chat template has against them.
         """
-        before, replies = self._texts(prompt, completions)
+        before, replies = self._texts(prompt, completions, options, ended)
         prompt_ids = self._ids(before)
-        tails = [self._reply(before, prompt_ids, reply) for reply in replies]
+        append = self.append_eos if ended is None else ended
+        tails = [self._ended(self._continuation(before, prompt_ids, r.text), r, append=append) for r in replies]
         return self._fit(prompt_ids, tails)
 
-    def seen_prompt(self, prompt: str | Messages) -> tuple[list[int], str]:
+    def prompt(self, prompt: str | Messages, options: Mapping[str, Any] | None = None) -> list[int]:
+        """Token ids of a prompt that a model is to go on from."""
+        return self._fit(self._ids(self.prompt_text(prompt, options)), [])[0]
+
+    def seen_prompt(self, prompt: str | Messages, options: Mapping[str, Any] | None = None) -> tuple[list[int], str]:
         """(token ids, text) of a prompt as a model that goes on from it sees it: what was cut is in neither."""
-        text, _ = self._texts(prompt, [])
+        text = self.prompt_text(prompt, options)
         whole, head = self._ids(text), self._bos()
         if not isinstance(prompt, str) and whole[: len(head)] != head:
             head = []  # a chat template says itself what prompts begin with
@@ -70,51 +99,98 @@ class Encoder:
         ids, _ = self._fit(whole, [], head)
         return ids, self._decode(ids[len(head) :]) if self.cuts.prompt else text
 
-    def conversation(self, messages: Messages) -> tuple[list[int], list[int], list[bool]]:
-        """(prompt, rest, which tokens of the rest are the assistant's own).
+    def prompt_text(self, prompt: str | Messages, options: Mapping[str, Any] | None = None) -> str:
+        """A prompt as a model sees it: messages as the chat template writes them, with the opening of the reply.
 
-        The prompt is what stands before the first reply; the rest goes on to the end of the last one. White space that
-        a template puts behind the end-of-sequence token of a reply is context of the next turn, not part of it.
+        Raises:
+            ValueError: tools beside a prompt of text, or what the chat template has against the messages.
         """
-        prompt_ids: list[int] = []
+        if isinstance(prompt, str):
+            return _text_alone(prompt, options)
+        return render(self.tokenizer, prompt, reply_follows=True, options={**self.template_options, **(options or {})})
+
+    def fitted(self, prompt: Messages, options: Mapping[str, Any] | None = None) -> Messages:
+        """The prompt, shortened to max_prompt_length (see `chat.shortened`): still a conversation, for any template."""
+        limit = self.max_prompt_length
+        if limit is None:
+            return prompt
+        return shortened(prompt, lambda messages: len(self._ids(self.prompt_text(messages, options))) <= limit)
+
+    def conversation(self, messages: Messages) -> Conversation:
+        """The last of `conversations`, which most often is the only one."""
+        return self.conversations(messages)[-1]
+
+    def conversations(
+        self, messages: Messages, options: Mapping[str, Any] | None = None, start: int = 0
+    ) -> list[Conversation]:
+        """The conversation up to its last reply: one sequence, or several.
+
+        Several where the chat template writes earlier turns anew when later ones follow: each reply is then in a
+        sequence with the context that generation has for it. White space that a template puts behind a reply is context
+        of the next turn, not part of the reply.
+
+        Args:
+            messages: the conversation.
+            options: as in a call.
+            start: the first message that may be trained on.
+
+        Raises:
+            Dropped: no reply fits max_length.
+        """
+        found = [self._sequence(pieces) for pieces in self._template(options).sequences(messages, start)]
+        kept = [sequence for sequence in found if any(sequence.own)]
+        if not kept:
+            raise Dropped(f"no reply of the conversation fits max_length {self.max_length}")
+        return kept
+
+    def unmet_opening(self, messages: Messages, options: Mapping[str, Any] | None = None) -> str:
+        """What generation puts before the last reply beyond what the reply follows in training; most often nothing."""
+        end = max(i for i, m in enumerate(messages) if m["role"] == "assistant") + 1
+        before = self.prompt_text(messages[: end - 1], options) if end > 1 else ""
+        return before[len(self._template(options).reply(messages[:end])[0]) :]
+
+    def _template(self, options: Mapping[str, Any] | None) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer, {**self.template_options, **(options or {})})
+
+    def _sequence(self, pieces: Sequence[Span]) -> Conversation:
+        """Context, reply, context, reply, ... to token ids."""
+        prompt_ids, text = self._ids(pieces[0].text), pieces[0].text
         ids: list[int] = []
         own: list[bool] = []
-        text = ""
-        for i, span in enumerate(pieces := spans(self.tokenizer, messages)):
-            known = prompt_ids + ids
+        for i, span in enumerate(pieces[1:], 1):
+            new = self._continuation(text, prompt_ids + ids, span.text)
             if span.is_reply:
-                is_last = i == len(pieces) - 1
-                full = self._continuation(text, known, span.text)
-                reply = self._ended(full, span, append=is_last)
-                new = reply if is_last else full
-                own += [j < len(reply) for j in range(len(new))]
-                ids += new
-            elif i == 0:
-                prompt_ids = self._ids(span.text)
-            else:
-                between = self._continuation(text, known, span.text)
-                ids += between
-                own += [False] * len(between)
+                new = self._ended(new, span, append=self.append_eos and i == len(pieces) - 1)
+            ids += new
+            own += [span.is_reply] * len(new)
             text += span.text
         prompt_ids, (ids,) = self._fit(prompt_ids, [ids])
-        if not any(own[: len(ids)]):
-            raise Dropped(f"no reply of the conversation fits max_length {self.max_length}")
-        return prompt_ids, ids, own[: len(ids)]
+        return Conversation(prompt_ids, ids, own[: len(ids)])
 
-    def _texts(self, prompt: str | Messages, completions: Sequence[str | Messages]) -> tuple[str, list[Span]]:
+    def _texts(
+        self,
+        prompt: str | Messages,
+        completions: Sequence[str | Messages],
+        options: Mapping[str, Any] | None,
+        ended: bool | None,
+    ) -> tuple[str, list[Span]]:
+        """What all completions follow, and each of them."""
         if isinstance(prompt, str):
             if not all(isinstance(c, str) for c in completions):
                 raise ValueError("a completion of messages needs a prompt of messages; this prompt is text")
-            return prompt, [Span(str(c), True, False) for c in completions]
-        before = render(self.tokenizer, prompt, reply_follows=True)
-        replies = []
+            return _text_alone(prompt, options), [Span(str(c), True) for c in completions]
+        template = self._template(options)
+        template.check_tools(prompt)
+        found = []
         for c in completions:
-            turns = [{"role": "assistant", "content": c}] if isinstance(c, str) else list(c)
-            replies.append(reply_span(self.tokenizer, before, [*prompt, *turns]))
-        return before, replies
-
-    def _reply(self, before: str, prompt_ids: list[int], reply: Span) -> list[int]:
-        return self._ended(self._continuation(before, prompt_ids, reply.text), reply, append=True)
+            (turn,) = [{"role": "assistant", "content": c}] if isinstance(c, str) else one_reply(c)
+            context, reply = template.reply([*prompt, turn], checked=ended is None)
+            if ended is False and reply.is_closed:
+                reply = reply._replace(text=reply.text.removesuffix(reply.closing.strip()).rstrip())
+            found.append((context, reply))
+        # Of a template that opens some replies in another way than others the beginning that all have is the prompt.
+        before = min((context for context, _ in found), key=len)
+        return before, [reply._replace(text=context[len(before) :] + reply.text) for context, reply in found]
 
     def _ended(self, ids: list[int], reply: Span, *, append: bool) -> list[int]:
         """The reply's ids up to its end: without white space after the end-of-sequence token, which is added if due."""
@@ -123,7 +199,7 @@ class Encoder:
             end = len(ids) - ids[::-1].index(eos)
             if end == len(ids) or (reply.is_closed and not self._decode(ids[end:]).strip()):
                 return ids[:end]
-        due = append and self.append_eos and not reply.is_closed
+        due = append and not reply.is_closed
         return [*ids, eos] if due and eos is not None else ids
 
     def _fit(
@@ -159,3 +235,19 @@ class Encoder:
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def _text_alone(prompt: str, options: Mapping[str, Any] | None) -> str:
+    """The prompt. ValueError if there are tools, which only a chat template could write."""
+    if (options or {}).get("tools"):
+        raise ValueError("tools need a prompt of messages; this prompt is text")
+    return prompt
+
+
+def one_reply(completion: Messages) -> Messages:
+    """The completion, if it is one reply of the assistant. ValueError otherwise."""
+    if len(completion) != 1 or completion[0]["role"] != "assistant":
+        raise ValueError("a completion of messages must be one reply of the assistant to the same conversation")
+    if completion[0].get("weight") == 0:
+        raise ValueError("a completion must not be a reply with a weight of 0: nothing of it would be trained on")
+    return completion

@@ -9,20 +9,24 @@
 | ranked list | `prompt`, `completions`, and `rewards` (high is good) or `ranks` (0 is best); without them best first |
 
 Beside pairs may stand `margin`, and both of `ref_chosen_logps`, `ref_rejected_logps`; beside pairs and lists `labeler`.
-Every prompt and completion is a text or a list of messages (`role`, `content`). Forms of well-known data sets become
-one of these on reading (see `forms`); rated completions become lists, and lists pairs, where they are asked for.
+Every prompt and completion is a text or a list of messages (`role`, `content`, and what else the chat template reads:
+`tool_calls`, `reasoning_content`, ...). Beside messages may stand `tools` and `chat_template_kwargs`. A reply of the
+assistant with a `weight` of 0 is context. What the chat template leaves out is refused, with the row. Forms of
+well-known data sets become one of these on reading (see `forms`); rated completions become lists, and lists pairs,
+where they are asked for.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Value
 
 from .cells import cell, checked_text
-from .chat import check_messages, is_chat
+from .chat import Messages, check_messages, is_chat, template_options
 from .cut import Cuts
 from .encode import Encoder
 from .files import Rows, read_rows, together
@@ -36,6 +40,9 @@ SFT_FORMS = (("messages",), ("prompt", "completion"), ("text",), ("completion",)
 PAIR_FORMS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
 LIST_FORMS = (("prompt", "completions"), *PAIR_FORMS)
 
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+"""Columns that the chat template is told of."""
+
 _PROMPT_CUT, _REPLY_CUT = "_prompt_cut", "_reply_cut"
 
 Row = Mapping[str, Any]
@@ -44,11 +51,16 @@ Row = Mapping[str, Any]
 def tokenize_sft(source: Rows, encode: Encoder) -> Dataset:
     """Rows to `prompt_ids`, `completion_ids`, `length`, and for conversations `own`: which ids are the assistant's.
 
+    A conversation whose earlier turns the chat template writes anew when later ones follow gives several rows (see
+    `Encoder.conversations`), in its place.
+
     Raises ValueError naming the row if a completion is empty.
     """
     rows = as_completions(read_rows(source), encode.skip_bad_rows)
     form = _form(rows, SFT_FORMS)
-    return _map(rows, _conversation if form == ("messages",) else _completion, form, encode)
+    if isinstance(rows.features[form[-1]], Value) and form != ("messages",):
+        return _map(rows, _completion, form, encode)
+    return _map(rows, _conversations, form, encode).map(_one_each, batched=True, desc="sequences")
 
 
 def tokenize_preferences(source: Rows, encode: Encoder) -> Dataset:
@@ -101,32 +113,44 @@ def _map(
 ) -> Dataset:
     """Every row through `convert`, which sees `columns`; the columns `keep` stay as they are, all others go.
 
-    Tells how many rows were cut or left out, and how many are left.
+    Tells how many rows were cut or left out, and how many are left. Each gets `rows`, its own number, by which a batch
+    that goes wrong is named.
     """
-    rows = rows.select_columns([*columns, *keep])
+    given = [*columns, *_present(rows, *TEMPLATE_COLUMNS)]
+    rows = rows.select_columns([*given, *keep])
     cuts = Cuts()
     encode = replace(encode, cuts=cuts)
 
     def one(row: Row, index: int) -> dict[str, Any]:
         cuts.prompt = cuts.reply = False
-        return {**convert(row, index, encode), _PROMPT_CUT: cuts.prompt, _REPLY_CUT: cuts.reply}
+        for name in keep:
+            check_finite(row[name], name)
+        out = convert(row, index, encode)
+        several = isinstance(out["length"], list)
+        number: list[Any] = [[index]] * len(out["length"]) if several else [index]
+        return {**out, "rows": number, _PROMPT_CUT: cuts.prompt, _REPLY_CUT: cuts.reply}
 
-    gone = [name for name in columns if name not in keep]
+    gone = [name for name in given if name not in keep]
     found = map_rows(rows, one, gone, skip_bad_rows=encode.skip_bad_rows, desc="tokenising")
     prompts, replies = sum(found[_PROMPT_CUT]), sum(found[_REPLY_CUT])
     report(Tally(rows=len(found), prompts_cut=prompts, replies_cut=replies))
     return found.remove_columns([_PROMPT_CUT, _REPLY_CUT])
 
 
+def _one_each(rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """A row for each of the sequences that a row's columns list."""
+    return {name: [one for several in values for one in several] for name, values in rows.items()}
+
+
 def converter(form: Sequence[str]) -> Callable[[Row, int, Encoder], dict[str, Any]]:
     """What makes token ids and their `length` of a row of these columns; of a `prompt` alone its `prompt_ids`."""
-    single = {("messages",): _conversation, ("prompt", "completions"): _ranked, ("prompt",): _prompt}
+    single = {("messages",): _longest, ("prompt", "completions"): _ranked, ("prompt",): _prompt}
     return single.get(tuple(form)) or (_pair if tuple(form) in PAIR_FORMS else _completion)
 
 
 # ---------------------------------------------------------------------------------------------------- one row of each
 def _prompt(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
-    ids, _ = encode.seen_prompt(cell(row, "prompt", index, may_be_empty=True))
+    ids, _ = encode.seen_prompt(cell(row, "prompt", index, may_be_empty=True), template_options(row))
     if not ids:
         raise ValueError("column 'prompt' must have at least one token")
     return {"prompt_ids": ids, "length": len(ids)}
@@ -135,26 +159,51 @@ def _prompt(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
 def _completion(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
     prompt = cell(row, "prompt", index, may_be_empty=True) if "prompt" in row else ""
     column = "text" if "text" in row else "completion"
-    prompt_ids, (ids,) = encode(prompt, [cell(row, column, index, may_be_empty=False)])
+    if is_chat(row[column]):
+        return _longest(row, index, encode)
+    prompt_ids, (ids,) = encode(prompt, [cell(row, column, index, may_be_empty=False)], template_options(row))
     return {"prompt_ids": prompt_ids, "completion_ids": ids, "length": len(prompt_ids) + len(ids)}
 
 
-def _conversation(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
-    if not is_chat(row["messages"]):
-        raise ValueError(f"column 'messages' must hold a list of messages; got {type(row['messages']).__name__}")
-    messages = cell(row, "messages", index, may_be_empty=False)
-    prompt_ids, ids, own = encode.conversation(messages)
-    return {"prompt_ids": prompt_ids, "completion_ids": ids, "own": own, "length": len(prompt_ids) + len(ids)}
+def _conversations(row: Row, index: int, encode: Encoder) -> dict[str, list[Any]]:
+    """A conversation, or a prompt and the messages that follow it: lists, with an entry for each sequence."""
+    before, messages = _conversation_of(row, index)
+    found = encode.conversations([*before, *messages], template_options(row), len(before))
+    return {
+        "prompt_ids": [each.prompt_ids for each in found],
+        "completion_ids": [each.ids for each in found],
+        "own": [each.own for each in found],
+        "length": [len(each.prompt_ids) + len(each.ids) for each in found],
+    }
+
+
+def _longest(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
+    """The length of the longest sequence of a conversation."""
+    return {"length": max(_conversations(row, index, encode)["length"])}
+
+
+def _conversation_of(row: Row, index: int) -> tuple[Messages, Messages]:
+    """(what is context alone, the conversation from there on)."""
+    column = "messages" if "messages" in row else "completion"
+    if not is_chat(row[column]):
+        raise ValueError(f"column {column!r} must hold a list of messages; got {type(row[column]).__name__}")
+    messages = cell(row, column, index, may_be_empty=False)
+    if column == "messages" or not row.get("prompt"):
+        return [], messages
+    prompt = cell(row, "prompt", index, may_be_empty=True)
+    if not is_chat(prompt):
+        raise ValueError("a completion of messages needs a prompt of messages; this prompt is text")
+    return prompt, messages
 
 
 def _pair(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
-    prompt_ids, (chosen, rejected) = encode(*pair_of(row, index))
+    prompt_ids, (chosen, rejected) = encode(*pair_of(row, index), template_options(row))
     length = len(prompt_ids) + max(len(chosen), len(rejected))
     return {"prompt_ids": prompt_ids, "chosen_ids": chosen, "rejected_ids": rejected, "length": length}
 
 
 def _pair_as_list(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
-    prompt_ids, completions = encode(*pair_of(row, index))
+    prompt_ids, completions = encode(*pair_of(row, index), template_options(row))
     return _list(prompt_ids, completions, {"ranks": [0.0, 1.0]})
 
 
@@ -168,7 +217,7 @@ def _ranked(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
             check_messages(completion, f"{where} row {index} (from 0),")
         else:
             checked_text(completion, where, index, may_be_empty=False)
-    prompt_ids, ids = encode(cell(row, "prompt", index, may_be_empty=True), completions)
+    prompt_ids, ids = encode(cell(row, "prompt", index, may_be_empty=True), completions, template_options(row))
     columns = {name: _numbers(row[name], name, len(completions)) for name in ("rewards", "ranks") if name in row}
     ranks = columns.get("ranks", [-r for r in columns.get("rewards", [])] or [float(k) for k in range(len(ids))])
     order = sorted(range(len(ids)), key=lambda k: ranks[k])
@@ -176,10 +225,18 @@ def _ranked(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
     return _list(prompt_ids, [ids[k] for k in order], {name: [c[k] for k in order] for name, c in columns.items()})
 
 
+def check_finite(value: Any, column: str) -> None:
+    """ValueError for a number that is NaN or infinite: its loss would be, and all weights after it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"column {column!r} must hold finite numbers; got {value}")
+
+
 def _numbers(values: Any, column: str, count: int) -> list[float]:
     good = isinstance(values, list) and all(isinstance(v, (int, float)) and v == v for v in values)
     if not good or len(values) != count:
         raise ValueError(f"column {column!r} must hold one number for each of the {count} completions; got {values!r}")
+    for value in values:
+        check_finite(value, column)
     return [float(v) for v in values]
 
 

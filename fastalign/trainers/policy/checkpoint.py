@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ...models.lora import is_adapted, merged
-from ..common.checkpoints import PARTIAL, publish, seal, write_json
+from ..common.checkpoints import PARTIAL, publish, seal, write_json, writing
+from ..common.finite import refuse_bad_weights
 
 _OPTIMIZER, _STATE = "optimizer.pt", "trainer_state.json"
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -69,7 +70,10 @@ def save_policy(trainer: Any, folder: str, *, merge: bool = False) -> None:
     """Policy, value function and tokenizer, all in one folder. Every process must call it; the first one writes.
 
     merge: add adapters to the weights, so that what is saved is a plain model.
+
+    FloatingPointError if the weights hold NaN or +inf.
     """
+    refuse_bad_weights(trainer.model, trainer.accelerator, f"the model in {folder}")
     state = get_model_state_dict(trainer.model, options=_WHOLE)
     if trainer.accelerator.is_main_process:
         os.makedirs(folder, exist_ok=True)
@@ -91,20 +95,21 @@ def save_whole(trainer: Any, folder: str, *, resumable: bool = True) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         os.makedirs(partial)
     accelerator.wait_for_everyone()
-    save_policy(trainer, partial)
-    if resumable:
-        torch.save(rng_state(), os.path.join(partial, _rng(accelerator.process_index)))
-        optimizer = get_optimizer_state_dict(trainer.model, trainer.optimizer.optimizer, options=_WHOLE)
+    with writing(folder, partial):
+        save_policy(trainer, partial)
+        if resumable:
+            torch.save(rng_state(), os.path.join(partial, _rng(accelerator.process_index)))
+            optimizer = get_optimizer_state_dict(trainer.model, trainer.optimizer.optimizer, options=_WHOLE)
+            if accelerator.is_main_process:
+                state = {"optimizer": optimizer, "scheduler": trainer.scheduler.state_dict()}
+                torch.save(state, os.path.join(partial, _OPTIMIZER))
         if accelerator.is_main_process:
-            state = {"optimizer": optimizer, "scheduler": trainer.scheduler.state_dict()}
-            torch.save(state, os.path.join(partial, _OPTIMIZER))
-    if accelerator.is_main_process:
-        write_json(Path(partial) / _STATE, trainer.state_dict())
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        seal(partial)
-        _sync(partial)
-        publish(partial, folder)
+            write_json(Path(partial) / _STATE, trainer.state_dict())
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            seal(partial)
+            _sync(partial)
+            publish(partial, folder)
     accelerator.wait_for_everyone()
 
 

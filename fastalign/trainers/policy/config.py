@@ -127,7 +127,9 @@ class PolicyConfig(CommonConfig, EpisodeConfig):
     use_cpu: bool = key(False, "Stay on the CPU")
     logging_steps: int = key(1, "Log every so many steps (a step: one batch of responses and its updates)")
     eval_steps: int | None = key(None, "Evaluate every so many steps; at the end alone by default")
-    save_steps: int | None = key(None, "Write a checkpoint every so many steps; none by default")
+    save_steps: int | None = key(
+        500, "Write a checkpoint every so many steps; null for none but of a run that fails, which always leaves one"
+    )
     save_total_limit: int | None = key(None, "Checkpoints to keep; all by default")
     load_best_model_at_end: bool = key(False, "Save the weights with the best eval score, not the last")
     report_to: list[str] = key("none", "Also log to: tensorboard, wandb, ... (accelerate's trackers)")  # noqa: RUF009

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import inspect
-import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
@@ -19,43 +15,50 @@ from ...models.loading import load, load_tokenizer, pad_id
 from ...models.logits import run_model
 from ..data.collate import pad
 from ..data.encode import Encoder
+from .reward_functions import NamedReward, RewardError, RewardFunction, load_function
 from .rollout import Episode
 
-RewardFunction = Callable[..., Any]
+__all__ = ["FunctionReward", "ModelReward", "RewardError", "RewardFunction", "load_function", "load_reward", "scored"]
 
 
 class FunctionReward:
-    """Calls a function with the lists `prompts`, `completions` and the columns that it names, as far as it names them.
+    """The sum of one or more functions (see `reward_functions`) of responses and of their rows' columns.
 
-    Raises TypeError for parameters that take any name: which columns to read must be known.
+    TypeError for what is no function, is asynchronous, or takes any number of positional arguments.
     """
 
-    def __init__(self, function: RewardFunction) -> None:
-        parameters = inspect.signature(function).parameters.values()
-        if any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters):
-            raise TypeError(f"reward_fn must name its parameters; {function} takes any")
-        self.function = function
-        self.names = [p.name for p in parameters if p.default is p.empty or p.name in ("prompts", "completions")]
-        self.columns = [name for name in self.names if name not in ("prompts", "completions")]
+    def __init__(self, *functions: RewardFunction, key: str = "reward_fn") -> None:
+        self.functions = [NamedReward(function, key) for function in functions]
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns that the rows must have."""
+        return list(dict.fromkeys(name for f in self.functions for name in f.needed))
+
+    @property
+    def optional(self) -> list[str] | None:
+        """Columns that are passed on where the rows have them; None: all."""
+        if any(f.takes_all for f in self.functions):
+            return None
+        return list(dict.fromkeys(name for f in self.functions for name in f.optional))
 
     def __call__(self, episodes: Sequence[Episode]) -> Tensor:
-        """[E], float32. ValueError if the function does not return one finite number per response."""
-        known: dict[str, list] = {name: [e.prompt.columns[name] for e in episodes] for name in self.columns}
+        """[E], float32; NaN for a response that no function applies to. RewardError if one fails or gives no number."""
+        names = set.intersection(*(set(e.prompt.columns) for e in episodes))
+        known: dict[str, list] = {name: [e.prompt.columns[name] for e in episodes] for name in sorted(names)}
         known |= {"prompts": [e.prompt.text for e in episodes], "completions": [e.text for e in episodes]}
-        scores = torch.as_tensor(self.function(**{name: known[name] for name in self.names}), dtype=torch.float32)
-        if scores.shape != (len(episodes),):
-            raise ValueError(f"reward_fn must return {len(episodes)} numbers; got shape {list(scores.shape)}")
-        if not torch.isfinite(scores).all():
-            raise ValueError("reward_fn must return finite numbers; got " + ", ".join(map(str, scores.tolist()[:8])))
-        return scores
+        known |= {"completion_ids": [e.ids for e in episodes]}
+        scores = torch.tensor([f(known, len(episodes)) for f in self.functions], dtype=torch.float64)
+        return torch.where(scores.isnan().all(0), torch.nan, scores.nansum(0)).float()
 
 
 class ModelReward:
     """Score of a sequence-classification model with one output, read at the last real token.
 
-    Prompt and response are tokenised by the reward model's own tokenizer, with its end-of-sequence token after
-    responses that ended. Where the model has a linear `score` layer, the position is found from the attention mask, not
-    from the padding token as transformers does, so that neither the batch nor the pad id matters.
+    Prompt and response are tokenised by the reward model's own tokenizer, conversations through its own chat template
+    (never the policy's), with its end of a turn, or end-of-sequence token, after responses that ended. Where the model
+    has a linear `score` layer, the position is found from the attention mask, not from the padding token as
+    transformers does, so that neither the batch nor the pad id matters.
 
     Args:
         path: folder or hub name of the model.
@@ -65,6 +68,7 @@ class ModelReward:
     """
 
     columns: Sequence[str] = ()
+    optional: Sequence[str] = ()
 
     def __init__(
         self, path: str, *, device: torch.device, dtype: torch.dtype, batch_size: int = 64, max_length: int = 2**30
@@ -79,20 +83,33 @@ class ModelReward:
 
     @torch.no_grad()
     def __call__(self, episodes: Sequence[Episode]) -> Tensor:
-        """[E], float32, on the CPU."""
-        ended = Encoder(self.tokenizer, self.max_length)
-        cut = Encoder(self.tokenizer, self.max_length, append_eos=False)
-        pairs = []
-        for e in episodes:
-            prompt, (ids,) = (ended if e.ended else cut)(e.prompt.text, [e.text])
-            pairs.append((prompt, ids))
+        """[E], float32, on the CPU. RewardError for a score that is not finite."""
+        pairs = [self._encoded(e) for e in episodes]
         scores = torch.zeros(len(pairs))
         order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
             batch = pad([pairs[i] for i in chosen], pad_id(self.tokenizer))
             scores[chosen] = self._score({name: x.to(self.device) for name, x in batch.items()}).float().cpu()
+        for i in torch.nonzero(~scores.isfinite()).flatten().tolist():
+            raise RewardError(
+                f"reward_model must give finite scores; number {i} of {len(pairs)} (from 0) is {float(scores[i])}, for "
+                f"the prompt {episodes[i].prompt.text[-80:]!r} and the completion {episodes[i].text[:80]!r}"
+            )
         return scores
+
+    def _encoded(self, episode: Episode) -> tuple[list[int], list[int]]:
+        """Token ids of prompt and response. ValueError for a conversation where the model has no chat template."""
+        prompt = episode.prompt
+        if prompt.messages is not None and self.tokenizer.chat_template is None:
+            raise ValueError(
+                "reward_model must have a chat template, since the prompts are conversations; its tokenizer has none"
+            )
+        seen = prompt.text if prompt.messages is None else prompt.messages
+        options = {"tools": prompt.tools} if prompt.tools else {}
+        encode = Encoder(self.tokenizer, self.max_length)
+        ids, (tail,) = encode(seen, [episode.text], options, ended=episode.ended)
+        return ids, tail
 
     def _score(self, batch: dict[str, Tensor]) -> Tensor:
         if not hasattr(self.model, "score"):
@@ -102,44 +119,37 @@ class ModelReward:
         return last_token_scores(self.model.score(hidden).squeeze(-1), batch["attention_mask"].bool())
 
 
-def load_reward(args: Any, function: RewardFunction | None, device: torch.device) -> FunctionReward | ModelReward:
-    """The one reward there is: the function, `args.reward_fn` or `args.reward_model`; ValueError unless exactly one."""
+def scored(reward: FunctionReward | ModelReward, episodes: list[Episode]) -> list[Episode]:
+    """This process's responses with their scores, and those of all others, in the order of the processes.
+
+    Raises RewardError, in every process alike, if the reward failed in any of them.
+    """
+    failure = None
+    try:
+        scores = reward(episodes).tolist() if episodes else []
+        for episode, score in zip(episodes, scores, strict=True):
+            episode.score = score
+    except Exception as error:
+        failure = error
+    told = gather_object([None if failure is None else str(failure)])
+    said = next((text for text in told if text is not None), None)
+    if said is not None:
+        raise RewardError(said) from failure
+    return gather_object(episodes)
+
+
+def load_reward(args: Any, function: Any, device: torch.device) -> FunctionReward | ModelReward:
+    """The reward: what was given from Python (a function, or a list of them, which are added up), `args.reward_fn` or
+    `args.reward_model`; ValueError unless exactly one is there."""
     given = [x is not None for x in (function, args.reward_fn, args.reward_model)]
     if sum(given) != 1:
         raise ValueError(
             f"exactly one reward must be given: reward_model, reward_fn, or in Python reward; got {sum(given)} of them"
         )
-    if args.reward_model is None:
-        return FunctionReward(load_function(args.reward_fn) if function is None else function)
-    size = args.rollout_batch_size
-    return ModelReward(args.reward_model, device=device, dtype=getattr(torch, args.dtype), batch_size=size)
-
-
-def load_function(spec: str) -> RewardFunction:
-    """The function called `module:function` or `path/to/file.py:function`.
-
-    Raises ValueError if there is no such module, file or function.
-    """
-    place, colon, name = spec.rpartition(":")
-    if not colon or not place or not name:
-        raise ValueError(f"reward_fn must be module:function or file.py:function; got {spec!r}")
-    try:
-        module = _load_file(place) if place.endswith(".py") else importlib.import_module(place)
-    except (ModuleNotFoundError, FileNotFoundError, SyntaxError) as error:
-        raise ValueError(f"reward_fn names {place!r}, which cannot be imported: {error}") from None
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ValueError(f"reward_fn must name a function; {place!r} has no function {name!r}")
-    return function
-
-
-def _load_file(path: str) -> Any:
-    path = os.path.abspath(os.path.expanduser(path))
-    name = f"_fastalign_reward_{os.path.splitext(os.path.basename(path))[0]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None or not os.path.isfile(path):
-        raise FileNotFoundError(f"there is no Python file {path!r}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    if args.reward_fn is not None:
+        return FunctionReward(load_function(args.reward_fn))
+    if function is not None and not isinstance(function, str):
+        functions = function if isinstance(function, (list, tuple)) else [function]
+        return FunctionReward(*functions, key="reward")
+    size, path = args.rollout_batch_size, str(args.reward_model or function)
+    return ModelReward(path, device=device, dtype=getattr(torch, args.dtype), batch_size=size)

@@ -10,6 +10,7 @@ each token is drawn by inverting the distribution at a uniform number that belon
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -23,24 +24,31 @@ from transformers import PreTrainedTokenizerBase
 
 from ...models.loading import pad_id
 from ...models.logits import GROUPS, ModelLogits
-from ...models.sampling import Sampling, continuations
+from ...models.sampling import Sampling, Tail, continuations
 from ...rl.rewards import ShapedRewards
 from ...utils.batch import IGNORE, Batch
 from ..data.cells import cell
+from ..data.chat import Messages, is_chat, template_options
 from ..data.collate import pad
 from ..data.encode import Encoder
 from ..data.files import Rows, load_rows, named, read_rows
 from ..data.problems import Problems, Reading, Tally, report, tally
 from ..data.rowwise import Dropped
 from ..data.targets import as_prompts
+from ..data.tokenize import TEMPLATE_COLUMNS
 
 
 class Prompt(NamedTuple):
-    """What a response is sampled for: token ids, text, and the columns of its row that the reward asks for."""
+    """What a response is sampled for: token ids, text, the columns of its row that the reward asks for, its number."""
 
     ids: list[int]
     text: str
+    """As the policy sees it."""
     columns: Mapping[str, Any]
+    row: int = 0
+    messages: Messages | None = None
+    """Of a conversation: what other models than the policy are to see, each by its own chat template."""
+    tools: Sequence[Any] = ()
 
 
 @dataclass
@@ -49,10 +57,11 @@ class Episode:
 
     prompt: Prompt
     ids: list[int]
-    """Token ids, with the end-of-sequence token if it ended."""
+    """Token ids, with the token that ended it, if one did."""
     text: str
     ended: bool
     score: float = 0.0
+    """NaN where the reward does not apply: nothing is learnt from such a response."""
     logps: Tensor = field(default_factory=lambda: torch.zeros(0))
     """By the policy that sampled, at the sampling temperature."""
     entropy: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -71,17 +80,21 @@ def load_prompts(
     max_prompt_length: int,
     columns: Sequence[str] = (),
     key: str = "dataset",
+    optional: Sequence[str] | None = (),
     *,
     truncation_mode: str = "left",
     reading: Reading | None = None,
     counts: dict[str, int] | None = None,
+    template_options: Mapping[str, Any] | None = None,
 ) -> list[Prompt]:
     """Rows with a `prompt` (text, or a list of chat messages) and further columns, which `key` gave; none for None.
 
     Args:
+        optional: columns that are kept where there are such; None: all.
         truncation_mode: for longer prompts: left (policy and reward see what is left of them), drop or raise.
         reading: how the source is read.
         counts: is told what was cut, dropped and left out.
+        template_options: for the chat template, beside the columns `tools` and `chat_template_kwargs`.
 
     Raises:
         ValueError: a prompt without any token, or too long in mode raise; naming the row. No row that is left.
@@ -91,8 +104,12 @@ def load_prompts(
     reading = reading or Reading()
     with named(key), tally(key) as told:
         rows = as_prompts(read_rows(source, reading), reading.skip_bad_rows)
-        rows = load_rows(rows, required=("prompt", *columns))
-        encode = Encoder(tokenizer, 2**30, max_prompt_length, append_eos=False, truncation_mode=truncation_mode)
+        more = rows.column_names if optional is None else [name for name in optional if name in rows.column_names]
+        columns = list(dict.fromkeys(name for name in (*columns, *more) if name != "prompt"))
+        for_template = [name for name in TEMPLATE_COLUMNS if name in rows.column_names and name not in columns]
+        rows = load_rows(rows, required=("prompt", *columns), optional=for_template)
+        options = template_options or {}
+        encode = Encoder(tokenizer, 2**30, max_prompt_length, False, options, truncation_mode=truncation_mode)
         found = list(_prompts(rows, encode, columns, reading.skip_bad_rows))
     if counts is not None:
         counts.update({f"data/{key}/{name}": value for name, value in told.counts().items()})
@@ -104,7 +121,13 @@ def _prompts(rows: Dataset, encode: Encoder, columns: Sequence[str], skip_bad_ro
     for index, row in enumerate(rows):
         given: Any = row
         try:
-            ids, text = encode.seen_prompt(cell(given, "prompt", index, may_be_empty=True))
+            prompt, options = cell(given, "prompt", index, may_be_empty=True), template_options(given)
+            is_conversation = is_chat(prompt)
+            whole = prompt
+            if is_conversation and encode.truncation_mode == "left":
+                prompt = encode.fitted(prompt, options)
+            ids, text = encode.seen_prompt(prompt, options)
+            encode.cuts.prompt |= prompt is not whole
             if not ids:
                 raise ValueError(f"column 'prompt' must have at least one token; row {index} (from 0) has none")
         except Dropped:
@@ -116,11 +139,49 @@ def _prompts(rows: Dataset, encode: Encoder, columns: Sequence[str], skip_bad_ro
             continue
         told.rows += 1
         told.prompts_cut += encode.cuts.prompt
-        yield Prompt(ids, text, {name: given[name] for name in columns})
+        messages = prompt if is_conversation else None
+        found = {name: given[name] for name in columns}
+        yield Prompt(ids, text, found, index, messages, options.get("tools", ()))
     problems.close(told.rows)
     report(told)
     if not told.rows:
         raise ValueError(f"dataset must have a prompt within max_prompt_length; all {told.dropped} are longer")
+
+
+def all_prompts(
+    train: Rows, evaluation: Rows | Mapping[str, Rows] | None, tokenizer: Any, args: Any, reward: Any, counts: Any
+) -> tuple[list[Prompt], list[Prompt], dict[str, list[Prompt]]]:
+    """(prompts to train on, all to evaluate on, those of each evaluation set by name): see `load_prompts`."""
+
+    def load(source: Rows | None, key: str) -> list[Prompt]:
+        return load_prompts(
+            source,
+            tokenizer,
+            args.max_prompt_length,
+            reward.columns,
+            key,
+            reward.optional,
+            truncation_mode=args.truncation_mode,
+            reading=args.reading,
+            counts=counts,
+            template_options=args.chat_template_kwargs,
+        )
+
+    prompts = load(train, "dataset")
+    if not isinstance(evaluation, Mapping):
+        return prompts, load(evaluation, "eval_dataset"), {}
+    sets = {name: load(rows, f"eval_dataset_{name}") for name, rows in evaluation.items()}
+    return prompts, [prompt for each in sets.values() for prompt in each], sets
+
+
+def by_set(
+    sets: Mapping[str, Sequence[Prompt]], episodes: Mapping[int, Episode]
+) -> Iterator[tuple[str, list[Episode]]]:
+    """Each set's name and episodes; those of all sets come with the number of their prompt among all."""
+    start = 0
+    for name, prompts in sets.items():
+        yield name, [episodes[i] for i in range(start, start + len(prompts))]
+        start += len(prompts)
 
 
 def prompt_order(count: int, start: int, number: int, seed: int) -> list[int]:
@@ -147,25 +208,22 @@ def generate(
 
     `keys[i]` (whole numbers) says which response of all it is, which with the seed decides its draws.
     """
-    fill, eos = pad_id(tokenizer), tokenizer.eos_token_id
+    fill = pad_id(tokenizer)
     episodes: dict[int, Episode] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     for start in range(0, len(order), sampling.batch_size):
         chosen = order[start : start + sampling.batch_size]
         draws = [np.random.default_rng((seed, 2, *keys[i])).random(sampling.max_new_tokens) for i in chosen]
         batch = pad([(prompts[i].ids, []) for i in chosen], fill, "left")
-        tails = continuations(policy, batch, torch.from_numpy(np.stack(draws)), sampling, fill, eos)
+        tails = continuations(policy, tokenizer, batch, torch.from_numpy(np.stack(draws)), sampling)
         for i, tail in zip(chosen, tails, strict=True):
-            episodes[i] = _episode(prompts[i], tail, eos, tokenizer)
+            episodes[i] = _episode(prompts[i], tail, tokenizer)
     return [episodes[i] for i in range(len(prompts))]
 
 
-def _episode(prompt: Prompt, tail: list[int], eos: int | None, tokenizer: PreTrainedTokenizerBase) -> Episode:
-    """The response up to and with its end; what follows is padding."""
-    ended = eos is not None and eos in tail
-    ids = tail[: tail.index(eos) + 1] if eos is not None and ended else tail
-    text = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-    return Episode(prompt, ids, text, ended)
+def _episode(prompt: Prompt, tail: Tail, tokenizer: PreTrainedTokenizerBase) -> Episode:
+    text = str(tokenizer.decode(tail.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return Episode(prompt, tail.ids, text, tail.finished)
 
 
 # ------------------------------------------------------------------------------------------------------------ scoring
@@ -254,17 +312,30 @@ def unstack(x: Tensor, episodes: Sequence[Episode], name: str) -> None:
         setattr(episode, name, row[: len(episode.ids)].clone())
 
 
+def applicable(episodes: Sequence[Episode]) -> Tensor:
+    """[E], True = the reward applies."""
+    return torch.tensor([not math.isnan(e.score) for e in episodes], dtype=torch.bool)
+
+
 def describe(episodes: Sequence[Episode], shaped: ShapedRewards) -> dict[str, float]:
-    """What users follow: sums over the tokens of a response, means over responses."""
+    """What users follow: sums over a response's tokens, means over responses (of rewards, over those that have one)."""
     non_score = shaped.non_score_rewards
+    applies = applicable(episodes)
+    known = {
+        "objective/rlhf_reward": (shaped.scores + non_score)[applies],
+        "objective/scores": torch.tensor([e.score for e in episodes], dtype=torch.float64)[applies],
+    }
+    found = {name: float(x.mean()) for name, x in known.items() if len(x)}
+    if len(known["objective/scores"]):
+        found["objective/scores_std"] = float(known["objective/scores"].std(correction=0))
+    if not applies.all():
+        found["objective/reward_applies"] = float(applies.double().mean())
     ended = [e.ended for e in episodes]
     return {
         "objective/kl": float(shaped.kl.mean()),
         "objective/entropy": float(np.mean([float(e.entropy.sum()) for e in episodes])),
         "objective/non_score_reward": float(non_score.mean()),
-        "objective/rlhf_reward": float((shaped.scores + non_score).mean()),
-        "objective/scores": float(np.mean([e.score for e in episodes])),
-        "objective/scores_std": float(np.std([e.score for e in episodes])),
+        **found,
         "length": float(np.mean([len(e.ids) for e in episodes])),
         "eos_rate": float(np.mean(ended)),
         "val/num_eos_tokens": float(np.sum(ended)),
@@ -276,4 +347,4 @@ def describe_briefly(episodes: Sequence[Episode], shaped: ShapedRewards, prefix:
     found = describe(episodes, shaped)
     names = {"objective/scores": "score", "objective/kl": "kl", "objective/entropy": "entropy"}
     names |= {"length": "length", "eos_rate": "eos_rate"}
-    return {f"{prefix}/{short}": found[name] for name, short in names.items()}
+    return {f"{prefix}/{short}": found[name] for name, short in names.items() if name in found}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
+from pathlib import Path
 from typing import Any
 
 from ..common import arguments
+from ..common.checkpoints import write_json
 from ..common.run import make_room, start_point
 from ..data.files import check_sources
 from .config import PolicyConfig
@@ -22,7 +22,6 @@ def run_policy(command: str, config: type[PolicyConfig], trainer_class: Any, arg
     metrics = trainer.train(checkpoint)
     trainer.save_model()
     if trainer.accelerator.is_main_process:
-        with open(os.path.join(args.output_dir, "metrics.json"), "w", encoding="utf-8") as file:
-            json.dump({**metrics, **trainer.data_counts}, file, indent=1)
+        write_json(Path(args.output_dir) / "metrics.json", {**metrics, **trainer.data_counts})
         print(f"saved to {args.output_dir}")
     return 0

@@ -8,20 +8,18 @@ several (DDP) or sharded weights (FSDP2), with the same result.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import os
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, set_seed
@@ -29,20 +27,25 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from ... import rl
 from ...losses.policy import PPOLoss
 from ...models.actor_critic import ActorCritic, policy_logits
+from ...models.adapters import join_with_base
 from ...models.loading import disable_dropout, load_model, load_tokenizer, pad_id
 from ...models.logits import GROUPS, Answer, ModelLogits, Request, ask, can_answer, shares_prompts
-from ...models.lora import adapters_off, with_lora
+from ...models.lora import adapters_off, is_adapted, with_lora
 from ...models.sampling import Sampling
 from ...utils.batch import Batch
-from ..common.callbacks import JsonlCallback
+from ..common.callbacks import JsonlCallback, shown
 from ..common.checkpoints import PARTIAL, rotate, write_folder
+from ..common.given import check_config, model_given, refuse_others, with_peft_config
+from ..common.sharding import whole_weights
 from ..data.collate import pad
 from ..data.files import Rows
+from ..data.template import use_template
 from . import rollout
 from .checkpoint import RunState, load_training_state, save_policy, save_whole
 from .config import PolicyConfig
-from .rewards import RewardFunction, load_reward
-from .rollout import Episode, Prompt, describe, fill_in, generate, load_prompts, prompt_order, response_mask, stacked
+from .keep import kept
+from .rewards import RewardFunction, load_reward, scored
+from .rollout import Episode, Prompt, describe, fill_in, generate, prompt_order, response_mask, stacked
 from .update import PretrainingStream, Updater, ValueOptions, make_optimizer, make_scheduler, pretraining_stream
 
 _SHOWN = ("objective/scores", "objective/kl", "objective/entropy", "eval/score", "eval/kl", "length", "lr")
@@ -60,6 +63,10 @@ class PolicyTrainer(ABC):
         reward: a function of the lists `prompts` and `completions` (and columns of the rows, by name) that returns one
             number each; None takes `args.reward_fn` or `args.reward_model`.
         ref_model: the reference; None takes `args.ref_model`, or the model as it is now.
+        peft_config: adapters to train, as peft describes them, in place of the lora_* keys of args.
+        reward_funcs: TRL's name of `reward`; a list of functions is added up, a text is a reward model's folder.
+
+    Raises TypeError for args of another kind, and for arguments of other libraries' trainers, with what to use instead.
     """
 
     def __init__(
@@ -70,10 +77,18 @@ class PolicyTrainer(ABC):
         eval_dataset: Rows | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
-        reward: RewardFunction | None = None,
+        reward: RewardFunction | Sequence[RewardFunction] | str | None = None,
         ref_model: Any = None,
+        peft_config: Any = None,
+        reward_funcs: Any = None,
+        **others: Any,
     ) -> None:
-        self.args = args
+        refuse_others(self, others)
+        check_config(self, args)
+        if reward is not None and reward_funcs is not None:
+            raise ValueError("reward and reward_funcs are one argument; give it once")
+        self.args, model = args, model_given(model, args)
+        reward = reward_funcs if reward is None else reward
         path = model if isinstance(model, str) else args.model
         # As transformers does: an earlier trainer's precision, and its device, are not this one's.
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -84,20 +99,20 @@ class PolicyTrainer(ABC):
             project_dir=args.output_dir,
         )
         set_seed(args.seed)
-        policy = load_model(str(path), args) if model is None or isinstance(model, str) else model
+        policy = load_model(str(path), args) if isinstance(model, str) else model
+        if not isinstance(model, str) and processing_class is None and not (args.tokenizer or args.model):
+            raise ValueError("processing_class must be the model's tokenizer; got None, and args.tokenizer names none")
+        policy = with_peft_config(policy, peft_config, args)
         self.processing_class: Any = processing_class or load_tokenizer(args.tokenizer, str(path))
+        use_template(self.processing_class, args.chat_template_path)
         self.fill = pad_id(self.processing_class)
         self.state = RunState(is_world_process_zero=self.accelerator.is_main_process)
         self.reward = load_reward(args, reward, self.accelerator.device)
         self.data_counts: dict[str, int] = {}
-        options = (self.processing_class, args.max_prompt_length, self.reward.columns)
-        how: Any = {"truncation_mode": args.truncation_mode, "reading": args.reading, "counts": self.data_counts}
-        self.prompts: list[Prompt] = load_prompts(train_dataset, *options, **how)
-        sets = eval_dataset if isinstance(eval_dataset, Mapping) else {}
-        self.eval_sets = {n: load_prompts(x, *options, f"eval_dataset_{n}", **how) for n, x in sets.items()}
-        rest = load_prompts(None if sets else eval_dataset, *options, "eval_dataset", **how)
-        self.eval_prompts: list[Prompt] = [*rest, *(p for each in self.eval_sets.values() for p in each)]
-        self._reference = self._keep_reference(policy, ref_model)
+        self.prompts, self.eval_prompts, self.eval_sets = rollout.all_prompts(
+            train_dataset, eval_dataset, self.processing_class, args, self.reward, self.data_counts
+        )
+        self._reference = frozen_reference(policy, ref_model, args, self.accelerator.device)
         self.inner = self.build(policy)
         disable_dropout(self.inner)
         self.inner.policy = with_lora(policy, args, "CAUSAL_LM")  # type: ignore[arg-type]
@@ -152,19 +167,6 @@ class PolicyTrainer(ABC):
         return rl.FixedKL(self.args.kl_coef)
 
     # ------------------------------------------------------------------------------------------------- setting up
-    def _keep_reference(self, policy: Any, given: Any) -> Any:
-        """A frozen model; None where there is nothing to hold to, or where adapters switched off will do."""
-        args = self.args
-        if not args.needs_reference:
-            return None
-        if given is None and args.ref_model is not None:
-            given = load_model(args.ref_model, args, "ref_model")
-        if given is None:
-            if args.lora_rank:
-                return None
-            given = copy.deepcopy(policy)
-        return given.requires_grad_(False).eval().to(self.accelerator.device)
-
     @property
     def total_steps(self) -> int:
         """Steps of the whole run."""
@@ -197,30 +199,16 @@ class PolicyTrainer(ABC):
 
     def reference_logits(self, batch: Batch) -> ModelLogits:
         """What stands for the reference's logits [B, T, V] in a loss."""
-        model = self.inner.policy if self._reference is None else self._reference
+        own = self._reference is None
+        model = self.inner.policy if own else self._reference
 
         def call(request: Request | None) -> Answer:
-            with torch.no_grad(), self.accelerator.autocast(), adapters_off(model):
+            off = adapters_off(model) if own else contextlib.nullcontext()
+            with torch.no_grad(), self.accelerator.autocast(), off:
                 return ask(model, batch, request, batch.get(GROUPS))
 
         args = self.args
         return ModelLogits(call, model, batch["input_ids"].shape, fused=args.fused_head, chunk_bytes=args.chunk_bytes)
-
-    @contextlib.contextmanager
-    def _whole_weights(self) -> Iterator[ActorCritic]:
-        """The bare module in evaluation mode; sharded weights are gathered, so that no process waits for another."""
-        sharded = [m for m in self.inner.modules() if isinstance(m, FSDPModule)]
-        for module in sharded:
-            module.unshard()
-            module.set_reshard_after_forward(False, recurse=False)
-        self.inner.eval()
-        try:
-            with self.accelerator.autocast():
-                yield self.inner
-        finally:
-            for module in sharded:
-                module.set_reshard_after_forward(True, recurse=False)
-                module.reshard()
 
     # --------------------------------------------------------------------------------------------------- rollouts
     def sampling(self) -> Sampling:
@@ -233,7 +221,8 @@ class PolicyTrainer(ABC):
         self._ready()
         episodes: list[Episode] = []
         if prompts:
-            with self._whole_weights() as model:
+            with whole_weights(self.inner), self.accelerator.autocast():
+                model = self.inner.eval()
                 episodes = generate(model.policy, self.processing_class, prompts, keys, self.sampling(), self.args.seed)
                 fill_in(
                     episodes,
@@ -246,9 +235,7 @@ class PolicyTrainer(ABC):
                     batch_size=self.args.rollout_batch_size,
                     grouped=self._grouped,
                 )
-            for episode, score in zip(episodes, self.reward(episodes).tolist(), strict=True):
-                episode.score = score
-        return gather_object(episodes)
+        return scored(self.reward, episodes)
 
     def roll_out(self) -> list[Episode]:
         """The responses of this step, those of one prompt side by side; the same list in every process."""
@@ -269,7 +256,7 @@ class PolicyTrainer(ABC):
         exact = args.kl_estimator == "exact" and args.needs_reference
         reference = None if exact else stacked(episodes, "ref_logps") if args.needs_reference else logps
         return rl.shape_rewards(
-            torch.tensor([e.score for e in episodes]),
+            torch.tensor([e.score for e in episodes]).nan_to_num(0.0),
             logps,
             reference,
             mask,
@@ -296,8 +283,10 @@ class PolicyTrainer(ABC):
         hidden = self.args.disable_tqdm or not self.accelerator.is_main_process
         with tqdm(total=self.total_steps, initial=self.state.global_step, disable=hidden) as bar:
             while self.state.global_step < self.total_steps:
-                metrics = self.step()
-                self._after_step(metrics, bar)
+                with kept(self):
+                    metrics = self.step()
+                with kept(self):
+                    self._after_step(metrics, bar)
         if self.args.load_best_model_at_end and self.state.best_step is not None:
             self.inner.load(self.best_folder)
         for tracker in self.accelerator.trackers:
@@ -329,8 +318,9 @@ class PolicyTrainer(ABC):
         if self.eval_prompts and ((args.eval_steps and step % args.eval_steps == 0) or last):
             found = self.evaluate()
             self.log(found, bar)
-            if self.state.best_score is None or found["eval/score"] > self.state.best_score:
-                self.state.best_score, self.state.best_step = found["eval/score"], step
+            score = found.get("eval/score")  # none where the reward applies to no response
+            if score is not None and (self.state.best_score is None or score > self.state.best_score):
+                self.state.best_score, self.state.best_step = score, step
                 if args.load_best_model_at_end:
                     save_whole(self, self.best_folder, resumable=False)
         if args.save_steps and step % args.save_steps == 0:
@@ -344,25 +334,21 @@ class PolicyTrainer(ABC):
         self._jsonl.on_log(self.args, self.state, None, metrics)
         if self.args.report_to:
             self.accelerator.log(metrics, step=self.state.global_step)
+        line = shown(self.state.global_step, metrics, _SHOWN)
         if bar is not None and not bar.disable:
-            text = "  ".join(f"{name} {metrics[name]:.4g}" for name in _SHOWN if name in metrics)
-            bar.write(f"step {self.state.global_step:>5}  {text}")
+            bar.write(line)
+        elif self.accelerator.is_main_process:
+            print(line, flush=True)
 
     def evaluate(self) -> dict[str, float]:
-        """One response to each evaluation prompt, always drawn alike: score, KL, entropy, length, share that ended.
-
-        Of several sets (`eval_sets`) also each one's, as `eval/NAME/score` and so on.
-        """
+        """One response to each evaluation prompt, always drawn alike; of several sets also the figures of each."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         numbers = list(range(rank, len(self.eval_prompts), processes))
         # A step number that no training step has: the same draws at every evaluation.
         episodes = self._sample([self.eval_prompts[i] for i in numbers], [(2**31, i) for i in numbers])
         found = rollout.describe_briefly(episodes, self.shape(episodes, 0.0), "eval")
         order = [i for r in range(processes) for i in range(r, len(self.eval_prompts), processes)]
-        start = 0
-        for name, prompts in self.eval_sets.items():
-            mine = range(start, start := start + len(prompts))
-            own = [episode for i, episode in zip(order, episodes, strict=True) if i in mine]
+        for name, own in rollout.by_set(self.eval_sets, dict(zip(order, episodes, strict=True))):
             found |= rollout.describe_briefly(own, self.shape(own, 0.0), f"eval/{name}")
         return found
 
@@ -375,9 +361,14 @@ class PolicyTrainer(ABC):
     def save_model(self, folder: str | None = None) -> None:
         """Policy (for AutoModelForCausalLM), tokenizer and values into output_dir or `folder`, all or nothing."""
         self._ready()
-        save = lambda partial: save_policy(self, partial, merge=self.args.lora_merge)  # noqa: E731
-        write_folder(folder or str(self.args.output_dir), save, is_writer=self.accelerator.is_main_process)
+        write_folder(folder or str(self.args.output_dir), self._save_final, is_writer=self.accelerator.is_main_process)
         self.accelerator.wait_for_everyone()
+
+    def _save_final(self, partial: str) -> None:
+        save_policy(self, partial, merge=self.args.lora_merge)
+        adapters_alone = is_adapted(self.inner.policy) and not self.args.lora_merge
+        if adapters_alone and self.accelerator.is_main_process:
+            join_with_base(partial)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and controllers, as JSON holds them."""

@@ -85,4 +85,4 @@ def _fit_values(trainer: Any, updater: Any, chosen: Sequence[Episode], options: 
         share, metrics = updater.value_share(trainer.inner.values(batch), batch, options, tokens)
         updater.backward(share)
         updater.means.add(metrics, (batch["labels"] != IGNORE).sum())
-    updater.optimizer_step()
+    updater.optimizer_step(chosen)

@@ -8,6 +8,7 @@ micro-batches and processes and divided once, by what the whole mini-batch holds
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from ...models.loading import pad_id
 from ...models.logits import ModelLogits
 from ...utils.batch import IGNORE, Batch
 from ..common.base import Means
+from ..common.finite import name_rows
 from ..data.collate import SFTCollator
 from ..data.encode import Encoder
 from ..data.files import named, read_rows
@@ -136,7 +138,7 @@ class Updater:
         for number, part in enumerate(parts):
             with self._syncs(number == len(parts) - 1):
                 self.backward(self.loss(self.batch(part, self.grouped), loss, values, tokens, items))
-        return self.optimizer_step()
+        return self.optimizer_step(chosen)
 
     def batch(self, episodes: Sequence[Episode], grouped: bool = False) -> Batch:
         """The episodes padded, with old log-probabilities, advantages and the rest where the labels are: [B, T]."""
@@ -218,15 +220,25 @@ class Updater:
     def _syncs(self, now: bool) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if now else self.accelerator.no_sync(self.model)
 
-    def optimizer_step(self) -> Tensor:
-        """Cuts the gradient, steps optimiser and scheduler. Returns the norm before the cut, not waited for."""
+    def optimizer_step(self, chosen: Sequence[Episode]) -> Tensor:
+        """Cuts the gradient, steps optimiser and scheduler. Returns the norm before the cut.
+
+        Raises FloatingPointError, in every process alike and with the weights as they were, if it is not finite.
+        """
         limit = self.args.max_grad_norm or float("inf")
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if not math.isfinite(float(norm)):
+            self.optimizer.zero_grad()
+            raise FloatingPointError(
+                f"update {self.updates + 1} was not made: the gradient's norm is {float(norm)}; it is of responses to "
+                f"{name_rows(e.prompt.row for e in chosen)}"
+            )
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.updates += 1
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return norm
 
     def _sum(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="sum")
@@ -253,7 +265,8 @@ def make_scheduler(args: Any, optimizer: torch.optim.Optimizer, updates: int) ->
 def pretraining_stream(args: Any, tokenizer: PreTrainedTokenizerBase, processes: int) -> PretrainingStream:
     """The rows of `ptx_dataset`, tokenised."""
     length = args.max_prompt_length + args.response_length
-    how = {"truncation_mode": args.truncation_mode, "skip_bad_rows": args.skip_bad_rows}
+    how: Any = {"truncation_mode": args.truncation_mode, "skip_bad_rows": args.skip_bad_rows}
+    how["template_options"] = args.chat_template_kwargs or {}
     with named("ptx_dataset"), tally("ptx_dataset"):
         rows = tokenize_sft(read_rows(args.ptx_dataset, args.reading), Encoder(tokenizer, length, **how))
     responses = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
