@@ -33,6 +33,7 @@ from torch.autograd.function import once_differentiable
 from ..ops.diagnostics import Extras, check_extras
 from ..ops.statistics import TokenStats, TokenStatsAndExtras
 from ..ops.transforms import batched, transformed
+from ..ops.uncompiled import uncompiled
 from .inputs import live_problem, plain_head
 from .plain import pulled, transformed_stats
 from .tiles import HeadGradient, Problem, RowStats, cut, forward, joined
@@ -237,6 +238,7 @@ class _HeadStats(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @uncompiled
     def backward(ctx, *grads):
         tensors = ctx.saved_tensors  # raises where one was changed
         problem, plan, stats = ctx.problem, ctx.plan, ctx.stats
@@ -283,6 +285,7 @@ def _project(problem: Problem, rows: int) -> tuple[RowStats, Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------- public API
+@uncompiled
 def head_token_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -360,10 +363,6 @@ def head_token_stats(
         return stats
     found = {name: live.place(t) for name, t in live.problem.found.items()}
     return TokenStatsAndExtras(*stats, **found)  # type: ignore[arg-type, return-value]
-
-
-# As `torch.compiler.disable` marks it, which would load the compiler, and Triton with it, at import.
-head_token_stats._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _plan_of(

@@ -22,6 +22,7 @@ from ..losses.reductions import Count
 from ..models.headless import Headless
 from ..models.lm_head import head_module, unwrapped
 from ..ops.call import check_ignore_index
+from ..ops.uncompiled import uncompiled
 
 __all__ = ["FusedLoss", "apply_fused_loss", "fused_lm_loss"]
 
@@ -106,6 +107,7 @@ class FusedLoss(Headless):
             raise ValueError(f"{type(self.model).__name__} computes its loss without its loss_function")
         return _without_logits(output)
 
+    @uncompiled
     def _loss(self, logits: Tensor, labels: Tensor, vocab_size: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """The model's loss function: of what its head kept; of logits where they were asked for."""
         if self.hidden is None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from ..ops.call import check_ignore_index
 from ..ops.programs import Symbol
 from ..ops.sequences import cut, sequence_sums, sum_tokens, wide_dtype
 from ..ops.transforms import transformed
+from ..ops.uncompiled import uncompiled
 
 __all__ = [
     "Logits",
@@ -66,12 +68,34 @@ def stats_of(logits: Logits, labels: Tensor, *, inplace_backward: bool = False, 
     return ops.token_stats(source, labels, inplace_backward=inplace_backward, **options)
 
 
+def _stepping_out(forward: Callable[..., Any]) -> Callable[..., Any]:
+    outside = uncompiled(forward)
+
+    @functools.wraps(forward)
+    def run(self: LogitsLoss, *args: Any, **kwargs: Any) -> Any:
+        logits = args[0] if args else kwargs.get("logits")
+        if isinstance(logits, Tensor) and not self.one_launch:
+            return forward(self, *args, **kwargs)
+        return outside(self, *args, **kwargs)
+
+    return run
+
+
 class LogitsLoss(nn.Module):
     """Base of the modules that take logits: what each of them is told about these.
 
     Args:
         ignore_index, temperature, softcap, inplace_backward: as in `token_stats`.
     """
+
+    one_launch = False
+
+    def __init_subclass__(cls) -> None:
+        """A compiler steps around a forward that works by tiles of a head, or whose kernel makes the gradient."""
+        super().__init_subclass__()
+        as_written = cls.__dict__.get("forward")
+        if as_written is not None:
+            cls.forward = _stepping_out(as_written)  # type: ignore[method-assign]
 
     def __init__(self, ignore_index: int, temperature: float, softcap: float | None, inplace_backward: bool) -> None:
         super().__init__()

@@ -57,7 +57,7 @@ def fused_gradient(
         TypeError, ValueError: as `token_stats`; an input that the program needs and did not get, or not as it must be.
         RuntimeError: no compiled kernel serves these logits.
     """
-    check_types(logits, labels, ref_logits, program.uses[3] or ref_logits is not None, 0.0)
+    check_types(logits, labels, ref_logits, program.uses[3] or ref_logits is not None, 0.0, ignore_index)
     cap = as_softcap(softcap)
     check(logits.detach(), labels, ref_logits, temperature, cap, inplace)
     given = _checked(labels, {"weight": weight, **dict.fromkeys(program.inputs), **inputs})
