@@ -48,7 +48,7 @@ def plan(kind: str, logits: torch.Tensor, labels: torch.Tensor, lanes: int = 32)
         launches, results = token_stats_triton.forward(logits, labels, None, *plain, False, False, lanes=lanes)
         return launches[0], {"logps": results[0], "saved": results[5]}
     if kind == "backward":
-        saved = torch.zeros(*labels.shape, 5)
+        saved = torch.zeros(*labels.shape, 4)
         saved[..., 0] = torch.logsumexp(logits.float(), -1)
         grads = (rows, None, None, None, None)
         launches = token_stats_triton.backward(logits, labels, None, saved, None, None, grads, *plain, out)

@@ -149,20 +149,18 @@ inline void point_at(LossData& data, const PerRow<float>& out) {
 // What a forward keeps of its rows for the backward, as an object of Python's that costs less than a tensor: the rows'
 // saved numbers, the entropies and KLs of those whose gradient needs them, and slopes (`slopes` for each row).
 class KeptRows {
-    static constexpr std::int64_t kSaved = sizeof(Saved) / sizeof(float);
-
   public:
     KeptRows(ForwardArgs& a, bool entropy, bool kl, int slopes) : rows_(a.rows), entropy_(entropy), kl_(kl) {
-        const std::int64_t numbers = a.rows * (kSaved + entropy + kl + slopes);
+        const std::int64_t numbers = a.rows * (4 + entropy + kl + slopes);
         bytes_ = py::reinterpret_steal<py::object>(PyBytes_FromStringAndSize(nullptr, numbers * 4));
         if (!bytes_) throw py::error_already_set();
         a.saved = reinterpret_cast<float*>(PyBytes_AS_STRING(bytes_.ptr()));
-        slopes_ = a.saved + a.rows * (kSaved + entropy + kl);
+        slopes_ = a.saved + a.rows * (4 + entropy + kl);
     }
     float* slopes() const { return slopes_; }
     // After the forward.
     void keep(const ForwardArgs& a) const {
-        float* next = a.saved + kSaved * rows_;
+        float* next = a.saved + 4 * rows_;
         if (entropy_) std::copy(a.out.entropy, a.out.entropy + rows_, next), next += rows_;
         if (kl_) std::copy(a.out.kl, a.out.kl + rows_, next);
     }
@@ -172,9 +170,9 @@ class KeptRows {
     static const float* fill(BackwardArgs& a, py::handle bytes, int which, int slopes) {
         if (!PyBytes_CheckExact(bytes.ptr())) return nullptr;
         const bool entropy = which & 4, kl = which & 8;
-        if (PyBytes_GET_SIZE(bytes.ptr()) != a.rows * (kSaved + entropy + kl + slopes) * 4) return nullptr;
+        if (PyBytes_GET_SIZE(bytes.ptr()) != a.rows * (4 + entropy + kl + slopes) * 4) return nullptr;
         const auto* next = reinterpret_cast<const float*>(PyBytes_AS_STRING(bytes.ptr()));
-        a.saved = next, next += kSaved * a.rows;
+        a.saved = next, next += 4 * a.rows;
         if (entropy) a.entropy = next, next += a.rows;
         if (kl) a.kl = next, next += a.rows;
         return next;

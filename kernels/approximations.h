@@ -16,13 +16,6 @@
 #define FA_APART
 #endif
 
-// Of a lambda that is called in several places and must not cost a call, nor keep in memory what it is handed.
-#if defined(__GNUC__) && !defined(__CUDACC__)
-#define FA_INLINED __attribute__((always_inline))
-#else
-#define FA_INLINED
-#endif
-
 namespace fastalign {
 
 constexpr double kLog2e = 1.4426950408889634074;
@@ -94,11 +87,10 @@ FA_HD float exp2_polynomial(float u) {
 
 // ln(s), error below 5e-9, for s of 0 or at least the smallest normal number: s = 2^i (1 + g), g in [-0.293, 0.415),
 // ln(1 + g) = g - g^2 / 2 + g^3 q(g), q by a polynomial in float32. A fifth of the instructions of the float64 log.
-// `beyond`: s - 1, perhaps better known than from s.
-FA_HD double natural_log_of(float s, float beyond) {
+FA_HD double natural_log_of(float s) {
     constexpr uint32_t kRootHalf = 0x3f3504f3u;
     const int32_t exponent = static_cast<int32_t>(bits_of(s) - kRootHalf) >> 23;
-    const float g = exponent == 0 ? beyond : float_of(bits_of(s) - (static_cast<uint32_t>(exponent) << 23)) - 1.0f;
+    const float g = float_of(bits_of(s) - (static_cast<uint32_t>(exponent) << 23)) - 1.0f;
     float q = fmaf(-0.0763121024f, g, 0.128549263f);
     q = fmaf(q, g, -0.132078886f);
     q = fmaf(q, g, 0.141900063f);
@@ -115,31 +107,9 @@ FA_HD double natural_log_of(float s, float beyond) {
 // ln(x); on the device x was a float32 sum.
 FA_HD double natural_log(double x) {
 #ifdef __CUDA_ARCH__
-    const float s = static_cast<float>(x);
-    return natural_log_of(s, s - 1.0f);
+    return natural_log_of(static_cast<float>(x));
 #else
     return kLn2 * log2(x);
-#endif
-}
-
-// ln(1 + x) to a relative error below 2e-7, x in [0, 1].
-FA_HD double natural_log1p(double x) {
-#ifdef __CUDA_ARCH__
-    const float beyond = static_cast<float>(x);
-    return natural_log_of(1.0f + beyond, beyond);
-#else
-    // What rounding took from 1 + x is given back to the logarithm in proportion (Kahan), in a third of log1p's time.
-    const double u = 1 + x, taken = u - 1;
-    return taken == 0 ? x : natural_log(u) * (x / taken);
-#endif
-}
-
-// a / b of a row's float32 sums; on the device without float64's long way.
-FA_HD double quotient(double a, double b) {
-#ifdef __CUDA_ARCH__
-    return static_cast<float>(a) * reciprocal(static_cast<float>(b));
-#else
-    return a / b;
 #endif
 }
 

@@ -30,7 +30,6 @@ from .token_stats_triton import (
     row_kernel,
     scalars,
     store_statistics,
-    within,
 )
 from .token_sums_triton import sum_registers
 from .token_walk_triton import sum_row
@@ -122,23 +121,19 @@ def objective_kernel(
     if KL:
         z_label = label_logit(z_row, label, V, cap, inv_cap, SOFTCAP)
     zero = finite(x_label)
-    target = within(label, V)
     if FITS:
         head = row_head(x_row, V, VEC)
         xs, x_edges = load_row(x_row, head, V, True, R, T, VEC)
         zs, z_edges = xs, x_edges
         if KL:
             zs, z_edges = load_row(z_row, head, V, ALIGNED, R, T, VEC)
-        sums, at, ref_at = sum_registers(
-            *(xs, zs, x_row, z_row, x_label, target, head, V, zero, scale, cap, inv_cap),
-            *(T, VEC, SOFTCAP, ENTROPY, KL, MEAN),
-        )
+        sums, at, ref_at = sum_registers(xs, zs, head, V, zero, scale, cap, inv_cap, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
     else:
         sums, at, ref_at = sum_row(
-            *(x_row, z_row, x_label, z_label, target, V, zero, scale, cap, inv_cap),
+            *(x_row, z_row, x_label, z_label, V, zero, scale, cap, inv_cap),
             *(R, T, VEC, ALIGNED, SOFTCAP, ENTROPY, KL, MEAN),
         )
-    logps, entropy, kl, mean, m, r, ref_m, ref_r, rest = finish(sums, at, ref_at, x_label, z_label, zero, V, inv_t, KL)
+    logps, entropy, kl, mean, m, r, ref_m, ref_r = finish(sums, at, ref_at, x_label, zero, V, inv_t, KL)
     store_statistics(logps_ptr, lse_ptr, entropy_ptr, kl_ptr, mean_ptr, row, logps, m, entropy, kl, mean)
 
     weight = tl.load(weight_ptr + row)
@@ -177,7 +172,6 @@ def objective_kernel(
         r,
         ref_m,
         ref_r,
-        rest,
         entropy,
         kl,
         weight * slope(numbers, 0, FIRST, STEPS, COUNT, LOSS, DEPENDS),

@@ -55,7 +55,7 @@ struct TokenArgs {
 
 struct ForwardArgs : TokenArgs {
     PerRow<float> out;
-    float* saved;  // [rows, 5], see `Saved`
+    float* saved;  // [rows, 4]: m, r of the policy and of the reference
 };
 
 struct BackwardArgs : TokenArgs {
@@ -92,12 +92,10 @@ FA_HD Grads wanted(Grads d, Mode mode) {
     return d;
 }
 
-// What the forward keeps of a row for the backward.
-struct Saved {
-    float m, r, ref_m, ref_r, rest;
+// What the forward keeps of a row for the backward; one access on devices.
+struct alignas(16) Saved {
+    float m, r, ref_m, ref_r;
 };
-
-constexpr int kSaved = sizeof(Saved) / sizeof(float);
 
 FA_HD Saved& saved_row(float* saved, int64_t row) { return reinterpret_cast<Saved*>(saved)[row]; }
 FA_HD const Saved& saved_row(const float* saved, int64_t row) { return reinterpret_cast<const Saved*>(saved)[row]; }
@@ -108,7 +106,7 @@ FA_HD void write_row(const PerRow<float>& out, float* saved, int64_t row, const 
     if (mode != kPlain && out.entropy) out.entropy[row] = o.entropy;
     if (mode == kReference && out.kl) out.kl[row] = o.kl;
     if (mode != kPlain && out.mean) out.mean[row] = o.mean;
-    if (saved) saved_row(saved, row) = {o.m, o.r, o.ref_m, o.ref_r, o.rest};
+    if (saved) saved_row(saved, row) = {o.m, o.r, o.ref_m, o.ref_r};
 }
 
 FA_HD float at_row(const float* p, int64_t row) { return p ? p[row] : 0.0f; }
@@ -119,16 +117,9 @@ template <class Exact = AsGiven>
 FA_HD Coefficients row_coefficients(const BackwardArgs& a, int64_t row, Mode mode = kReference, Exact exact = {}) {
     const bool moments = mode != kPlain, ref = mode == kReference;
     const Saved saved = saved_row(a.saved, row);
-    const Stats o{0,
-                  0,
-                  moments ? at_row(a.entropy, row) : 0,
-                  ref ? at_row(a.kl, row) : 0,
-                  0,
-                  saved.m,
-                  saved.r,
-                  saved.ref_m,
-                  saved.ref_r,
-                  saved.rest};
+    const Stats o{
+        0,           0,          moments ? at_row(a.entropy, row) : 0, ref ? at_row(a.kl, row) : 0, 0, saved.m, saved.r,
+        saved.ref_m, saved.ref_r};
     const Grads d{at_row(a.grads.logps, row), at_row(a.grads.lse, row), moments ? at_row(a.grads.entropy, row) : 0,
                   ref ? at_row(a.grads.kl, row) : 0, at_row(a.grads.mean, row)};
     return coefficients(o, d, a.temperature, a.inv_temperature, static_cast<double>(a.vocab), exact);
@@ -151,7 +142,7 @@ FA_HD Coefficients row_coefficients(const ObjectiveArgs& a, int64_t row, const S
 
 // Tokens whose loss does not move (a clipped PPO ratio) are written without being read.
 FA_HD bool no_gradient(const Coefficients& c) {
-    return c.a == 0 && c.b == 0 && c.g == 0 && c.kappa == 0 && c.delta == 0 && c.own == 0;
+    return c.a == 0 && c.b == 0 && c.g == 0 && c.kappa == 0 && c.delta == 0;
 }
 
 }  // namespace fastalign

@@ -35,12 +35,6 @@ def missed(at, top, FAR_OFF: tl.constexpr):
 
 
 @triton.jit
-def power(x, at):
-    """2^(x * scale - pivot * scale) of a prepared logit; NaN of infinity, as of NaN."""
-    return tl.exp2(tl.fma(x, at[1], -at[2])) + tl.where(x == float("-inf"), 0.0, x - x)
-
-
-@triton.jit
 def lost(s):
     """The same of a row whose maximum is not known, by its plain sum s; NaN is lost too."""
     return ~((tl.exp2(-FAR_PLAIN) <= s) & (s <= tl.exp2(FAR_PLAIN)))
@@ -48,14 +42,13 @@ def lost(s):
 
 # ---------------------------------------------------------------------------------------------------------- statistics
 @triton.jit
-def _log(s, beyond):
+def _log(s):
     """ln s of a sum, which is 0, a normal number, infinite or NaN, to 2^-25 and near 1 to a unit in the last place of
-    float32; `beyond` is s - 1, perhaps better known than from s. The polynomial, fitted to (ln(1 + f) - f) / f^2, is
-    all there is to it: that of `tl.log2` comes with a reduction of its own and a branch."""
+    float32. The polynomial, fitted to (ln(1 + f) - f) / f^2, is all there is to it: that of `tl.log2` comes with
+    a reduction of its own and a branch."""
     bits = s.to(tl.int32, bitcast=True)
     whole = (bits - 0x3F2AAAAB) >> 23
     f = (bits - (whole << 23)).to(tl.float32, bitcast=True) - 1.0  # in [-1/3, 1/3)
-    f = tl.where(whole == 0, beyond, f)
     p = tl.fma(f, -0.13043397665, 0.14012320340)
     p = tl.fma(p, f, -0.12142354995)
     p = tl.fma(p, f, 0.13999426365)
@@ -70,55 +63,41 @@ def _log(s, beyond):
 
 
 @triton.jit
-def shifted_log(at, log_s):
-    """A logarithm relative to the pivot, from one relative to pivot * scale as rounded, which differs from that."""
-    pivot, scale, shift = at
-    return log_s - tl.fma(pivot, scale, -shift).to(tl.float64) * LN2
-
-
-@triton.jit
 def log_sum(at, log_s, inv_t):
-    """(m, r), m + r being the logarithm of a row's sum of exponentials, m that rounded to float32; from that relative
-    to the pivot."""
-    lse = at[0].to(tl.float64) * inv_t + log_s
+    """(m, r, ln of the sum relative to the pivot): m + r is the logarithm of a row's sum of exponentials, m that
+    rounded to float32. `log_s` is relative to pivot * scale as rounded, which differs from the pivot's own."""
+    pivot, scale, shift = at
+    log_s -= tl.fma(pivot, scale, -shift).to(tl.float64) * LN2
+    lse = pivot.to(tl.float64) * inv_t + log_s
     m = lse.to(tl.float32)
     # A row of nothing but -inf has m = -inf, of which nothing can be the rest.
-    return m, tl.where(m == float("-inf"), 0.0, (lse - m.to(tl.float64)).to(tl.float32))
+    r = tl.where(m == float("-inf"), 0.0, (lse - m.to(tl.float64)).to(tl.float32))
+    return m, r, log_s
 
 
 @triton.jit
-def finish(sums, at, ref_at, label, ref_label, zero, V, inv_t, KL: tl.constexpr):
-    """Statistics of a row: (logps, entropy, kl, mean, m, r, ref_m, ref_r, rest); see `finish` in token_stats.h. No
-    pivot is below the target, or by more than rounding."""
-    others, w, total, t, k = sums
-    own = power(label, at)
-    u = tl.where(own == 0, 0.0, tl.fma(label, at[1], -at[2]))
-    s = own + others
-    leads = own > others
-    odds = others / own
-    log = _log(tl.where(leads, 1.0 + odds, s), tl.where(leads, odds, s - 1.0))
-    plain = log + tl.where(leads, u, 0.0).to(tl.float64) * LN2
-    own_log = (label.to(tl.float64) - at[0].to(tl.float64)) * inv_t
-    log_s = tl.where(leads, own_log + log, shifted_log(at, log))
-    m, r = log_sum(at, log_s, inv_t)
-    logps = tl.where(leads, 0.0 - log, own_log - log_s).to(tl.float32)
-    entropy = (plain - (tl.fma(own, u, w) / s).to(tl.float64) * LN2).to(tl.float32)
+def finish(sums, at, ref_at, label, zero, V, inv_t, KL: tl.constexpr):
+    """Statistics of a row: (logps, entropy, kl, mean, m, r, ref_m, ref_r); see `finish` in token_stats.h."""
+    s, w, total, t, k = sums
+    plain = _log(s)
+    m, r, log_s = log_sum(at, plain, inv_t)
+    logps = ((label.to(tl.float64) - at[0].to(tl.float64)) * inv_t - log_s).to(tl.float32)
+    entropy = (plain - (w / s).to(tl.float64) * LN2).to(tl.float32)
     mean = ((total.to(tl.float64) / V + zero.to(tl.float64)) * inv_t).to(tl.float32)
     ref_m = nothing()
     ref_r = nothing()
     kl = nothing()
     if KL:
-        ref_plain = _log(t, t - 1.0)
-        ref_m, ref_r = log_sum(ref_at, shifted_log(ref_at, ref_plain), inv_t)
-        k += tl.where(own == 0, 0.0, own * (u - tl.fma(ref_label, ref_at[1], -ref_at[2])))
+        ref_plain = _log(t)
+        ref_m, ref_r, _ = log_sum(ref_at, ref_plain, inv_t)
         kl = ((k / s).to(tl.float64) * LN2 - plain + ref_plain).to(tl.float32)
-    return logps, entropy, kl, mean, m, r, ref_m, ref_r, others / s
+    return logps, entropy, kl, mean, m, r, ref_m, ref_r
 
 
 # ------------------------------------------------------------------------------------------------------------ gradient
 @triton.jit
-def coefficients(m, r, ref_m, ref_r, rest, entropy, kl, g_logps, g_lse, g_entropy, g_kl, g_mean, V, temperature, inv_t):
-    """(pivot, ref_pivot, a, b, g, kappa, delta, own) of a row; see `coefficients` in token_stats.h."""
+def coefficients(m, r, ref_m, ref_r, entropy, kl, g_logps, g_lse, g_entropy, g_kl, g_mean, V, temperature, inv_t):
+    """(pivot, ref_pivot, a, b, g, kappa, delta) of a row; see `coefficients` in token_stats.h."""
     # Of nothing but -inf the powers are 0 relative to any number.
     pivot = tl.where(m == float("-inf"), 0.0, (m.to(tl.float64) * temperature).to(tl.float32))
     ref_pivot = tl.where(ref_m == float("-inf"), 0.0, (ref_m.to(tl.float64) * temperature).to(tl.float32))
@@ -129,8 +108,7 @@ def coefficients(m, r, ref_m, ref_r, rest, entropy, kl, g_logps, g_lse, g_entrop
     # What nobody differentiates may be infinite or NaN.
     of_entropy = tl.where(g_entropy == 0, 0.0, g_entropy * (r - entropy))
     of_kl = tl.where(g_kl == 0, 0.0, g_kl * (ref_r - r - kl - ref_shift))
-    own = g_lse + of_entropy + of_kl + tl.where(beta == 0, 0.0, beta * shift)
-    alpha = own - g_logps
+    alpha = g_lse - g_logps + of_entropy + of_kl + tl.where(beta == 0, 0.0, beta * shift)
     return (
         pivot,
         ref_pivot,
@@ -138,12 +116,5 @@ def coefficients(m, r, ref_m, ref_r, rest, entropy, kl, g_logps, g_lse, g_entrop
         tl.where(beta == 0, 0.0, beta * LN2 * p_scale),
         tl.where(g_kl == 0, 0.0, g_kl * LN2 * p_scale),
         (g_mean.to(tl.float64) * inv_t / V).to(tl.float32),
-        tl.where(g_logps == 0, 0.0, (g_logps.to(tl.float64) * inv_t * rest).to(tl.float32)),
-        tl.where(own == 0, 0.0, own * p_scale),
+        (g_logps.to(tl.float64) * inv_t).to(tl.float32),
     )
-
-
-@triton.jit
-def at_target(c):
-    """A row's coefficients as they are to the target, whose `delta` is apart."""
-    return c[0], c[1], c[7], c[3], c[4], c[5], c[6], c[7]

@@ -7,7 +7,6 @@ meets it. Fused multiply-adds are spelled out, so that no bit depends on where t
 import triton
 import triton.language as tl
 
-from .token_formulas_triton import at_target
 from .token_layout_triton import (
     TEAM,
     body_offsets,
@@ -28,7 +27,7 @@ def gradient(
     x, z, delta, c, scale, inv_cap, SLOPE: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr, SOFTCAP: tl.constexpr
 ):
     """Gradient of prepared logits, 2^u (a + b u - g v) + kappa + delta, times the soft-cap's slope."""
-    pivot, ref_pivot, a, b, g, kappa, _, _ = c
+    pivot, ref_pivot, a, b, g, kappa, _ = c
     u = (x - pivot) * scale
     p = tl.exp2(u)
     if SLOPE:
@@ -70,7 +69,7 @@ def write_label_gradient(
     The barrier orders this write behind that of the thread which wrote the element's tile.
     """
     tl.debug_barrier()
-    dx = gradient(x_label, z_label, c[6], at_target(c), scale, inv_cap, SLOPE, KL, MEAN, SOFTCAP)
+    dx = gradient(x_label, z_label, c[6], c, scale, inv_cap, SLOPE, KL, MEAN, SOFTCAP)
     real = (label >= 0) & (label < V)
     tl.store(out_row + tl.where(real, label, 0), dx.to(out_row.dtype.element_ty), real)
 
@@ -154,7 +153,7 @@ def write_gradient(
     KL: tl.constexpr,
     MEAN: tl.constexpr,
 ):
-    """The gradient of a row from its coefficients `c`, the target's as any other's, in one read and one write.
+    """The gradient of a row from its coefficients `c` without the target's delta, in one read and one write.
 
     In place too: a thread writes where it has read and nowhere else.
     """

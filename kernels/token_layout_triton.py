@@ -117,16 +117,6 @@ def pieces(V, T: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def piece_of(element, V, T: tl.constexpr, VEC: tl.constexpr):
-    """(number, first element, number of elements) of the piece that has an element, scalars."""
-    if T == TEAM:
-        return element * 0, element * 0, element * 0 + V
-    span = tl.cdiv(tl.cdiv(V, VEC), T // TEAM) * VEC
-    piece = element // span
-    return piece, piece * span, tl.minimum(V - piece * span, span)
-
-
-@triton.jit
 def team_slots(T: tl.constexpr):
     """[T, 1]: which vector of a stripe a thread takes."""
     return tl.arange(0, T)[:, None] % TEAM

@@ -176,7 +176,6 @@ class PowersInPlace : PowersWorker<float, Slopes> {
         float* out = this->gradient_of(row);
         const int64_t label = a.label(row);
         const float at_label = r.x[label];
-        out[label] = -INFINITY;  // left out of the sums
         const Sums sums = overwrite(r, out);
         const Coefficients c = this->slopes(row, r.finish(a, at_label, sums, k));
         if (no_gradient(c)) return this->no_gradient_of(row);
@@ -242,7 +241,7 @@ class PowersInPlace : PowersWorker<float, Slopes> {
         }
         for (int h = 0; h < 4; ++h) sums.lanes[h].s = s[h];
         if (n - i >= kStep || (maximum<float, false>(x + i, n - i, k) - pivot) * first(k.scale) > kHeadroom) return i;
-        add_range<float, false, kPlain, kFused>(sums, x + i, nullptr, n - i, -1, pivot, 0, Overwrite{out + i}, k);
+        add_range<float, false, kPlain, kFused>(sums, x + i, nullptr, n - i, pivot, 0, Overwrite{out + i}, k);
         return n;
     }
 

@@ -3,10 +3,6 @@
 import torch
 from torch import Tensor
 
-SAVED = 5
-"""What the forward keeps of a row for the backward: (m, r) of the policy and of the reference, and 1 - p of the target;
-see `Stats` in token_stats.h."""
-
 
 def new_statistics(
     labels: Tensor, entropy: bool, kl: bool, mean: bool
@@ -25,5 +21,5 @@ def new_statistics(
 
 
 def new_saved(logps: Tensor) -> Tensor:
-    """What the forward keeps for the backward, unfilled: `SAVED` numbers a row."""
-    return logps.new_empty((*logps.shape, SAVED))
+    """What the forward keeps for the backward, unfilled: (m, r) of the policy and of the reference, see `Stats`."""
+    return logps.new_empty((*logps.shape, 4))

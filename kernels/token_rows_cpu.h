@@ -5,7 +5,6 @@
 // which the finished sum shows; that piece is then done again with its own maximum. Sums run in float32 lanes over a
 // piece of 16384 elements and in float64 across pieces, so that long rows lose nothing. A row's numbers depend on the
 // row alone: pieces are the same ones, merged in the same order, whether one thread takes the row or several share it.
-// The target is left out of its piece's sums (see token_stats.h), as a "hole": its vectors are taken after all others.
 #pragma once
 #include <algorithm>
 #include <cfloat>
@@ -82,24 +81,20 @@ struct Lanes {
     Vec s = set1(0), w = set1(0), k = set1(0), t = set1(0), total = set1(0);
 };
 
-// What is added to elements: 0, or -inf to those that do not count. It comes after capping, which would undo it.
-struct Pad {
-    Vec x, z;
-};
-
+// `pad` is 0, or -inf in lanes beyond the row's end, whose x and z are 0. It comes after capping, which would undo it.
 // Adds one vector and returns its powers. `kFused`: `pivot` is -pivot * scale, and the difference and the product are
 // one instruction.
 template <bool kCap, bool kPad, bool kFused, Mode kMode>
-inline Vec accumulate(Lanes<kMode>& acc, Vec x, Vec z, const Pad& pad, Vec pivot, Vec ref_pivot, const Prepare& k) {
+inline Vec accumulate(Lanes<kMode>& acc, Vec x, Vec z, Vec pad, Vec pivot, Vec ref_pivot, const Prepare& k) {
     x = capped<kCap>(x, k);
     if constexpr (kMode != kPlain) acc.total = acc.total + x;
-    if constexpr (kPad) x = x + pad.x;
+    if constexpr (kPad) x = x + pad;
     const Vec u = kFused ? fma(x, k.scale, pivot) : (x - pivot) * k.scale, e = exp2(u);
     acc.s = acc.s + e;
     if constexpr (kMode != kPlain) acc.w = acc.w + mul_nonzero(e, u);
     if constexpr (kMode == kReference) {
         z = capped<kCap>(z, k);
-        if constexpr (kPad) z = z + pad.z;
+        if constexpr (kPad) z = z + pad;
         const Vec v = (z - ref_pivot) * k.scale;
         acc.t = acc.t + exp2(v);
         acc.k = acc.k + mul_nonzero(e, u - v);
@@ -130,80 +125,48 @@ struct Accumulators {
     }
 };
 
-// Pads of a unit, as windows on tables: read, not written and read again, which would wait for the memory. In the dtype
-// of the elements, so that they part into two vectors as these do.
-template <class T>
-struct PadTables {
-    T hole[2 * kUnit], tail[2 * kUnit];
-
-    PadTables() {
-        for (int64_t i = 0; i < 2 * kUnit; ++i) {
-            from_float(i == kUnit ? -INFINITY : 0.0f, hole[i]);
-            from_float(i < kUnit ? 0.0f : -INFINITY, tail[i]);
-        }
-    }
-    static const PadTables& get() {
-        static const PadTables tables;
-        return tables;
-    }
-    // -inf at one place; none: kUnit.
-    void hole_at(int64_t place, Vec& a, Vec& b) const { load2(hole + kUnit - place, a, b); }
-    // -inf from `count` on.
-    void tail_from(int64_t count, Vec& a, Vec& b) const { load2(tail + kUnit - count, a, b); }
-};
-
-// Adds n elements but for the one at `hole`, if that is among them.
 template <class T, bool kCap, Mode kMode, bool kFused, class Sink>
-void add_range(Accumulators<kMode>& sums, const T* x, const T* z, int64_t n, int64_t hole, float pivot, float ref_pivot,
+void add_range(Accumulators<kMode>& sums, const T* x, const T* z, int64_t n, float pivot, float ref_pivot,
                const Sink& sink, const Prepare& k) {
     // How far ahead of the loads to ask for memory: the hardware stops at page ends, this does not.
-    constexpr int64_t kAhead = 2048 / sizeof(T), kStep = 2 * kUnit;
+    constexpr int64_t kAhead = 2048 / sizeof(T);
     constexpr int kLines = kUnit * sizeof(T) < 64 ? 1 : kUnit * sizeof(T) / 64;
     const Vec pv = set1(kFused ? -pivot * first(k.scale) : pivot), rv = set1(ref_pivot);
     Lanes<kMode> acc[4] = {sums.lanes[0], sums.lanes[1], sums.lanes[2], sums.lanes[3]};  // in registers
     Vec a, b, c = set1(0), d = set1(0);
-    const Pad none{c, c};
-    // The step with the hole is passed over and taken after the others, so that the loop has nothing to look for.
-    const int64_t whole = n / kStep * kStep, skip = 0 <= hole && hole < whole ? kStep : 0;
-    const int64_t before = hole / kStep * kStep;
-    for (int64_t i = 0; i < whole - skip; i += kStep) {
-        const T *px = x + (i < before ? i : i + skip), *pz = kMode == kReference ? z + (px - x) : nullptr;
+    int64_t i = 0;
+    for (; i + 2 * kUnit <= n; i += 2 * kUnit) {
         for (int h = 0; h < 2; ++h) {
-            const int64_t at = h * kUnit;
-            for (int l = 0; l < kLines; ++l) prefetch(px + at + kAhead + l * (64 / static_cast<int>(sizeof(T))));
-            load2(px + at, a, b);
+            const int64_t at = i + h * kUnit;
+            for (int l = 0; l < kLines; ++l) prefetch(x + at + kAhead + l * (64 / static_cast<int>(sizeof(T))));
+            load2(x + at, a, b);
             if constexpr (kMode == kReference) {
-                for (int l = 0; l < kLines; ++l) prefetch(pz + at + kAhead + l * (64 / static_cast<int>(sizeof(T))));
-                load2(pz + at, c, d);
+                for (int l = 0; l < kLines; ++l) prefetch(z + at + kAhead + l * (64 / static_cast<int>(sizeof(T))));
+                load2(z + at, c, d);
             }
-            const Vec e = accumulate<kCap, false, kFused>(acc[2 * h], a, c, none, pv, rv, k);
-            const Vec f = accumulate<kCap, false, kFused>(acc[2 * h + 1], b, d, none, pv, rv, k);
-            sink(px - x + at, e, f);
+            const Vec e = accumulate<kCap, false, kFused>(acc[2 * h], a, c, pv, pv, rv, k);
+            const Vec f = accumulate<kCap, false, kFused>(acc[2 * h + 1], b, d, pv, pv, rv, k);
+            sink(at, e, f);
         }
     }
-    // A unit of which one element may be the target. Beyond the row's end x and z are 0, and padded both.
-    const auto& pads = PadTables<T>::get();
-    const auto padded = [&](int64_t at, Lanes<kMode>& one, Lanes<kMode>& other) FA_INLINED {
-        const int64_t count = n - at < kUnit ? n - at : kUnit, place = hole - at;
-        Vec xa, xb, za = set1(0), zb = za;
-        Pad p{za, za}, q{za, za};
-        pads.hole_at(0 <= place && place < kUnit ? place : kUnit, p.x, q.x);
-        if (count == kUnit) {
-            load2(x + at, xa, xb);
-            if constexpr (kMode == kReference) load2(z + at, za, zb);
-        } else {
-            load_tail(x + at, count, 0.0f, xa, xb);
-            if constexpr (kMode == kReference) load_tail(z + at, count, 0.0f, za, zb);
-            pads.tail_from(count, p.z, q.z);
-            p.x = p.x + p.z, q.x = q.x + q.z;
-        }
-        const Vec e = accumulate<kCap, true, kFused>(one, xa, za, p, pv, rv, k);
-        const Vec f = accumulate<kCap, true, kFused>(other, xb, zb, q, pv, rv, k);
-        if (count < kUnit) sink.tail(at, count, e, f);
-        else sink(at, e, f);
-    };
-    if (skip) padded(before, acc[0], acc[1]), padded(before + kUnit, acc[2], acc[3]);
-    for (int64_t i = whole; i < n; i += kUnit) padded(i, acc[0], acc[1]);
+    for (; i + kUnit <= n; i += kUnit) {
+        load2(x + i, a, b);
+        if constexpr (kMode == kReference) load2(z + i, c, d);
+        const Vec e = accumulate<kCap, false, kFused>(acc[0], a, c, pv, pv, rv, k);
+        const Vec f = accumulate<kCap, false, kFused>(acc[1], b, d, pv, pv, rv, k);
+        sink(i, e, f);
+    }
+    if (i < n) {
+        T zeros[kUnit];
+        std::memset(static_cast<void*>(zeros), 0, sizeof zeros);
+        Vec pad_a, pad_b;
+        load_tail(zeros, n - i, -INFINITY, pad_a, pad_b);
+        load_tail(x + i, n - i, 0.0f, a, b);
+        if constexpr (kMode == kReference) load_tail(z + i, n - i, 0.0f, c, d);
+        const Vec e = accumulate<kCap, true, kFused>(acc[0], a, c, pad_a, pv, rv, k);
+        const Vec f = accumulate<kCap, true, kFused>(acc[1], b, d, pad_b, pv, rv, k);
+        sink.tail(i, n - i, e, f);
+    }
     for (int h = 0; h < 4; ++h) sums.lanes[h] = acc[h];
 }
 
@@ -218,10 +181,9 @@ double moved(float pivot, const Prepare& k) {
 }
 
 template <class T, bool kCap, Mode kMode, bool kFused, class Sink>
-Sums sum_piece_at(const T* x, const T* z, int64_t n, int64_t hole, float pivot, float ref_pivot, const Sink& sink,
-                  const Prepare& k) {
+Sums sum_piece_at(const T* x, const T* z, int64_t n, float pivot, float ref_pivot, const Sink& sink, const Prepare& k) {
     Accumulators<kMode> sums;
-    add_range<T, kCap, kMode, kFused>(sums, x, z, n, hole, pivot, ref_pivot, sink, k);
+    add_range<T, kCap, kMode, kFused>(sums, x, z, n, pivot, ref_pivot, sink, k);
     return sums.close(moved<kFused>(pivot, k), ref_pivot);
 }
 
@@ -234,14 +196,13 @@ float prepared(float x, const Prepare& k) {
 template <class T, bool kCap, Mode kMode>
 struct Row {
     const T *x, *z;
-    int64_t vocab, label;
+    int64_t vocab;
     float pivot, ref_pivot;
 
     Row(const TokenArgs& a, int64_t row, const Prepare& k)
         : x(static_cast<const T*>(a.logits) + a.layout.offset(row)),
           z(kMode == kReference ? static_cast<const T*>(a.ref_logits) + a.ref_layout.offset(row) : nullptr),
           vocab(a.vocab),
-          label(a.label(row)),
           pivot(sample(x, k)),
           ref_pivot(z ? sample(z, k) : 0.0f) {}
 
@@ -255,25 +216,23 @@ struct Row {
     template <class Sink = Drop>
     Sums piece(int64_t index, const Prepare& k, const Sink& sink = {}) const {
         const int64_t begin = index * kPiece, n = vocab - begin < kPiece ? vocab - begin : kPiece;
-        const int64_t hole = label - begin;
         const T *px = x + begin, *pz = z ? z + begin : nullptr;
         // Plain sums are bound by instructions in 16 bits, so one fewer counts. Entropy and KL want differences that
         // are exactly 0 for equal logits.
         constexpr bool kFused = kMode == kPlain ? kHasFma : false;
         const Sums o = kFused && may_fuse(pivot, k)
-                           ? sum_piece_at<T, kCap, kMode, kFused>(px, pz, n, hole, pivot, ref_pivot, sink, k)
-                           : sum_piece_at<T, kCap, kMode, false>(px, pz, n, hole, pivot, ref_pivot, sink, k);
+                           ? sum_piece_at<T, kCap, kMode, kFused>(px, pz, n, pivot, ref_pivot, sink, k)
+                           : sum_piece_at<T, kCap, kMode, false>(px, pz, n, pivot, ref_pivot, sink, k);
         if (o.s < kLimit[kMode] && o.t < kLimit[kMode]) return o;
         const float exact = finite(maximum<T, kCap>(px, n, k));
         const float ref_exact = pz ? finite(maximum<T, kCap>(pz, n, k)) : 0.0f;
-        return sum_piece_at<T, kCap, kMode, false>(px, pz, n, hole, exact, ref_exact, sink.again(), k);
+        return sum_piece_at<T, kCap, kMode, false>(px, pz, n, exact, ref_exact, sink.again(), k);
     }
 
     // `at_label`: the target's raw logit.
     Stats finish(const TokenArgs& a, float at_label, const Sums& s, const Prepare& k) const {
-        const double own = prepared<kCap>(at_label, k);
-        const double ref = kMode == kReference ? prepared<kCap>(to_float(z[label]), k) : 0.0f;
-        return wanted(fastalign::finish(s, own, ref, a.inv_temperature, static_cast<double>(vocab)), kMode);
+        const double label = prepared<kCap>(at_label, k);
+        return wanted(fastalign::finish(s, label, a.inv_temperature, static_cast<double>(vocab)), kMode);
     }
 };
 
@@ -334,11 +293,12 @@ void gradient_piece(const T* x, const T* z, T* out, int64_t n, const Coefficient
     if (i < n) gradient_tail<T, kCap, kMode>(x + i, kMode == kReference ? z + i : z, out + i, n - i, c, k);
 }
 
-// The target's gradient, rounded to T once. Taken before the row is overwritten.
+// The target's gradient, with its `delta` added before the one rounding to T. Taken before the row is overwritten.
 template <class T, bool kCap, Mode kMode>
-float label_gradient(const T* x, const T* z, int64_t label, const Coefficients& c, const Prepare& k) {
+float label_gradient(const T* x, const T* z, int64_t label, Coefficients c, const Prepare& k) {
+    c.kappa += c.delta;
     const Vec xl = set1(to_float(x[label])), zl = set1(kMode == kReference ? to_float(z[label]) : 0.0f);
-    return first(gradient<kCap, kMode>(xl, zl, at_target(c), k));
+    return first(gradient<kCap, kMode>(xl, zl, c, k));
 }
 
 // Gradient of elements [begin, end) of a row, which may be written over the row itself.

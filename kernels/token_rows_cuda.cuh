@@ -2,9 +2,6 @@
 //
 // There is no pass for the maximum. A thread's pivot is the maximum of its first tile, and moves only when a tile lies
 // far above it: one comparison per tile in the usual case.
-//
-// The target is left out of the sums (see token_stats.h), as a "hole" in its tile, which is taken as one at the row's
-// edge: the others' loop has nothing to look for.
 #pragma once
 #include <type_traits>
 
@@ -71,10 +68,6 @@ __device__ inline float power_in_sum(float x, const Exponent& u, const Prepare& 
 // probabilities may be 0 because of -inf and weigh nothing, which kWhole would turn into NaN; kEdge: as well, and
 // elements from the row's length on are padding of -inf, which capping must not see.
 enum Tile { kNear, kWhole, kHoles, kEdge };
-
-// The element that a row's sums leave out: counted from the row's first or, in a tile, from the vectors of this lane.
-// Capped, -inf would be a number, so that it is known by its place there; else it is -inf already.
-constexpr int kNoHole = -(1 << 30);
 template <Tile kTaken>
 using Taken = std::integral_constant<Tile, kTaken>;
 
@@ -82,7 +75,7 @@ using Taken = std::integral_constant<Tile, kTaken>;
 // lies 32 vectors after v[u - 1].
 template <class T, bool kCap, Mode kMode, Tile kTaken, bool kPolynomial, int kCount>
 __device__ inline void add_powers(ThreadSums& a, const Pack (&v)[kCount], const Pack (&z)[kCount], int at, int length,
-                                  int hole, const Prepare& k) {
+                                  const Prepare& k) {
     constexpr bool kClamps = kTaken == kHoles || kTaken == kEdge;
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
@@ -93,9 +86,8 @@ __device__ inline void add_powers(ThreadSums& a, const Pack (&v)[kCount], const 
 #pragma unroll
         for (int i = 0; i < kWidth<T>; ++i) {
             const bool real = kTaken != kEdge || at + 32 * u * kWidth<T> + i < length;
-            const bool counts = real && (kTaken != kEdge || 32 * u * kWidth<T> + i != hole);
             const float power = power_in_sum<kCap, kTaken == kNear>(x[i], a.u, k);
-            float p = kCap && !counts ? -INFINITY : power;
+            float p = kCap && !real ? -INFINITY : power;
             if constexpr (kMode == kPlain) {
                 add(s, kPolynomial && by_polynomial<T, kCap, kMode>(i) ? exp2_polynomial(p) : power_of_two(p), i);
             } else {
@@ -132,14 +124,14 @@ __device__ inline float total_of(const Pack (&v)[kCount], int at, int length, co
     return total;
 }
 
-// The powers of a tile within a row, after lifting the pivots where it lies far above them. Holes are rare: a tile is
-// taken for whole, and once more if its sums say otherwise. Capped logits have none.
+// The powers and, where it is asked for, the total of a tile within a row; after lifting the pivots where it lies far
+// above them. Holes are rare: a tile is taken for whole, and once more if its sums say otherwise. Capped logits have
+// none.
 template <class T, bool kCap, Mode kMode, bool kAtEdge, bool kPolynomial, int kCount>
 __device__ inline void add_tile(ThreadSums& a, const Pack (&v)[kCount], const Pack (&z)[kCount], int at, int length,
-                                int hole, const Prepare& k) {
-    const auto add = [&](auto taken) {
-        add_powers<T, kCap, kMode, taken.value, kPolynomial>(a, v, z, at, length, hole, k);
-    };
+                                const Prepare& k) {
+    if (kMode != kPlain && k.mean) a.total += total_of<T, kCap>(v, at, length, k);
+    const auto add = [&](auto taken) { add_powers<T, kCap, kMode, taken.value, kPolynomial>(a, v, z, at, length, k); };
     if (!(kCap && kMode == kPlain && k.centred)) {
         const float headroom = kHeadroom<kMode> * k.inv_scale;
         const float pivot = lifted<T, kCap>(a.pivot, v, headroom, k);
@@ -147,7 +139,7 @@ __device__ inline void add_tile(ThreadSums& a, const Pack (&v)[kCount], const Pa
         if (pivot != a.pivot || ref_pivot != a.ref_pivot) a.lift<kMode>(pivot, ref_pivot, k.scale);
     }
     if constexpr (kCap) {  // by the tile's numbers alone, so that a row's do not depend on its alignment
-        if (hole == kNoHole && all_near<T>(v, k) && (kMode != kReference || all_near<T>(z, k))) add(Taken<kNear>{});
+        if (all_near<T>(v, k) && (kMode != kReference || all_near<T>(z, k))) add(Taken<kNear>{});
         else add(Taken<kAtEdge ? kEdge : kWhole>{});
     } else if constexpr (kAtEdge) {
         add(Taken<kEdge>{});
@@ -164,9 +156,9 @@ __device__ inline void add_tile(ThreadSums& a, const Pack (&v)[kCount], const Pa
 }
 
 // Calls inner(first) and edge(first) for this warp's tiles of x, in order; inner for those that x (and z, of the same
-// length) hold as whole vectors of memory, but for the one that begins at vector `apart`, if that is this warp's.
+// length) hold as whole vectors of memory.
 template <class Team, class T, int kSpan, bool kBoth, class Rows, class Inner, class Edge>
-__device__ inline void for_tiles(const Rows& x, const Rows& z, int apart, const Inner& inner, const Edge& edge) {
+__device__ inline void for_tiles(const Rows& x, const Rows& z, const Inner& inner, const Edge& edge) {
     const int step = Team::threads() / 32 * kSpan, vectors = vectors_of<T>(x.length);
     int first = Team::thread() / 32 * kSpan, end = x.end();
     bool at_edge = x.cut_at_start();
@@ -174,8 +166,7 @@ __device__ inline void for_tiles(const Rows& x, const Rows& z, int apart, const 
     at_edge = at_edge && first == 0;
     for (; first < vectors; first += step) {
         if (!at_edge) {
-            const int stop = first <= apart ? min(end, apart) : end;
-            for (; first + kSpan <= stop; first += step) inner(first);
+            for (; first + kSpan <= end; first += step) inner(first);
             if (first >= vectors) break;
         }
         edge(first);
@@ -183,43 +174,30 @@ __device__ inline void for_tiles(const Rows& x, const Rows& z, int apart, const 
     }
 }
 
-// The sums of a thread over its tiles of a row without its element `hole`, if that is one. `Rows` is a Source or a
-// Staged. `kPolynomial`: where the logits are only read, and the special-function unit would be the next to run out.
+// The sums of a thread over its tiles of a row. `Rows` is a Source or a Staged. `kPolynomial`: where the logits are
+// only read, and the special-function unit would be the next to run out.
 template <class Team, class T, bool kCap, Mode kMode, bool kPolynomial, class Rows>
-__device__ inline FloatSums thread_sums(const Rows& x, const Rows& z, int hole, const Prepare& k) {
-    constexpr int kCount = kTile<kMode>, kSpan = 32 * kCount;
+__device__ inline FloatSums thread_sums(const Rows& x, const Rows& z, const Prepare& k) {
+    constexpr int kCount = kTile<kMode>;
     constexpr bool kReads = kMode == kReference;
     constexpr bool kPaddingShows = kCap || kMode != kPlain;  // a plain sum takes -inf for what it is
     const int lane = threadIdx.x % 32;
     FloatSums start = no_sums();
     if (kCap && kMode == kPlain && k.centred) start.pivot = 0;
     ThreadSums a(start, k);
-    int apart = -1;
-    if (0 <= hole && hole < x.length) {
-        const unsigned tile = static_cast<unsigned>(hole) / (kWidth<T> * kSpan);
-        if ((tile & (Team::threads() / 32 - 1)) == Team::thread() / 32) apart = static_cast<int>(tile * kSpan);
-    }
-    const auto add_total = [&](const Pack(&v)[kCount], int first) {
-        if (kMode != kPlain && k.mean) a.total += total_of<T, kCap>(v, (first + lane) * kWidth<T>, x.length, k);
-    };
     const auto inner = [&](int first) {
         Pack v[kCount], y[kCount];
         x.load(v, first);
         if constexpr (kReads) z.load(y, first);
-        add_total(v, first);
-        add_tile<T, kCap, kMode, false, kPolynomial>(a, v, y, (first + lane) * kWidth<T>, x.length, kNoHole, k);
+        add_tile<T, kCap, kMode, false, kPolynomial>(a, v, y, (first + lane) * kWidth<T>, x.length, k);
     };
     const auto edge = [&](int first) {
         Pack v[kCount], y[kCount];
         x.load_edge(v, first);
         if constexpr (kReads) z.load_edge(y, first);
-        add_total(v, first);
-        const int at = (first + lane) * kWidth<T>;
-        if (!kCap && first == apart) punch<T>(v, hole - first * kWidth<T>);
-        add_tile<T, kCap, kMode, kPaddingShows, kPolynomial>(a, v, y, at, x.length,
-                                                             kCap && first == apart ? hole - at : kNoHole, k);
+        add_tile<T, kCap, kMode, kPaddingShows, kPolynomial>(a, v, y, (first + lane) * kWidth<T>, x.length, k);
     };
-    for_tiles<Team, T, kSpan, kReads>(x, z, apart, inner, edge);
+    for_tiles<Team, T, 32 * kCount, kReads>(x, z, inner, edge);
     return a;
 }
 
@@ -262,18 +240,16 @@ __device__ inline FloatSums warp_sums(FloatSums a, float scale) {
     return a;
 }
 
-// The sums of a row that is one tile of a warp without its element `hole`, which is -inf then; relative to the maximum
-// of what is left. For plain sums of logits without a cap.
+// The sums of a row that is one tile of a warp, relative to its own maximum; for modes without a reference.
 template <class T, bool kCap, Mode kMode>
-__device__ inline FloatSums tile_sums(Pack (&v)[kTile<kMode>], int length, int hole, const Prepare& k) {
-    static_assert(kMode == kPlain && !kCap);
-    punch<T>(v, hole);
+__device__ inline FloatSums tile_sums(const Pack (&v)[kTile<kMode>], int length, const Prepare& k) {
     FloatSums start = no_sums();
     start.pivot = fmaxf(start.pivot, warp_max(capped<kCap>(maximum<T>(v), k)));
     ThreadSums a(start, k);
     const int at = static_cast<int>(threadIdx.x % 32) * kWidth<T>;
-    add_powers<T, kCap, kMode, kHoles, false>(a, v, v, at, length, kNoHole, k);
+    add_powers<T, kCap, kMode, kCap || kMode != kPlain ? kEdge : kHoles, false>(a, v, v, at, length, k);
     a.s = warp_add(a.s);
+    if constexpr (kMode != kPlain) a.w = warp_add(a.w), a.total = warp_add(a.total);
     return a;
 }
 
@@ -304,30 +280,19 @@ __device__ inline FloatSums block_sums(FloatSums a, FloatSums* parts, float scal
     return a;
 }
 
-// The target's logits, as they lie in memory.
-struct Target {
-    float x, z;
-};
-
-template <class T, Mode kMode, class Rows>
-__device__ inline Target target_of(const Rows& x, const Rows& z, int64_t label) {
-    return {x.at(static_cast<int>(label)), kMode == kReference ? z.at(static_cast<int>(label)) : 0.0f};
-}
-
-// The statistics of a live row from the sums over all of it but the target.
+// The statistics of a live row from the sums over all of it. `logit` is the target's, as it lies in memory.
 template <bool kCap, Mode kMode, class Args>
-__device__ inline Stats row_stats(const Args& a, const FloatSums& s, const Target& target, const Prepare& k) {
+__device__ inline Stats row_stats(const Args& a, const FloatSums& s, float logit, const Prepare& k) {
     const ExactPivot exact = k.exact();
     const Sums sums{exact(s.pivot), s.s, s.w, s.k, exact(s.ref_pivot), s.t, s.total};
-    const float ref = kMode == kReference ? capped<kCap>(target.z, k) : 0.0f;
-    return wanted(finish(sums, capped<kCap>(target.x, k), ref, a.inv_temperature, static_cast<double>(a.vocab)), kMode);
+    return wanted(finish(sums, capped<kCap>(logit, k), a.inv_temperature, static_cast<double>(a.vocab)), kMode);
 }
 
-// The same, with the target's logit from memory; without a reference.
+// The same, with the target's logit from memory.
 template <class T, bool kCap, Mode kMode, class Args>
 __device__ inline Stats stats_of(const Args& a, int64_t row, int64_t label, const FloatSums& s, const Prepare& k) {
-    const Source<T> x = row_of<T>(a.logits, a.layout, row, a.vocab);
-    return row_stats<kCap, kMode>(a, s, target_of<T, kPlain>(x, x, label), k);
+    const float logit = row_of<T>(a.logits, a.layout, row, a.vocab).at(static_cast<int>(label));
+    return row_stats<kCap, kMode>(a, s, logit, k);
 }
 
 // What a label asks for. One that is neither a row's element nor ignored cannot be reported from here without stopping
@@ -342,7 +307,7 @@ __device__ inline Row row_kind(const Args& a, int64_t label) {
 
 __device__ inline Stats empty_stats(Row kind) {
     const float x = kind == Row::kBad ? NAN : 0.0f;
-    return {x, x, x, x, x, x, x, x, x, x};
+    return {x, x, x, x, x, x, x, x, x};
 }
 
 }  // namespace fastalign::cuda

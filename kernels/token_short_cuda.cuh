@@ -24,17 +24,15 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
     short_forward_kernel(const __grid_constant__ ForwardArgs a, const __grid_constant__ Prepare k) {
     __shared__ FloatSums parts[kMaxThreads / 32];
     for (ShortRows at; at.first < a.rows; at.next()) {
-        const int64_t target = at.row() < a.rows ? a.label(at.row()) : a.ignore_index;
-        if (row_kind(a, target) == Row::kLive) {
+        if (at.row() < a.rows && row_kind(a, a.label(at.row())) == Row::kLive) {
             const Source<T> x = row_of<T>(a.logits, a.layout, at.row(), a.vocab);
-            const int label = static_cast<int>(target);
             FloatSums sums;
             if constexpr (kOneTile) {
                 Pack v[kTile<kMode>];
                 x.load_edge(v, 0);
-                sums = tile_sums<T, kCap, kMode>(v, x.length, label, k);
+                sums = tile_sums<T, kCap, kMode>(v, x.length, k);
             } else {
-                sums = warp_sums<kMode>(thread_sums<WarpTeam, T, kCap, kMode, false>(x, x, label, k), k.scale);
+                sums = warp_sums<kMode>(thread_sums<WarpTeam, T, kCap, kMode, false>(x, x, k), k.scale);
             }
             if (at.lane == 0) keep_sums<kMode>(parts[at.warp], sums);
         }
@@ -59,8 +57,7 @@ struct ShortSlope {
 
 template <class T, bool kCap, Mode kMode>
 __device__ inline ShortSlope short_slope(const Slope& slope, float logit, const Prepare& k) {
-    const Coefficients c = at_target(slope.c);
-    return {slope, gradient<T, kCap, kMode>(logit, 0, slope, c.a, c.kappa, k)};
+    return {slope, gradient<T, kCap, kMode>(logit, 0, slope, slope.c.kappa + slope.c.delta, k)};
 }
 
 // The first `count` elements of a vector.
@@ -156,13 +153,12 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
             FloatSums sums;
             if constexpr (kOneTile) {
                 source.load_edge(v, 0);
-                sums = tile_sums<T, kCap, kMode>(v, source.length, static_cast<int>(label), k);
+                sums = tile_sums<T, kCap, kMode>(v, source.length, k);
             } else {
                 x = Staged<T>::template copy<WarpTeam>(staged + at.warp * span, source.base, source.length);
                 wait_for_copies();
                 __syncwarp();  // every lane's copies and paddings are in shared memory before any lane reads them
-                const int hole = static_cast<int>(label);
-                sums = warp_sums<kMode>(thread_sums<WarpTeam, T, kCap, kMode, false>(x, x, hole, k), k.scale);
+                sums = warp_sums<kMode>(thread_sums<WarpTeam, T, kCap, kMode, false>(x, x, k), k.scale);
             }
             if (at.lane == 0) keep_sums<kMode>(parts[at.warp], sums);
         }
@@ -174,7 +170,7 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
             Stats o = empty_stats(found);
             if (found == Row::kLive) {
                 const float logit = row_of<T>(a.logits, a.layout, row, a.vocab).at(static_cast<int>(target));
-                o = row_stats<kCap, kMode>(a, kept_sums<kMode>(parts[threadIdx.x]), {logit, 0}, k);
+                o = row_stats<kCap, kMode>(a, kept_sums<kMode>(parts[threadIdx.x]), logit, k);
                 const Slope slope = slope_of<kMode>(row_coefficients(a, row, o, kMode, k.exact()), k);
                 slopes[threadIdx.x] = short_slope<T, kCap, kMode>(slope, logit, k);
             }

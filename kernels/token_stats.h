@@ -7,11 +7,9 @@
 //     u_j = (raw_j - pivot) * log2(e) / T          s = sum 2^u_j      w = sum 2^u_j u_j      total = sum raw_j
 //     v_j likewise for the reference               t = sum 2^v_j      k = sum 2^u_j (u_j - v_j)
 //
-// s, w and k leave out the target, which joins them in `finish`: a probability near 1 is known by what is left beside
-// it, and that would be lost in a sum with it. Such sums merge over pieces of the vocabulary (blocks of a row, shards
-// of a tensor-parallel head). From them come the statistics, 1 - p of the target (`rest`), and the pair (m, r) with m +
-// r = lse, m = lse rounded to float32: with it the backward knows each probability exp((x_j - m) - r) as well at logits
-// of 1e4 as at logits of 1, where a float32 lse alone would not do.
+// Such sums merge over pieces of the vocabulary (blocks of a row, shards of a tensor-parallel head). From them come the
+// statistics, and the pair (m, r) with m + r = lse, m = lse rounded to float32: with it the backward knows each
+// probability exp((x_j - m) - r) as well at logits of 1e4 as at logits of 1, where a float32 lse alone would not do.
 //
 // A row, or a piece of one, may be nothing but -inf. Its lse is -inf, (m, r) = (-inf, 0), so that it weighs nothing in
 // a merge; of a whole row there is no softmax, and its other statistics and its gradient are NaN, as torch's are.
@@ -79,40 +77,26 @@ FA_HD float rest_of_log(double at, double log_s, float m) {
     return m == -INFINITY ? 0 : static_cast<float>((at - m) + log_s);
 }
 
-// What the forward returns for a row, and keeps of it.
+// What the forward returns for a row.
 struct Stats {
-    float logps, lse, entropy, kl, mean, m, r, ref_m, ref_r, rest;
+    float logps, lse, entropy, kl, mean, m, r, ref_m, ref_r;
 };
 
-// Statistics of a row from its merged sums without the target, of which `label` and `ref_label` are the prepared but
-// untempered logits. The target's power joins the others' relative to the larger of its logit and their pivot.
-FA_HD Stats finish(Sums a, double label, double ref_label, double inv_t, double vocab) {
+// Statistics of a row from its merged sums; `label` is the prepared but untempered logit of the target.
+FA_HD Stats finish(const Sums& a, double label, double inv_t, double vocab) {
     Stats o;
-    const double scale = inv_t * kLog2e, bits = (label - a.pivot) * scale;
-    const bool above = bits > 0 && label < INFINITY;
-    // -inf has no power; infinity and NaN make the row NaN.
-    const double f =
-        label == -INFINITY ? 0 : exp2_polynomial(static_cast<float>(above ? -bits : bits)) + (label - label);
-    if (above && a.s != 0) a.w = (a.w - bits * a.s) * f, a.k = (a.k - bits * a.s) * f, a.s *= f;
-    if (above) a.pivot = label;
-    const double own = above ? 1 : f, u = above ? 0 : bits, s = own + a.s;
-    if (own != 0) a.w += own * u, a.k += own * (u - (ref_label - a.ref_pivot) * scale);
     // The pivot is kept apart from the logarithm until the end: beside logits of 1e38 the logarithm would be lost.
-    const double at = a.pivot * inv_t, own_log = (label - a.pivot) * inv_t;
-    const bool leads = own > a.s;
-    const double log = leads ? natural_log1p(quotient(a.s, own)) : natural_log(s);
-    const double log_s = leads ? own_log + log : log;
+    const double at = a.pivot * inv_t, log_s = natural_log(a.s);
     o.m = static_cast<float>(at + log_s);
     o.r = rest_of_log(at, log_s, o.m);
     o.lse = o.m;
-    o.logps = static_cast<float>(leads ? 0 - log : own_log - log);
-    o.rest = static_cast<float>(quotient(a.s, s));
-    o.entropy = static_cast<float>(log_s - kLn2 * a.w / s);
+    o.logps = static_cast<float>((label - a.pivot) * inv_t - log_s);
+    o.entropy = static_cast<float>(log_s - kLn2 * a.w / a.s);
     o.mean = static_cast<float>(a.total * inv_t / vocab);
     const double ref_at = a.ref_pivot * inv_t, ref_log_s = natural_log(a.t);
     o.ref_m = static_cast<float>(ref_at + ref_log_s);
     o.ref_r = rest_of_log(ref_at, ref_log_s, o.ref_m);
-    o.kl = static_cast<float>(kLn2 * a.k / s - log_s + ref_log_s);
+    o.kl = static_cast<float>(kLn2 * a.k / a.s - log_s + ref_log_s);
     return o;
 }
 
@@ -121,18 +105,11 @@ struct Grads {
     float logps, lse, entropy, kl, mean;
 };
 
-// dx_j = 2^u_j (a + b u_j - g v_j) + kappa, u_j = (raw_j - pivot) log2(e) / T, v_j alike. The target's log-probability
-// moves with its own logit by 1 - p, in which the p of all others' -p would cancel the 1: it is in `delta`, whole, and
-// not in `own`, which stands for `a` there. Under soft-capping the caller multiplies by the cap's slope.
+// dx_j = 2^u_j (a + b u_j - g v_j) + kappa + delta [j = label], u_j = (raw_j - pivot) log2(e) / T, v_j alike.
+// Under soft-capping the caller multiplies by the cap's slope.
 struct Coefficients {
-    float pivot, ref_pivot, a, b, g, kappa, delta, own;
+    float pivot, ref_pivot, a, b, g, kappa, delta;
 };
-
-// Those of the target, as those of any element.
-FA_HD Coefficients at_target(Coefficients c) {
-    c.a = c.own, c.kappa += c.delta;
-    return c;
-}
 
 // For kernels that take a pivot as it is.
 struct AsGiven {
@@ -151,20 +128,17 @@ FA_HD Coefficients coefficients(const Stats& o, const Grads& d, double temperatu
     // From rounding the pivots.
     const double shift = exact(c.pivot) * inv_t - o.m;
     const double p_scale = power_of_row((shift - o.r) * kLog2e) * inv_t;
-    double alpha = d.lse;
+    double alpha = static_cast<double>(d.lse) - d.logps;
     if (d.entropy != 0) alpha += d.entropy * (static_cast<double>(o.r) - o.entropy);
     if (d.kl != 0) alpha += d.kl * (static_cast<double>(o.ref_r) - o.r - o.kl);
     const double beta = static_cast<double>(d.kl) - d.entropy;
     if (beta != 0) alpha += beta * shift;
     if (d.kl != 0) alpha -= d.kl * (exact(c.ref_pivot) * inv_t - o.ref_m);
-    // 0 whatever the row: one may have no softmax.
-    c.own = alpha != 0 ? static_cast<float>(alpha * p_scale) : 0;
-    alpha -= d.logps;
-    c.a = alpha != 0 ? static_cast<float>(alpha * p_scale) : 0;
+    c.a = alpha != 0 ? static_cast<float>(alpha * p_scale) : 0;  // whatever the row: one may have no softmax
     c.b = beta != 0 ? static_cast<float>(beta * kLn2 * p_scale) : 0;
     c.g = d.kl != 0 ? static_cast<float>(d.kl * kLn2 * p_scale) : 0;
     c.kappa = d.mean != 0 ? static_cast<float>(d.mean * inv_t / vocab) : 0;
-    c.delta = d.logps != 0 ? static_cast<float>(d.logps * inv_t * o.rest) : 0;
+    c.delta = static_cast<float>(d.logps * inv_t);
     return c;
 }
 

@@ -25,12 +25,9 @@ __global__ void __launch_bounds__(kMaxThreads, kMode == kReference ? 3 : 4)
             continue;
         }
         const Source<T> x = row_of<T>(a.logits, a.layout, row, a.vocab), z = reference_of<T, kMode>(a, row);
-        Target target{};
-        if (threadIdx.x == 0) target = target_of<T, kMode>(x, z, label);
-        const int hole = static_cast<int>(label);
-        const FloatSums sums =
-            block_sums<kMode>(thread_sums<BlockTeam, T, kCap, kMode, true>(x, z, hole, k), parts, k.scale);
-        if (threadIdx.x == 0) write_row(a.out, a.saved, row, row_stats<kCap, kMode>(a, sums, target, k), kMode);
+        const float logit = threadIdx.x == 0 ? x.at(static_cast<int>(label)) : 0.0f;
+        const FloatSums sums = block_sums<kMode>(thread_sums<BlockTeam, T, kCap, kMode, true>(x, z, k), parts, k.scale);
+        if (threadIdx.x == 0) write_row(a.out, a.saved, row, row_stats<kCap, kMode>(a, sums, logit, k), kMode);
         __syncthreads();  // the first warp has read `parts` before the next row's are written
     }
 }
@@ -138,12 +135,10 @@ __global__ void __launch_bounds__(kMaxThreads, kCap&& kMode == kMoments ? 2 : 3)
         Staged<T> z = x;
         if constexpr (kMode == kReference)
             z = Staged<T>::template copy<BlockTeam>(staged + staged_bytes(span, sizeof(T)), ref.base + begin, count);
-        Target target{};
-        if (threadIdx.x == 0) target = target_of<T, kMode>(source, ref, label);
-        const int at = static_cast<int>(label) - begin;
+        const float logit = threadIdx.x == 0 ? source.at(static_cast<int>(label)) : 0.0f;
         wait_for_copies();
         __syncthreads();  // every thread's copies and paddings are in shared memory before any thread reads them
-        FloatSums sums = block_sums<kMode>(thread_sums<BlockTeam, T, kCap, kMode, false>(x, z, at, k), parts, k.scale);
+        FloatSums sums = block_sums<kMode>(thread_sums<BlockTeam, T, kCap, kMode, false>(x, z, k), parts, k.scale);
         if (threadIdx.x == 0) keep_sums<kMode>(own, sums);
         // Every block's `own` is written before a block reads it; and, for a gradient that goes over the logits, the
         // target's logit has been read by all before any block writes.
@@ -153,13 +148,14 @@ __global__ void __launch_bounds__(kMaxThreads, kCap&& kMode == kMoments ? 2 : 3)
             if (cluster.size > 1)
                 sums = warp_sums<kMode>(lane < cluster.size ? cluster.read<kMode>(own, lane) : no_sums(), k.scale);
             if (lane == 0) {
-                const Stats o = row_stats<kCap, kMode>(a, sums, target, k);
+                const Stats o = row_stats<kCap, kMode>(a, sums, logit, k);
                 if (cluster.rank == 0) write_row(a.out, nullptr, row, o, kMode);
                 shared = slope_of<kMode>(row_coefficients(a, row, o, kMode, k.exact()), k);
             }
         }
         cluster.arrive();
         __syncthreads();  // `shared` is written before the block reads it
+        const int at = static_cast<int>(label) - begin;
         write_gradient<BlockTeam, T, kCap, kMode>(x, z, out, count, 0 <= at && at < count ? at : -1, shared, k);
         // No block leaves, or writes the next row's `own`, while another may still read this one's.
         cluster.wait();

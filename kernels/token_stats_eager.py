@@ -11,15 +11,8 @@ and the backward is the canonical form shared by every backend (`coefficients`):
 
     dx_j = p_j (alpha + beta (x_j - m) - gamma (z_j - m')) + delta [j = label] + kappa,    p_j = exp((x_j - m) - r)
 
-A target's probability near 1 is known by the others' sum. Where it is the larger of the two,
-
-    logps = -log(1 + sum_{j != label} exp(x_j - x_label))      rest = 1 - p_label = sum_{j != label} exp(x_j - m - r)
-
-and in the gradient of its own logit -p_label of alpha and delta are rest * delta, so that nothing cancels.
-
 Everything is taken relative to m: a float32 lse of 10,000 is known to 1e-3 only, but r and x - m stay exact, so
-probabilities are as good at logits of 1e4 as at logits of 1. `saved` carries (m, r, m', r', rest) from forward to
-backward.
+probabilities are as good at logits of 1e4 as at logits of 1. `saved` carries (m, r, m', r') from forward to backward.
 A row of nothing but -inf has an lse of -inf; its other statistics, and its gradient where it has one, are NaN.
 """
 
@@ -53,25 +46,12 @@ def _live(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     return live.unsqueeze(-1), torch.where(live, labels, 0).long().unsqueeze(-1)
 
 
-def _shifted(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(x - m, m) with m the row's maximum (0 for a row of nothing but -inf, whose differences would be NaN)."""
+def _shifted(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(x - m, m, r) with m the row's maximum (0 for a row of nothing but -inf, whose differences would be NaN)."""
     m = x.amax(-1, keepdim=True)
     m = torch.where(m == -torch.inf, 0, m)
-    return x - m, m
-
-
-def _target(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(r, log-probability of the target, rest) of rows relative to their maxima."""
-    target = x.gather(-1, index)
-    own, others = target.exp(), x.exp().scatter_(-1, index, 0).sum(-1, keepdim=True)
-    log_of_one = torch.log1p(others / own)
-    log_of_all = (own + others).log()
-    leads = own > others
-    return (
-        torch.where(leads, target + log_of_one, log_of_all),
-        torch.where(leads, 0 - log_of_one, target - log_of_all),
-        others / (own + others),
-    )
+    x = x - m
+    return x, m, x.exp().sum(-1, keepdim=True).log()
 
 
 def forward(
@@ -84,10 +64,9 @@ def forward(
     want_entropy: bool,
     want_mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """(logps, lse, entropy, kl, mean [...] each, saved [..., 5]); None where not asked for; 0 at ignored tokens."""
+    """(logps, lse, entropy, kl, mean [...] each, saved [..., 4]); None where not asked for; 0 at ignored tokens."""
     live, index = _live(labels, ignore_index)
-    x, m = _shifted(_prepare(logits, live, temperature, softcap))
-    r, logps, rest = _target(x, index)
+    x, m, r = _shifted(_prepare(logits, live, temperature, softcap))
     saved = [m, r]
 
     def masked(t: Tensor) -> Tensor:
@@ -100,33 +79,31 @@ def forward(
     if want_mean:
         mean = masked(m + x.mean(-1, keepdim=True))
     if ref_logits is not None:
-        z, ref_m = _shifted(_prepare(ref_logits, live, temperature, softcap))
-        ref_r = z.exp().sum(-1, keepdim=True).log()
+        z, ref_m, ref_r = _shifted(_prepare(ref_logits, live, temperature, softcap))
         kl = masked(_weighted(p, x - z).sum(-1, keepdim=True) - r + ref_r)
         saved += [ref_m, ref_r]
     else:
         saved += [torch.zeros_like(m), torch.zeros_like(r)]
-    return masked(logps), masked(m + r), entropy, kl, mean, torch.cat([*saved, rest], -1)
+    return masked(x.gather(-1, index) - r), masked(m + r), entropy, kl, mean, torch.cat(saved, -1)
 
 
 def coefficients(
     saved: Tensor, entropy: Tensor | None, kl: Tensor | None, grads: tuple[Tensor | None, ...], vocab: int
 ) -> tuple[Tensor, ...]:
-    """alpha, beta, gamma, delta, kappa of each row, from the gradients of (logps, lse, entropy, kl, mean); then what
-    alpha is to the target, to which delta is whole.
+    """alpha, beta, gamma, delta, kappa of each row, from the gradients of (logps, lse, entropy, kl, mean).
 
     d logps/dx_j = [j = label] - p_j          d lse/dx_j = p_j          d mean/dx_j = 1/V
     d entropy/dx_j = p_j (E_p[x - m] - (x_j - m))   d kl/dx_j = p_j ((x_j - m) - (z_j - m') - r + r' - kl)
     """
-    r, ref_r, rest = saved[..., 1], saved[..., 3], saved[..., 4]
+    r, ref_r = saved[..., 1], saved[..., 3]
     zero = torch.zeros_like(r)
     g_logps, g_lse, g_entropy, g_kl, g_mean = (zero if g is None else g.to(r.dtype) for g in grads)
-    alpha, beta = g_lse, zero
+    alpha, beta = g_lse - g_logps, zero
     if entropy is not None:
         alpha, beta = alpha + _weighted(g_entropy, r - entropy), beta - g_entropy
     if kl is not None:
         alpha, beta = alpha + _weighted(g_kl, ref_r - r - kl), beta + g_kl
-    return alpha - g_logps, beta, g_kl, _weighted(g_logps, rest), g_mean / vocab, alpha
+    return alpha, beta, g_kl, g_logps, g_mean / vocab
 
 
 def backward(
@@ -146,19 +123,18 @@ def backward(
     live, index = _live(labels, ignore_index)
     x = _prepare(logits, live, temperature, softcap)
     squash = 1 - (x * (temperature / softcap)) ** 2 if softcap else None  # d(cap tanh(u / cap))/du = 1 - tanh^2
-    six = coefficients(saved, entropy, kl, grads, logits.shape[-1])
-    moves = torch.stack(six).ne(0).any(0).unsqueeze(-1)
-    alpha, beta, gamma, delta, kappa, own = (c.unsqueeze(-1) for c in six)
+    five = coefficients(saved, entropy, kl, grads, logits.shape[-1])
+    moves = torch.stack(five).ne(0).any(0).unsqueeze(-1)
+    alpha, beta, gamma, delta, kappa = (c.unsqueeze(-1) for c in five)
     x = x - saved[..., 0:1]
     p = torch.exp(x - saved[..., 1:2])
-    bend = torch.zeros_like(alpha)
+    slope = alpha
     if entropy is not None or kl is not None:
-        bend = bend + beta * x
+        slope = slope + beta * x
     if ref_logits is not None:
-        bend = bend - _weighted(gamma, _prepare(ref_logits, live, temperature, softcap) - saved[..., 2:3])
-    bend = bend.expand_as(p)
-    dx = _weighted(p, alpha + bend) + kappa
-    dx.scatter_(-1, index, _weighted(p.gather(-1, index), own + bend.gather(-1, index)) + kappa + delta)
+        slope = slope - _weighted(gamma, _prepare(ref_logits, live, temperature, softcap) - saved[..., 2:3])
+    dx = _weighted(p, slope.expand_as(p)) + kappa
+    dx.scatter_add_(-1, index, delta)
     if squash is not None:
         dx = dx * squash
     out.copy_(torch.where(live & moves, dx / temperature, 0))

@@ -25,12 +25,9 @@ from .token_layout_triton import (
     sum_tile,
     tile,
 )
-from .token_results import SAVED as _SAVED
 from .token_results import new_saved, new_statistics
 from .token_sums_triton import sum_registers
 from .token_walk_triton import sum_row
-
-SAVED = tl.constexpr(_SAVED)
 
 # Neither values nor alignments of arguments are compiled in: kernels find the 16-byte boundaries of rows by themselves.
 _SCALARS = ("x_outer", "x_inner", "z_outer", "z_inner", "out_outer", "out_inner", "inner", "V", "ignore_index")
@@ -86,12 +83,6 @@ def label_logit(x_row, label, V, cap, inv_cap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def within(label, V):
-    """The label, as an element of the row whatever it is; 32 bits."""
-    return tl.where((label >= 0) & (label < V), label, 0).to(tl.int32)
-
-
-@triton.jit
 def finite(x):
     return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 
@@ -127,11 +118,11 @@ def forward_kernel(
 ):
     row = tl.program_id(0)
     label = tl.load(labels_ptr + row).to(tl.int64)
-    saved = saved_ptr + row.to(tl.int64) * SAVED
+    saved = saved_ptr + row.to(tl.int64) * 4
     none = nothing()
     if label == ignore_index:
         store_statistics(logps_ptr, lse_ptr, entropy_ptr, kl_ptr, mean_ptr, row, none, none, none, none, none)
-        tl.store(saved + tl.arange(0, 8), tl.zeros([8], tl.float32), tl.arange(0, 8) < SAVED)
+        tl.store(saved + tl.arange(0, 4), tl.zeros([4], tl.float32))
         return
     x_row = row_pointer(x_ptr, row, inner, x_outer, x_inner)
     z_row = x_row
@@ -141,33 +132,28 @@ def forward_kernel(
     ENTROPY: tl.constexpr = entropy_ptr is not None
     MEAN: tl.constexpr = mean_ptr is not None
     x_label = label_logit(x_row, label, V, cap, inv_cap, SOFTCAP)
-    z_label = x_label
-    if KL:
-        z_label = label_logit(z_row, label, V, cap, inv_cap, SOFTCAP)
     zero = finite(x_label)
-    target = within(label, V)
     if FITS:
         head = row_head(x_row, V, VEC)
         xs, _ = load_row(x_row, head, V, True, R, T, VEC)
         zs = xs
         if KL:
             zs, _ = load_row(z_row, head, V, ALIGNED, R, T, VEC)
-        sums, at, ref_at = sum_registers(
-            *(xs, zs, x_row, z_row, x_label, target, head, V, zero, scale, cap, inv_cap),
-            *(T, VEC, SOFTCAP, ENTROPY, KL, MEAN),
-        )
+        sums, at, ref_at = sum_registers(xs, zs, head, V, zero, scale, cap, inv_cap, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
     else:
+        z_label = x_label
+        if KL:
+            z_label = label_logit(z_row, label, V, cap, inv_cap, SOFTCAP)
         sums, at, ref_at = sum_row(
-            *(x_row, z_row, x_label, z_label, target, V, zero, scale, cap, inv_cap),
+            *(x_row, z_row, x_label, z_label, V, zero, scale, cap, inv_cap),
             *(R, T, VEC, ALIGNED, SOFTCAP, ENTROPY, KL, MEAN),
         )
-    logps, entropy, kl, mean, m, r, ref_m, ref_r, rest = finish(sums, at, ref_at, x_label, z_label, zero, V, inv_t, KL)
+    logps, entropy, kl, mean, m, r, ref_m, ref_r = finish(sums, at, ref_at, x_label, zero, V, inv_t, KL)
     store_statistics(logps_ptr, lse_ptr, entropy_ptr, kl_ptr, mean_ptr, row, logps, m, entropy, kl, mean)
     tl.store(saved, m)
     tl.store(saved + 1, r)
     tl.store(saved + 2, ref_m)
     tl.store(saved + 3, ref_r)
-    tl.store(saved + 4, rest)
 
 
 @row_kernel
@@ -220,13 +206,12 @@ def backward_kernel(
     if KL:  # noqa: SIM102 (known when it is compiled)
         if g_kl == 0:  # any finite number where x is one: the reference may be -inf there
             z_row = x_row
-    saved = saved_ptr + row.to(tl.int64) * SAVED
+    saved = saved_ptr + row.to(tl.int64) * 4
     c = coefficients(
         tl.load(saved),
         tl.load(saved + 1),
         tl.load(saved + 2),
         tl.load(saved + 3),
-        tl.load(saved + 4),
         optional(entropy_ptr, row),
         optional(kl_ptr, row),
         optional(g_logps_ptr, row),
@@ -305,7 +290,7 @@ def launches(
     Args:
         kernel: made by `row_kernel`.
         logits: tensors [..., V] named "x", "z", "out"; None where there is none.
-        per_row: dense tensors of the leading dimensions (`saved`: SAVED numbers each), by argument name without "_ptr".
+        per_row: dense tensors of the leading dimensions (`saved`: with four more), by argument name without "_ptr".
         options: further arguments; those that the kernel does not know are left out.
         configuration: (constexprs, number of warps).
     """

@@ -11,8 +11,6 @@ elements, 16 bytes, for each thread.
   nothing; and `total_of` adds up the bins in an order that no rotation changes.
 * All elements have one pivot: the maximum, or what is known of the row before all of it has been seen. Where that
   proves to lie too far from the maximum, the row is summed once more, relative to the maximum.
-* The target is left out of s, w and k (see token_stats.h). Its bin is dropped, and the few other elements that it
-  would have had, one of 32 * VEC of a piece, are added up by themselves: no element that is summed is looked at.
 
 Triton reads the types in the signatures of kernels, so annotations must not be lazy here. Fused multiply-adds are
 spelled out, so that no bit depends on the place at which the compiler meets a formula.
@@ -21,12 +19,11 @@ spelled out, so that no bit depends on the place at which the compiler meets a f
 import triton
 import triton.language as tl
 
-from .token_formulas_triton import lost, pivot_at, power
+from .token_formulas_triton import lost, pivot_at
 from .token_layout_triton import (
     TEAM,
     in_row,
     nothing,
-    piece_of,
     pieces,
     prepare,
 )
@@ -98,71 +95,11 @@ def total_of(bins, T: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def beside_target(
-    x_row,
-    z_row,
-    label,
-    V,
-    at,
-    ref_at,
-    cap,
-    inv_cap,
-    T: tl.constexpr,
-    VEC: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    KL: tl.constexpr,
-):
-    """(s, w, k) of the other elements of the target's bin, scalars."""
-    WIDTH: tl.constexpr = TEAM * VEC
-    _, begin, length = piece_of(label, V, T, VEC)
-    none = tl.zeros([T], tl.float32)
-    sums = (none, none, none, none, none)
-    for start in range(0, tl.cdiv(length, WIDTH), T):
-        element = (label - begin) % WIDTH + (start + tl.arange(0, T)) * WIDTH
-        live = (element < length) & (begin + element != label)
-        x = prepare(tl.load(x_row + (begin + element), live, other=float("-inf")), live, cap, inv_cap, SOFTCAP)
-        z = x
-        if KL:
-            z = prepare(tl.load(z_row + (begin + element), live, other=float("-inf")), live, cap, inv_cap, SOFTCAP)
-        sums = add(sums, terms(x, z, live, at, ref_at, 0.0, ENTROPY, KL, False), ENTROPY, KL, False)
-    w = nothing()
-    k = nothing()
-    if ENTROPY:
-        w = tl.sum(sums[1], 0)
-    if KL:
-        k = tl.sum(sums[4], 0)
-    return tl.sum(sums[0], 0), w, k
-
-
-@triton.jit
-def without_bin(bins, bin, T: tl.constexpr, VEC: tl.constexpr):
-    return tl.where(tl.arange(0, T)[:, None] * VEC + tl.arange(0, VEC)[None, :] == bin, 0.0, bins)
-
-
-@triton.jit
 def totals(
-    sums,
-    beside,
-    label,
-    head,
-    V,
-    T: tl.constexpr,
-    VEC: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    KL: tl.constexpr,
-    MEAN: tl.constexpr,
+    sums, head, V, T: tl.constexpr, VEC: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr
 ):
-    """The five sums of the whole row, scalars; with what is `beside_target` in place of its bin."""
+    """The five sums of the whole row, scalars."""
     s, w, total, t, k = sums
-    piece, begin, elements = piece_of(label, V, T, VEC)
-    place = label - begin - tl.minimum(head, elements) + TEAM * VEC
-    bin = piece * (TEAM * VEC) + place % (TEAM * VEC)
-    s = without_bin(s, bin, T, VEC)
-    if ENTROPY:
-        w = without_bin(w, bin, T, VEC)
-    if KL:
-        k = without_bin(k, bin, T, VEC)
     if head > 0:
         _, length, _ = pieces(V, T, VEC)
         own_head = tl.minimum(head, length)
@@ -179,13 +116,13 @@ def totals(
     row_t = nothing()
     row_k = nothing()
     if ENTROPY:
-        row_w = total_of(w, T, VEC) + beside[1]
+        row_w = total_of(w, T, VEC)
     if MEAN:
         row_total = total_of(total, T, VEC)
     if KL:
         row_t = total_of(t, T, VEC)
-        row_k = total_of(k, T, VEC) + beside[2]
-    return total_of(s, T, VEC) + beside[0], row_w, row_total, row_t, row_k
+        row_k = total_of(k, T, VEC)
+    return total_of(s, T, VEC), row_w, row_total, row_t, row_k
 
 
 # ---------------------------------------------------------------------------------------------------------- whole rows
@@ -247,7 +184,7 @@ def sum_stripes(
     KL: tl.constexpr,
     MEAN: tl.constexpr,
 ):
-    """The five sums of the bins of a row in registers, 2, 4 or 8 stripes `xs` and `zs`.
+    """The five sums of a row in registers, 2, 4 or 8 stripes `xs` and `zs`.
 
     Stripes are added in halves too (see `total_of`): then a row's place rotates all of its elements, and no sum.
     """
@@ -260,17 +197,13 @@ def sum_stripes(
         if len(xs) == 8:
             odd = add(odd, sum_pair(3, *here, T, VEC, SOFTCAP, ENTROPY, KL, MEAN), ENTROPY, KL, MEAN)
         sums = add(sums, odd, ENTROPY, KL, MEAN)
-    return sums
+    return totals(sums, head, V, T, VEC, ENTROPY, KL, MEAN)
 
 
 @triton.jit
 def sum_registers(
     xs,
     zs,
-    x_row,
-    z_row,
-    x_label,
-    label,
     head,
     V,
     zero,
@@ -284,7 +217,7 @@ def sum_registers(
     KL: tl.constexpr,
     MEAN: tl.constexpr,
 ):
-    """(the five sums, pivot, the reference's pivot) of a row in registers, which lies at `x_row` and `z_row` too.
+    """(the five sums, pivot, the reference's pivot) of a row in registers.
 
     Of a short row, the pivot of a plain sum is `zero`, the target: the sum is then one over the target's probability,
     and rarely too large. Only there is the maximum looked for, for which all elements would have to meet beforehand. (A
@@ -297,15 +230,10 @@ def sum_registers(
     if KL:
         ref_at = pivot_at(largest(zs, cap, inv_cap, SOFTCAP), scale)
     row = (xs, zs, head, V)
-    where = (x_row, z_row, label, V)
-    beside = beside_target(*where, at, ref_at, cap, inv_cap, T, VEC, SOFTCAP, ENTROPY, KL)
-    bins = sum_stripes(*row, at, ref_at, zero, cap, inv_cap, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
-    sums = totals(bins, beside, label, head, V, T, VEC, ENTROPY, KL, MEAN)
+    sums = sum_stripes(*row, at, ref_at, zero, cap, inv_cap, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
     if BY_TARGET:
-        if lost(sums[0] + power(x_label, at)):
+        if lost(sums[0]):
             at = pivot_at(largest(xs, cap, inv_cap, SOFTCAP), scale)
-            beside = beside_target(*where, at, at, cap, inv_cap, T, VEC, SOFTCAP, ENTROPY, KL)
-            bins = sum_stripes(*row, at, at, zero, cap, inv_cap, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
-            sums = totals(bins, beside, label, head, V, T, VEC, ENTROPY, KL, MEAN)
+            sums = sum_stripes(*row, at, at, zero, cap, inv_cap, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
         ref_at = at
     return sums, at, ref_at

@@ -144,29 +144,6 @@ __device__ inline float maximum(const Pack (&v)[kCount]) {
     return fmaxf(x[0], x[1]);
 }
 
-// Sets the bits of `mask` in word `which` of a tile to those of `to`. A tree of branches, all lanes by the same one: a
-// register cannot be indexed, and to select it takes an instruction or two for each of them.
-template <int kBegin, int kWords, int kCount>
-__device__ inline void set_bits(Pack (&v)[kCount], unsigned which, uint32_t mask, uint32_t to) {
-    if constexpr (kWords == 1) {
-        uint32_t& word = v[kBegin / 4].w[kBegin % 4];
-        asm volatile("lop3.b32 %0, %0, %1, %2, 0xb8;" : "+r"(word) : "r"(mask), "r"(to));
-    } else if (which < kBegin + kWords / 2) {
-        set_bits<kBegin, kWords / 2>(v, which, mask, to);
-    } else {
-        set_bits<kBegin + kWords / 2, kWords / 2>(v, which, mask, to);
-    }
-}
-
-// Makes one element of a tile -inf, `element` counted from the tile's first.
-template <class T, int kCount>
-__device__ inline void punch(Pack (&v)[kCount], unsigned element) {
-    constexpr int kPerWord = Words<T>::kPerWord;
-    const unsigned vector = element / kWidth<T>, word = vector / 32 * 4 + element % kWidth<T> / kPerWord;
-    const uint32_t bits = kPerWord == 1 ? 0xffffffffu : 0xffffu << element % 2 * 16;
-    set_bits<0, 4 * kCount>(v, word, vector % 32 == threadIdx.x % 32 ? bits : 0, Words<T>::kMinusInf);
-}
-
 // The vector whose elements' bits kWidth lanes hold, from `lane` on; every lane gets it.
 template <class T>
 __device__ inline Pack vector_of_lanes(uint32_t bits, int lane) {

@@ -18,7 +18,7 @@ from .token_layout_triton import (
     row_head,
     team_slots,
 )
-from .token_sums_triton import add, beside_target, no_sums, terms, totals
+from .token_sums_triton import add, no_sums, terms, totals
 
 SAMPLE = tl.constexpr(64)  # first elements of a row, of which the largest may be its pivot
 
@@ -150,7 +150,6 @@ def sum_row(
     z_row,
     x_label,
     z_label,
-    label,
     V,
     zero,
     scale,
@@ -189,5 +188,4 @@ def sum_row(
             at = pivot_at(top, scale)
             if KL:
                 ref_at = pivot_at(ref_top, scale)
-    beside = beside_target(x_row, z_row, label, V, at, ref_at, cap, inv_cap, T, VEC, SOFTCAP, ENTROPY, KL)
-    return totals(sums, beside, label, row_head(x_row, V, VEC), V, T, VEC, ENTROPY, KL, MEAN), at, ref_at
+    return totals(sums, row_head(x_row, V, VEC), V, T, VEC, ENTROPY, KL, MEAN), at, ref_at

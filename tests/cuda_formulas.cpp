@@ -24,16 +24,12 @@ void tanh_series_many(const float* x, float* y, int n, double unit, double by) {
 }
 
 void natural_log_many(const float* x, double* y, int n) {
-    for (int i = 0; i < n; ++i) y[i] = natural_log_of(x[i], x[i] - 1.0f);
+    for (int i = 0; i < n; ++i) y[i] = natural_log_of(x[i]);
 }
 
-void natural_log1p_many(const float* x, double* y, int n) {
-    for (int i = 0; i < n; ++i) y[i] = natural_log_of(1.0f + x[i], x[i]);
-}
-
-// Statistics (logps, lse, entropy, kl, mean, m, r, ref_m, ref_r, rest) of a row that `threads` threads share, each
-// relative to the maximum of its own elements; and from them, under the gradients g, the coefficients after what the
-// powers are relative to (by, at, and those of the reference).
+// Statistics (logps, lse, entropy, kl, mean, m, r, ref_m, ref_r) of a row that `threads` threads share, each relative
+// to the maximum of its own elements; and from them, under the gradients g, the coefficients after what the powers are
+// relative to (by, at, and those of the reference).
 void row(const float* x, const float* z, int vocab, int label, int threads, double temperature, const float* g,
          float* statistics, float* coefficients_out) {
     const float scale = static_cast<float>(kLog2e / temperature);
@@ -51,7 +47,7 @@ void row(const float* x, const float* z, int vocab, int label, int threads, doub
         const Exponent by = exponent(a.pivot, scale), ref_by = exponent(a.ref_pivot, scale);
         for (int i = thread; i < vocab; i += threads) {
             const float u = max_or_nan(by.of(x[i]), -256.0f), v = ref_by.of(z[i]);
-            const float e = i == label ? 0 : power_of_two(u);
+            const float e = power_of_two(u);
             a.s += e, a.w += e * u, a.t += power_of_two(v), a.k += e == 0 ? 0 : e * (u - v), a.total += x[i];
         }
         const float pivot = fmaxf(all.pivot, a.pivot), ref_pivot = fmaxf(all.ref_pivot, a.ref_pivot);
@@ -60,13 +56,13 @@ void row(const float* x, const float* z, int vocab, int label, int threads, doub
         all.s += a.s, all.w += a.w, all.k += a.k, all.t += a.t, all.total += a.total;
     }
     const Sums sums{exact(all.pivot), all.s, all.w, all.k, exact(all.ref_pivot), all.t, all.total};
-    const Stats o = finish(sums, x[label], z[label], 1 / temperature, vocab);
+    const Stats o = finish(sums, x[label], 1 / temperature, vocab);
     const Coefficients c = coefficients(o, {g[0], g[1], g[2], g[3], g[4]}, temperature, 1 / temperature, vocab, exact);
     const Exponent by = exponent(c.pivot, scale), ref_by = exponent(c.ref_pivot, scale);
-    const float found[] = {o.logps, o.lse, o.entropy, o.kl, o.mean, o.m, o.r, o.ref_m, o.ref_r, o.rest};
-    const float numbers[] = {by.by, by.at, ref_by.by, ref_by.at, c.a, c.b, c.g, c.kappa, c.delta, c.own};
-    for (int i = 0; i < 10; ++i) statistics[i] = found[i];
-    for (int i = 0; i < 10; ++i) coefficients_out[i] = numbers[i];
+    const float found[] = {o.logps, o.lse, o.entropy, o.kl, o.mean, o.m, o.r, o.ref_m, o.ref_r};
+    const float five[] = {by.by, by.at, ref_by.by, ref_by.at, c.a, c.b, c.g, c.kappa, c.delta};
+    for (int i = 0; i < 9; ++i) statistics[i] = found[i];
+    for (int i = 0; i < 9; ++i) coefficients_out[i] = five[i];
 }
 
 }  // extern "C"

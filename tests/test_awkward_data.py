@@ -28,7 +28,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 COMMON = "--model m --use_cpu --disable_tqdm --max_length 48 --per_device_train_batch_size 2 --max_steps 1"
-POLICY = "--model m --use_cpu --disable_tqdm --reward_fn reward.py:score --response_length 3 --max_prompt_length 24"
+POLICY = "--model m --use_cpu --disable_tqdm --reward_fn reward.py:score --response_length 3 --max_prompt_length 48"
 COMMANDS = {
     **dict.fromkeys(("sft", "pro", "reward"), f"{COMMON} --save_strategy no"),
     "dpo": f"{COMMON} --save_strategy no --reference_free",

@@ -145,9 +145,15 @@ class TestPolicyPrompts:
 
     def test_a_templates_own_beginning_stays(self, chatty):
         chatty.chat_template = "<s>" + TEMPLATE
-        (prompt,) = load_prompts([{"prompt": [{"role": "user", "content": LONG_PROMPT["prompt"]}]}], chatty, 8)
+        row = {"prompt": [{"role": "user", "content": LONG_PROMPT["prompt"]}]}
+        (whole,) = load_prompts([row], chatty, 500)
+        limit = len(whole.ids) - 6
+        (prompt,) = load_prompts([row], chatty, limit)
         assert prompt.ids[0] == chatty.bos_token_id
-        assert len(prompt.ids) == 8
+        assert 0 < len(prompt.ids) <= limit
+        assert prompt.text.startswith("<s><user>")
+        with pytest.raises(ValueError, match=r"row 0 .*is too long"):  # there is no room for any of the message
+            load_prompts([row], chatty, 8)
 
     def test_drop_and_raise(self, tiny_tokenizer, capsys):
         rows = list(self.PROMPTS)

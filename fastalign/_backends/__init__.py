@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.token_results import SAVED
 from ..utils import environment
 from . import cpu, cuda, eager, triton
 from ._interface import Backend, TokenProgram, check_labels
@@ -26,7 +25,6 @@ from .cpu import cpu_isa, cpu_isas, kept_rows, loss_program, probe_copy, probe_r
 
 __all__ = [
     "LARGE",
-    "SAVED",
     "Backend",
     "TokenProgram",
     "automatic",

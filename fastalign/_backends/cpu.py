@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.token_results import SAVED, new_saved, new_statistics
+from ..kernels.token_results import new_saved, new_statistics
 from ..utils import environment
 from ._interface import DTYPES, Statistics, TokenProgram, bad_label
 
@@ -179,12 +179,12 @@ def kept_rows(
     `which`: bits of the statistics that there are slopes for, in `ops.programs.STATISTICS`; 0: no slopes were kept.
     """
     numbers = torch.frombuffer(bytearray(kept), dtype=torch.float32) if kept else _ONE.new_empty(0)
-    parts = SAVED + bool(which & 4) + bool(which & 8) + which.bit_count()
+    parts = 4 + bool(which & 4) + bool(which & 8) + which.bit_count()
     tokens = numbers.numel() // parts
     of_labels = tokens == labels.numel()  # a hook may have changed them: the checks of the backward then say so
-    rows = numbers[SAVED * tokens :].view(parts - SAVED, tokens)
-    saved = numbers[: SAVED * tokens].view(*(labels.shape if of_labels else (tokens,)), SAVED)
-    found = [row.view(labels.shape) if of_labels else row for row in rows[: parts - SAVED - which.bit_count()]]
+    rows = numbers[4 * tokens :].view(parts - 4, tokens)
+    saved = numbers[: 4 * tokens].view(*(labels.shape if of_labels else (tokens,)), 4)
+    found = [row.view(labels.shape) if of_labels else row for row in rows[: parts - 4 - which.bit_count()]]
     entropy, kl = found.pop(0) if which & 4 else None, found.pop(0) if which & 8 else None
     return (saved, entropy, kl), rows[-which.bit_count() :] if which else None
 

@@ -56,7 +56,7 @@ class RowStats:
     entropy: Tensor | None
     kl: Tensor | None
     mean: Tensor | None
-    saved: Tensor  # [M, 5]: see kernels/token_stats.h
+    saved: Tensor  # [M, 4]: see kernels/token_stats.h
 
     def rows(self, at: slice) -> RowStats:
         if at.start == 0 and at.stop == self.logps.shape[0]:
@@ -150,25 +150,20 @@ class Problem:
 
 
 class _Merger:
-    """Collects the statistics of parts of the vocabulary. In float64: entropy and KL are differences of merged sums.
-
-    The target is merged with the logarithm of the others' sum, so that a probability near 1 loses nothing.
-    """
+    """Collects the statistics of parts of the vocabulary. In float64: entropy and KL are differences of merged sums."""
 
     def __init__(self, problem: Problem):
         self._problem = problem
         self._parts: list[tuple[Tensor, ...]] = []
 
     def add(self, rows: slice, columns: slice, part: RowStats) -> None:
-        m, r, ref_m, ref_r, rest = part.saved.double().unbind(-1)
+        m, r, ref_m, ref_r = part.saved.double().unbind(-1)
         lse, ref_lse = m + r, ref_m + ref_r
         inside = self._problem.local(rows, columns)[1]
-        zero, empty = torch.zeros_like(lse), lse == -torch.inf
+        zero = torch.zeros_like(lse)
         # A part of nothing but -inf has no softmax: its target is -inf too.
-        target = torch.where(empty, lse, part.logps + lse)
-        others = torch.where(empty, lse, lse + rest.log())
-        if inside is not None:
-            target, others = torch.where(inside, target, 0), torch.where(inside, others, lse)
+        target = torch.where(lse == -torch.inf, lse, part.logps + lse)
+        target = target if inside is None else torch.where(inside, target, 0)
         # E[x] and E[x - z] under the part's own softmax
         mean_x = zero if part.entropy is None else lse - part.entropy
         mean_gap = zero if part.kl is None else part.kl + lse - ref_lse
@@ -176,15 +171,12 @@ class _Merger:
             # The part has no reference, of which the whole has one: infinite, if the part weighs anything.
             mean_gap = torch.where(ref_lse == -torch.inf, torch.inf, mean_gap)
         total = zero if part.mean is None else part.mean * float(columns.stop - columns.start)
-        self._parts.append((lse, ref_lse, others, target, mean_x, mean_gap, total))
+        self._parts.append((lse, ref_lse, target, mean_x, mean_gap, total))
 
     def merged(self, dtype: torch.dtype) -> RowStats:
         problem = self._problem
-        all_lse, all_ref, others, target, mean_x, mean_gap, total = map(torch.stack, zip(*self._parts, strict=True))
-        others, target, ref_lse = others.logsumexp(0), target.sum(0), all_ref.logsumexp(0)
-        lse = torch.logaddexp(others, target)
-        odds = others - target  # against the target, in logarithms
-        logps = torch.where(odds < 0, 0 - torch.log1p(torch.exp(odds)), target - lse)
+        all_lse, all_ref, target, mean_x, mean_gap, total = map(torch.stack, zip(*self._parts, strict=True))
+        lse, ref_lse = all_lse.logsumexp(0), all_ref.logsumexp(0)
         weight = torch.exp(all_lse - lse)
 
         def weighted(x: Tensor) -> Tensor:
@@ -200,10 +192,9 @@ class _Merger:
             return high, torch.where(high == -torch.inf, 0, x - high).to(dtype)
 
         none = torch.zeros_like(lse, dtype=dtype)
-        pairs = (*split(lse), *(split(ref_lse) if has_kl else (none, none)))
-        saved = torch.stack([*pairs, torch.sigmoid(odds).to(dtype)], -1)
+        saved = torch.stack([*split(lse), *(split(ref_lse) if has_kl else (none, none))], -1)
         entropy, kl, mean = (None if t is None else t.to(dtype) for t in (entropy, kl, mean))
-        return RowStats(logps.to(dtype), lse.to(dtype), entropy, kl, mean, saved)
+        return RowStats((target.sum(0) - lse).to(dtype), lse.to(dtype), entropy, kl, mean, saved)
 
 
 def forward(problem: Problem, rows: int, columns: int, buffers: list[Tensor]) -> RowStats:

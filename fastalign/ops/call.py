@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backends import SAVED
-
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INDICES = (torch.int64, torch.int32)
 
@@ -80,7 +78,7 @@ def as_saved(
     number, dtype, device = labels.numel(), saved.dtype, logits.device
     return (
         dtype is (torch.float64 if logits.dtype is torch.float64 else torch.float32)
-        and saved.numel() == SAVED * number
+        and saved.numel() == 4 * number
         and logits.shape[:-1] == labels.shape
         and labels.dtype in _INDICES
         and labels.device == saved.device == device

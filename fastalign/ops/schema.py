@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .. import _backends
-from .._backends import SAVED
 from .call import check, shape_of, unit_stride
 
 library = torch.library.Library("fastalign", "DEF")
@@ -65,7 +64,7 @@ def _forward_fake(logits, labels, ref_logits, ignore_index, temperature, softcap
         out(entropy),
         out(ref_logits is not None),
         out(mean),
-        logits.new_empty((*rows, SAVED), dtype=dtype),
+        logits.new_empty((*rows, 4), dtype=dtype),
     )
 
 
@@ -78,7 +77,7 @@ def check_backward(logits, labels, ref_logits, saved, *rest) -> None:
     check(logits, labels, ref_logits, temperature, softcap, False)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     for name, t, shape in (
-        ("saved", saved, (*labels.shape, SAVED)),
+        ("saved", saved, (*labels.shape, 4)),
         *((n, t, labels.shape) for n, t in zip(_PER_ROW, per_row, strict=True)),
     ):
         if t is not None and (t.shape != shape or t.dtype != dtype or t.device != logits.device):
