@@ -1,5 +1,7 @@
 """Loss programs: operations as torch has them, value and derivative; levels, passes, threads; what does not trace."""
 
+import copy
+import pickle
 import re
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import fastalign as fa
-from fastalign.losses import PairLoss, TokenLoss
+from fastalign.losses import DPOLoss, KTOLoss, PairLoss, PPOLoss, PROLoss, SFTLoss, TokenLoss
 from fastalign.ops.operations import CODES, ELEMENTWISE
 
 HEADER = Path(__file__).resolve().parents[1] / "kernels" / "loss_program.h"
@@ -192,3 +194,47 @@ def test_pairs_need_two_halves_and_nothing_else():
     assert out.loss.shape == ()
     with pytest.raises(ValueError, match="logits must be"):
         module(logits[:3], labels[:3])
+
+
+SETTINGS = {
+    "sft": (lambda: SFTLoss(z_loss=0.1), {"z_loss": 0.2}),
+    "kto": (lambda: KTOLoss(), {"desirable_weight": 0.5}),
+    "pro": (lambda: PROLoss(), {"form": "infonce"}),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_that_changes_is_seen(name):
+    make, change = SETTINGS[name]
+    logits, labels, _ = batch()
+    labels[1] = labels[0]
+    given = {"kto": {"desirable": torch.arange(6) % 2 == 0}, "pro": {"list_size": 3}}.get(name, {})
+    module = make()
+    before = module(logits, labels, **given).loss
+    for setting, value in change.items():
+        setattr(module, setting, value)
+    after = module(logits, labels, **given).loss
+    with fa.use_backend("eager"):
+        exact = module(logits.double(), labels, **given).loss
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_the_coefficient_of_a_policy_loss_may_change():
+    logits, labels, given = batch()
+    module, ref = PPOLoss(kl_coef=0.1, kl_estimator="k2"), given["x"] - 3
+    found = []
+    for coefficient in (0.1, 0.5, 0.1):
+        module.config["kl_coef"] = coefficient
+        found.append(module(logits, labels, given["x"] - 3, given["x"], ref_logps=ref).loss)
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
+
+
+def test_loss_modules_are_copied_and_pickled_after_use():
+    logits, labels, _ = batch()
+    for module in (DPOLoss(), SFTLoss(), PROLoss()):
+        given = {"list_size": 3} if isinstance(module, PROLoss) else {}
+        wanted = module(logits, labels, **given).loss
+        for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert torch.equal(other(logits, labels, **given).loss, wanted)

@@ -24,6 +24,7 @@ __all__ = [
     "check_logits",
     "check_mask",
     "check_range",
+    "count_of",
     "hide",
     "lookup",
     "masked_mean",
@@ -151,6 +152,11 @@ def mean_of(x: Any) -> Any:
     if x.numel() == 1:  # the same, in one operation of four
         return x.reshape(())
     return (x.sum(dtype=wide_dtype(x)) / max(x.numel(), 1)).to(x.dtype)
+
+
+def count_of(x: Any) -> Any:
+    """How many numbers there are."""
+    return x.ones_like().sum() if isinstance(x, Symbol) else x.numel()
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:

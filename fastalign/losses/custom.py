@@ -7,10 +7,12 @@
 The formula is ordinary torch on what it is given. Where it can be traced (`fastalign.ops.programs` says what it may
 use; comparisons with `torch.where`, no Python branches on values) it runs inside the compiled call that reads the
 logits, with its derivatives; anything else runs as the torch operations that it is. `explain()` tells which, and why.
+It is traced once: numbers that it takes from around it stay what they were; give what changes as an argument.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -71,8 +73,9 @@ class _Custom(LogitsLoss):
             self.fused = FusedLoss(self._formula, statistics)
         return self.fused
 
+    @abstractmethod
     def _formula(self, t: Any) -> tuple[Any, ...]:
-        raise NotImplementedError  # each of the two has its own
+        """The loss, and the metrics in their order, of what is given."""
 
     def _run(self, logits: Logits, labels: Tensor, inputs: list[Input], grouping: Grouping) -> list[Any]:
         """(loss, *metrics)."""

@@ -192,7 +192,7 @@ class PROLoss(LogitsLoss):
         self.sft_weight = check_range("sft_weight", sft_weight, 0.0)
         lookup("form", FORMS, form)
         self.form, self.average, self.sft_average = form, average, sft_average
-        self.fused = FusedLoss(self._formula, lists=True)
+        self.fused = FusedLoss(self._formula, lists=True, settings=self._settings)
 
     def extra_repr(self) -> str:
         return f"form={self.form!r}, sft_weight={self.sft_weight}, average={self.average}"
@@ -245,6 +245,9 @@ class PROLoss(LogitsLoss):
 
         loss, parts = by_parts(flat_head(head), labels, self.ignore_index, numbers, run)
         return PROOutput(loss, *(torch.stack(x).sum(0).detach() for x in list(zip(*parts, strict=True))[1:]))
+
+    def _settings(self) -> tuple[Any, ...]:
+        return "pro", self.form, self.average, self.sft_average, self.sft_weight
 
     def _formula(self, t: Any) -> PROOutput:
         sums, counts = sum_tokens(t.logps), t.mask.sum(-1)

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.programs import Symbol
-from .base import check_range, lookup
+from .base import check_range, count_of, lookup
 
 _EXP_LIMIT = 30.0  # Above it exp continues along its tangent: gradients stay finite and non-zero where exp would
 # overflow, and with |h| up to 1e4 even the square of such a score (1e34) still is a float32.
@@ -81,11 +80,6 @@ def _required(lengths: Tensor | None) -> Tensor:
     if lengths is None:  # `PairwiseOptions.needs_lengths` is checked before any function runs
         raise ValueError("chosen_lengths and rejected_lengths are needed here; got None")
     return lengths
-
-
-def count_of(x: Any) -> Any:
-    """How many numbers there are."""
-    return x.ones_like().sum() if isinstance(x, Symbol) else x.numel()
 
 
 # -------------------------------------------------------------------------------------------------------- f-divergences
@@ -337,6 +331,7 @@ class PairwiseOptions:
     needs_lengths: bool = field(init=False, repr=False)
     """Whether these losses need the number of tokens of each completion."""
     uses_reference: bool = field(init=False, repr=False)
+    key: tuple[Any, ...] = field(init=False, repr=False, compare=False)  # all that the losses depend on
 
     def __post_init__(self) -> None:
         weights = _weights(self.loss_type)
@@ -358,6 +353,8 @@ class PairwiseOptions:
         self._no_option_in_vain()
         object.__setattr__(self, "needs_lengths", self._looks_at_lengths())
         object.__setattr__(self, "uses_reference", self.honours("reference"))
+        rest = (getattr(self, f.name) for f in fields(self) if f.init and f.name != "loss_type")
+        object.__setattr__(self, "key", (*weights.items(), *rest))
 
     def _no_option_in_vain(self) -> None:
         """An option that no selected loss honours would be dropped silently: it raises."""

@@ -191,12 +191,15 @@ class PPOLoss(LogitsLoss):
         self.one_launch = one_launch
         self._sound = is_sound(self.config)
         statistics = ["logps"] + self.want_entropy * ["entropy"] + (kl_estimator == "exact") * ["kl"]
-        self.fused = FusedLoss(self._formula, statistics)
+        self.fused = FusedLoss(self._formula, statistics, settings=self._settings)
         if one_launch:
             try:
                 token_program(tuple(self.config.items()), ("old_logps", "advantages", "ref_logps", "importance"))
             except NotTraced as reason:
                 raise ValueError(f"one_launch is for losses of single tokens; got kind={kind!r}: {reason}") from None
+
+    def _settings(self) -> tuple[Any, ...]:
+        return "policy", *self.config.values()
 
     def _formula(self, t: Any) -> PolicyLossOutput:
         return policy_formula(t, self.config)

@@ -248,7 +248,7 @@ class DPOLoss(LogitsLoss):
     ) -> None:
         super().__init__(ignore_index, temperature, softcap, inplace_backward)
         self.options = PairwiseOptions(**options)
-        self.fused = {wide: FusedLoss(functools.partial(self._formula, wide)) for wide in (True, False)}
+        self.fused = {wide: self._fused_loss(wide) for wide in (True, False)}
 
     def forward(
         self,
@@ -308,6 +308,12 @@ class DPOLoss(LogitsLoss):
         if self.options.needs_lengths:
             lengths = _halves((labels.long() != self.ignore_index).sum(-1))
         return narrow(_pairwise_loss(self.options, (chosen, rejected), references, lengths), dtype)
+
+    def _fused_loss(self, wide: bool) -> FusedLoss:
+        return FusedLoss(functools.partial(self._formula, wide), settings=functools.partial(self._settings, wide))
+
+    def _settings(self, wide: bool) -> tuple[Any, ...]:
+        return "pairwise", wide, self.options.key
 
     def _formula(self, wide: bool, t: Any) -> PreferenceOutput:
         """Of both sides' tokens. A policy that is its reference has rewards of exactly 0: sums are rounded as the

@@ -135,8 +135,9 @@ class SFTLoss(LogitsLoss):
         self.z_loss = check_range("z_loss", z_loss, 0.0)
         self.label_smoothing = check_range("label_smoothing", label_smoothing, 0.0, 1.0)
         lse = ["lse"] if z_loss > 0 else []
-        self.fused = FusedLoss(self._formula, ["logps", "lse", "mean"] if label_smoothing else ["logps", *lse])
-        self.of_stats = FusedLoss(self._smoothed_formula, ["logps", *lse])
+        statistics = ["logps", "lse", "mean"] if label_smoothing else ["logps", *lse]
+        self.fused = FusedLoss(self._formula, statistics, settings=self._settings)
+        self.of_stats = FusedLoss(self._smoothed_formula, ["logps", *lse], settings=self._smoothed_settings)
 
     def forward(self, logits: Logits, labels: Tensor, *, num_items: Count | None = None) -> SFTOutput:
         """The loss of a batch.
@@ -176,6 +177,12 @@ class SFTLoss(LogitsLoss):
         if gradient is None or not isinstance(logits, Tensor):
             return output
         return output._replace(loss=attach_gradient(output.loss, logits, gradient))
+
+    def _settings(self) -> tuple[Any, ...]:
+        return "sft", self.normalization, self.z_loss, self.label_smoothing
+
+    def _smoothed_settings(self) -> tuple[Any, ...]:
+        return "sft", self.normalization, self.z_loss, 0.0
 
     def _formula(self, t: Any) -> SFTOutput:
         return sft_formula(t, NORMALIZATIONS[self.normalization], self.z_loss, self.label_smoothing)

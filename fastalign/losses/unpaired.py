@@ -155,7 +155,7 @@ class KTOLoss(LogitsLoss):
         self.beta = check_range("beta", beta, 0.0, open_low=True)
         self.desirable_weight = check_range("desirable_weight", desirable_weight, 0.0)
         self.undesirable_weight = check_range("undesirable_weight", undesirable_weight, 0.0)
-        self.fused = FusedLoss(self._formula)
+        self.fused = FusedLoss(self._formula, settings=self._settings)
 
     def forward(
         self,
@@ -235,6 +235,9 @@ class KTOLoss(LogitsLoss):
         rewards, logps = (torch.cat([part[i] for part in parts]) for i in (0, 1))
         won, lost = masked_mean(rewards, desirable), masked_mean(rewards, ~desirable)
         return KTOOutput(loss, rewards, won, lost, won - lost, parts[0][2], logps)
+
+    def _settings(self) -> tuple[Any, ...]:
+        return "kto", self.beta, self.desirable_weight, self.undesirable_weight
 
     def _formula(self, t: Any) -> KTOOutput:
         weights = (self.desirable_weight, self.undesirable_weight)

@@ -8,7 +8,7 @@ operations that it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -197,6 +197,12 @@ def _wanted(program: Program) -> list[bool]:
     return wanted
 
 
+_Levels = tuple[tuple[str, int], ...]
+_MOST_SHARED = 256
+_SHARED: dict[Hashable, _Compiled | str] = {}
+"""Programs of losses that say what they depend on."""
+
+
 class FusedLoss:
     """A formula, and the programs that it was traced into, one for each set of inputs that it was called with.
 
@@ -204,29 +210,51 @@ class FusedLoss:
         formula: from `Given` (symbols) or `Values` (tensors) to (loss, *results), a result may be None.
         statistics: those of `STATISTICS` that it may look at.
         lists: groups are ranked lists and not pairs.
+        settings: gives the name of the loss and all that the formula depends on beside its inputs, hashable; asked at
+            every call, as programs are traced for these. Losses of equal settings share them. None: nothing changes.
     """
 
     def __init__(
-        self, formula: Callable[[Any], Sequence[Any]], statistics: Sequence[str] = ("logps",), *, lists: bool = False
+        self,
+        formula: Callable[[Any], Sequence[Any]],
+        statistics: Sequence[str] = ("logps",),
+        *,
+        lists: bool = False,
+        settings: Callable[[], Hashable] | None = None,
     ) -> None:
-        self.formula, self.statistics, self.lists = formula, statistics, lists
-        self._programs: dict[tuple[tuple[str, int], ...], _Compiled | str] = {}
+        self.formula, self.statistics, self.lists, self.settings = formula, tuple(statistics), lists, settings
+        self._programs: dict[Hashable, tuple[_Levels, _Compiled | str]] = {}
 
-    def compiled(self, levels: tuple[tuple[str, int], ...]) -> _Compiled | str:
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the programs, which are no more to be copied than compiled code is."""
+        return {**self.__dict__, "_programs": {}}
+
+    def compiled(self, levels: _Levels) -> _Compiled | str:
         """The program for inputs of these levels, or why there is none."""
-        found = self._programs.get(levels)
+        key: Hashable = levels if self.settings is None else (self.settings(), levels)
+        found = self._programs.get(key)
+        if found is None:
+            found = self._programs[key] = (levels, self._traced(key, levels))
+        return found[1]
+
+    def _traced(self, key: Hashable, levels: _Levels) -> _Compiled | str:
+        shared = (key, self.statistics, self.lists)
+        found = None if self.settings is None else _SHARED.get(shared)
         if found is None:
             try:
                 found = _compile(self.formula, dict(levels), self.statistics, self.lists)
             except NotTraced as reason:
                 found = str(reason)
-            self._programs[levels] = found
+            if self.settings is not None:
+                if len(_SHARED) >= _MOST_SHARED:  # a coefficient that is another one at each step, say
+                    _SHARED.clear()
+                _SHARED[shared] = found
         return found
 
     def explain(self) -> str:
         """How the calls so far were run: as programs of how many steps, or why as torch operations."""
         lines = []
-        for levels, found in self._programs.items():
+        for levels, found in self._programs.values():
             given = ", ".join(f"{name} by {LEVEL_NAMES[level]}" for name, level in levels) or "nothing but logits"
             how = (
                 f"torch operations: {found}"
