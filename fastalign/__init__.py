@@ -25,9 +25,9 @@ def __getattr__(name: str) -> object:
     """A module of the package, imported alone, or a name of `api`."""
     if not name.startswith("__") and importlib.util.find_spec(f"{__name__}.{name}"):
         return importlib.import_module(f".{name}", __name__)
-    if not name.startswith("__") or name == "__all__":
+    if not name.startswith("_") or name == "__all__":  # nor a compiled module that was not built
         names = vars(importlib.import_module(".api", __name__))
-        if name in (*names["__all__"], "__all__"):
+        if name in (*names.get("__all__", ()), "__all__"):  # which is not there while `api` is being imported
             globals()[name] = names[name]
             return names[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -172,3 +173,27 @@ def test_threads_follow_the_quota():
     code += "e.prepare_threads()\nimport torch\nprint(os.environ['OMP_NUM_THREADS'], torch.get_num_threads())"
     assert python("-c", code).stdout == "1 1\n"
     assert python("-c", code, OMP_NUM_THREADS="2").stdout == "2 2\n"
+
+
+def test_a_package_without_its_compiled_modules_says_so(tmp_path):
+    """As where nothing was built, or no CUDA: names are imported all the same, and plain torch operations serve."""
+    import fastalign.kernels
+
+    source, kernels = Path(fastalign.__file__).parent, Path(fastalign.kernels.__file__).parent
+    ignored = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__", "kernels")
+    shutil.copytree(source, tmp_path / "fastalign", ignore=ignored)
+    shutil.copytree(kernels, tmp_path / "fastalign" / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    code = """
+import sys
+sys.path.insert(0, {path!r})
+sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f)]  # which would find the built ones
+import torch
+import fastalign as fa
+assert fa.__file__.startswith({path!r})
+loss = fa.losses.DPOLoss()(torch.zeros(2, 3, 5, requires_grad=True), torch.zeros(2, 3, dtype=torch.int64)).loss
+loss.backward()
+print(round(loss.item(), 4), fa.backends()["cpu"])
+"""
+    done = python("-c", code.format(path=str(tmp_path)))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("0.6931 the compiled module fastalign._C cannot be imported")
