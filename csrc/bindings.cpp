@@ -90,10 +90,10 @@ py::tuple loss_forward(py::handle logits, py::handle labels, const py::tuple& op
     LossData data;
     Given numbers;
     if (!fill_if_plain(a, logits, labels, options, inplace) || !fill_reference(a, logits, reference)) return unusual();
-    if (!sizes_fit(program, a.rows, sequences, list_size)) return unusual();
+    if (!sizes_fit(program, a.rows, sequences, list_size) || !Results::fits(program, dtype)) return unusual();
     set_sizes(data, program, a.rows, sequences, list_size);
     if (!numbers.fill(program, given, data)) return unusual();
-    const Results results(program, data, static_cast<DType>(dtype));
+    const Results results(program, data, dtype);
     const Statistics statistics(program, a);
     const KeptRows kept(a, program.moves(2), program.moves(3), wanted ? moved(program) : 0);
     if (wanted) fill_slopes(program, data, kept.slopes());
@@ -131,8 +131,8 @@ py::tuple loss_terms(const py::tuple& statistics, py::handle labels, std::int64_
         data.statistics[k] = static_cast<const float*>(s.data());
     }
     if (!numbers.fill(program, given, data)) return nothing;
-    const Results results(program, data, DType::kFloat32);
-    const NewTensor slopes(DType::kFloat32, {wanted ? moved(program) : 0, a.rows});
+    const Results results(program, data, kFloat32);
+    const NewTensor slopes(kFloat32, {wanted ? moved(program) : 0, a.rows});
     if (wanted) fill_slopes(program, data, slopes.data<float>());
     const std::vector<uint8_t> real = real_tokens(a);
     data.real = real.data(), data.threads = threads;
@@ -144,34 +144,42 @@ py::tuple loss_terms(const py::tuple& statistics, py::handle labels, std::int64_
     return py::make_tuple(results.finish(), slopes.object());
 }
 
-void fill_dense_result(BackwardArgs& a, py::handle out, int threads) {
-    a.out_gradient = Seen(out).data();
-    a.out_layout.ndim = 1, a.out_layout.sizes[0] = a.rows, a.out_layout.strides[0] = a.vocab;
-    a.threads = threads;
-}
-
-// The logits' gradient: see `Slopes`. `out` is new, dense and plain.
-std::int64_t loss_backward(py::handle logits, py::handle labels, const py::tuple& options, py::handle reference,
-                           py::handle kept, const py::tuple& upstream, int which, py::handle out, int threads) {
+// The logits' gradient as a new dense tensor: see `Slopes`. `large`: None, or such a tensor, to be written into. Returns
+// it, or what was found instead.
+py::object loss_backward(py::handle logits, py::handle labels, const py::tuple& options, py::handle reference,
+                         py::handle kept, const py::tuple& upstream, int which, const py::object& large, int threads) {
     BackwardArgs a{};
     Slopes gradients;
-    if (!fill_if_plain(a, logits, labels, options, false) || !fill_reference(a, logits, reference)) return kUnusual;
+    const py::int_ unusual(kUnusual);
+    if (!fill_if_plain(a, logits, labels, options, false) || !fill_reference(a, logits, reference)) return unusual;
     const float* const slopes = KeptRows::fill(a, kept, which, Slopes::count(which));
-    if (!slopes || !gradients.fill(a, upstream, slopes, which)) return kUnusual;
-    fill_dense_result(a, out, threads);
-    return with_labels(a, [&](std::int64_t) { run_gradient(cpu_kernels().backward, a); });
+    if (!slopes || !gradients.fill(a, upstream, slopes, which)) return unusual;
+    const Seen x(logits);
+    py::object out = large;
+    if (large.is_none()) {
+        const NewTensor made(x.dtype(), x.dims(), x.shape());
+        out = made.object(), a.out_gradient = made.data<void>();
+    } else {
+        a.out_gradient = Seen(large).data();
+    }
+    a.out_layout.ndim = 1, a.out_layout.sizes[0] = a.rows, a.out_layout.strides[0] = a.vocab;
+    a.threads = threads;
+    const std::int64_t live = with_labels(a, [&](std::int64_t) { run_gradient(cpu_kernels().backward, a); });
+    return live < 0 ? py::object(py::int_(live)) : out;
 }
 
-// `logps` and `lse` are new, dense and plain.
-py::tuple logps_forward(py::handle logits, py::handle labels, const py::tuple& options, bool inplace, py::handle logps,
-                        py::handle lse, int threads) {
+// The labels' log-probabilities and the logsumexps, and what a backward needs of them.
+py::tuple logps_forward(py::handle logits, py::handle labels, const py::tuple& options, bool inplace, int threads) {
     ForwardArgs a{};
-    if (!fill_if_plain(a, logits, labels, options, inplace)) return unusual();
+    if (!fill_if_plain(a, logits, labels, options, inplace)) return py::make_tuple(kUnusual);
+    const Seen y(labels);
     const KeptRows kept(a, false, false, 0);
-    a.out.logps = static_cast<float*>(Seen(logps).data()), a.out.lse = static_cast<float*>(Seen(lse).data());
+    const NewTensor logps(kFloat32, y.dims(), y.shape()), lse(kFloat32, y.dims(), y.shape());
+    a.out.logps = logps.data<float>(), a.out.lse = lse.data<float>();
     a.threads = threads;
     const std::int64_t live = with_labels(a, [&](std::int64_t) { cpu_kernels().forward(a); });
-    return py::make_tuple(live, kept.bytes(), py::none());
+    if (live < 0) return py::make_tuple(live);
+    return py::make_tuple(live, logps.object(), lse.object(), kept.bytes());
 }
 
 template <class T>
@@ -216,8 +224,12 @@ PYBIND11_MODULE(_C, m) {
     m.def("token_stats_forward", &token_stats_forward);
     m.def("token_stats_backward", &token_stats_backward);
     m.def("token_objective", &token_objective);
+    // Whether they are looked at through DLPack.
     m.def("learn_tensors", [](const py::object& type, const py::tuple& dtypes, bool attributes,
-                              const py::object& make) { tensor_type().learn(type, dtypes, attributes, make); });
+                              const py::object& make) {
+        tensor_type().learn(type, dtypes, attributes, make);
+        return tensor_type().exchange != nullptr;
+    });
     m.attr("UNUSUAL") = kUnusual;
     py::class_<LossProgram>(m, "LossProgram").def(py::init(&make_program));
     m.def("loss_forward", &loss_forward);

@@ -11,7 +11,7 @@ namespace fastalign {
 // From `Program.encoded()`.
 inline std::unique_ptr<LossProgram> make_program(const py::list& codes, const std::vector<int>& kinds, int loss,
                                                  const std::vector<int>& outputs, bool lists,
-                                                 const std::vector<bool>& there) {
+                                                 const std::vector<int>& found) {
     std::vector<LossStep> steps;
     for (const auto& code : codes) {
         const auto t = py::cast<py::tuple>(code);
@@ -27,7 +27,7 @@ inline std::unique_ptr<LossProgram> make_program(const py::list& codes, const st
         for (std::size_t i = 0; i < 3 && !operands.empty(); ++i) s.operands[i] = operands[i < operands.size() ? i : 0];
         steps.push_back(s);
     }
-    return std::make_unique<LossProgram>(std::move(steps), kinds, loss, outputs, lists, there);
+    return std::make_unique<LossProgram>(std::move(steps), kinds, loss, outputs, lists, found);
 }
 
 // What the caller gives beside the logits: tensors of float32 or float64, dense or one number in all places, and plain
@@ -60,38 +60,44 @@ class Given {
     std::vector<double> numbers_;
 };
 
-// The results of a run as new tensors, the loss first and of a dtype of its own, None where the formula has none.
+// The results of a run as new tensors: the loss first and of a dtype of its own, counts as integers, None where the
+// formula has none.
 class Results {
   public:
-    Results(const LossProgram& p, LossData& data, DType dtype) : p_(p), loss_(dtype, {}) {
-        for (std::size_t k = 0; k < p.outputs().size(); ++k) {
-            const Level level = p.step(p.outputs()[k]).level;
-            if (k == 0) {
-                data.outputs.push_back(&value_);
-                continue;
-            }
-            rest_.push_back(level == Level::kBatch ? NewTensor(DType::kFloat32, {})
-                                                   : NewTensor(DType::kFloat32, {data.count(level)}));
-            data.outputs.push_back(rest_.back().data<float>());
+    Results(const LossProgram& p, LossData& data, int dtype) : p_(p), dtype_(dtype) {
+        for (std::size_t i = 0, k = 0; i < p.found().size(); ++i) {
+            if (p.found()[i] == LossProgram::kNone) continue;
+            const int of = i == 0 ? dtype : p.found()[i] == LossProgram::kCount ? kInt64 : kFloat32;
+            const Level level = p.step(p.outputs()[k++]).level;
+            const std::int64_t count = data.count(level);
+            made_.emplace_back(of, level == Level::kBatch ? 0 : 1, &count);
+            using Kind = LossResult::Kind;
+            const Kind kind = of == kInt64 ? Kind::kInteger : of == kFloat64 ? Kind::kDouble : Kind::kFloat;
+            data.outputs.push_back({made_.back().data<void>(), kind});
         }
+        if (narrow()) data.outputs[0].at = &loss_;
+    }
+    // Whether a program's loss can be given in that dtype: that of each sequence in the wider ones alone.
+    static bool fits(const LossProgram& p, int dtype) {
+        const bool one = p.step(p.outputs()[0]).level == Level::kBatch;
+        return dtype == kFloat32 || dtype == kFloat64 || (one && dtype >= 0 && dtype < kInt64);
     }
     py::list finish() const {
-        Scalar{loss_.data<void>(), dtype()}.set(value_);
+        if (narrow()) Scalar{made_[0].data<void>(), static_cast<DType>(dtype_)}.set(loss_);
         py::list all;
-        all.append(loss_.object());
         std::size_t next = 0;
-        for (std::size_t i = 1; i < p_.there().size(); ++i)
-            all.append(p_.there()[i] ? rest_[next++].object() : py::object(py::none()));
+        for (const int found : p_.found())
+            all.append(found == LossProgram::kNone ? py::object(py::none()) : made_[next++].object());
         return all;
     }
 
   private:
-    DType dtype() const { return static_cast<DType>(Seen(loss_.object()).dtype()); }
+    bool narrow() const { return dtype_ != kFloat32 && dtype_ != kFloat64; }
 
     const LossProgram& p_;
-    NewTensor loss_;
-    std::vector<NewTensor> rest_;
-    float value_ = 0;
+    int dtype_;
+    std::vector<NewTensor> made_;
+    float loss_ = 0;
 };
 
 inline int moved(const LossProgram& p) {

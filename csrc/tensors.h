@@ -38,7 +38,14 @@ struct DLExchange {
     int (*tensor_from)(void* object, DLTensor* out);
     void* stream;
 };
-constexpr int kDLCpu = 1, kDLInt = 0, kDLFloat = 2, kDLBFloat = 4;
+struct DLType {
+    std::uint8_t code, bits;
+};
+constexpr int kDLCpu = 1;
+constexpr std::uint8_t kDLInt = 0, kDLFloat = 2, kDLBFloat = 4;
+
+// A dtype that is known, by its place in `TensorType::dtypes`: the kernels' own in the order of DType, and others.
+constexpr int kFloat32 = 0, kInt64 = 3, kFloat64 = 5;
 
 // torch.Tensor, and its dtypes float32, bfloat16, float16, int64, int32, float64.
 struct TensorType {
@@ -162,13 +169,16 @@ class Seen {
     std::int64_t own_[2 * kMaxDims];
 };
 
-// A new dense tensor of a kernel's dtype. Through DLPack it is made without the interpreter or an operator of torch's.
+// A new dense tensor of one of the dtypes that are known. Through DLPack it is made without the interpreter or an
+// operator of torch's.
 class NewTensor {
   public:
-    NewTensor(DType dtype, std::initializer_list<std::int64_t> shape) {
-        if (tensor_type().exchange) by_exchange(dtype, shape);
-        else by_maker(dtype, shape);
+    NewTensor(int dtype, int dims, const std::int64_t* shape) {
+        if (tensor_type().exchange) by_exchange(dtype, dims, shape);
+        else by_maker(dtype, dims, shape);
     }
+    NewTensor(int dtype, std::initializer_list<std::int64_t> shape)
+        : NewTensor(dtype, static_cast<int>(shape.size()), shape.begin()) {}
     template <class T>
     T* data() const {
         return static_cast<T*>(data_);
@@ -178,31 +188,31 @@ class NewTensor {
   private:
     struct Block {
         DLManaged managed;
-        std::int64_t shape[2], strides[2];
+        std::int64_t sizes[2 * Seen::kMaxDims];  // shape and strides
     };
 
-    void by_exchange(DType dtype, std::initializer_list<std::int64_t> shape) {
+    void by_exchange(int dtype, int dims, const std::int64_t* shape) {
         constexpr std::size_t kAlign = 64, kHead = (sizeof(Block) + kAlign - 1) / kAlign * kAlign;
-        const int dims = static_cast<int>(shape.size());
+        static constexpr DLType kTypes[6] = {{kDLFloat, 32}, {kDLBFloat, 16}, {kDLFloat, 16},
+                                             {kDLInt, 64},   {kDLInt, 32},    {kDLFloat, 64}};
+        const DLType type = kTypes[dtype];
         std::int64_t count = 1;
-        for (const std::int64_t n : shape) count *= n;
-        const std::size_t item = dtype == DType::kFloat32 ? 4 : 2;
-        auto* const at = static_cast<char*>(std::malloc(kHead + kAlign + count * item));
+        for (int d = 0; d < dims; ++d) count *= shape[d];
+        auto* const at = static_cast<char*>(std::malloc(kHead + kAlign + count * type.bits / 8));
         if (!at) throw std::bad_alloc();
         char* const start = at + (kAlign - reinterpret_cast<std::uintptr_t>(at) % kAlign) % kAlign;
-        auto* const block = new (start) Block{};
-        std::copy(shape.begin(), shape.end(), block->shape);
-        for (int d = dims - 1, step = 1; d >= 0; step *= static_cast<int>(block->shape[d]), --d)
-            block->strides[d] = step;
+        auto* const block = new (start) Block;
+        std::int64_t *const sizes = block->sizes, *const strides = sizes + Seen::kMaxDims;
+        std::copy(shape, shape + dims, sizes);
+        std::int64_t step = 1;
+        for (int d = dims - 1; d >= 0; step *= std::max<std::int64_t>(sizes[d], 1), --d) strides[d] = step;
         data_ = start + kHead;
-        const std::uint8_t code = dtype == DType::kBFloat16 ? kDLBFloat : kDLFloat;
-        block->managed = {
-            1,
-            0,
-            at,
-            [](DLManaged* m) { std::free(m->context); },
-            0,
-            {data_, kDLCpu, 0, dims, code, static_cast<std::uint8_t>(8 * item), 1, block->shape, block->strides, 0}};
+        block->managed = {1,
+                          0,
+                          at,
+                          [](DLManaged* m) { std::free(m->context); },
+                          0,
+                          {data_, kDLCpu, 0, dims, type.code, type.bits, 1, sizes, strides, 0}};
         void* made = nullptr;
         if (tensor_type().exchange->managed_to(&block->managed, &made)) {
             std::free(at);
@@ -211,12 +221,10 @@ class NewTensor {
         object_ = py::reinterpret_steal<py::object>(static_cast<PyObject*>(made));
     }
 
-    void by_maker(DType dtype, std::initializer_list<std::int64_t> shape) {
-        py::tuple sizes(shape.size());
-        std::size_t i = 0;
-        for (const std::int64_t n : shape) sizes[i++] = n;
-        const py::handle kind(tensor_type().dtypes[static_cast<int>(dtype)]);
-        object_ = py::handle(tensor_type().maker)(sizes, kind);
+    void by_maker(int dtype, int dims, const std::int64_t* shape) {
+        py::tuple sizes(dims);
+        for (int d = 0; d < dims; ++d) sizes[d] = shape[d];
+        object_ = py::handle(tensor_type().maker)(sizes, py::handle(tensor_type().dtypes[dtype]));
         data_ = Seen(object_).data();
     }
 
@@ -227,6 +235,8 @@ class NewTensor {
 // Counts up to this are exact in float.
 constexpr std::int64_t kExactCount = 1 << 24;
 
+inline bool is_number(py::handle x) { return PyFloat_Check(x.ptr()) || PyLong_CheckExact(x.ptr()); }
+
 // The arguments of a call on plain CPU tensors, options being (ignore_index, temperature, softcap). False, and nothing
 // is known, unless they are such as the kernels take as they are: Python then makes them so or says what is wrong.
 inline bool fill_if_plain(TokenArgs& a, py::handle logits, py::handle labels, const py::tuple& options, bool inplace) {
@@ -234,7 +244,7 @@ inline bool fill_if_plain(TokenArgs& a, py::handle logits, py::handle labels, co
     if (!x.plain_on_cpu() || !y.plain_on_cpu() || options.size() != 3) return false;
     const int dtype = x.dtype(), integers = y.dtype();
     if (dtype < 0 || dtype > 2 || (integers != 3 && integers != 4) || !y.dense()) return false;
-    if (!x.extends(y, 1)) return false;
+    if (!x.extends(y, 1) || x.dims() > Seen::kMaxDims) return false;
     const Layout layout(x.dims(), x.shape(), x.strides());
     if (layout.count > kExactCount) return false;
     if (layout.vocab < 1 || (layout.vocab > 1 && x.stride(x.dims() - 1) != 1)) return false;
@@ -244,10 +254,12 @@ inline bool fill_if_plain(TokenArgs& a, py::handle logits, py::handle labels, co
     a.logits = x.data();
     a.layout = a.ref_layout = layout.rows, a.rows = layout.count, a.vocab = layout.vocab;
     a.labels = y.data(), a.labels64 = integers == 3;
-    a.ignore_index = py::cast<std::int64_t>(options[0]);
+    int beyond = 0;
+    if (!PyLong_CheckExact(options[0].ptr()) || !is_number(options[1]) || !is_number(options[2])) return false;
+    a.ignore_index = PyLong_AsLongLongAndOverflow(options[0].ptr(), &beyond);
     a.temperature = py::cast<double>(options[1]), a.inv_temperature = 1 / a.temperature;
     a.softcap = py::cast<double>(options[2]);
-    return std::isfinite(a.temperature) && a.temperature > 0 && std::isfinite(a.softcap) && a.softcap >= 0;
+    return !beyond && std::isfinite(a.temperature) && a.temperature > 0 && std::isfinite(a.softcap) && a.softcap >= 0;
 }
 
 // A scalar tensor; `known` false: it is not a plain one on the CPU.

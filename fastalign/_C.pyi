@@ -16,11 +16,11 @@ def token_objective(
 
 UNUSUAL: int
 
-def learn_tensors(type: object, dtypes: tuple, attributes: bool, make: object) -> None: ...
+def learn_tensors(type: object, dtypes: tuple, attributes: bool, make: object) -> bool: ...
 
 class LossProgram:
     def __init__(
-        self, steps: list, kinds: list[int], loss: int, outputs: list[int], lists: bool, there: list
+        self, steps: list, kinds: list[int], loss: int, outputs: list[int], lists: bool, found: list[int]
     ) -> None: ...
 
 def loss_forward(
@@ -56,12 +56,10 @@ def loss_backward(
     kept: object,
     upstream: tuple,
     which: int,
-    out: object,
+    large: object,
     threads: int,
-) -> int: ...
-def logps_forward(
-    logits: object, labels: object, options: tuple, inplace: bool, logps: object, lse: object, threads: int
-) -> tuple: ...
+) -> object: ...
+def logps_forward(logits: object, labels: object, options: tuple, inplace: bool, threads: int) -> tuple: ...
 
 class HeldBlock:
     def __init__(self, size: int) -> None: ...

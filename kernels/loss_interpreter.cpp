@@ -34,7 +34,8 @@ class LossRun {
         }
         for (std::size_t k = 0; k < d_.outputs.size(); ++k) write(p_.outputs_[k], d_.outputs[k]);
         if (!p_.wanted_[p_.loss_] || !wants_slopes()) return;
-        *gradient(p_.loss_) = 1;
+        // A loss for each sequence has its own tokens' slopes: what reaches it is multiplied in by the caller.
+        std::fill_n(gradient(p_.loss_), d_.count(step(p_.loss_).level), 1.0);
         for (int s = static_cast<int>(p_.passes_.size()) - 1; s >= 0; --s) {
             if (!p_.passes_[s].loss_sums.empty()) pass_backward(p_.passes_[s]);
             const auto& before = p_.passes_[s].before;
@@ -55,25 +56,61 @@ class LossRun {
         return false;
     }
 
-    void write(int i, float* to) {
+    template <class T>
+    void copy(int i, void* to) {
         const int64_t n = d_.count(step(i).level);
-        for (int64_t e = 0; e < n; ++e) to[e] = static_cast<float>(value(i)[e]);
+        for (int64_t e = 0; e < n; ++e) static_cast<T*>(to)[e] = static_cast<T>(value(i)[e]);
+    }
+
+    void write(int i, const LossResult& to) {
+        if (to.kind == LossResult::Kind::kFloat) copy<float>(i, to.at);
+        else if (to.kind == LossResult::Kind::kDouble) copy<double>(i, to.at);
+        else copy<int64_t>(i, to.at);
     }
 
     int64_t group_of(int64_t sequence) const { return p_.lists_ ? sequence / d_.list_size : sequence % d_.groups; }
 
-    // The element of level `from` to which element e of level `to` belongs.
-    int64_t owner(int64_t e, Level to, Level from, Way how) const {
-        if (from == to) return e;
-        if (from == Level::kBatch) return 0;
-        int64_t sequence = e;
-        if (to == Level::kComparison) {
-            const int64_t k = d_.list_size, b = e / (k * k);
-            if (from == Level::kGroup) return b;
-            return b * k + (how == Way::kOther ? e % k : e / k % k);
+    // Calls f(e, o) for the elements e of level `to` from `begin` to `end`, o being the element of level `from` that e
+    // belongs to. Divisions, which cost more than most operations, are done once a sequence or list.
+    template <class F>
+    void each(int64_t begin, int64_t end, Level to, Level from, Way how, const F& f) const {
+        if (from == to || from == Level::kBatch) {
+            for (int64_t e = begin; e < end; ++e) f(e, from == to ? e : 0);
+        } else if (to == Level::kComparison) {
+            comparisons(begin, end, from, how, f);
+        } else if (to == Level::kSequence) {  // from groups
+            for (int64_t e = begin; e < end;) {
+                const int64_t size = p_.lists_ ? d_.list_size : d_.groups, rest = e % size;
+                const int64_t stop = std::min(end, e - rest + size), first = p_.lists_ ? e / size : rest - e;
+                if (p_.lists_)
+                    for (; e < stop; ++e) f(e, first);
+                else
+                    for (; e < stop; ++e) f(e, e + first);
+            }
+        } else {  // tokens
+            for (int64_t e = begin; e < end;) {
+                const int64_t sequence = e / length_, stop = std::min(end, (sequence + 1) * length_);
+                const int64_t o = from == Level::kSequence ? sequence : group_of(sequence);
+                for (; e < stop; ++e) f(e, o);
+            }
         }
-        if (to == Level::kToken) sequence = e / length_;
-        return from == Level::kSequence ? sequence : group_of(sequence);
+    }
+
+    // The same of comparisons, whole lists of them.
+    template <class F>
+    void comparisons(int64_t e, int64_t end, Level from, Way how, const F& f) const {
+        const int64_t size = d_.list_size;
+        for (int64_t b = 0; e < end; ++b) {
+            for (int64_t k = 0; k < size; ++k) {
+                const int64_t first = b * size;
+                if (from == Level::kGroup)
+                    for (int64_t i = 0; i < size; ++i, ++e) f(e, b);
+                else if (how == Way::kOther)
+                    for (int64_t i = 0; i < size; ++i, ++e) f(e, first + i);
+                else
+                    for (int64_t i = 0; i < size; ++i, ++e) f(e, first + k);
+            }
+        }
     }
 
     // ---------------------------------------------------------------------------------- steps of other levels
@@ -89,7 +126,8 @@ class LossRun {
         } else if (s.op == Op::kConst) {
             std::fill(y, y + n, s.value);
         } else if (s.op == Op::kSpread) {
-            for (int64_t e = 0; e < n; ++e) y[e] = value(a)[owner(e, s.level, step(a).level, s.how)];
+            const double* x = value(a);
+            each(0, n, s.level, step(a).level, s.how, [&](int64_t e, int64_t o) { y[e] = x[o]; });
         } else if (s.op == Op::kPick) {
             const int64_t side = static_cast<int64_t>(s.how) * n;
             for (int64_t e = 0; e < n; ++e) y[e] = value(a)[e + side];
@@ -103,34 +141,30 @@ class LossRun {
         }
     }
 
-    // Where element e of the operand of a reduction goes.
-    int64_t reduced_to(int64_t e, Level from, Level to, Way how) const {
-        if (from != Level::kComparison) return owner(e, from, to, Way::kOwner);
-        return owner(e, from, to, how == Way::kOther ? Way::kOther : Way::kCompared);
+    // Calls f(e, o) for the elements of a reduction's operand, o being where they go.
+    template <class F>
+    void each_reduced(const LossStep& s, const F& f) const {
+        const Level from = step(s.operands[0]).level;
+        const Way how = from == Level::kComparison && s.how != Way::kOther ? Way::kCompared : s.how;
+        each(0, d_.count(from), from, s.level, how, f);
     }
 
     void reduce_small(int i) {
         const LossStep& s = step(i);
-        const int a = s.operands[0];
-        const Level from = step(a).level;
-        const int64_t n = d_.count(from), out = d_.count(s.level);
-        double *y = value(i), *x = value(a);
+        const int64_t out = d_.count(s.level);
+        double *y = value(i), *x = value(s.operands[0]);
         if (s.op == Op::kSum) {
             std::fill(y, y + out, 0.0);
-            for (int64_t e = 0; e < n; ++e) y[reduced_to(e, from, s.level, s.how)] += x[e];
+            each_reduced(s, [&](int64_t e, int64_t o) { y[o] += x[e]; });
             return;
         }
         std::fill(y, y + out, -INFINITY);
-        for (int64_t e = 0; e < n; ++e) {
-            double& most = y[reduced_to(e, from, s.level, s.how)];
-            most = value_of<Op::kMaximum>(x[e], most, 0.0);
-        }
+        each_reduced(s, [&](int64_t e, int64_t o) { y[o] = value_of<Op::kMaximum>(x[e], y[o], 0.0); });
         if (s.op == Op::kMax) return;
         std::vector<double> sums(out, 0.0);
-        for (int64_t e = 0; e < n; ++e) {
-            const int64_t o = reduced_to(e, from, s.level, s.how);
-            sums[o] += x[e] == y[o] ? 1.0 : std::exp(x[e] - y[o]);
-        }
+        each_reduced(s, [&](int64_t e, int64_t o) {
+            if (x[e] != -INFINITY) sums[o] += x[e] == y[o] ? 1.0 : std::exp(x[e] - y[o]);
+        });
         for (int64_t o = 0; o < out; ++o)
             if (std::isfinite(y[o])) y[o] += std::log(sums[o]);
     }
@@ -142,7 +176,8 @@ class LossRun {
         const int a = s.operands[0];
         if (s.op == Op::kInput || s.op == Op::kConst) return;
         if (s.op == Op::kSpread) {
-            for (int64_t e = 0; e < n; ++e) gradient(a)[owner(e, s.level, step(a).level, s.how)] += g[e];
+            double* to = gradient(a);
+            each(0, n, s.level, step(a).level, s.how, [&](int64_t e, int64_t o) { to[o] += g[e]; });
         } else if (s.op == Op::kPick) {
             const int64_t side = static_cast<int64_t>(s.how) * n;
             for (int64_t e = 0; e < n; ++e) gradient(a)[e + side] += g[e];
@@ -158,24 +193,20 @@ class LossRun {
     void pull_reduced(int i) {
         const LossStep& s = step(i);
         const int a = s.operands[0];
-        const Level from = step(a).level;
-        const int64_t n = d_.count(from);
         const double *y = value(i), *x = value(a), *g = gradient(i);
         double* to = gradient(a);
-        std::vector<double> equal;  // how many share a maximum
-        if (s.op == Op::kMax) {
-            equal.assign(d_.count(s.level), 0.0);
-            for (int64_t e = 0; e < n; ++e) {
-                const int64_t o = reduced_to(e, from, s.level, s.how);
-                equal[o] += x[e] == y[o];
-            }
-        }
-        for (int64_t e = 0; e < n; ++e) {
-            const int64_t o = reduced_to(e, from, s.level, s.how);
-            if (g[o] == 0) continue;
-            if (s.op == Op::kSum) to[e] += g[o];
-            else if (s.op == Op::kMax) to[e] += x[e] == y[o] ? g[o] / equal[o] : 0;
-            else if (x[e] != -INFINITY) to[e] += g[o] * std::exp(x[e] - y[o]);
+        if (s.op == Op::kSum) {
+            each_reduced(s, [&](int64_t e, int64_t o) { to[e] += g[o]; });
+        } else if (s.op == Op::kMax) {
+            std::vector<double> equal(d_.count(s.level), 0.0);  // how many share a maximum
+            each_reduced(s, [&](int64_t e, int64_t o) { equal[o] += x[e] == y[o]; });
+            each_reduced(s, [&](int64_t e, int64_t o) {
+                if (g[o] != 0 && x[e] == y[o]) to[e] += g[o] / equal[o];
+            });
+        } else {
+            each_reduced(s, [&](int64_t e, int64_t o) {
+                if (g[o] != 0 && x[e] != -INFINITY) to[e] += g[o] * std::exp(x[e] - y[o]);
+            });
         }
     }
 
@@ -220,9 +251,8 @@ class LossRun {
                 const int a = s.operands[0];
                 const double* from = values_.get() + at_[a];
                 const Level level = step(a).level;
-                if (level == Level::kBatch) std::fill(out, out + m, *from);
-                else
-                    for (int e = 0; e < m; ++e) out[e] = from[owner(begin + e, Level::kToken, level, s.how)];
+                each(begin, begin + m, Level::kToken, level, s.how,
+                     [&](int64_t e, int64_t o) { out[e - begin] = from[o]; });
             } else {
                 const auto slot = [&](int k) { return y + p_.slots_[s.operands[k]] * kBlock; };
                 const double *a = slot(0), *b = slot(1), *c = slot(2);
@@ -296,8 +326,9 @@ class LossRun {
             double* to = slot(g, a);
             const double* from = gradient(i);
             const Level level = step(i).level;
-            for (int e = 0; e < m; ++e)
-                if (d_.real[begin + e]) to[e] += from[owner(begin + e, Level::kToken, level, Way::kOwner)];
+            each(begin, begin + m, Level::kToken, level, Way::kOwner, [&](int64_t e, int64_t o) {
+                if (d_.real[e]) to[e - begin] += from[o];
+            });
         }
         for (auto i = pass.backward.rbegin(); i != pass.backward.rend(); ++i)
             if (p_.wanted_[*i]) token_backward(*i, begin, m, y, g);
@@ -314,8 +345,10 @@ class LossRun {
                 if (d_.real[begin + e]) to[e] = static_cast<float>(to[e] + own[e]);
         } else if (s.op == Op::kSpread) {
             const int a = s.operands[0];
-            for (int e = 0; e < m; ++e)
-                if (d_.real[begin + e]) gradient(a)[owner(begin + e, Level::kToken, step(a).level, s.how)] += own[e];
+            double* to = gradient(a);
+            each(begin, begin + m, Level::kToken, step(a).level, s.how, [&](int64_t e, int64_t o) {
+                if (d_.real[e]) to[o] += own[e - begin];
+            });
         } else {
             pull(
                 s, slot(y, i), own, m, [&](int o) { return slot(y, o); },

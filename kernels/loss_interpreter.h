@@ -49,14 +49,15 @@ class LossProgram {
     static constexpr int kStatistics = 5, kMask = -1, kPosition = -2;
 
     // `kinds`: of each input, the statistic that it is, kMask, kPosition (of a sequence in its list), or, below that,
-    // what the caller gives. `there`: which of the formula's results there are, the loss among them.
+    // what the caller gives. `found`: of each of the formula's results, whether it is none, a number or a count.
     LossProgram(std::vector<LossStep> steps, std::vector<int> kinds, int loss, std::vector<int> outputs, bool lists,
-                std::vector<bool> there);
+                std::vector<int> found);
 
     bool uses(int statistic) const { return uses_[statistic]; }
     bool moves(int statistic) const { return moves_[statistic]; }  // the loss depends on it
     const std::vector<int>& outputs() const { return outputs_; }
-    const std::vector<bool>& there() const { return there_; }
+    enum Found { kNone, kNumber, kCount };
+    const std::vector<int>& found() const { return found_; }
     const std::vector<int>& given() const { return given_; }  // inputs that the caller gives
     const LossStep& step(int i) const { return steps_[i]; }
     int inputs() const { return static_cast<int>(kinds_.size()); }
@@ -76,13 +77,19 @@ class LossProgram {
     void plan(int passes);
 
     std::vector<LossStep> steps_;
-    std::vector<int> kinds_, outputs_, given_, slots_;
-    std::vector<bool> there_;
+    std::vector<int> kinds_, outputs_, given_, slots_, found_;
     std::vector<Level> input_levels_;
     std::vector<Pass> passes_;
     std::vector<char> wanted_;  // the loss's gradient goes through it
     int loss_, token_steps_ = 0;
     bool lists_, uses_[kStatistics] = {}, moves_[kStatistics] = {};
+};
+
+// Where a result goes, and what as.
+struct LossResult {
+    enum class Kind : uint8_t { kFloat, kDouble, kInteger };
+    void* at;
+    Kind kind;
 };
 
 // What a program is run on: statistics and given numbers, null where it does not use them.
@@ -92,7 +99,7 @@ struct LossData {
     const float* statistics[LossProgram::kStatistics] = {};
     std::vector<LossNumbers> inputs;               // by input; of statistics and mask unused
     float* slopes[LossProgram::kStatistics] = {};  // [tokens], where the loss moves with it; null: not wanted
-    std::vector<float*> outputs;                   // one per output of the program, of its level's size
+    std::vector<LossResult> outputs;               // one per output of the program, of its level's size
     int threads = 1;
 
     int64_t count(Level level) const {

@@ -6,11 +6,11 @@
 namespace fastalign {
 
 LossProgram::LossProgram(std::vector<LossStep> steps, std::vector<int> kinds, int loss, std::vector<int> outputs,
-                         bool lists, std::vector<bool> there)
+                         bool lists, std::vector<int> found)
     : steps_(std::move(steps)),
       kinds_(std::move(kinds)),
       outputs_(std::move(outputs)),
-      there_(std::move(there)),
+      found_(std::move(found)),
       input_levels_(kinds_.size(), Level::kToken),
       loss_(loss),
       lists_(lists) {

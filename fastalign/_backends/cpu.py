@@ -26,7 +26,8 @@ except ImportError as error:  # a source tree that was never built, or a build f
 else:
     _C_ERROR, _UNUSUAL = "", _C.UNUSUAL
     _SEEN = (Tensor, (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.float64))
-    _C.learn_tensors(*_SEEN, False, _new_tensor)
+    SEES_BATCHES = _C.learn_tensors(*_SEEN, False, _new_tensor)
+    """Whether a tensor that has no memory of its own, as a transform's batch, is seen not to be a plain one."""
 
 
 def unavailable() -> str:
@@ -84,6 +85,7 @@ def set_isa(name: str) -> None:
 
 # ------------------------------------------------------------------------------------------------ token statistics
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_RESULTS = {**_DTYPE_CODES, torch.float64: 5}
 
 
 def _address(t: Tensor | None) -> int:
@@ -156,11 +158,11 @@ def backward(
 
 
 # ------------------------------------------------------------------------------------------------- directly
-# These compiled functions look at the tensors themselves, in a fraction of the time that it takes to do so here, and do
-# nothing where they are not plain ones such as the kernels take as they are. `options` are ignore_index, temperature,
-# softcap; `inplace`: the gradient is to be written over the logits, which must not share memory with each other; `out`
-# is new and dense. What a backward needs is bytes, which are made in a third of a tensor's time; `kept_rows` makes
-# tensors of it.
+# These compiled functions look at the tensors themselves, in a fraction of the time that it takes to do so here, make
+# the results, and do nothing where the tensors are not plain ones such as the kernels take as they are. `options` are
+# ignore_index, temperature, softcap; `inplace`: the gradient is to be written over the logits, which must not share
+# memory with each other. What a backward needs is bytes, which are made in a third of a tensor's time; `kept_rows`
+# makes tensors of it.
 Kept = bytes
 
 
@@ -193,9 +195,8 @@ def logps(
     logits: Tensor, labels: Tensor, options: tuple[int, float, float], inplace: bool
 ) -> tuple[Tensor, Tensor, Kept] | None:
     """logps, lse and what the backward needs; None, and nothing was done, for other tensors than such."""
-    found, lse = torch.empty_like(labels, dtype=torch.float32), torch.empty_like(labels, dtype=torch.float32)
-    live, saved, _ = _C.logps_forward(logits, labels, options, inplace, found, lse, torch.get_num_threads())
-    return (found, lse, saved) if _done(live, labels, options, logits) else None
+    live, *found = _C.logps_forward(logits, labels, options, inplace, torch.get_num_threads())
+    return tuple(found) if _done(live, labels, options, logits) else None
 
 
 _ONE = torch.zeros((), dtype=torch.float32, device="cpu")
@@ -204,6 +205,13 @@ _ONE = torch.zeros((), dtype=torch.float32, device="cpu")
 def loss_program(*encoded: Any) -> Any:
     """`Program.encoded()` as the functions below take it; None where the module is not built."""
     return None if _C is None else _C.LossProgram(*encoded)
+
+
+def _as_given(x: Any) -> Any:
+    """What a program is given, as it takes it: dense, of float32 or float64."""
+    if not isinstance(x, Tensor):
+        return x
+    return (x.detach() if x.dtype in (torch.float32, torch.float64) else x.detach().float()).contiguous()
 
 
 def loss(
@@ -220,18 +228,21 @@ def loss(
 ) -> tuple[list[Tensor | None], Kept] | None:
     """Runs a `loss_program`: the formula's results, the loss in the dtype, and what a backward needs if one is wanted.
 
-    None, and nothing was done, for other tensors than plain ones; logits that are not dense are copied once.
+    None, and nothing was done, for other tensors than plain ones; those that are not dense are copied once.
     """
-    code, threads = _DTYPE_CODES.get(dtype), torch.get_num_threads()
+    code, threads = _RESULTS.get(dtype), torch.get_num_threads()
     if code is None:
         return None
-    rest: tuple[Any, ...] = (reference, inplace, program, given, *grouping, wanted, code, threads)
-    live, kept, results = _C.loss_forward(logits, labels, options, *rest)
+    live, kept, results = _C.loss_forward(
+        logits, labels, options, reference, inplace, program, given, *grouping, wanted, code, threads
+    )
     if live == _UNUSUAL and not inplace:  # a dense copy would hide logits that share memory, which are not written over
-        dense = logits.contiguous(), labels.contiguous()
-        rest = (None if reference is None else reference.contiguous(), *rest[1:])
-        live, kept, results = _C.loss_forward(*dense, options, *rest)
-    return (results, kept) if _done(live, labels, options, logits) else None
+        dense, given = (logits.contiguous(), labels.contiguous()), tuple([_as_given(x) for x in given])
+        reference = None if reference is None else reference.contiguous()
+        live, kept, results = _C.loss_forward(
+            *dense, options, reference, inplace, program, given, *grouping, wanted, code, threads
+        )
+    return (results, kept) if live >= 0 or _done(live, labels, options, logits) else None
 
 
 def loss_terms(
@@ -244,10 +255,11 @@ def loss_terms(
     wanted: bool,
 ) -> tuple[list[Tensor | None], Tensor] | None:
     """The same from statistics of the labels' shape: the results, and slopes [k, tokens] if wanted."""
-    threads = torch.get_num_threads()
-    results, slopes = _C.loss_terms(
-        statistics, labels.contiguous(), ignore_index, program, given, *grouping, wanted, threads
-    )
+    threads, labels = torch.get_num_threads(), labels.contiguous()
+    results, slopes = _C.loss_terms(statistics, labels, ignore_index, program, given, *grouping, wanted, threads)
+    if results is None:
+        given = tuple([_as_given(x) for x in given])
+        results, slopes = _C.loss_terms(statistics, labels, ignore_index, program, given, *grouping, wanted, threads)
     return None if results is None else (results, slopes)
 
 
@@ -259,16 +271,28 @@ def loss_backward(
     kept: Kept,
     upstream: tuple[Tensor, ...],
     which: int,
-    out: Tensor,
-) -> bool:
-    """Whether the logits' gradient was written into `out`, which is new and dense, given that of the loss or of equally
-    long runs of tokens; `which`: bits of the statistics whose slopes were kept, 0: the logps, whose slope is 1."""
-    rest: tuple[Any, ...] = (kept, upstream, which, out, torch.get_num_threads())
-    live = _C.loss_backward(logits, labels, options, reference, *rest)
-    if live == _UNUSUAL:
+    large: Tensor | None,
+) -> Tensor | None:
+    """The logits' gradient, given that of the loss or of equally long runs of tokens; None, and nothing was done, for
+    other tensors than plain ones.
+
+    Args:
+        which: bits of the statistics whose slopes were kept; 0: the logps, whose slope is 1.
+        large: new and dense, where the gradient goes; None: into a new tensor.
+    """
+    threads = torch.get_num_threads()
+    found = _C.loss_backward(logits, labels, options, reference, kept, upstream, which, large, threads)
+    if found.__class__ is Tensor:
+        return found
+    if found == _UNUSUAL:
         dense = logits.contiguous(), labels.contiguous()
-        live = _C.loss_backward(*dense, options, None if reference is None else reference.contiguous(), *rest)
-    return _done(live, labels, options, logits)
+        upstream = tuple([g.contiguous() for g in upstream])
+        reference = None if reference is None else reference.contiguous()
+        found = _C.loss_backward(*dense, options, reference, kept, upstream, which, large, threads)
+    if found.__class__ is Tensor:
+        return found
+    _done(found, labels, options, logits)
+    return None
 
 
 # ------------------------------------------------------------------------------------------------- one launch

@@ -65,12 +65,12 @@ def cross_entropy(
     check_ignore_index(ignore_index)
     if size_average is not None or reduce is not None:
         reduction = _legacy(size_average, reduce)
-    if isinstance(target, Tensor) and target.dtype == torch.uint8:
-        target = target.long()
     if weight is None and label_smoothing == 0.0 and reduction in _PLAIN:
         found = _fused(input, target, ignore_index, _PLAIN[reduction])
         if found is not None:
             return found
+    if isinstance(target, Tensor) and target.dtype == torch.uint8:
+        target = target.long()
     logits = _checked(input, target)
     reducer = lookup("reduction", _REDUCTIONS, reduction)
     check_range("label_smoothing", label_smoothing, 0.0, 1.0)

@@ -113,8 +113,7 @@ FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 def list_metrics(scores: Tensor, mask: Tensor, above: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(accuracy, top1_accuracy, margin, num_lists) as in `ListOutput`, without gradient."""
-    scores = scores.detach()
-    leads = -differences(scores)
+    leads, scores = -differences(scores).detach(), scores.detach()
     best, counted = best_entries(mask, above), comparable(above)
     top = scores.masked_fill(~best, -torch.inf).amax(-1) > scores.masked_fill(best | ~mask, -torch.inf).amax(-1)
     accuracy = masked_mean((leads > 0).to(scores.dtype), above)

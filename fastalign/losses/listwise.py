@@ -270,8 +270,7 @@ class PROLoss(LogitsLoss):
             if sound:
                 found = self.fused.of_statistics(stats, labels, inputs, grouping, self.ignore_index)
         if found is not None:
-            out = PROOutput(*found)
-            return out._replace(num_lists=out.num_lists.to(torch.int64))
+            return PROOutput(*found)
         sums = sum_tokens(stats.logps.flatten(0, -2)).reshape(shape)
         counts = (labels.long() != self.ignore_index).sum(-1).reshape(shape)
         means = sums / counts.clamp(min=1).to(sums.dtype)

@@ -238,8 +238,10 @@ class PPOLoss(LogitsLoss):
             got = f"{'None' if ref_logits is None else 'ref_logits'} with kl_estimator={self.config['kl_estimator']!r}"
             raise ValueError(f"ref_logits go with kl_estimator='exact', and with no other; got {got}")
         given = {"ref_logps": ref_logps, "sampler_logps": sampler_logps}
-        inputs = self._inputs(labels, old_logps, advantages, given, num_items)
-        if isinstance(logits, Tensor) and inputs is not None and not self.one_launch:
+        inputs = None
+        if isinstance(logits, Tensor) and not self.one_launch:
+            inputs = self._inputs(labels, old_logps, advantages, given, num_items)
+        if inputs is not None:
             found = self.fused.of_logits(
                 logits,
                 labels,
@@ -258,22 +260,23 @@ class PPOLoss(LogitsLoss):
         if self.one_launch and isinstance(logits, Tensor) and trains(logits):
             return self._one_launch(logits, labels, mask, old_logps, advantages, given, num_items, ref_logits)
         stats = self.stats(logits, labels, kl=exact, ref_logits=ref_logits, entropy=self.want_entropy)
-        found = None
-        if inputs is not None:
-            found = self.fused.of_statistics(stats, labels, inputs, _grouping(labels), self.ignore_index)
-        if found is not None:
-            return PolicyLossOutput(*found)
-        return self._terms(stats, old_logps, advantages, mask, given, num_items)
+        return self._of_statistics(stats, labels, mask, old_logps, advantages, given, num_items)
 
-    def _terms(
+    def _of_statistics(
         self,
         stats: TokenStats,
+        labels: Tensor,
+        mask: Tensor,
         old_logps: Tensor,
         advantages: Tensor,
-        mask: Tensor,
         given: dict[str, Tensor | None],
         num_items: Count | None,
     ) -> PolicyLossOutput:
+        inputs = self._inputs(labels, old_logps, advantages, given, num_items)
+        if inputs is not None:
+            found = self.fused.of_statistics(stats, labels, inputs, _grouping(labels), self.ignore_index)
+            if found is not None:
+                return PolicyLossOutput(*found)
         return policy_loss(
             stats.logps,
             old_logps,
@@ -331,7 +334,7 @@ class PPOLoss(LogitsLoss):
         config = self.config
         check_config(config)
         check_compared(config, given["ref_logps"] is not None)
-        weight = token_weights(mask, config["normalization"], num_items, config["max_length"])
+        weight = token_weights(labels, self.ignore_index, config["normalization"], num_items, config["max_length"])
         inputs = token_inputs(config, mask, old_logps, token_advantages(advantages, mask), **given)
         stats, _, gradient = fused_gradient(
             logits,
@@ -344,7 +347,7 @@ class PPOLoss(LogitsLoss):
             entropy=self.want_entropy,
             **self.stats_options,
         )
-        output = self._terms(stats, old_logps, advantages, mask, given, num_items)
+        output = self._of_statistics(stats, labels, mask, old_logps, advantages, given, num_items)
         return output._replace(loss=attach_gradient(output.loss, logits, gradient))
 
     def _by_parts(

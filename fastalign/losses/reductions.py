@@ -6,11 +6,13 @@ the result. With `num_items`, the count over the whole batch, the losses of micr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ..ops.fused_loss import BATCH, FusedLoss, Grouping, Input
 from .base import check_range, hide, lookup, masked_mean, total
 
 Count = int | float | Tensor
@@ -93,13 +95,32 @@ def normalize_real(
     return NORMALIZATIONS[normalization](x, mask, num_items, max_length)
 
 
+@functools.lru_cache(maxsize=32)
+def _normalized(normalization: str, max_length: int | None) -> FusedLoss:
+    """The normalisation of losses that stand where the log-probabilities do."""
+    return FusedLoss(lambda t: (normalize_real(t.logps, t.mask, normalization, t.num_items, max_length),))
+
+
 def token_weights(
-    mask: Tensor, normalization: str, num_items: Count | None = None, max_length: int | None = None
+    labels: Tensor,
+    ignore_index: int,
+    normalization: str,
+    num_items: Count | None = None,
+    max_length: int | None = None,
 ) -> Tensor:
     """What each token's loss counts for in the scalar: the derivative of the (linear) normalisation. float32."""
+    x = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
+    check_normalization(x, normalization, num_items, max_length)
+    if not isinstance(num_items, Tensor):
+        grouping = Grouping(labels.numel() // max(labels.shape[-1], 1))
+        fused, inputs = _normalized(normalization, max_length), [Input("num_items", num_items, BATCH)]
+        found = fused.slopes(labels, inputs, grouping, ignore_index, logps=x)
+        if found is not None:
+            return found[0]
+    mask = labels.long() != ignore_index
     with torch.enable_grad():
-        x = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device, requires_grad=True)
-        (weight,) = torch.autograd.grad(normalize(x, mask, normalization, num_items, max_length), x)
+        x.requires_grad_()
+        (weight,) = torch.autograd.grad(normalize_real(x, mask, normalization, num_items, max_length), x)
     return weight
 
 

@@ -159,7 +159,7 @@ class SFTLoss(LogitsLoss):
             return self._by_parts(head, labels, mask, num_items)
         gradient = None
         if self.one_launch and isinstance(logits, Tensor) and trains(logits):
-            weight = token_weights(mask, NORMALIZATIONS[self.normalization], num_items)
+            weight = token_weights(labels, self.ignore_index, NORMALIZATIONS[self.normalization], num_items)
             program = _program(self.z_loss, self.label_smoothing)
             stats, mean, gradient = fused_gradient(
                 logits, labels, weight, program, {}, inplace=self.inplace_backward, **self.stats_options
@@ -167,13 +167,7 @@ class SFTLoss(LogitsLoss):
             stats = stats._replace(logps=smoothed(stats.logps, stats.lse, mean, self.label_smoothing))
         else:
             stats = self.stats(logits, labels, label_smoothing=self.label_smoothing)
-            terms = self._of_statistics(stats, labels, num_items)
-            if terms is not None:
-                return terms
-        lse = stats.lse if self.z_loss > 0 else None
-        output = sft_loss(
-            stats.logps, mask, normalization=self.normalization, num_items=num_items, lse=lse, z_loss=self.z_loss
-        )
+        output = self._of_statistics(stats, labels, mask, num_items)
         if gradient is None or not isinstance(logits, Tensor):
             return output
         return output._replace(loss=attach_gradient(output.loss, logits, gradient))
@@ -197,13 +191,20 @@ class SFTLoss(LogitsLoss):
             return None
         inputs = [Input("num_items", num_items, BATCH)]
         options = {"inplace_backward": self.inplace_backward, **self.stats_options}
-        return _as_output(self.fused.of_logits(logits, labels, inputs, _grouping(labels), **options))
+        found = self.fused.of_logits(logits, labels, inputs, _grouping(labels), **options)
+        return None if found is None else SFTOutput(*found)
 
-    def _of_statistics(self, stats: TokenStats, labels: Tensor, num_items: Count | None) -> SFTOutput | None:
-        if not _is_count(num_items, labels):
-            return None
-        inputs = [Input("num_items", num_items, BATCH)]
-        return _as_output(self.of_stats.of_statistics(stats, labels, inputs, _grouping(labels), self.ignore_index))
+    def _of_statistics(self, stats: TokenStats, labels: Tensor, mask: Tensor, num_items: Count | None) -> SFTOutput:
+        """Of log-probabilities that are smoothed already."""
+        if _is_count(num_items, labels):
+            inputs = [Input("num_items", num_items, BATCH)]
+            found = self.of_stats.of_statistics(stats, labels, inputs, _grouping(labels), self.ignore_index)
+            if found is not None:
+                return SFTOutput(*found)
+        lse = stats.lse if self.z_loss > 0 else None
+        return sft_loss(
+            stats.logps, mask, normalization=self.normalization, num_items=num_items, lse=lse, z_loss=self.z_loss
+        )
 
     def _by_parts(self, head: Head, labels: Tensor, mask: Tensor, num_items: Count | None) -> SFTOutput:
         """Some sequences after the other: see `_parts`."""
@@ -234,10 +235,3 @@ def _is_count(num_items: Count | None, labels: Tensor) -> bool:
 def _grouping(labels: Tensor) -> Grouping:
     """Sequences along the last axis."""
     return Grouping(labels.numel() // max(labels.shape[-1], 1))
-
-
-def _as_output(found: list[Any] | None) -> SFTOutput | None:
-    if found is None:
-        return None
-    out = SFTOutput(*found)
-    return out._replace(num_tokens=out.num_tokens.to(torch.int64))

@@ -71,15 +71,13 @@ class _OfLogits(NamedTuple):
     inplace: bool
 
     def __call__(self, gradient: Tensor, saved: tuple[Any, ...]) -> tuple[Tensor, None, None]:
+        which, kept, options, inplace = self
         logits, labels, reference = saved
-        plain = not transforms.batched(gradient) and statistics.unwatched(logits, labels)
-        if not self.inplace and not torch.is_grad_enabled() and plain:
-            cpu = _backends.direct(logits)
-            out = statistics.room_for_gradient(logits, inplace=False)
-            if cpu is not None and cpu.loss_backward(
-                logits, labels, self.options, reference, self.kept, (gradient,), self.which, out
-            ):
-                return out, None, None
+        found = (
+            None if inplace else statistics.direct_gradient(logits, labels, options, reference, kept, gradient, which)
+        )
+        if found is not None:
+            return found, None, None
         rows, slopes = _backends.kept_rows(self.kept, labels, self.which)
         grads = self._of_statistics(gradient, labels, slopes)
         found = statistics.gradient(logits, labels, reference, *rows, grads, self.options, self.inplace)
@@ -94,9 +92,14 @@ class _OfLogits(NamedTuple):
         rows = iter([] if slopes is None else slopes.unbind())
         for k in range(len(STATISTICS)):
             if self.which >> k & 1:
-                row = wide * next(rows)  # if a hook changed the labels, the checks of the backward say so
+                row = _times(wide, next(rows))  # if a hook changed the labels, the checks of the backward say so
                 each[k] = row.view(labels.shape) if row.numel() == labels.numel() else row
         return each
+
+
+def _times(gradient: Tensor, slope: Tensor) -> Tensor:
+    """The gradient of a loss, or of the losses of equally long sequences, times the slopes of its tokens."""
+    return gradient * slope if gradient.dim() == 0 else (gradient.unsqueeze(-1) * slope.view(len(gradient), -1))
 
 
 class _OfStatistics(NamedTuple):
@@ -105,7 +108,7 @@ class _OfStatistics(NamedTuple):
     slopes: tuple[Tensor, ...]
 
     def __call__(self, gradient: Tensor, saved: tuple[Any, ...]) -> list[Tensor]:
-        return [(gradient * slope).view(t.shape) for slope, t in zip(self.slopes, saved, strict=True)]
+        return [_times(gradient, slope).view(t.shape) for slope, t in zip(self.slopes, saved, strict=True)]
 
 
 class _Known:
@@ -175,7 +178,7 @@ class _Compiled(NamedTuple):
 
 
 def _compile(formula: Callable[..., Any], levels: dict[str, int], statistics: Sequence[str], lists: bool) -> _Compiled:
-    program, there = trace(formula, levels, statistics=statistics, lists=lists)
+    program, found = trace(formula, levels, statistics=statistics, lists=lists)
     if any(program.steps[i].level == TOKEN for i in program.outputs):
         raise NotTraced("a result for each token: reduce it")
     which = 0
@@ -183,7 +186,7 @@ def _compile(formula: Callable[..., Any], levels: dict[str, int], statistics: Se
         name = program.inputs[int(step.value)] if step.op == "input" else ""
         if moved and name in STATISTICS:
             which |= 1 << STATISTICS.index(name)
-    handle = _backends.loss_program(*program.encoded(), list(there))
+    handle = _backends.loss_program(*program.encoded(), found)
     return _Compiled(program, handle, tuple(n for n in program.inputs if n in levels), which)
 
 
@@ -265,6 +268,17 @@ class FusedLoss:
         return "\n".join(lines) or "not called yet"
 
     # ------------------------------------------------------------------------------------------------------- running
+    def _given(self, inputs: Sequence[Input]) -> tuple[_Compiled | str, tuple[Any, ...]]:
+        """The program for inputs, and what it takes of them, in its order."""
+        there = [x for x in inputs if x.value is not None]
+        if not there:
+            return self.compiled(()), ()
+        found = self.compiled(tuple([(name, level) for name, _, level in there]))
+        if isinstance(found, str):
+            return found, ()
+        by_name = {name: value for name, value, _ in there}
+        return found, tuple([by_name[name] for name in found.names])
+
     def of_logits(
         self,
         logits: Any,
@@ -289,11 +303,9 @@ class FusedLoss:
         cpu = _backends.direct(logits)
         if cpu is None:
             return None
-        there = [x for x in inputs if x.value is not None]
-        found = self.compiled(tuple([(x.name, x.level) for x in there]))
+        found, given = self._given(inputs)
         if isinstance(found, str):
             return None
-        given = _values(found, there)
         wanted = logits.requires_grad and torch.is_grad_enabled()
         options = (ignore_index, temperature, 0.0 if softcap is None else as_softcap(softcap))
         inplace = wanted and inplace_backward
@@ -309,30 +321,45 @@ class FusedLoss:
         self, stats: TokenStats, labels: Tensor, inputs: Sequence[Input], grouping: Grouping, ignore_index: int
     ) -> list[Any] | None:
         """The same of statistics that a head or a model gave, [..., T] each, float32 on the CPU; else None."""
-        given_stats = {name: getattr(stats, name, None) for name in STATISTICS}
-        logps = given_stats["logps"]
-        if type(logps) is not Tensor or logps.dtype != torch.float32 or not statistics.alone(logps, labels):
-            return None
-        cpu = _backends.direct(logps)
-        there = [x for x in inputs if x.value is not None]
-        found = self.compiled(tuple([(x.name, x.level) for x in there])) if cpu is not None else ""
-        if cpu is None or isinstance(found, str) or any(given_stats[name] is None for name in found.program.statistics):
-            return None
-        moved = [given_stats[name] for k, name in enumerate(STATISTICS) if found.which >> k & 1]
-        wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in moved)
-        dense = tuple([None if t is None else t.detach().contiguous() for t in given_stats.values()])
-        made = cpu.loss_terms(dense, labels, ignore_index, found.handle, _values(found, there), grouping, wanted)
+        there = {name: getattr(stats, name, None) for name in STATISTICS}
+        wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in there.values())
+        made = self._run(there, labels, inputs, grouping, ignore_index, wanted)
         if made is None:
             return None
-        results, slopes = made
-        if wanted:
+        results, slopes, moved = made
+        if wanted and any(t.requires_grad for t in moved):
             results[0] = _node((results[0], _OfStatistics(slopes.unbind())), *moved)
         return results
 
+    def slopes(
+        self, labels: Tensor, inputs: Sequence[Input], grouping: Grouping, ignore_index: int, **stats: Tensor
+    ) -> tuple[Tensor, ...] | None:
+        """The loss's derivative in each of these statistics that it moves with, of the labels' shape."""
+        there = {name: stats.get(name) for name in STATISTICS}
+        made = self._run(there, labels, inputs, grouping, ignore_index, True)
+        return None if made is None else tuple([slope.view(labels.shape) for slope in made[1].unbind()])
 
-def _values(found: _Compiled, there: Sequence[Input]) -> tuple[Any, ...]:
-    """The inputs that the program takes, in its order."""
-    if len(there) == len(found.names) and all(x.name == name for x, name in zip(there, found.names, strict=True)):
-        return tuple([x.value for x in there])
-    by_name = {x.name: x.value for x in there}
-    return tuple(by_name[name] for name in found.names)
+    def _run(
+        self,
+        stats: dict[str, Tensor | None],
+        labels: Tensor,
+        inputs: Sequence[Input],
+        grouping: Grouping,
+        ignore_index: int,
+        wanted: bool,
+    ) -> tuple[list[Any], Tensor, list[Tensor]] | None:
+        """(results, slopes [k, tokens] if wanted, the k statistics that the loss moves with)."""
+        logps = stats["logps"]
+        if type(logps) is not Tensor or logps.dtype != torch.float32 or not statistics.alone(logps, labels):
+            return None
+        cpu = _backends.direct(logps)
+        if cpu is None:
+            return None
+        found, given = self._given(inputs)
+        if isinstance(found, str) or any(stats[name] is None for name in found.program.statistics):
+            return None
+        dense = tuple([None if t is None else t.detach().contiguous() for t in stats.values()])
+        made = cpu.loss_terms(dense, labels, ignore_index, found.handle, given, grouping, wanted)
+        if made is None:
+            return None
+        return *made, [stats[name] for k, name in enumerate(STATISTICS) if found.which >> k & 1]  # type: ignore[return-value]

@@ -45,7 +45,10 @@ ELEMENTWISE = {
 CODES = {name: code for code, name in enumerate((INPUT, CONST, SPREAD, PICK, *REDUCTIONS, *ELEMENTWISE))}
 """Name → number in a program."""
 
-FLAT = {"lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not", "detach"}
+TRUTHS = {"lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not"}
+"""Operations that give what is true or not."""
+
+FLAT = TRUTHS | {"detach"}
 """Operations whose derivative is 0."""
 
 # Levels: what a value belongs to. They stand for shapes; see `programs.Level`.

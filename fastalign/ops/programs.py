@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .operations import BATCH, CODES, FLAT, SEQUENCE, TOKEN
+from .operations import BATCH, CODES, FLAT, SEQUENCE, TOKEN, TRUTHS
 from .symbols import MASK, POSITION, STATISTICS, Instruction, NotTraced, Symbol, Tape, as_symbol, single
 
 __all__ = [
@@ -82,11 +82,12 @@ def trace(
     *,
     statistics: Sequence[str] = STATISTICS,
     lists: bool = False,
-) -> tuple[Program, tuple[bool, ...]]:
-    """The program of a formula, and which of its results there are.
+) -> tuple[Program, list[int]]:
+    """The program of a formula, and of each of its results whether it is none (0), a number (1) or a count (2).
 
     Args:
         formula: from symbols, by the names of `inputs` and of `STATISTICS`, to (loss, *results); a result may be None.
+            The loss is one number, or one for each sequence that depends on nothing else than that sequence.
         inputs: name → level of what is given beside the logits; `mask` and the statistics are there anyway.
         statistics: those that the formula may look at; the others are None.
         lists: groups are ranked lists and not pairs.
@@ -95,13 +96,29 @@ def trace(
         NotTraced: the formula used something that a program cannot hold.
     """
     tape = Tape(lists)
-    found = formula(Given(tape, inputs, statistics))
-    there = tuple(x is not None for x in found)
-    values = [x for x in found if x is not None]
-    if not isinstance(values[0], Symbol) or values[0].level != BATCH:
+    results = formula(Given(tape, inputs, statistics))
+    values = [x for x in results if x is not None]
+    if not isinstance(values[0], Symbol) or values[0].level not in (BATCH, SEQUENCE):
         raise NotTraced("the loss must be one number for the batch, reduced from what the formula is given")
     symbols = [as_symbol(tape, x, BATCH) if not isinstance(x, Symbol) else x for x in values]
-    return schedule(tape, [s._at for s in symbols]), there
+    program = schedule(tape, [s._at for s in symbols])
+    if values[0].level == SEQUENCE and any(
+        moves and step.level not in (TOKEN, SEQUENCE)
+        for step, moves in zip(program.steps, program.differentiable, strict=True)
+    ):
+        raise NotTraced("a loss for each sequence that depends on others")
+    counts = iter([_is_count(program, at) for at in program.outputs])
+    return program, [0 if x is None else 1 + next(counts) for x in results]
+
+
+def _is_count(program: Program, at: int) -> bool:
+    """Whether a result is a sum of what is true or not, an integer in torch."""
+    step = program.steps[at]
+    while step.op == "sum":
+        step = program.steps[step.operands[0]]
+        if step.op in TRUTHS or (step.op == "input" and program.inputs[int(step.value)] == MASK):
+            return True
+    return False
 
 
 class Given:

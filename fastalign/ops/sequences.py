@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import statistics
 from .call import shape_of
+from .fused_loss import FusedLoss, Grouping
 from .programs import Symbol, single
 
 
@@ -37,11 +38,38 @@ def cut(rows: Tensor, parts: int) -> tuple[Tensor, ...]:
     return (rows,) if parts == 1 else rows.chunk(parts)
 
 
+def _fused(average: bool) -> FusedLoss:
+    def formula(t: Any) -> tuple[Any]:
+        total = t.logps.sum(-1)
+        return (total / t.mask.sum(-1).clamp(min=1) if average else total,)
+
+    return FusedLoss(formula)
+
+
+_FUSED = {average: _fused(average) for average in (False, True)}
+_OPTIONS = {"inplace_backward", "ignore_index", "temperature", "softcap"}
+
+
+def _of_program(
+    logits: Any, labels: Any, average: bool, dtype: torch.dtype | None, options: dict[str, Any]
+) -> Tensor | None:
+    """[B] sums or means where a program serves, else None: the general path does it or says what is wrong."""
+    if not isinstance(labels, Tensor) or labels.dim() < 1 or not options.keys() <= _OPTIONS:
+        return None
+    found = _FUSED[average].of_logits(
+        logits, labels, (), Grouping(labels.shape[0]), dtype=dtype or torch.float32, **options
+    )
+    return None if found is None else found[0]
+
+
 def sequence_sums(
     logits: Tensor, labels: Tensor, parts: int = 1, dtype: torch.dtype | None = None, **options
 ) -> tuple[Tensor, ...]:
     """`sum_tokens` of the labels' log-probabilities, cut into equal parts of the batch; options as in `token_stats`."""
-    return cut(sum_tokens(statistics.token_logps(logits, labels, **options), dtype), parts)
+    total = _of_program(logits, labels, False, dtype, options)
+    if total is None:
+        total = sum_tokens(statistics.token_logps(logits, labels, **options), dtype)
+    return cut(total, parts)
 
 
 def sequence_logps(
@@ -62,7 +90,10 @@ def sequence_logps(
     if isinstance(labels, Tensor) and labels.dim() < 1:
         statistics.token_logps(logits, labels, **options)  # which may know something worse of them
         raise ValueError(f"logits must be [B, ..., V] with at least one batch dimension; got shape {shape_of(logits)}")
-    (total,) = sequence_sums(logits, labels, 1, dtype, **options)
+    found = _of_program(logits, labels, average, dtype, options)
+    if found is not None:
+        return found
+    total = sum_tokens(statistics.token_logps(logits, labels, **options), dtype)
     if not average:
         return total
     live = (labels.long() != options.get("ignore_index", -100)).to(total.dtype)

@@ -108,14 +108,33 @@ class _PlainStats(torch.autograd.Function):
         return found, None, None, None, None
 
 
+def direct_gradient(
+    logits: Tensor,
+    labels: Tensor,
+    options: tuple[int, float, float],
+    reference: Tensor | None,
+    kept: bytes,
+    upstream: Tensor,
+    which: int,
+) -> Tensor | None:
+    """The logits' gradient in one compiled call (`cpu.loss_backward`), where that sees all that there is and no further
+    derivative is wanted."""
+    if torch.is_grad_enabled() or not unwatched(logits, labels):
+        return None
+    cpu = _backends.direct(logits)
+    if cpu is None or not (cpu.SEES_BATCHES or not transforms.batched(upstream)):
+        return None
+    large = _backends.empty(logits.shape, logits) if logits.nbytes > _backends.LARGE else None
+    return cpu.loss_backward(logits, labels, options, reference, kept, (upstream,), which, large)
+
+
 def _kept_gradient(ctx, g_logps, g_lse) -> Tensor:
     """The logits' gradient after a direct forward."""
     logits, labels = ctx.saved_tensors
-    plain = not transforms.batched(g_logps, g_lse) and unwatched(logits, labels)
-    if g_lse is None and not ctx.inplace and not torch.is_grad_enabled() and plain:
-        cpu, out = _backends.direct(logits), room_for_gradient(logits, False)
-        if cpu is not None and cpu.loss_backward(logits, labels, ctx.options, None, ctx.kept, (g_logps,), 0, out):
-            return out
+    if g_lse is None and not ctx.inplace:
+        found = direct_gradient(logits, labels, ctx.options, None, ctx.kept, g_logps, 0)
+        if found is not None:
+            return found
     rows, _ = _backends.kept_rows(ctx.kept, labels)
     return gradient(logits, labels, None, *rows, (g_logps, g_lse, None, None, None), ctx.options, ctx.inplace)
 
