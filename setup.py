@@ -46,12 +46,13 @@ if MSVC:
     COMMON = ["/std:c++17", "/O2", "/EHsc", "/Zc:preprocessor"]
 else:
     # No -ffast-math: NaN and infinities are part of the contract, and sums must not be reordered. No contraction: the
-    # same expression must give the same bits wherever it is inlined.
+    # same expression must give the same bits wherever it is inlined. Nobody reads the flags that exceptions leave.
     COMMON = [
         "-std=c++17",
         "-O3",
         "-fvisibility=hidden",
         "-fno-math-errno",
+        "-fno-trapping-math",
         "-ffp-contract=off",
         "-g0",
         "-Wall",

@@ -12,7 +12,7 @@ import torch
 from fastalign import memory
 
 # Large enough that what a GEMM keeps whatever its size (2.6 MB with AMX tiles) is within the tenth.
-TOKENS, VOCAB, HIDDEN = 768, 32000, 256
+TOKENS, VOCAB, HIDDEN = 768, 32000, 64
 MEASURE = """
 import ctypes, gc, sys
 import torch
