@@ -205,7 +205,7 @@ def _calls(labels: Tensor) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
     yield "DPOLoss", lambda x: fa.losses.DPOLoss()(x, labels, ref_chosen_logps=ref, ref_rejected_logps=ref).loss
     yield "SFTLoss", lambda x: fa.losses.SFTLoss()(x, labels).loss
     yield "PPOLoss", lambda x: fa.losses.PPOLoss()(x, labels, old, advantage).loss
-    yield "PPOLoss in one launch", lambda x: fa.losses.PPOLoss(one_launch=True)(x, labels, old, advantage).loss
+    yield "PPOLoss in one launch", lambda x: fa.losses.PPOLoss(fuse_backward=True)(x, labels, old, advantage).loss
     yield "cross_entropy", lambda x: fa.cross_entropy(x.flatten(0, 1), labels.flatten())
 
 

@@ -33,8 +33,8 @@ def _plain(logps: Tensor, given: Tensor) -> Tensor:
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - CLIP, 1 + CLIP)).mean()
 
 
-def _module(inplace: bool, one_launch: bool = False) -> Function:
-    module = fa.losses.PPOLoss(cliprange=CLIP, inplace_backward=inplace, one_launch=one_launch)
+def _module(inplace: bool, fuse_backward: bool = False) -> Function:
+    module = fa.losses.PPOLoss(cliprange=CLIP, inplace_backward=inplace, fuse_backward=fuse_backward)
     return lambda logits, labels, given: module(logits, labels, *given).loss
 
 

@@ -342,7 +342,7 @@ def test_one_launch_equals_two_steps(name, vocab):
 
     two, want = step()
     for inplace in (False, True):
-        one, grad = step(one_launch=True, inplace_backward=inplace)
+        one, grad = step(fuse_backward=True, inplace_backward=inplace)
         for field, a, b in zip(one._fields, one, two, strict=True):
             if a is not None:
                 torch.testing.assert_close(a, b, msg=field, rtol=1e-5, atol=1e-6)

@@ -33,7 +33,7 @@ LOSSES = {
     "KTOLoss": lambda x, y: KTO(x, y[0], DESIRABLE).loss,
     "PROLoss": lambda x, y: PRO(x, y[0], list_size=2).loss,
 }
-SFT, ONE, DPO, PPO, KTO, PRO = SFTLoss(), SFTLoss(one_launch=True), DPOLoss(), PPOLoss(), KTOLoss(), PROLoss()
+SFT, ONE, DPO, PPO, KTO, PRO = SFTLoss(), SFTLoss(fuse_backward=True), DPOLoss(), PPOLoss(), KTOLoss(), PROLoss()
 WAYS = {
     "logits": lambda h, w: 2 * h @ w.T,
     "head": lambda h, w: fa.Head(2 * h, w),

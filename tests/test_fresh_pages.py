@@ -58,7 +58,7 @@ def test_a_gradient_beyond_the_caches(kind):
     rows, vocab = 640, 16_411
     logits, labels = torch.randn(rows, vocab), torch.randint(vocab, (rows,))
     labels[::2] = -100
-    loss = fa.losses.SFTLoss(one_launch=kind == "one launch")
+    loss = fa.losses.SFTLoss(fuse_backward=kind == "one launch")
     threads, found = torch.get_num_threads(), []
     for count in (1, 2, 5):
         torch.set_num_threads(count)

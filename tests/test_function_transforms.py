@@ -92,7 +92,7 @@ CALLS = {
     "cross_entropy": (lambda x: fa.cross_entropy(logits_of(x).flatten(0, 1), LABELS.flatten()), exact_nll),
     "classes": (of_classes(fa.cross_entropy), of_classes(F.cross_entropy)),
     "SFTLoss": (lambda x: SFTLoss()(logits_of(x), LABELS).loss, exact_nll),
-    "one_launch": (lambda x: SFTLoss(one_launch=True)(logits_of(x), LABELS).loss, exact_nll),
+    "one_launch": (lambda x: SFTLoss(fuse_backward=True)(logits_of(x), LABELS).loss, exact_nll),
     "DPOLoss": (lambda x: DPOLoss()(logits_of(x), LABELS).loss, exact_dpo),
     "PPOLoss": (ppo(logits_of), exact_ppo),
     "KTOLoss": (lambda x: KTOLoss()(logits_of(x), LABELS, torch.ones(B).bool()).loss, exact_kto),

@@ -164,7 +164,7 @@ def modules():
         "pro": (losses.PROLoss(sft_weight=0.1), {"rewards": rewards}),
         "kto": (losses.KTOLoss(), {"desirable": torch.tensor([True, False, True, False])}),
         "ppo": (losses.PPOLoss(entropy_coef=0.01), {"old_logps": old, "advantages": advantages}),
-        "ppo-one-launch": (losses.PPOLoss(one_launch=True), {"old_logps": old, "advantages": advantages}),
+        "ppo-one-launch": (losses.PPOLoss(fuse_backward=True), {"old_logps": old, "advantages": advantages}),
     }
 
 

@@ -113,7 +113,7 @@ def test_equals_two_steps(make, config, sizes, dtype):
         with fa.use_backend("cpu", isa=isa):
             two, two_grad = step(logits, module(), args, extra)
             for inplace in (False, True):
-                one, one_grad = step(logits, module(one_launch=True, inplace_backward=inplace), args, extra)
+                one, one_grad = step(logits, module(fuse_backward=True, inplace_backward=inplace), args, extra)
                 # The statistics come from the same code, equal to the bit. What two steps compute of them in float64,
                 # one launch does by torch in float32: a few roundings of numbers up to e^3, then a sum in float64.
                 torch.testing.assert_close(tuple(one), tuple(two), rtol=4e-7, atol=4e-7, equal_nan=True)
@@ -134,7 +134,7 @@ def test_gradient_against_float64(make, config):
         exact, exact_grad = step(
             logits.double(), module(), [a if a.dtype == torch.long else a.double() for a in args], wide
         )
-    one, one_grad = step(logits, module(one_launch=True), args, extra)
+    one, one_grad = step(logits, module(fuse_backward=True), args, extra)
     torch.testing.assert_close(one.loss.double(), exact.loss, rtol=2e-6, atol=1e-6)
     torch.testing.assert_close(one_grad.double(), exact_grad, rtol=1e-5, atol=float(2e-6 * exact_grad.abs().max()))
 
@@ -142,11 +142,11 @@ def test_gradient_against_float64(make, config):
 @pytest.mark.parametrize("make", [policy, sft])
 def test_torchs_default_dtype_does_not_reach_the_kernel(make):
     logits, module, args, extra = make((3, 5, 40), torch.float32, {})
-    _, want = step(logits, module(one_launch=True), args, extra)
+    _, want = step(logits, module(fuse_backward=True), args, extra)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        _, found = step(logits, module(one_launch=True), args, extra)
+        _, found = step(logits, module(fuse_backward=True), args, extra)
     finally:
         torch.set_default_dtype(before)
     assert torch.equal(found, want)
@@ -154,14 +154,14 @@ def test_torchs_default_dtype_does_not_reach_the_kernel(make):
 
 def test_upstream_gradient_scales():
     logits, module, args, extra = policy((3, 5, 40), torch.float32, {})
-    _, once = step(logits, module(one_launch=True), args, extra)
-    _, thrice = step(logits, module(one_launch=True), args, extra, upstream=3.0)
+    _, once = step(logits, module(fuse_backward=True), args, extra)
+    _, thrice = step(logits, module(fuse_backward=True), args, extra, upstream=3.0)
     torch.testing.assert_close(thrice, 3 * once)
 
 
 def test_the_gradient_can_be_used_once():
     logits, module, args, extra = policy((3, 5, 40), torch.float32, {})
-    output = module(one_launch=True)(logits.requires_grad_(), *args, **extra)
+    output = module(fuse_backward=True)(logits.requires_grad_(), *args, **extra)
     output.loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="used once"):
         output.loss.backward()
@@ -171,12 +171,12 @@ def test_in_place_is_said_and_default_is_not():
     logits, module, args, extra = sft((3, 5, 40), torch.float32, {})
     x = logits.clone().requires_grad_()
     version, before = x._version, x.detach().clone()
-    module(one_launch=True)(x, *args, **extra)
+    module(fuse_backward=True)(x, *args, **extra)
     assert x._version == version
     assert torch.equal(x.detach(), before)
     y = x * 1
     version = y._version
-    loss = module(one_launch=True, inplace_backward=True)(y, *args).loss
+    loss = module(fuse_backward=True, inplace_backward=True)(y, *args).loss
     assert y._version > version
     (grad,) = torch.autograd.grad(loss, y)
     assert grad.data_ptr() == y.data_ptr()
@@ -186,7 +186,7 @@ def test_no_gradient_asked_for_computes_none():
     logits, module, args, _ = sft((3, 5, 40), torch.float32, {})
     with torch.no_grad():
         before = logits.clone()
-        output = module(one_launch=True, inplace_backward=True)(logits.requires_grad_(), *args)
+        output = module(fuse_backward=True, inplace_backward=True)(logits.requires_grad_(), *args)
     assert not output.loss.requires_grad
     assert torch.equal(logits, before)
 
@@ -195,10 +195,10 @@ def test_no_gradient_asked_for_computes_none():
 def test_threads_change_no_bit(threads):
     logits, module, args, extra = policy((1, 3, 20011), torch.bfloat16, POLICY["everything"])
     before = torch.get_num_threads()
-    expected = step(logits, module(one_launch=True), args, extra)[1]
+    expected = step(logits, module(fuse_backward=True), args, extra)[1]
     try:
         torch.set_num_threads(threads)
-        assert torch.equal(step(logits, module(one_launch=True), args, extra)[1], expected)
+        assert torch.equal(step(logits, module(fuse_backward=True), args, extra)[1], expected)
     finally:
         torch.set_num_threads(before)
 
@@ -207,22 +207,31 @@ def test_strided_logits():
     logits, module, args, extra = sft((3, 5, 40), torch.float32, {})
     wide = torch.full((3, 7, 41), torch.nan)
     wide[:, 1:6, :40] = logits
-    expected = step(logits, module(one_launch=True), args, extra)[1]
+    expected = step(logits, module(fuse_backward=True), args, extra)[1]
     view = wide.requires_grad_()[:, 1:6, :40]
-    (grad,) = torch.autograd.grad(module(one_launch=True)(view, *args).loss, view)
+    (grad,) = torch.autograd.grad(module(fuse_backward=True)(view, *args).loss, view)
     assert torch.equal(grad, expected)
 
 
 # ------------------------------------------------------------------------------------------------- bad input
 def test_kinds_that_need_the_sequence_are_refused():
-    with pytest.raises(ValueError, match=r"one_launch is for losses of single tokens; got kind='gspo'.*whole sequence"):
-        PPOLoss(kind="gspo", one_launch=True)
+    with pytest.raises(
+        ValueError, match=r"fuse_backward is for losses of single tokens; got kind='gspo'.*whole sequence"
+    ):
+        PPOLoss(kind="gspo", fuse_backward=True)
+
+
+@pytest.mark.parametrize("module", [SFTLoss, PPOLoss])
+def test_the_old_name_warns(module):
+    with pytest.warns(DeprecationWarning, match="one_launch is called fuse_backward now"):
+        assert module(one_launch=True).fuse_backward
+    assert not module().fuse_backward
 
 
 def test_other_backends_are_refused_with_the_way_out():
     logits, module, args, _ = sft((3, 5, 40), torch.float64, {})
-    with pytest.raises(RuntimeError, match=r"one-launch objective needs the backend 'cpu'.*one_launch=False"):
-        module(one_launch=True)(logits.requires_grad_(), *args)
+    with pytest.raises(RuntimeError, match=r"one-launch objective needs the backend 'cpu'.*fuse_backward=False"):
+        module(fuse_backward=True)(logits.requires_grad_(), *args)
 
 
 # ------------------------------------------------------------------------------------------ a formula of one's own

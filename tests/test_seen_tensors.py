@@ -118,6 +118,6 @@ def test_tensors_that_are_the_negative_of_their_memory(statistic):
 def test_the_gradient_is_not_written_where_it_would_be_read_with_the_other_sign(one_launch):
     draw = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 3, 7, generator=draw, requires_grad=True), torch.randint(7, (2, 3), generator=draw)
-    module = SFTLoss(inplace_backward=True, one_launch=one_launch)
+    module = SFTLoss(inplace_backward=True, fuse_backward=one_launch)
     (found,) = torch.autograd.grad(module(torch._neg_view(x * 1), y).loss, x)
     assert torch.equal(found, torch.autograd.grad(module(-x, y).loss, x)[0])

@@ -66,7 +66,9 @@ class Batch:
         """(loss, gradients, output) of a policy loss."""
         source, leaves = self.source(way)
         given = self.reference(config.get("kl_estimator", "k1"), way) if config.pop("reference", True) else {}
-        out = PPOLoss(one_launch=way == "one_launch", **config)(source, self.labels, self.old, self.advantages, **given)
+        out = PPOLoss(fuse_backward=way == "one_launch", **config)(
+            source, self.labels, self.old, self.advantages, **given
+        )
         return out.loss.detach(), torch.autograd.grad(out.loss, leaves), out
 
 

@@ -59,7 +59,7 @@ def objective(
 ) -> Statistics:
     raise RuntimeError(
         "the one-launch objective needs the backend 'cpu' or 'triton' (float32, bfloat16 or float16 on cpu or a GPU); "
-        f"{logits.dtype} on {logits.device} is served by 'eager': use two steps (one_launch=False)"
+        f"{logits.dtype} on {logits.device} is served by 'eager': use two steps (fuse_backward=False)"
     )
 
 

@@ -32,7 +32,7 @@ class Copies(NamedTuple):
 
 @functools.cache
 def gemm_copies(dtype: torch.dtype) -> Copies:
-    """Of products in a dtype on the CPU, measured in some ten milliseconds, once per process and dtype.
+    """Of products in a dtype on the CPU, measured in a tenth of a second, once per process and dtype.
 
     Where pages cannot be counted (no glibc), 16-bit products are taken to make a copy: an upper bound.
     """

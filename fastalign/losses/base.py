@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -32,6 +33,7 @@ __all__ = [
     "mean_over",
     "narrow",
     "real_tokens",
+    "renamed",
     "stats_of",
     "sum_tokens",
     "total",
@@ -75,7 +77,7 @@ def _stepping_out(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def run(self: LogitsLoss, *args: Any, **kwargs: Any) -> Any:
         logits = args[0] if args else kwargs.get("logits")
-        if isinstance(logits, Tensor) and not self.one_launch:
+        if isinstance(logits, Tensor) and not self.fuse_backward:
             return forward(self, *args, **kwargs)
         return outside(self, *args, **kwargs)
 
@@ -89,7 +91,7 @@ class LogitsLoss(nn.Module):
         ignore_index, temperature, softcap, inplace_backward: as in `token_stats`.
     """
 
-    one_launch = False
+    fuse_backward = False
 
     def __init_subclass__(cls) -> None:
         """A compiler steps around a forward that works by tiles of a head, or whose kernel makes the gradient."""
@@ -127,6 +129,14 @@ class LogitsLoss(nn.Module):
     def reference_logps(self, ref_logits: Logits, labels: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Sums of the log-probabilities of each row's labels by a reference: constants."""
         return sum_tokens(stats_of(ref_logits, labels, **self.stats_options).logps, dtype)
+
+
+def renamed(name: str, value: T, old: str, given: T | None) -> T:
+    """An argument under its name, unless it was given under its old one, which is deprecated."""
+    if given is None:
+        return value
+    warnings.warn(f"{old} is called {name} now", DeprecationWarning, stacklevel=3)
+    return given
 
 
 def narrow(output: Output, dtype: torch.dtype) -> Output:

@@ -18,7 +18,7 @@ from ..ops.fused_loss import BATCH, SEQUENCE, TOKEN, FusedLoss, Grouping, Input,
 from ..ops.objective import attach_gradient, fused_gradient
 from ..ops.programs import NotTraced
 from ..ops.results import TokenStats
-from .base import Logits, LogitsLoss, check_float, check_mask, lookup, trains
+from .base import Logits, LogitsLoss, check_float, check_mask, lookup, renamed, trains
 from .chunks import Piece, by_parts, known_objective, take
 from .kl import KL_ESTIMATORS
 from .policy_checks import check_compared, check_config, check_given, is_sound, token_advantages
@@ -141,9 +141,10 @@ class PPOLoss(LogitsLoss):
         report_entropy: compute the entropy as a metric even where entropy_coef is 0.
         ignore_index, temperature, softcap, inplace_backward: as in `fastalign.token_stats`. The temperature is the
             sampler's, and the old, reference and sampler log-probabilities must have been taken at the same one.
-        one_launch: compute loss and gradient in one visit to the logits (`fastalign.token_objective`): one read and
+        fuse_backward: compute loss and gradient in one visit to the logits (`fastalign.token_objective`): one read and
             one write of them instead of two reads and a write. For kinds whose tokens are independent (not "gspo",
             "gspo_token"); the gradient can then be used once, and inplace_backward overwrites in the forward already.
+        one_launch: deprecated name of fuse_backward.
 
     Raises:
         ValueError: an unknown kind, estimator or normalisation. Numbers out of range raise in `forward`.
@@ -168,7 +169,8 @@ class PPOLoss(LogitsLoss):
         temperature: float = 1.0,
         softcap: float | None = None,
         inplace_backward: bool = False,
-        one_launch: bool = False,
+        fuse_backward: bool = False,
+        one_launch: bool | None = None,
     ) -> None:
         super().__init__(ignore_index, temperature, softcap, inplace_backward)
         lookup("kind", KINDS, kind)
@@ -188,15 +190,15 @@ class PPOLoss(LogitsLoss):
             "max_length": max_length,
         }
         self.want_entropy = report_entropy or entropy_coef != 0.0
-        self.one_launch = one_launch
+        self.fuse_backward = renamed("fuse_backward", fuse_backward, "one_launch", one_launch)
         self._sound = is_sound(self.config)
         statistics = ["logps"] + self.want_entropy * ["entropy"] + (kl_estimator == "exact") * ["kl"]
         self.fused = FusedLoss(self._formula, statistics, settings=self._settings)
-        if one_launch:
+        if self.fuse_backward:
             try:
                 token_program(tuple(self.config.items()), ("old_logps", "advantages", "ref_logps", "importance"))
             except NotTraced as reason:
-                raise ValueError(f"one_launch is for losses of single tokens; got kind={kind!r}: {reason}") from None
+                raise ValueError(f"fuse_backward is for losses of single tokens; got kind={kind!r}: {reason}") from None
 
     def _settings(self) -> tuple[Any, ...]:
         return "policy", *self.config.values()
@@ -239,7 +241,7 @@ class PPOLoss(LogitsLoss):
             raise ValueError(f"ref_logits go with kl_estimator='exact', and with no other; got {got}")
         given = {"ref_logps": ref_logps, "sampler_logps": sampler_logps}
         inputs = None
-        if isinstance(logits, Tensor) and not self.one_launch:
+        if isinstance(logits, Tensor) and not self.fuse_backward:
             inputs = self._inputs(labels, old_logps, advantages, given, num_items)
         if inputs is not None:
             found = self.fused.of_logits(
@@ -257,8 +259,8 @@ class PPOLoss(LogitsLoss):
         if head is not None:
             return self._by_parts(head, ref_logits, labels, old_logps, advantages, given, num_items)
         mask = labels.long() != self.ignore_index
-        if self.one_launch and isinstance(logits, Tensor) and trains(logits):
-            return self._one_launch(logits, labels, mask, old_logps, advantages, given, num_items, ref_logits)
+        if self.fuse_backward and isinstance(logits, Tensor) and trains(logits):
+            return self._fused_backward(logits, labels, mask, old_logps, advantages, given, num_items, ref_logits)
         stats = self.stats(logits, labels, kl=exact, ref_logits=ref_logits, entropy=self.want_entropy)
         return self._of_statistics(stats, labels, mask, old_logps, advantages, given, num_items)
 
@@ -320,7 +322,7 @@ class PPOLoss(LogitsLoss):
             Input("num_items", num_items, BATCH),
         ]
 
-    def _one_launch(
+    def _fused_backward(
         self,
         logits: Tensor,
         labels: Tensor,

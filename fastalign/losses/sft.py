@@ -13,7 +13,7 @@ from ..ops.fused_loss import BATCH, FusedLoss, Grouping, Input, Values
 from ..ops.objective import attach_gradient, fused_gradient
 from ..ops.results import TokenStats, smoothed
 from ..ops.token_programs import TokenProgram, trace_token
-from .base import Logits, LogitsLoss, check_float, check_mask, check_range, lookup, masked_mean, trains
+from .base import Logits, LogitsLoss, check_float, check_mask, check_range, lookup, masked_mean, renamed, trains
 from .chunks import Piece, by_parts, flat_head, known_objective
 from .reductions import Count, check_normalization, normalize_real, token_weights
 
@@ -111,9 +111,10 @@ class SFTLoss(LogitsLoss):
         ignore_index: labels with this value (prompt, padding) do not count.
         temperature: divides the logits.
         softcap: soft-capping of the logits (Gemma 2).
-        inplace_backward: the backward writes the gradient over `logits`; with one_launch the forward already does.
-        one_launch: compute loss and gradient in one visit to the logits (`fastalign.token_objective`): one read and
+        inplace_backward: the backward writes the gradient over `logits`; with fuse_backward the forward already does.
+        fuse_backward: compute loss and gradient in one visit to the logits (`fastalign.token_objective`): one read and
             one write of them instead of two reads and a write. The gradient can then be used once.
+        one_launch: deprecated name of fuse_backward.
     """
 
     def __init__(
@@ -126,11 +127,12 @@ class SFTLoss(LogitsLoss):
         temperature: float = 1.0,
         softcap: float | None = None,
         inplace_backward: bool = False,
-        one_launch: bool = False,
+        fuse_backward: bool = False,
+        one_launch: bool | None = None,
     ) -> None:
         super().__init__(ignore_index, temperature, softcap, inplace_backward)
         lookup("normalization", NORMALIZATIONS, normalization)
-        self.one_launch = one_launch
+        self.fuse_backward = renamed("fuse_backward", fuse_backward, "one_launch", one_launch)
         self.normalization = normalization
         self.z_loss = check_range("z_loss", z_loss, 0.0)
         self.label_smoothing = check_range("label_smoothing", label_smoothing, 0.0, 1.0)
@@ -158,7 +160,7 @@ class SFTLoss(LogitsLoss):
         if head is not None and labels.dim() > 1:
             return self._by_parts(head, labels, mask, num_items)
         gradient = None
-        if self.one_launch and isinstance(logits, Tensor) and trains(logits):
+        if self.fuse_backward and isinstance(logits, Tensor) and trains(logits):
             weight = token_weights(labels, self.ignore_index, NORMALIZATIONS[self.normalization], num_items)
             program = _program(self.z_loss, self.label_smoothing)
             stats, mean, gradient = fused_gradient(
@@ -187,7 +189,7 @@ class SFTLoss(LogitsLoss):
 
     def _fused(self, logits: Logits, labels: Tensor, num_items: Count | None) -> SFTOutput | None:
         """The results where one program serves; else None, and the general path does it or says what is wrong."""
-        if self.one_launch or not isinstance(logits, Tensor) or not _is_count(num_items, labels):
+        if self.fuse_backward or not isinstance(logits, Tensor) or not _is_count(num_items, labels):
             return None
         inputs = [Input("num_items", num_items, BATCH)]
         options = {"inplace_backward": self.inplace_backward, **self.stats_options}

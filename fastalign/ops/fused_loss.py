@@ -122,7 +122,7 @@ class _Known:
         if gradients is None:
             raise RuntimeError(
                 "the gradient of a loss that was formed with it was handed on already: it can be used once "
-                "(one_launch=False, or another plan of the head, keeps what another backward needs)"
+                "(fuse_backward=False, or another plan of the head, keeps what another backward needs)"
             )
         if transforms.batched(scale):  # one gradient for each
             return [None if gradient is None else gradient * scale for gradient in gradients]
