@@ -113,6 +113,19 @@ FA_HD double natural_log(double x) {
 #endif
 }
 
+// ln(1 + x) to a relative error below 3e-7, for x from 0 to 2^-6.
+FA_HD double natural_log1p(double x) {
+#ifdef __CUDA_ARCH__
+    const float f = static_cast<float>(x);
+    return f - f * f * fmaf(f, fmaf(f, 0.25f, -0.333333333f), 0.5f);
+#else
+    return log1p(x);
+#endif
+}
+
+// 1 - e^-x to a relative error below 2e-7.
+FA_HD float one_less_power(float x) { return -expm1f(-x); }
+
 // 2^x for a factor of float32 accuracy, such as a row's; on the device without float64's long way.
 FA_HD double power_of_row(double x) {
 #ifdef __CUDA_ARCH__

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .loss_program_triton import depends, slope, values
-from .token_formulas_triton import coefficients, finish
+from .token_formulas_triton import SURE, coefficients, finish, make_sure
 from .token_gradient_triton import (
     write_edges,
     write_gradient,
@@ -31,7 +31,7 @@ from .token_stats_triton import (
     scalars,
     store_statistics,
 )
-from .token_sums_triton import sum_registers
+from .token_sums_triton import sum_others, sum_registers
 from .token_walk_triton import sum_row
 
 
@@ -133,8 +133,13 @@ def objective_kernel(
             *(x_row, z_row, x_label, z_label, V, zero, scale, cap, inv_cap),
             *(R, T, VEC, ALIGNED, SOFTCAP, ENTROPY, KL, MEAN),
         )
-    logps, entropy, kl, mean, m, r, ref_m, ref_r = finish(sums, at, ref_at, x_label, zero, V, inv_t, KL)
-    store_statistics(logps_ptr, lse_ptr, entropy_ptr, kl_ptr, mean_ptr, row, logps, m, entropy, kl, mean)
+    logps, lse, entropy, kl, mean, m, r, ref_m, ref_r = finish(
+        sums, at, ref_at, x_label, zero, V, temperature, inv_t, KL
+    )
+    if logps > SURE:
+        others = sum_others(x_row, label, x_label, V, scale, cap, inv_cap, T, VEC, SOFTCAP)
+        logps, lse, m, r = make_sure(others, x_label, inv_t)
+    store_statistics(logps_ptr, lse_ptr, entropy_ptr, kl_ptr, mean_ptr, row, logps, lse, entropy, kl, mean)
 
     weight = tl.load(weight_ptr + row)
     inputs = (
@@ -166,7 +171,7 @@ def objective_kernel(
         constant15,
     )
     FIRST: tl.constexpr = 5 + INPUTS + CONSTANTS
-    numbers = values((logps, m, entropy, kl, mean), inputs, constants, INPUTS, CONSTANTS, STEPS, COUNT)
+    numbers = values((logps, lse, entropy, kl, mean), inputs, constants, INPUTS, CONSTANTS, STEPS, COUNT)
     c = coefficients(
         m,
         r,
@@ -180,7 +185,6 @@ def objective_kernel(
         weight * slope(numbers, 3, FIRST, STEPS, COUNT, LOSS, DEPENDS),
         weight * slope(numbers, 4, FIRST, STEPS, COUNT, LOSS, DEPENDS),
         V,
-        temperature,
         inv_t,
     )
     SLOPE: tl.constexpr = MOVES[2] or MOVES[3]

@@ -55,7 +55,7 @@ struct TokenArgs {
 
 struct ForwardArgs : TokenArgs {
     PerRow<float> out;
-    float* saved;  // [rows, 4]: m, r of the policy and of the reference
+    float* saved;  // [rows, 4]: m, r of the policy and of the reference, see token_stats.h
 };
 
 struct BackwardArgs : TokenArgs {
@@ -109,6 +109,12 @@ FA_HD void write_row(const PerRow<float>& out, float* saved, int64_t row, const 
     if (saved) saved_row(saved, row) = {o.m, o.r, o.ref_m, o.ref_r};
 }
 
+// What a sure row has otherwise than from its sums.
+FA_HD void write_sure(const PerRow<float>& out, float* saved, int64_t row, const Stats& o) {
+    out.logps[row] = o.logps, out.lse[row] = o.lse;
+    if (saved) saved_row(saved, row).m = o.m, saved_row(saved, row).r = o.r;
+}
+
 FA_HD float at_row(const float* p, int64_t row) { return p ? p[row] : 0.0f; }
 
 // The gradient of a live row from what the forward saved and the gradients of its statistics, of which `mode` says what
@@ -122,7 +128,7 @@ FA_HD Coefficients row_coefficients(const BackwardArgs& a, int64_t row, Mode mod
         saved.ref_m, saved.ref_r};
     const Grads d{at_row(a.grads.logps, row), at_row(a.grads.lse, row), moments ? at_row(a.grads.entropy, row) : 0,
                   ref ? at_row(a.grads.kl, row) : 0, at_row(a.grads.mean, row)};
-    return coefficients(o, d, a.temperature, a.inv_temperature, static_cast<double>(a.vocab), exact);
+    return coefficients(o, d, a.inv_temperature, static_cast<double>(a.vocab), exact);
 }
 
 // The gradients of a row's statistics under an objective. One thread finds them, in memory of its own, so on devices it
@@ -137,7 +143,7 @@ template <class Exact = AsGiven>
 FA_HD Coefficients row_coefficients(const ObjectiveArgs& a, int64_t row, const Stats& o, Mode mode = kReference,
                                     Exact exact = {}) {
     const Grads d = wanted(objective_gradient(a, row, o), mode);
-    return coefficients(o, d, a.temperature, a.inv_temperature, static_cast<double>(a.vocab), exact);
+    return coefficients(o, d, a.inv_temperature, static_cast<double>(a.vocab), exact);
 }
 
 // Tokens whose loss does not move (a clipped PPO ratio) are written without being read.

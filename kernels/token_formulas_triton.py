@@ -63,24 +63,24 @@ def _log(s):
 
 
 @triton.jit
-def log_sum(at, log_s, inv_t):
-    """(m, r, ln of the sum relative to the pivot): m + r is the logarithm of a row's sum of exponentials, m that
-    rounded to float32. `log_s` is relative to pivot * scale as rounded, which differs from the pivot's own."""
+def log_sum(at, log_s, temperature, inv_t):
+    """(m, r, ln of the sum relative to the pivot): m / T + r is the logarithm of a row's sum of exponentials, m T times
+    that, rounded to float32. `log_s` is relative to pivot * scale as rounded, which differs from the pivot's own."""
     pivot, scale, shift = at
     log_s -= tl.fma(pivot, scale, -shift).to(tl.float64) * LN2
-    lse = pivot.to(tl.float64) * inv_t + log_s
-    m = lse.to(tl.float32)
+    m = (pivot.to(tl.float64) + log_s * temperature).to(tl.float32)
     # A row of nothing but -inf has m = -inf, of which nothing can be the rest.
-    r = tl.where(m == float("-inf"), 0.0, (lse - m.to(tl.float64)).to(tl.float32))
-    return m, r, log_s
+    r = ((pivot.to(tl.float64) - m.to(tl.float64)) * inv_t + log_s).to(tl.float32)
+    return m, tl.where(m == float("-inf"), 0.0, r), log_s
 
 
 @triton.jit
-def finish(sums, at, ref_at, label, zero, V, inv_t, KL: tl.constexpr):
-    """Statistics of a row: (logps, entropy, kl, mean, m, r, ref_m, ref_r); see `finish` in token_stats.h."""
+def finish(sums, at, ref_at, label, zero, V, temperature, inv_t, KL: tl.constexpr):
+    """Statistics of a row: (logps, lse, entropy, kl, mean, m, r, ref_m, ref_r); see `finish` in token_stats.h."""
     s, w, total, t, k = sums
     plain = _log(s)
-    m, r, log_s = log_sum(at, plain, inv_t)
+    m, r, log_s = log_sum(at, plain, temperature, inv_t)
+    lse = (at[0].to(tl.float64) * inv_t + log_s).to(tl.float32)
     logps = ((label.to(tl.float64) - at[0].to(tl.float64)) * inv_t - log_s).to(tl.float32)
     entropy = (plain - (w / s).to(tl.float64) * LN2).to(tl.float32)
     mean = ((total.to(tl.float64) / V + zero.to(tl.float64)) * inv_t).to(tl.float32)
@@ -89,26 +89,42 @@ def finish(sums, at, ref_at, label, zero, V, inv_t, KL: tl.constexpr):
     kl = nothing()
     if KL:
         ref_plain = _log(t)
-        ref_m, ref_r, _ = log_sum(ref_at, ref_plain, inv_t)
+        ref_m, ref_r, _ = log_sum(ref_at, ref_plain, temperature, inv_t)
         kl = ((k / s).to(tl.float64) * LN2 - plain + ref_plain).to(tl.float32)
-    return logps, entropy, kl, mean, m, r, ref_m, ref_r
+    return logps, lse, entropy, kl, mean, m, r, ref_m, ref_r
+
+
+SURE = tl.constexpr(-0.0078125)  # see `is_sure` in token_stats.h
+
+
+@triton.jit
+def make_sure(others, label, inv_t):
+    """(logps, lse, m, r) of a sure row; see `make_sure` in token_stats.h. `others` is 2^-6 at most."""
+    rest = tl.fma(others * others, tl.fma(others, tl.fma(others, -0.25, 0.333333333), -0.5), others)
+    return 0.0 - rest, (label.to(tl.float64) * inv_t + rest.to(tl.float64)).to(tl.float32), label, rest
+
+
+@triton.jit
+def _one_less_power(r):
+    """1 - e^-r to a relative error below 3e-6."""
+    small = r * tl.fma(r, tl.fma(r, tl.fma(r, -0.0416666667, 0.166666667), -0.5), 1.0)
+    return tl.where(tl.abs(r) < 0.03125, small, 1.0 - tl.exp2(-r * LOG2E))
 
 
 # ------------------------------------------------------------------------------------------------------------ gradient
 @triton.jit
-def coefficients(m, r, ref_m, ref_r, entropy, kl, g_logps, g_lse, g_entropy, g_kl, g_mean, V, temperature, inv_t):
-    """(pivot, ref_pivot, a, b, g, kappa, delta) of a row; see `coefficients` in token_stats.h."""
-    # Of nothing but -inf the powers are 0 relative to any number.
-    pivot = tl.where(m == float("-inf"), 0.0, (m.to(tl.float64) * temperature).to(tl.float32))
-    ref_pivot = tl.where(ref_m == float("-inf"), 0.0, (ref_m.to(tl.float64) * temperature).to(tl.float32))
-    shift = (pivot.to(tl.float64) * inv_t - m.to(tl.float64)).to(tl.float32)  # from rounding the pivots
-    ref_shift = (ref_pivot.to(tl.float64) * inv_t - ref_m.to(tl.float64)).to(tl.float32)
-    p_scale = (tl.exp2((shift - r) * LOG2E).to(tl.float64) * inv_t).to(tl.float32)
+def coefficients(m, r, ref_m, ref_r, entropy, kl, g_logps, g_lse, g_entropy, g_kl, g_mean, V, inv_t):
+    """(pivot, ref_pivot, a, b, g, kappa, delta, own, r) of a row; see `coefficients` in token_stats.h."""
+    # Of nothing but -inf the powers are 0 relative to any number, and infinite times that is no probability.
+    pivot = tl.where(m == float("-inf"), 0.0, m)
+    ref_pivot = tl.where(ref_m == float("-inf"), 0.0, ref_m)
+    p_scale = (tl.exp2((pivot - m - r) * LOG2E).to(tl.float64) * inv_t).to(tl.float32)
     beta = g_kl - g_entropy
     # What nobody differentiates may be infinite or NaN.
     of_entropy = tl.where(g_entropy == 0, 0.0, g_entropy * (r - entropy))
-    of_kl = tl.where(g_kl == 0, 0.0, g_kl * (ref_r - r - kl - ref_shift))
-    alpha = g_lse - g_logps + of_entropy + of_kl + tl.where(beta == 0, 0.0, beta * shift)
+    of_kl = tl.where(g_kl == 0, 0.0, g_kl * (ref_r - r - kl))
+    own = g_lse + of_entropy + of_kl
+    alpha = own - g_logps
     return (
         pivot,
         ref_pivot,
@@ -117,4 +133,15 @@ def coefficients(m, r, ref_m, ref_r, entropy, kl, g_logps, g_lse, g_entropy, g_k
         tl.where(g_kl == 0, 0.0, g_kl * LN2 * p_scale),
         (g_mean.to(tl.float64) * inv_t / V).to(tl.float32),
         (g_logps.to(tl.float64) * inv_t).to(tl.float32),
+        tl.where(own == 0, 0.0, own * p_scale),
+        r,
     )
+
+
+@triton.jit
+def at_target(c, label):
+    """(coefficients, delta) of the target; see `at_target` in token_stats.h."""
+    pivot, ref_pivot, a, b, g, kappa, delta, own, r = c
+    known = label == pivot
+    a = tl.where(known, own, a)
+    return (pivot, ref_pivot, a, b, g, kappa, delta, own, r), tl.where(known, delta * _one_less_power(r), delta)

@@ -38,7 +38,7 @@ struct Slopes : BackwardArgs {
 // What is left of an element once the row's coefficients are known; see token_stats.h. A probability of 0 has no
 // gradient: where it is one for -inf, the result is NaN without `kHoles`.
 template <class T, bool kCap, Mode kMode, bool kHoles = true>
-__device__ inline float gradient(float x, float z, const Slope& slope, float kappa, const Prepare& k) {
+__device__ inline float gradient(float x, float z, const Slope& slope, float a, float kappa, const Prepare& k) {
     const Coefficients& c = slope.c;
     // Under a cap it is the coefficients' signs that are turned, and not every element's.
     constexpr float kSign = kCap ? -1.0f : 1.0f;
@@ -48,10 +48,10 @@ __device__ inline float gradient(float x, float z, const Slope& slope, float kap
     const float u = exponent_of(slope.u, x);
     float dx;
     if constexpr (kMode == kPlain) {
-        dx = fmaf(power_of_two(u), kSign * c.a, kSign * kappa);
+        dx = fmaf(power_of_two(u), kSign * a, kSign * kappa);
     } else {
         const float low = kHoles ? max_or_nan(u, -256.0f) : u, e = power_of_two(low);
-        float by = fmaf(kSign * c.b, low, kSign * c.a);
+        float by = fmaf(kSign * c.b, low, kSign * a);
         if constexpr (kMode == kReference) {
             by = fmaf(-kSign * c.g, exponent_of(slope.v, z), by);
             if constexpr (kHoles) by = e == 0 ? 0 : by;
@@ -59,6 +59,13 @@ __device__ inline float gradient(float x, float z, const Slope& slope, float kap
         dx = fmaf(e, by, kSign * kappa);
     }
     return kCap ? dx * fmaf(x, x, -1.0f) : dx;
+}
+
+// The same of the target.
+template <class T, bool kCap, Mode kMode>
+__device__ inline float target_gradient(float x, float z, const Slope& slope, const Prepare& k) {
+    const Coefficients c = at_target(slope.c, capped<kCap>(x, k));
+    return gradient<T, kCap, kMode>(x, z, slope, c.a, c.kappa, k);
 }
 
 // The first element from which 16-byte stores to [out, out + count) are aligned.
@@ -93,7 +100,7 @@ __device__ inline float vectors_gradient(Pack (&out)[kCount], const Pack (&v)[kC
         if constexpr (kMode == kReference) unpack<T>(z[u], y);
 #pragma unroll
         for (int i = 0; i < kWidth<T>; ++i)
-            x[i] = gradient<T, kCap, kMode, kHoles>(x[i], y[i], slope, slope.c.kappa, k);
+            x[i] = gradient<T, kCap, kMode, kHoles>(x[i], y[i], slope, slope.c.a, slope.c.kappa, k);
 #pragma unroll
         for (int i = 0; i < kWidth<T>; i += 2) check = fmaf(x[i], x[i + 1], check);
         out[u] = pack<T>(x);
@@ -126,12 +133,12 @@ __device__ inline void write_gradient(Rows x, Rows z, T* out, int count, int lab
     const int warp = Team::thread() / 32, lane = Team::thread() % 32, head = first_aligned(out, count);
     const int vectors = static_cast<int>(static_cast<unsigned>(count - head) / kWidth<T>),
               tail = head + vectors * kWidth<T>;
-    // Single elements: those before and after the whole vectors, by the first warp's lanes; and the target, whose delta
-    // is added before the one rounding to T, by the last lane of the warp that has its vector.
+    // Single elements: those before and after the whole vectors, by the first warp's lanes; and the target, rounded to
+    // T once, by the last lane of the warp that has its vector.
     const bool in_vector = head <= label && label < tail;
     const int target_tile = static_cast<int>(static_cast<unsigned>(label - head) / (kWidth<T> * kSpan));
     const bool has_target = in_vector && warp == (target_tile & (Team::threads() / 32 - 1));
-    float at_target = 0;
+    float own = 0;
     if (warp == 0 || has_target) {
         int i = label;
         bool mine = has_target && lane == 31;
@@ -140,9 +147,11 @@ __device__ inline void write_gradient(Rows x, Rows z, T* out, int count, int lab
             mine = lane < kWidth<T> ? lane < head : lane < 2 * kWidth<T> && i < count;
         }
         if (mine) {
-            const float kappa = slope.c.kappa + (i == label ? slope.c.delta : 0);
-            at_target = gradient<T, kCap, kMode>(x.at(i), kReads ? z.at(i) : 0.0f, slope, kappa, k);
-            if (lane < 31) Words<T>::store(out + i, at_target);
+            const float logit = x.at(i);
+            Coefficients c = slope.c;
+            if (i == label) c = at_target(c, capped<kCap>(logit, k));
+            own = gradient<T, kCap, kMode>(logit, kReads ? z.at(i) : 0.0f, slope, c.a, c.kappa, k);
+            if (lane < 31) Words<T>::store(out + i, own);
         }
         __syncwarp();  // the target's logit has been read before its vector is written, perhaps over it
     }
@@ -171,7 +180,7 @@ __device__ inline void write_gradient(Rows x, Rows z, T* out, int count, int lab
     for_tiles<Team, T, kSpan, kReads>(x, z, inner, edge);
     if (!has_target) return;
     __syncwarp();  // the target's vector is written before the target
-    if (lane == 31) Words<T>::store(out + label, at_target);
+    if (lane == 31) Words<T>::store(out + label, own);
 }
 
 }  // namespace fastalign::cuda

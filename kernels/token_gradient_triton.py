@@ -7,6 +7,7 @@ meets it. Fused multiply-adds are spelled out, so that no bit depends on where t
 import triton
 import triton.language as tl
 
+from .token_formulas_triton import at_target
 from .token_layout_triton import (
     TEAM,
     body_offsets,
@@ -27,7 +28,7 @@ def gradient(
     x, z, delta, c, scale, inv_cap, SLOPE: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr, SOFTCAP: tl.constexpr
 ):
     """Gradient of prepared logits, 2^u (a + b u - g v) + kappa + delta, times the soft-cap's slope."""
-    pivot, ref_pivot, a, b, g, kappa, _ = c
+    pivot, ref_pivot, a, b, g, kappa, _, _, _ = c
     u = (x - pivot) * scale
     p = tl.exp2(u)
     if SLOPE:
@@ -69,7 +70,8 @@ def write_label_gradient(
     The barrier orders this write behind that of the thread which wrote the element's tile.
     """
     tl.debug_barrier()
-    dx = gradient(x_label, z_label, c[6], c, scale, inv_cap, SLOPE, KL, MEAN, SOFTCAP)
+    c, delta = at_target(c, x_label)
+    dx = gradient(x_label, z_label, delta, c, scale, inv_cap, SLOPE, KL, MEAN, SOFTCAP)
     real = (label >= 0) & (label < V)
     tl.store(out_row + tl.where(real, label, 0), dx.to(out_row.dtype.element_ty), real)
 

@@ -84,17 +84,16 @@ class PowersApart : PowersWorker<T, Slopes> {
     void operator()(int64_t row) {
         if (this->ignored(row)) return;
         const Row<T, false, kPlain> r(a, row, k);
-        Sums sums = exchange(r, 0);
-        for (size_t p = 1; p < pivots_.size(); ++p) merge(sums, exchange(r, p), this->scale);
+        Parted sums = exchange(r, 0);
+        for (size_t p = 1; p < pivots_.size(); ++p) sums.add(exchange(r, p), this->scale);
         close();
-        const int64_t label = a.label(row);
-        const Coefficients c = this->slopes(row, r.finish(a, to_float(r.x[label]), sums, k));
+        const Coefficients c = this->slopes(row, r.finish(a, sums, k));
         if (no_gradient(c)) return this->no_gradient_of(row);
         T* out = this->gradient_of(row);
         const bool past = a.fresh && a.fresh->before(out, a.vocab * sizeof(T));
         const bool long_enough = a.vocab * static_cast<int64_t>(sizeof(T)) >= kStreamed;
         const bool stream = past && long_enough && reinterpret_cast<uintptr_t>(out) % kStreamAlign == 0;
-        before_ = {out, c, label, label_gradient<T, false, kPlain>(r.x, nullptr, label, c, k), stream};
+        before_ = {out, c, r.label, label_gradient<T, false, kPlain>(r.x, nullptr, r.label, c, k), stream};
     }
 
     void finish() {
@@ -122,11 +121,11 @@ class PowersApart : PowersWorker<T, Slopes> {
         return powers.data();
     }
 
-    Sums exchange(const Row<T, false, kPlain>& r, size_t p) {
-        const Sums o = !before_.out     ? r.piece(p, k, Keep{powers_ + p * kPiece})
-                       : before_.stream ? r.piece(p, k, leaving<true>(p))
-                                        : r.piece(p, k, leaving<false>(p));
-        pivots_[p] = o.pivot;
+    Parted exchange(const Row<T, false, kPlain>& r, size_t p) {
+        const Parted o = !before_.out     ? r.piece(p, k, Keep{powers_ + p * kPiece})
+                         : before_.stream ? r.piece(p, k, leaving<true>(p))
+                                          : r.piece(p, k, leaving<false>(p));
+        pivots_[p] = o.others.pivot;
         return o;
     }
 
@@ -174,51 +173,69 @@ class PowersInPlace : PowersWorker<float, Slopes> {
         if (this->ignored(row)) return;
         const Row<float, false, kPlain> r(a, row, k);
         float* out = this->gradient_of(row);
-        const int64_t label = a.label(row);
-        const float at_label = r.x[label];
-        const Sums sums = overwrite(r, out);
-        const Coefficients c = this->slopes(row, r.finish(a, at_label, sums, k));
+        const Segment own(r.label, a.vocab);
+        const float at_label = r.x[r.label];
+        const Parted sums = overwrite(r, own, out);
+        const auto neighbours = [&](float logit) {
+            out[r.label] = 0;
+            return sum_powers(out, own, logit);
+        };
+        const Coefficients c = this->slopes(row, r.finish(a, at_label, sums, k, neighbours));
         if (no_gradient(c)) return this->no_gradient_of(row);
-        for (size_t s = 0; s < segments_.size(); ++s) {
-            const int64_t begin = segments_[s].begin, end = s + 1 < segments_.size() ? segments_[s + 1].begin : a.vocab;
-            multiply(out + begin, end - begin, this->factor(c, segments_[s].pivot), set1(c.kappa));
-        }
-        out[label] = label_gradient<float, false, kPlain>(&at_label, nullptr, 0, c, k);
+        for (size_t s = 0; s < runs_.size(); ++s)
+            multiply(out + runs_[s].begin, end_of(s) - runs_[s].begin, this->factor(c, runs_[s].pivot), set1(c.kappa));
+        out[r.label] = label_gradient<float, false, kPlain>(&at_label, nullptr, 0, c, k);
     }
 
     void finish() {}
 
   private:
     // Powers from `begin` on are relative to this pivot.
-    struct Segment {
+    struct Run {
         int64_t begin;
         double pivot;
     };
 
-    Sums overwrite(const Row<float, false, kPlain>& r, float* out) {
-        Sums total{};
-        bool empty = true;
+    int64_t end_of(size_t run) const { return run + 1 < runs_.size() ? runs_[run + 1].begin : a.vocab; }
+
+    Parted overwrite(const Row<float, false, kPlain>& r, const Segment& own, float* out) {
         float pivot = r.pivot;
-        segments_.assign(1, {0, at(pivot)});
-        for (int64_t begin = 0; begin < a.vocab; begin += kPiece) {
-            const int64_t end = std::min(a.vocab, begin + kPiece);
+        runs_.assign(1, {0, at(pivot)});
+        Parted total{nothing_at(at(pivot), 0), nothing_at(at(pivot), 0)};
+        for (int64_t begin = 0, end; begin < a.vocab; begin = end) {
+            end = std::min(a.vocab, (begin / kPiece + 1) * kPiece);
+            if (begin < own.begin) end = std::min(end, own.begin);
+            else if (begin < own.end) end = own.end;
             for (int64_t i = begin; i < end;) {
                 Accumulators<kPlain> sums;
                 const int64_t from = i;
                 i += may_fuse(pivot, k) ? add<kHasFma>(sums, r.x + i, out + i, end - i, pivot)
                                         : add<false>(sums, r.x + i, out + i, end - i, pivot);
                 if (i > from) {
-                    const Sums part = sums.close(at(pivot), 0);
-                    if (empty) total = part;
-                    else merge(total, part, this->scale);
-                    empty = false;
+                    merge(begin == own.begin ? total.segment : total.others, sums.close(at(pivot), 0), this->scale);
                 }
                 if (i == end) break;
                 pivot = r.finite(maximum<float, false>(r.x + i, end - i, k));
-                segments_.push_back({i, at(pivot)});
+                runs_.push_back({i, at(pivot)});
             }
         }
         return total;
+    }
+
+    // The sum of a segment's powers relative to the target's logit.
+    double sum_powers(const float* powers, const Segment& own, float logit) const {
+        double sum = 0;
+        for (size_t run = 0; run < runs_.size(); ++run) {
+            int64_t i = std::max(runs_[run].begin, own.begin);
+            const int64_t end = std::min(end_of(run), own.end);
+            if (i >= end) continue;
+            Vec s = set1(0), t = set1(0), e, f;
+            for (; i + kUnit <= end; i += kUnit) load2(powers + i, e, f), s = s + e, t = t + f;
+            double part = reduce_add(s + t);
+            for (; i < end; ++i) part += powers[i];
+            sum += part * std::exp2((runs_[run].pivot - logit) * this->scale);
+        }
+        return sum;
     }
 
     // Sums and stores powers until one would be too large; returns how many.
@@ -241,7 +258,7 @@ class PowersInPlace : PowersWorker<float, Slopes> {
         }
         for (int h = 0; h < 4; ++h) sums.lanes[h].s = s[h];
         if (n - i >= kStep || (maximum<float, false>(x + i, n - i, k) - pivot) * first(k.scale) > kHeadroom) return i;
-        add_range<float, false, kPlain, kFused>(sums, x + i, nullptr, n - i, pivot, 0, Overwrite{out + i}, k);
+        add_range<float, false, kPlain, kFused>(sums, x + i, nullptr, 0, n - i, pivot, 0, Overwrite{out + i}, k);
         return n;
     }
 
@@ -268,7 +285,7 @@ class PowersInPlace : PowersWorker<float, Slopes> {
         for (; i < n; ++i) out[i] = first(fma(set1(out[i]), factor, kappa));
     }
 
-    std::vector<Segment> segments_;
+    std::vector<Run> runs_;
 };
 
 }  // namespace

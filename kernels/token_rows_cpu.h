@@ -5,6 +5,8 @@
 // which the finished sum shows; that piece is then done again with its own maximum. Sums run in float32 lanes over a
 // piece of 16384 elements and in float64 across pieces, so that long rows lose nothing. A row's numbers depend on the
 // row alone: pieces are the same ones, merged in the same order, whether one thread takes the row or several share it.
+// The target's segment of its piece is summed apart: of a sure row (see token_stats.h) only that has to be summed
+// again.
 #pragma once
 #include <algorithm>
 #include <cfloat>
@@ -16,6 +18,7 @@ namespace fastalign::FA_ISA {
 namespace {
 
 constexpr int64_t kPiece = 16384;      // elements summed in float32 before they go into float64
+constexpr int64_t kSegment = 1024;     // elements summed apart from the others, and anew where the row is sure
 constexpr int64_t kPivotSample = 256;  // elements that the pivot is taken from
 // A sum beyond this is done again with an exact pivot. The power 2^32 is known to 1e-6, as its exponent is rounded to
 // 24 bits; entropy and KL are differences of numbers of the size of log(sum), so theirs must stay near the maximum.
@@ -125,8 +128,9 @@ struct Accumulators {
     }
 };
 
+// Adds elements [i, n).
 template <class T, bool kCap, Mode kMode, bool kFused, class Sink>
-void add_range(Accumulators<kMode>& sums, const T* x, const T* z, int64_t n, float pivot, float ref_pivot,
+void add_range(Accumulators<kMode>& sums, const T* x, const T* z, int64_t i, int64_t n, float pivot, float ref_pivot,
                const Sink& sink, const Prepare& k) {
     // How far ahead of the loads to ask for memory: the hardware stops at page ends, this does not.
     constexpr int64_t kAhead = 2048 / sizeof(T);
@@ -134,7 +138,6 @@ void add_range(Accumulators<kMode>& sums, const T* x, const T* z, int64_t n, flo
     const Vec pv = set1(kFused ? -pivot * first(k.scale) : pivot), rv = set1(ref_pivot);
     Lanes<kMode> acc[4] = {sums.lanes[0], sums.lanes[1], sums.lanes[2], sums.lanes[3]};  // in registers
     Vec a, b, c = set1(0), d = set1(0);
-    int64_t i = 0;
     for (; i + 2 * kUnit <= n; i += 2 * kUnit) {
         for (int h = 0; h < 2; ++h) {
             const int64_t at = i + h * kUnit;
@@ -180,29 +183,92 @@ double moved(float pivot, const Prepare& k) {
     return kFused ? -static_cast<double>(offset) / scale : pivot;
 }
 
+// The elements that are summed apart: the target's neighbours, or none (n..n) where it is not among the n.
+struct Segment {
+    int64_t begin, end;
+    Segment(int64_t label, int64_t n)
+        : begin(0 <= label && label < n ? label / kSegment * kSegment : n), end(std::min(n, begin + kSegment)) {}
+};
+
+// Sums over a row or a piece of it, of the target's segment and of all else.
+struct Parted {
+    Sums others, segment;
+
+    double s() const { return others.s + segment.s; }
+    double t() const { return others.t + segment.t; }
+    void add(const Parted& b, double scale) { merge(others, b.others, scale), merge(segment, b.segment, scale); }
+};
+
+inline Sums nothing_at(double pivot, double ref_pivot) { return {pivot, 0, 0, 0, ref_pivot, 0, 0}; }
+
 template <class T, bool kCap, Mode kMode, bool kFused, class Sink>
-Sums sum_piece_at(const T* x, const T* z, int64_t n, float pivot, float ref_pivot, const Sink& sink, const Prepare& k) {
-    Accumulators<kMode> sums;
-    add_range<T, kCap, kMode, kFused>(sums, x, z, n, pivot, ref_pivot, sink, k);
-    return sums.close(moved<kFused>(pivot, k), ref_pivot);
+Parted sum_piece_at(const T* x, const T* z, int64_t n, int64_t label, float pivot, float ref_pivot, const Sink& sink,
+                    const Prepare& k) {
+    const Segment segment(label, n);
+    const double at = moved<kFused>(pivot, k);
+    Parted o{nothing_at(at, ref_pivot), nothing_at(at, ref_pivot)};
+    const int64_t ends[] = {segment.begin, segment.end, n};
+    for (int64_t begin = 0, run = 0; run < 3; begin = ends[run++]) {
+        if (begin == ends[run]) continue;
+        Accumulators<kMode> sums;
+        add_range<T, kCap, kMode, kFused>(sums, x, z, begin, ends[run], pivot, ref_pivot, sink, k);
+        const Sums part = sums.close(at, ref_pivot);
+        if (run == 1) o.segment = part;
+        else merge(o.others, part, 1.0);
+    }
+    return o;
+}
+
+// The sum of the powers, relative to `pivot`, of n elements but for the one at `hole`.
+template <class T, bool kCap>
+[[gnu::noinline]] double sum_but_for(const T* x, int64_t n, int64_t hole, float pivot, const Prepare& k) {
+    const Vec pv = set1(pivot), none = set1(0);
+    Vec s = none, t = none, a, b;
+    const auto add = [&](const T* from, Vec pad_a, Vec pad_b) {
+        load2(from, a, b);
+        s = s + exp2((capped<kCap>(a, k) + pad_a - pv) * k.scale);
+        t = t + exp2((capped<kCap>(b, k) + pad_b - pv) * k.scale);
+    };
+    // A unit that has the hole or is not complete: pads of -inf for what does not count.
+    const auto add_some = [&](int64_t begin) {
+        T unit[kUnit], pads[kUnit];
+        std::memset(static_cast<void*>(unit), 0, sizeof unit);
+        std::memset(static_cast<void*>(pads), 0, sizeof pads);
+        const int64_t count = std::min<int64_t>(kUnit, n - begin);
+        std::memcpy(unit, x + begin, count * sizeof(T));
+        for (int64_t i = count; i < kUnit; ++i) from_float(-INFINITY, pads[i]);
+        if (begin <= hole && hole < begin + count) from_float(-INFINITY, pads[hole - begin]);
+        Vec pad_a, pad_b;
+        load2(pads, pad_a, pad_b);
+        add(unit, pad_a, pad_b);
+    };
+    const int64_t holed = hole / kUnit * kUnit, whole = n / kUnit * kUnit;
+    for (int64_t i = 0; i < std::min(holed, whole); i += kUnit) add(x + i, none, none);
+    for (int64_t i = holed + kUnit; i < whole; i += kUnit) add(x + i, none, none);
+    add_some(holed);
+    if (whole < n && holed < whole) add_some(whole);
+    return reduce_add(s + t);
 }
 
 template <bool kCap>
 float prepared(float x, const Prepare& k) {
-    return reduce_max(capped<kCap>(set1(x), k));  // by the vector code: the same bits as in the sums
+    if constexpr (kCap)
+        return reduce_max(capped<kCap>(set1(x), k));  // by the vector code: the same bits as in the sums
+    else return x;
 }
 
 // One row of the call, ready to be summed piece by piece.
 template <class T, bool kCap, Mode kMode>
 struct Row {
     const T *x, *z;
-    int64_t vocab;
+    int64_t vocab, label;
     float pivot, ref_pivot;
 
     Row(const TokenArgs& a, int64_t row, const Prepare& k)
         : x(static_cast<const T*>(a.logits) + a.layout.offset(row)),
           z(kMode == kReference ? static_cast<const T*>(a.ref_logits) + a.ref_layout.offset(row) : nullptr),
           vocab(a.vocab),
+          label(a.label(row)),
           pivot(sample(x, k)),
           ref_pivot(z ? sample(z, k) : 0.0f) {}
 
@@ -214,25 +280,45 @@ struct Row {
     static float finite(float m) { return m == -INFINITY ? -FLT_MAX : m; }
 
     template <class Sink = Drop>
-    Sums piece(int64_t index, const Prepare& k, const Sink& sink = {}) const {
+    Parted piece(int64_t index, const Prepare& k, const Sink& sink = {}) const {
         const int64_t begin = index * kPiece, n = vocab - begin < kPiece ? vocab - begin : kPiece;
         const T *px = x + begin, *pz = z ? z + begin : nullptr;
         // Plain sums are bound by instructions in 16 bits, so one fewer counts. Entropy and KL want differences that
         // are exactly 0 for equal logits.
         constexpr bool kFused = kMode == kPlain ? kHasFma : false;
-        const Sums o = kFused && may_fuse(pivot, k)
-                           ? sum_piece_at<T, kCap, kMode, kFused>(px, pz, n, pivot, ref_pivot, sink, k)
-                           : sum_piece_at<T, kCap, kMode, false>(px, pz, n, pivot, ref_pivot, sink, k);
-        if (o.s < kLimit[kMode] && o.t < kLimit[kMode]) return o;
+        const int64_t at = label - begin;
+        const Parted o = kFused && may_fuse(pivot, k)
+                             ? sum_piece_at<T, kCap, kMode, kFused>(px, pz, n, at, pivot, ref_pivot, sink, k)
+                             : sum_piece_at<T, kCap, kMode, false>(px, pz, n, at, pivot, ref_pivot, sink, k);
+        if (o.s() < kLimit[kMode] && o.t() < kLimit[kMode]) return o;
         const float exact = finite(maximum<T, kCap>(px, n, k));
         const float ref_exact = pz ? finite(maximum<T, kCap>(pz, n, k)) : 0.0f;
-        return sum_piece_at<T, kCap, kMode, false>(px, pz, n, exact, ref_exact, sink.again(), k);
+        return sum_piece_at<T, kCap, kMode, false>(px, pz, n, at, exact, ref_exact, sink.again(), k);
     }
 
-    // `at_label`: the target's raw logit.
-    Stats finish(const TokenArgs& a, float at_label, const Sums& s, const Prepare& k) const {
-        const double label = prepared<kCap>(at_label, k);
-        return wanted(fastalign::finish(s, label, a.inv_temperature, static_cast<double>(vocab)), kMode);
+    // `neighbours(logit)`: the sum of the powers, relative to the target's prepared logit, of the others in its
+    // segment.
+    template <class Neighbours>
+    Stats finish(const TokenArgs& a, float at_label, const Parted& s, const Prepare& k,
+                 const Neighbours& neighbours) const {
+        const float logit = prepared<kCap>(at_label, k);
+        const double scale = kLog2e * a.inv_temperature;
+        Sums all = s.others;
+        merge(all, s.segment, scale);
+        Stats o = fastalign::finish(all, logit, a.temperature, a.inv_temperature, static_cast<double>(vocab));
+        if (is_sure(o)) {
+            const double far = s.others.s != 0 ? s.others.s * std::exp2((s.others.pivot - logit) * scale) : 0;
+            make_sure(o, logit, far + neighbours(logit), a.inv_temperature);
+        }
+        return wanted(o, kMode);
+    }
+
+    // The same from logits that still lie where they were.
+    Stats finish(const TokenArgs& a, const Parted& s, const Prepare& k) const {
+        return finish(a, to_float(x[label]), s, k, [&](float logit) {
+            const Segment own(label, vocab);
+            return sum_but_for<T, kCap>(x + own.begin, own.end - own.begin, label - own.begin, logit, k);
+        });
     }
 };
 
@@ -293,12 +379,12 @@ void gradient_piece(const T* x, const T* z, T* out, int64_t n, const Coefficient
     if (i < n) gradient_tail<T, kCap, kMode>(x + i, kMode == kReference ? z + i : z, out + i, n - i, c, k);
 }
 
-// The target's gradient, with its `delta` added before the one rounding to T. Taken before the row is overwritten.
+// The target's gradient, rounded to T once. Taken before the row is overwritten.
 template <class T, bool kCap, Mode kMode>
-float label_gradient(const T* x, const T* z, int64_t label, Coefficients c, const Prepare& k) {
-    c.kappa += c.delta;
-    const Vec xl = set1(to_float(x[label])), zl = set1(kMode == kReference ? to_float(z[label]) : 0.0f);
-    return first(gradient<kCap, kMode>(xl, zl, c, k));
+float label_gradient(const T* x, const T* z, int64_t label, const Coefficients& c, const Prepare& k) {
+    const float logit = to_float(x[label]);
+    const Vec xl = set1(logit), zl = set1(kMode == kReference ? to_float(z[label]) : 0.0f);
+    return first(gradient<kCap, kMode>(xl, zl, at_target(c, prepared<kCap>(logit, k)), k));
 }
 
 // Gradient of elements [begin, end) of a row, which may be written over the row itself.

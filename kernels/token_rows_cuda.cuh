@@ -285,7 +285,8 @@ template <bool kCap, Mode kMode, class Args>
 __device__ inline Stats row_stats(const Args& a, const FloatSums& s, float logit, const Prepare& k) {
     const ExactPivot exact = k.exact();
     const Sums sums{exact(s.pivot), s.s, s.w, s.k, exact(s.ref_pivot), s.t, s.total};
-    return wanted(finish(sums, capped<kCap>(logit, k), a.inv_temperature, static_cast<double>(a.vocab)), kMode);
+    return wanted(finish(sums, capped<kCap>(logit, k), a.temperature, a.inv_temperature, static_cast<double>(a.vocab)),
+                  kMode);
 }
 
 // The same, with the target's logit from memory.
@@ -293,6 +294,45 @@ template <class T, bool kCap, Mode kMode, class Args>
 __device__ inline Stats stats_of(const Args& a, int64_t row, int64_t label, const FloatSums& s, const Prepare& k) {
     const float logit = row_of<T>(a.logits, a.layout, row, a.vocab).at(static_cast<int>(label));
     return row_stats<kCap, kMode>(a, s, logit, k);
+}
+
+// ------------------------------------------------------------------------------------------------- sure rows
+// This thread's share of the sum of a row's powers, relative to the target's prepared logit, but for the target's own.
+// The row has just been read: it comes from a cache.
+template <class Team, class T, bool kCap, class Rows>
+__device__ inline float thread_others(const Rows& x, int label, float logit, const Prepare& k) {
+    float s = 0;
+#pragma unroll 4
+    for (int i = Team::thread(); i < x.length; i += Team::threads()) {
+        const float power = power_of_two((capped<kCap>(x.at(i), k) - logit) * k.scale);
+        s += i == label ? 0 : power;
+    }
+    return s;
+}
+
+// The first warp's lanes get the sum over the team. `parts` is shared, one place per warp.
+template <class Team>
+__device__ inline float team_add(float x, FloatSums* parts) {
+    const int warp = Team::thread() / 32, lane = threadIdx.x % 32, warps = Team::threads() / 32;
+    x = warp_add(x);
+    if (warps == 1) return x;
+    if (lane == 0) parts[warp].s = x;
+    __syncthreads();  // every warp's part is written before the first warp reads them
+    if (warp == 0) x = warp_add(lane < warps ? parts[lane].s : 0);
+    return x;
+}
+
+// Writes what a sure row has otherwise than from its sums. Called by the whole team.
+template <class Team, class T, bool kCap>
+__device__ inline void finish_sure(const ForwardArgs& a, int64_t row, const Source<T>& x, FloatSums* parts,
+                                   const Prepare& k) {
+    const int label = static_cast<int>(a.label(row));
+    const float logit = capped<kCap>(x.at(label), k);
+    const float others = team_add<Team>(thread_others<Team, T, kCap>(x, label, logit, k), parts);
+    if (Team::thread() != 0) return;
+    Stats o;
+    make_sure(o, logit, others, a.inv_temperature);
+    write_sure(a.out, a.saved, row, o);
 }
 
 // What a label asks for. One that is neither a row's element nor ignored cannot be reported from here without stopping

@@ -23,6 +23,7 @@ template <class T, bool kCap, Mode kMode, bool kOneTile>
 __global__ void __launch_bounds__(kMaxThreads, 4)
     short_forward_kernel(const __grid_constant__ ForwardArgs a, const __grid_constant__ Prepare k) {
     __shared__ FloatSums parts[kMaxThreads / 32];
+    __shared__ bool sure[kMaxThreads / 32];
     for (ShortRows at; at.first < a.rows; at.next()) {
         if (at.row() < a.rows && row_kind(a, a.label(at.row())) == Row::kLive) {
             const Source<T> x = row_of<T>(a.logits, a.layout, at.row(), a.vocab);
@@ -44,8 +45,14 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
             if (kind == Row::kLive)
                 o = stats_of<T, kCap, kMode>(a, row, label, kept_sums<kMode>(parts[threadIdx.x]), k);
             write_row(a.out, a.saved, row, o, kMode);
+            sure[threadIdx.x] = kind == Row::kLive && is_sure(o);
         }
-        __syncthreads();  // the first warp has read `parts` before the next rows' are written
+        // `sure` is written, and the first warp has read `parts` before the next rows' are written.
+        __syncthreads();
+        if (at.row() < a.rows && sure[at.warp]) {
+            const Source<T> x = row_of<T>(a.logits, a.layout, at.row(), a.vocab);
+            finish_sure<WarpTeam, T, kCap>(a, at.row(), x, parts, k);
+        }
     }
 }
 
@@ -57,7 +64,7 @@ struct ShortSlope {
 
 template <class T, bool kCap, Mode kMode>
 __device__ inline ShortSlope short_slope(const Slope& slope, float logit, const Prepare& k) {
-    return {slope, gradient<T, kCap, kMode>(logit, 0, slope, slope.c.kappa + slope.c.delta, k)};
+    return {slope, target_gradient<T, kCap, kMode>(logit, 0, slope, k)};
 }
 
 // The first `count` elements of a vector.
@@ -143,6 +150,8 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
     extern __shared__ __align__(16) char staged[];
     __shared__ FloatSums parts[kMaxThreads / 32];
     __shared__ ShortSlope slopes[kMaxThreads / 32];
+    __shared__ float others[kMaxThreads / 32];
+    __shared__ bool sure[kMaxThreads / 32];
     for (ShortRows at; at.first < a.rows; at.next()) {
         const int64_t label = at.row() < a.rows ? a.label(at.row()) : a.ignore_index;
         Staged<T> x(staged + at.warp * span, 0, 0);
@@ -164,21 +173,34 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
         }
         // Every row's sums are written before the first warp reads them.
         __syncthreads();
-        if (at.has_one(a.rows)) {
-            const int64_t row = at.first + threadIdx.x, target = a.label(row);
-            const Row found = row_kind(a, target);
-            Stats o = empty_stats(found);
-            if (found == Row::kLive) {
-                const float logit = row_of<T>(a.logits, a.layout, row, a.vocab).at(static_cast<int>(target));
-                o = row_stats<kCap, kMode>(a, kept_sums<kMode>(parts[threadIdx.x]), logit, k);
-                const Slope slope = slope_of<kMode>(row_coefficients(a, row, o, kMode, k.exact()), k);
-                slopes[threadIdx.x] = short_slope<T, kCap, kMode>(slope, logit, k);
+        for (bool again = false;; again = true) {  // once more for sure rows
+            bool open = false;
+            if (at.has_one(a.rows) && (!again || sure[threadIdx.x])) {
+                const int64_t row = at.first + threadIdx.x, target = a.label(row);
+                const Row found = row_kind(a, target);
+                Stats o = empty_stats(found);
+                if (found == Row::kLive) {
+                    const float logit = row_of<T>(a.logits, a.layout, row, a.vocab).at(static_cast<int>(target));
+                    o = row_stats<kCap, kMode>(a, kept_sums<kMode>(parts[threadIdx.x]), logit, k);
+                    if (again) make_sure(o, capped<kCap>(logit, k), others[threadIdx.x], a.inv_temperature);
+                    else open = is_sure(o);
+                    const Slope slope = slope_of<kMode>(row_coefficients(a, row, o, kMode, k.exact()), k);
+                    slopes[threadIdx.x] = short_slope<T, kCap, kMode>(slope, logit, k);
+                }
+                write_row(a.out, nullptr, row, o, kMode);
+                if (!again) sure[threadIdx.x] = open;
             }
-            write_row(a.out, nullptr, row, o, kMode);
+            // Every row's slope is written before its warp reads it. The targets' logits are read before any gradient
+            // is written, perhaps over them.
+            if (!__syncthreads_or(open)) break;
+            if (at.row() < a.rows && sure[at.warp]) {
+                const Source<T> source = row_of<T>(a.logits, a.layout, at.row(), a.vocab);
+                const int hole = static_cast<int>(label);
+                const float s = thread_others<WarpTeam, T, kCap>(source, hole, capped<kCap>(source.at(hole), k), k);
+                others[at.warp] = warp_add(s);
+            }
+            __syncthreads();  // the others' sums are written before the first warp reads them
         }
-        // Every row's slope is written before its warp reads it. The targets' logits are read before any gradient is
-        // written, perhaps over them.
-        __syncthreads();
         if (at.row() < a.rows)
             short_gradient<kOneTile, T, kCap, kMode>(a, at.row(), v, x, label, kind, slopes[at.warp], k);
         __syncthreads();  // all have read `parts` and `slopes` before the next rows' are written

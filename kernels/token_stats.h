@@ -8,8 +8,13 @@
 //     v_j likewise for the reference               t = sum 2^v_j      k = sum 2^u_j (u_j - v_j)
 //
 // Such sums merge over pieces of the vocabulary (blocks of a row, shards of a tensor-parallel head). From them come the
-// statistics, and the pair (m, r) with m + r = lse, m = lse rounded to float32: with it the backward knows each
-// probability exp((x_j - m) - r) as well at logits of 1e4 as at logits of 1, where a float32 lse alone would not do.
+// statistics, and the pair (m, r) with m / T + r = lse, m = T lse rounded to float32: with it the backward knows each
+// probability exp((raw_j - m) / T - r) as well at logits of 1e4 as at logits of 1, where a float32 lse alone would not
+// do.
+//
+// A target whose probability is near 1 is known by what is left beside it, which is lost in a sum with it. Such rows
+// are *sure*: their others are summed once more by themselves, relative to the target (`make_sure`), and (m, r) is (the
+// target's logit, -logps). Where m is the target's logit, the backward takes 1 - p from r.
 //
 // A row, or a piece of one, may be nothing but -inf. Its lse is -inf, (m, r) = (-inf, 0), so that it weighs nothing in
 // a merge; of a whole row there is no softmax, and its other statistics and its gradient are NaN, as torch's are.
@@ -72,9 +77,16 @@ FA_HD void merge(SumsOf<Real>& a, SumsOf<Real> b, Real scale) {
     a.s += b.s, a.w += b.w, a.k += b.k, a.t += b.t, a.total += b.total;
 }
 
-// What is left of the logarithm of a sum beside its rounding: nothing where that is -inf.
-FA_HD float rest_of_log(double at, double log_s, float m) {
-    return m == -INFINITY ? 0 : static_cast<float>((at - m) + log_s);
+// The logarithm of a row's sum in two numbers, m in the logits' own units and what is left beside it: nothing where
+// that is -inf. The pivot is kept apart from the logarithm until the end: beside logits of 1e38 the logarithm would be
+// lost.
+struct LogSum {
+    float m, r;
+};
+
+FA_HD LogSum log_sum(double pivot, double log_s, double temperature, double inv_t) {
+    const float m = static_cast<float>(pivot + log_s * temperature);
+    return {m, m == -INFINITY ? 0 : static_cast<float>((pivot - m) * inv_t + log_s)};
 }
 
 // What the forward returns for a row.
@@ -83,21 +95,33 @@ struct Stats {
 };
 
 // Statistics of a row from its merged sums; `label` is the prepared but untempered logit of the target.
-FA_HD Stats finish(const Sums& a, double label, double inv_t, double vocab) {
+FA_HD Stats finish(const Sums& a, double label, double temperature, double inv_t, double vocab) {
     Stats o;
-    // The pivot is kept apart from the logarithm until the end: beside logits of 1e38 the logarithm would be lost.
-    const double at = a.pivot * inv_t, log_s = natural_log(a.s);
-    o.m = static_cast<float>(at + log_s);
-    o.r = rest_of_log(at, log_s, o.m);
-    o.lse = o.m;
+    const double log_s = natural_log(a.s), ref_log_s = natural_log(a.t);
+    const LogSum x = log_sum(a.pivot, log_s, temperature, inv_t);
+    const LogSum z = log_sum(a.ref_pivot, ref_log_s, temperature, inv_t);
+    o.m = x.m, o.r = x.r, o.ref_m = z.m, o.ref_r = z.r;
+    o.lse = static_cast<float>(a.pivot * inv_t + log_s);
     o.logps = static_cast<float>((label - a.pivot) * inv_t - log_s);
     o.entropy = static_cast<float>(log_s - kLn2 * a.w / a.s);
     o.mean = static_cast<float>(a.total * inv_t / vocab);
-    const double ref_at = a.ref_pivot * inv_t, ref_log_s = natural_log(a.t);
-    o.ref_m = static_cast<float>(ref_at + ref_log_s);
-    o.ref_r = rest_of_log(ref_at, ref_log_s, o.ref_m);
     o.kl = static_cast<float>(kLn2 * a.k / a.s - log_s + ref_log_s);
     return o;
+}
+
+// Whether a row is sure. A log-probability from sums has an absolute error of 4.5e-6 at most, as powers up to
+// 2^32, 22.2 nats, from the pivot are known to 3 * 2^-24 * 22.2 = 4e-6 by the roundings of difference, scale and
+// product, and to 3e-7 by their polynomials; sums have less. From 2^-7 on that is a relative error below 6e-4. NaN is
+// not sure.
+FA_HD bool is_sure(const Stats& o) { return o.logps > -0x1p-7f; }
+
+// The statistics of a sure row: `others` is the sum of its other powers relative to the target. Entropy and KL have an
+// absolute error already.
+FA_HD void make_sure(Stats& o, double label, double others, double inv_t) {
+    const double rest = natural_log1p(others);
+    o.m = static_cast<float>(label), o.r = static_cast<float>(rest);
+    o.logps = static_cast<float>(0 - rest);
+    o.lse = static_cast<float>(label * inv_t + rest);
 }
 
 // Gradients of the loss with respect to a row's statistics.
@@ -106,10 +130,20 @@ struct Grads {
 };
 
 // dx_j = 2^u_j (a + b u_j - g v_j) + kappa + delta [j = label], u_j = (raw_j - pivot) log2(e) / T, v_j alike.
-// Under soft-capping the caller multiplies by the cap's slope.
+// Under soft-capping the caller multiplies by the cap's slope. `own` is `a` without the log-probability's part; `r` is
+// the row's.
 struct Coefficients {
-    float pivot, ref_pivot, a, b, g, kappa, delta;
+    float pivot, ref_pivot, a, b, g, kappa, delta, own, r;
 };
+
+// Those of the target, whose prepared but untempered logit is `label`, as those of any element. Its log-probability
+// moves with its own logit by 1 - p. Where p is near 1 that is not to be had from p; but then the pivot is the target's
+// logit, and log p is -r.
+FA_HD Coefficients at_target(Coefficients c, float label) {
+    if (label == c.pivot) c.a = c.own, c.delta *= one_less_power(c.r);
+    c.kappa += c.delta;
+    return c;
+}
 
 // For kernels that take a pivot as it is.
 struct AsGiven {
@@ -120,21 +154,23 @@ struct AsGiven {
 // the probability's factor exp(-r), the change to powers of two and inv_t = 1 / T of the chain rule folded in.
 // `exact`: what a kernel takes for a pivot that it is given.
 template <class Exact>
-FA_HD Coefficients coefficients(const Stats& o, const Grads& d, double temperature, double inv_t, double vocab,
-                                const Exact& exact) {
+FA_HD Coefficients coefficients(const Stats& o, const Grads& d, double inv_t, double vocab, const Exact& exact) {
     Coefficients c;
-    c.pivot = static_cast<float>(o.m * temperature);
-    c.ref_pivot = d.kl != 0 ? static_cast<float>(o.ref_m * temperature) : 0;
+    c.pivot = o.m, c.r = o.r;
+    c.ref_pivot = d.kl != 0 ? o.ref_m : 0;
     // From rounding the pivots.
-    const double shift = exact(c.pivot) * inv_t - o.m;
+    const double shift = (exact(c.pivot) - o.m) * inv_t;
     const double p_scale = power_of_row((shift - o.r) * kLog2e) * inv_t;
-    double alpha = static_cast<double>(d.lse) - d.logps;
+    double alpha = d.lse;
     if (d.entropy != 0) alpha += d.entropy * (static_cast<double>(o.r) - o.entropy);
     if (d.kl != 0) alpha += d.kl * (static_cast<double>(o.ref_r) - o.r - o.kl);
     const double beta = static_cast<double>(d.kl) - d.entropy;
     if (beta != 0) alpha += beta * shift;
-    if (d.kl != 0) alpha -= d.kl * (exact(c.ref_pivot) * inv_t - o.ref_m);
-    c.a = alpha != 0 ? static_cast<float>(alpha * p_scale) : 0;  // whatever the row: one may have no softmax
+    if (d.kl != 0) alpha -= d.kl * ((exact(c.ref_pivot) - o.ref_m) * inv_t);
+    // 0 whatever the row: one may have no softmax.
+    c.own = alpha != 0 ? static_cast<float>(alpha * p_scale) : 0;
+    alpha -= d.logps;
+    c.a = alpha != 0 ? static_cast<float>(alpha * p_scale) : 0;
     c.b = beta != 0 ? static_cast<float>(beta * kLn2 * p_scale) : 0;
     c.g = d.kl != 0 ? static_cast<float>(d.kl * kLn2 * p_scale) : 0;
     c.kappa = d.mean != 0 ? static_cast<float>(d.mean * inv_t / vocab) : 0;

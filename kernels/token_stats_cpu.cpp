@@ -27,15 +27,15 @@ struct Plan {
 template <class T, bool kCap, Mode kMode>
 Stats row_stats(const TokenArgs& a, int64_t row, int64_t pieces, const Prepare& k) {
     const Row<T, kCap, kMode> r(a, row, k);
-    Sums sums = r.piece(0, k);
-    for (int64_t p = 1; p < pieces; ++p) merge(sums, r.piece(p, k), kLog2e / a.temperature);
-    return r.finish(a, to_float(r.x[a.label(row)]), sums, k);
+    Parted sums = r.piece(0, k);
+    for (int64_t p = 1; p < pieces; ++p) sums.add(r.piece(p, k), kLog2e / a.temperature);
+    return r.finish(a, sums, k);
 }
 
 // The same for few long rows, which threads share; `done(row, stats)` is called in order, ignored rows with zeros.
 template <class T, bool kCap, Mode kMode, class Done>
 void shared_stats(const TokenArgs& a, int64_t pieces, const Prepare& k, const Done& done) {
-    std::vector<Sums> parts(a.rows * pieces);
+    std::vector<Parted> parts(a.rows * pieces);
     parallel_for(a.rows * pieces, 1, a.threads, [&](int64_t i) {
         if (a.label(i / pieces) == a.ignore_index) return;
         parts[i] = Row<T, kCap, kMode>(a, i / pieces, k).piece(i % pieces, k);
@@ -45,10 +45,9 @@ void shared_stats(const TokenArgs& a, int64_t pieces, const Prepare& k, const Do
             done(row, Stats{});
             continue;
         }
-        Sums sums = parts[row * pieces];
-        for (int64_t p = 1; p < pieces; ++p) merge(sums, parts[row * pieces + p], kLog2e / a.temperature);
-        const Row<T, kCap, kMode> r(a, row, k);
-        done(row, r.finish(a, to_float(r.x[a.label(row)]), sums, k));
+        Parted sums = parts[row * pieces];
+        for (int64_t p = 1; p < pieces; ++p) sums.add(parts[row * pieces + p], kLog2e / a.temperature);
+        done(row, Row<T, kCap, kMode>(a, row, k).finish(a, sums, k));
     }
 }
 

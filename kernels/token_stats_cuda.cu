@@ -27,8 +27,16 @@ __global__ void __launch_bounds__(kMaxThreads, kMode == kReference ? 3 : 4)
         const Source<T> x = row_of<T>(a.logits, a.layout, row, a.vocab), z = reference_of<T, kMode>(a, row);
         const float logit = threadIdx.x == 0 ? x.at(static_cast<int>(label)) : 0.0f;
         const FloatSums sums = block_sums<kMode>(thread_sums<BlockTeam, T, kCap, kMode, true>(x, z, k), parts, k.scale);
-        if (threadIdx.x == 0) write_row(a.out, a.saved, row, row_stats<kCap, kMode>(a, sums, logit, k), kMode);
-        __syncthreads();  // the first warp has read `parts` before the next row's are written
+        bool sure = false;
+        if (threadIdx.x == 0) {
+            const Stats o = row_stats<kCap, kMode>(a, sums, logit, k);
+            write_row(a.out, a.saved, row, o, kMode);
+            sure = is_sure(o);
+        }
+        // The first warp has read `parts` before the next row's are written.
+        if (!__syncthreads_or(sure)) continue;
+        finish_sure<BlockTeam, T, kCap>(a, row, x, parts, k);
+        __syncthreads();  // as above
     }
 }
 
@@ -114,6 +122,8 @@ __global__ void __launch_bounds__(kMaxThreads, kCap&& kMode == kMoments ? 2 : 3)
                      int span) {
     extern __shared__ __align__(16) char staged[];
     __shared__ FloatSums parts[kMaxThreads / 32], own;
+    __shared__ float own_others;
+    __shared__ Stats stats;  // the first thread's
     __shared__ Slope shared;
     const Cluster cluster(log_blocks);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -147,11 +157,24 @@ __global__ void __launch_bounds__(kMaxThreads, kCap&& kMode == kMoments ? 2 : 3)
         if (warp == 0) {
             if (cluster.size > 1)
                 sums = warp_sums<kMode>(lane < cluster.size ? cluster.read<kMode>(own, lane) : no_sums(), k.scale);
-            if (lane == 0) {
-                const Stats o = row_stats<kCap, kMode>(a, sums, logit, k);
-                if (cluster.rank == 0) write_row(a.out, nullptr, row, o, kMode);
-                shared = slope_of<kMode>(row_coefficients(a, row, o, kMode, k.exact()), k);
+            if (lane == 0) stats = row_stats<kCap, kMode>(a, sums, logit, k);
+        }
+        // The first warp has read `parts`. All blocks of the cluster find the same.
+        if (__syncthreads_or(threadIdx.x == 0 && is_sure(stats))) {
+            const float at = capped<kCap>(source.at(static_cast<int>(label)), k);
+            const int hole = static_cast<int>(label) - begin;
+            float others = team_add<BlockTeam>(thread_others<BlockTeam, T, kCap>(x, hole, at, k), parts);
+            if (threadIdx.x == 0) own_others = others;
+            cluster.arrive();
+            cluster.wait();  // every block's `own_others` is written before a block reads it
+            if (warp == 0) {
+                if (cluster.size > 1) others = warp_add(lane < cluster.size ? cluster.word(own_others, lane) : 0);
+                if (lane == 0) make_sure(stats, at, others, a.inv_temperature);
             }
+        }
+        if (threadIdx.x == 0) {
+            if (cluster.rank == 0) write_row(a.out, nullptr, row, stats, kMode);
+            shared = slope_of<kMode>(row_coefficients(a, row, stats, kMode, k.exact()), k);
         }
         cluster.arrive();
         __syncthreads();  // `shared` is written before the block reads it

@@ -1,18 +1,22 @@
 """Token statistics in plain PyTorch: any device, any floating dtype, float64 kept as float64.
 
 This is the slow and obvious backend. It defines what the compiled ones must return, and it serves the devices and
-dtypes (float64) for which there is no compiled kernel. x are the soft-capped, tempered logits, z those of the
-reference, m and m' numbers close to their maxima, p = softmax(x), q = softmax(z). The forward gives per token
+dtypes (float64) for which there is no compiled kernel. c and c' are the soft-capped logits and those of the reference,
+m and m' numbers close to their maxima, T the temperature, x = (c - m) / T, z = (c' - m') / T, p = softmax(x),
+q = softmax(z). The forward gives per token
 
-    r = log sum_j exp(x_j - m)      lse = m + r         logps = (x_label - m) - r      mean = (1/V) sum_j x_j
-    entropy = r - E_p[x - m]        kl = E_p[(x - m) - (z - m')] - r + r'
+    r = log sum_j exp(x_j)      lse = m / T + r         logps = x_label - r      mean = m / T + (1/V) sum_j x_j
+    entropy = r - E_p[x]        kl = E_p[x - z] - r + r'
 
 and the backward is the canonical form shared by every backend (`coefficients`):
 
-    dx_j = p_j (alpha + beta (x_j - m) - gamma (z_j - m')) + delta [j = label] + kappa,    p_j = exp((x_j - m) - r)
+    dx_j = p_j (alpha + beta x_j - gamma z_j) + delta [j = label] + kappa,    p_j = exp(x_j - r)
 
-Everything is taken relative to m: a float32 lse of 10,000 is known to 1e-3 only, but r and x - m stay exact, so
+Everything is taken relative to m: a float32 lse of 10,000 is known to 1e-3 only, but r and x stay exact, so
 probabilities are as good at logits of 1e4 as at logits of 1. `saved` carries (m, r, m', r') from forward to backward.
+A target's probability near 1 is known by what is left beside it: where that is less than the target itself, m is the
+target's logit, r = log(1 + sum_{j != label} exp(x_j)) and logps = -r; and where m is the target's logit, the gradient
+of its own takes 1 - p_label from r.
 A row of nothing but -inf has an lse of -inf; its other statistics, and its gradient where it has one, are NaN.
 """
 
@@ -22,16 +26,14 @@ import torch
 from torch import Tensor
 
 
-def _prepare(logits: Tensor, live: Tensor, temperature: float, softcap: float) -> Tensor:
-    """Logits in the accumulation dtype, soft-capped (Gemma 2: cap * tanh(x / cap)), then divided by the temperature.
+def _prepare(logits: Tensor, live: Tensor, softcap: float) -> Tensor:
+    """Logits in the accumulation dtype, soft-capped (Gemma 2: cap * tanh(x / cap)).
 
     Ignored rows may hold anything, NaN too: they are replaced before any arithmetic sees them.
     """
     x = torch.where(live, logits, 0)
     x = x if logits.dtype == torch.float64 else x.float()
-    if softcap:
-        x = softcap * torch.tanh(x / softcap)
-    return x if temperature == 1.0 else x / temperature
+    return softcap * torch.tanh(x / softcap) if softcap else x
 
 
 def _weighted(p: Tensor, value: Tensor) -> Tensor:
@@ -46,12 +48,26 @@ def _live(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     return live.unsqueeze(-1), torch.where(live, labels, 0).long().unsqueeze(-1)
 
 
-def _shifted(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(x - m, m, r) with m the row's maximum (0 for a row of nothing but -inf, whose differences would be NaN)."""
-    m = x.amax(-1, keepdim=True)
+def _shifted(c: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(x, m) with m the row's maximum (0 for a row of nothing but -inf, whose differences would be NaN)."""
+    m = c.amax(-1, keepdim=True)
     m = torch.where(m == -torch.inf, 0, m)
-    x = x - m
-    return x, m, x.exp().sum(-1, keepdim=True).log()
+    return _tempered(c - m, temperature), m
+
+
+def _tempered(x: Tensor, temperature: float) -> Tensor:
+    return x if temperature == 1.0 else x / temperature
+
+
+def _target(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """(r, logps) of rows relative to their maxima."""
+    target = x.gather(-1, index)
+    powers = x.exp()
+    own = powers.gather(-1, index)
+    others = powers.scatter_(-1, index, 0).sum(-1, keepdim=True)
+    leads = own > others
+    r = torch.where(leads, torch.log1p(others), (own + others).log())
+    return r, torch.where(leads, 0 - r, target - r)
 
 
 def forward(
@@ -66,7 +82,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """(logps, lse, entropy, kl, mean [...] each, saved [..., 4]); None where not asked for; 0 at ignored tokens."""
     live, index = _live(labels, ignore_index)
-    x, m, r = _shifted(_prepare(logits, live, temperature, softcap))
+    x, m = _shifted(_prepare(logits, live, softcap), temperature)
+    r, logps = _target(x, index)
     saved = [m, r]
 
     def masked(t: Tensor) -> Tensor:
@@ -77,33 +94,35 @@ def forward(
     if want_entropy:
         entropy = masked(r - _weighted(p, x).sum(-1, keepdim=True))
     if want_mean:
-        mean = masked(m + x.mean(-1, keepdim=True))
+        mean = masked(_tempered(m, temperature) + x.mean(-1, keepdim=True))
     if ref_logits is not None:
-        z, ref_m, ref_r = _shifted(_prepare(ref_logits, live, temperature, softcap))
+        z, ref_m = _shifted(_prepare(ref_logits, live, softcap), temperature)
+        ref_r = z.exp().sum(-1, keepdim=True).log()
         kl = masked(_weighted(p, x - z).sum(-1, keepdim=True) - r + ref_r)
         saved += [ref_m, ref_r]
     else:
         saved += [torch.zeros_like(m), torch.zeros_like(r)]
-    return masked(x.gather(-1, index) - r), masked(m + r), entropy, kl, mean, torch.cat(saved, -1)
+    return masked(logps), masked(_tempered(m, temperature) + r), entropy, kl, mean, torch.cat(saved, -1)
 
 
 def coefficients(
     saved: Tensor, entropy: Tensor | None, kl: Tensor | None, grads: tuple[Tensor | None, ...], vocab: int
 ) -> tuple[Tensor, ...]:
-    """alpha, beta, gamma, delta, kappa of each row, from the gradients of (logps, lse, entropy, kl, mean).
+    """alpha, beta, gamma, delta, kappa of each row, from the gradients of (logps, lse, entropy, kl, mean); then what
+    of alpha is not the log-probability's.
 
-    d logps/dx_j = [j = label] - p_j          d lse/dx_j = p_j          d mean/dx_j = 1/V
-    d entropy/dx_j = p_j (E_p[x - m] - (x_j - m))   d kl/dx_j = p_j ((x_j - m) - (z_j - m') - r + r' - kl)
+    d logps/dx_j = [j = label] - p_j      d lse/dx_j = p_j      d mean/dx_j = 1/V
+    d entropy/dx_j = p_j (E_p[x] - x_j)   d kl/dx_j = p_j (x_j - z_j - r + r' - kl)
     """
     r, ref_r = saved[..., 1], saved[..., 3]
     zero = torch.zeros_like(r)
     g_logps, g_lse, g_entropy, g_kl, g_mean = (zero if g is None else g.to(r.dtype) for g in grads)
-    alpha, beta = g_lse - g_logps, zero
+    alpha, beta = g_lse, zero
     if entropy is not None:
         alpha, beta = alpha + _weighted(g_entropy, r - entropy), beta - g_entropy
     if kl is not None:
         alpha, beta = alpha + _weighted(g_kl, ref_r - r - kl), beta + g_kl
-    return alpha, beta, g_kl, g_logps, g_mean / vocab
+    return alpha - g_logps, beta, g_kl, g_logps, g_mean / vocab, alpha
 
 
 def backward(
@@ -121,20 +140,24 @@ def backward(
 ) -> None:
     """Writes the gradient of the logits into `out`, which may be `logits` itself."""
     live, index = _live(labels, ignore_index)
-    x = _prepare(logits, live, temperature, softcap)
-    squash = 1 - (x * (temperature / softcap)) ** 2 if softcap else None  # d(cap tanh(u / cap))/du = 1 - tanh^2
-    five = coefficients(saved, entropy, kl, grads, logits.shape[-1])
-    moves = torch.stack(five).ne(0).any(0).unsqueeze(-1)
-    alpha, beta, gamma, delta, kappa = (c.unsqueeze(-1) for c in five)
-    x = x - saved[..., 0:1]
-    p = torch.exp(x - saved[..., 1:2])
-    slope = alpha
+    m, r, ref_m, _ = saved.split(1, -1)
+    x = _prepare(logits, live, softcap)
+    squash = 1 - (x / softcap) ** 2 if softcap else None  # d(cap tanh(u / cap))/du = 1 - tanh^2
+    found = coefficients(saved, entropy, kl, grads, logits.shape[-1])
+    moves = torch.stack(found).ne(0).any(0).unsqueeze(-1)
+    alpha, beta, gamma, delta, kappa, own = (c.unsqueeze(-1) for c in found)
+    x = _tempered(x - m, temperature)
+    p = torch.exp(x - r)
+    bend = torch.zeros_like(alpha)
     if entropy is not None or kl is not None:
-        slope = slope + beta * x
+        bend = bend + beta * x
     if ref_logits is not None:
-        slope = slope - _weighted(gamma, _prepare(ref_logits, live, temperature, softcap) - saved[..., 2:3])
-    dx = _weighted(p, slope.expand_as(p)) + kappa
-    dx.scatter_add_(-1, index, delta)
+        bend = bend - _weighted(gamma, _tempered(_prepare(ref_logits, live, softcap) - ref_m, temperature))
+    bend = bend.expand_as(p)
+    dx = _weighted(p, alpha + bend) + kappa
+    target, p, bend = x.gather(-1, index), p.gather(-1, index), bend.gather(-1, index)
+    rest = torch.where(target == 0, -torch.expm1(-r), 1 - p)
+    dx.scatter_(-1, index, _weighted(p, own + bend) + _weighted(delta, rest) + kappa)
     if squash is not None:
         dx = dx * squash
     out.copy_(torch.where(live & moves, dx / temperature, 0))

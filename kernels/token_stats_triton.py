@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .token_formulas_triton import coefficients, finish
+from .token_formulas_triton import SURE, coefficients, finish, make_sure
 from .token_gradient_triton import write_gradient, write_label_gradient, write_zeros
 from .token_layout_triton import (
     LOG2E,
@@ -26,7 +26,7 @@ from .token_layout_triton import (
     tile,
 )
 from .token_results import new_saved, new_statistics
-from .token_sums_triton import sum_registers
+from .token_sums_triton import sum_others, sum_registers
 from .token_walk_triton import sum_row
 
 # Neither values nor alignments of arguments are compiled in: kernels find the 16-byte boundaries of rows by themselves.
@@ -106,6 +106,7 @@ def forward_kernel(
     V: tl.int32,
     ignore_index: tl.int64,
     scale: tl.float32,
+    temperature: tl.float64,
     inv_t: tl.float64,
     cap: tl.float32,
     inv_cap: tl.float32,
@@ -148,8 +149,13 @@ def forward_kernel(
             *(x_row, z_row, x_label, z_label, V, zero, scale, cap, inv_cap),
             *(R, T, VEC, ALIGNED, SOFTCAP, ENTROPY, KL, MEAN),
         )
-    logps, entropy, kl, mean, m, r, ref_m, ref_r = finish(sums, at, ref_at, x_label, zero, V, inv_t, KL)
-    store_statistics(logps_ptr, lse_ptr, entropy_ptr, kl_ptr, mean_ptr, row, logps, m, entropy, kl, mean)
+    logps, lse, entropy, kl, mean, m, r, ref_m, ref_r = finish(
+        sums, at, ref_at, x_label, zero, V, temperature, inv_t, KL
+    )
+    if logps > SURE:
+        others = sum_others(x_row, label, x_label, V, scale, cap, inv_cap, T, VEC, SOFTCAP)
+        logps, lse, m, r = make_sure(others, x_label, inv_t)
+    store_statistics(logps_ptr, lse_ptr, entropy_ptr, kl_ptr, mean_ptr, row, logps, lse, entropy, kl, mean)
     tl.store(saved, m)
     tl.store(saved + 1, r)
     tl.store(saved + 2, ref_m)
@@ -180,7 +186,6 @@ def backward_kernel(
     V: tl.int32,
     ignore_index: tl.int64,
     scale: tl.float32,
-    temperature: tl.float64,
     inv_t: tl.float64,
     cap: tl.float32,
     inv_cap: tl.float32,
@@ -220,7 +225,6 @@ def backward_kernel(
         g_kl,
         optional(g_mean_ptr, row),
         V,
-        temperature,
         inv_t,
     )
     SLOPE: tl.constexpr = KL or g_entropy_ptr is not None

@@ -125,6 +125,21 @@ def totals(
     return total_of(s, T, VEC), row_w, row_total, row_t, row_k
 
 
+@triton.jit
+def sum_others(
+    x_row, label, x_label, V, scale, cap, inv_cap, T: tl.constexpr, VEC: tl.constexpr, SOFTCAP: tl.constexpr
+):
+    """The sum of a row's powers, relative to its target, but for the target's own. The row has just been read: it comes
+    from a cache."""
+    at = tl.arange(0, T * VEC)
+    s = tl.zeros([T * VEC], tl.float32)
+    for start in range(0, V, T * VEC):
+        live = (at < V - start) & (at + start != label)
+        x = prepare(tl.load(x_row + start + at, live, other=float("-inf")), live, cap, inv_cap, SOFTCAP)
+        s += tl.exp2((x - x_label) * scale)
+    return tl.sum(s, 0)
+
+
 # ---------------------------------------------------------------------------------------------------------- whole rows
 @triton.jit
 def largest(stripes, cap, inv_cap, SOFTCAP: tl.constexpr):

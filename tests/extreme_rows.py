@@ -5,9 +5,12 @@ Not a test file: the tests of the CPU's and CUDA's kernels and those of the inte
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 import fastalign as fa
+from fastalign import Objective, _backends, token_objective
 
 ROUNDING = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}
 """Of numbers about 1 that passed through 16 bits once, or of sums in float32."""
@@ -139,3 +142,151 @@ def tiles_that_the_reference_excludes(dtype):
     assert torch.isfinite(narrower.kl).all()
     assert torch.isfinite(gradient).all()
     assert narrower.logps[1] == -torch.inf
+
+
+# ---------------------------------------------------------------------------------------------------- certain targets
+LEADS = (17.0, 25.0, 37.5, 60.0)
+"""Of the target over the largest other logit, in nats."""
+
+
+def certain(dtype, vocab, places, temperature=1.0, leads=LEADS):
+    """Rows whose target leads, by each of `leads` at each place, [leads * places, vocab]; and the labels."""
+    g = torch.Generator().manual_seed(vocab)
+    cases = list(itertools.product(leads, places))
+    x = torch.rand(len(cases), vocab, generator=g) - 3
+    labels = torch.tensor([place for _, place in cases])
+    leads = torch.tensor([lead for lead, _ in cases]) * temperature
+    return x.scatter(-1, labels[:, None], leads[:, None] - 2).to(dtype), labels
+
+
+def complement(x, labels, temperature=1.0, cap=None):
+    """(log p, 1 - p, slope of the cap) of the targets, from the others' sum in float64."""
+    x = x.double()
+    capped = x if cap is None else cap * torch.tanh(x / cap)
+    target = capped.gather(-1, labels[:, None])
+    odds = ((capped - target) / temperature).exp().scatter(-1, labels[:, None], 0).sum(-1)
+    at = x.gather(-1, labels[:, None]).squeeze(-1)
+    squash = torch.ones_like(odds) if cap is None else 1 - torch.tanh(at / cap) ** 2
+    return -torch.log1p(odds), odds / (1 + odds), squash
+
+
+def check_certain(logps, at_target, weights, x, labels, **options):
+    """Log-probabilities to 1e-3, gradients of the targets' logits to 1e-2, relative; `weights`: upstream gradients."""
+    exact, rest, squash = complement(x, labels, **options)
+    slope = weights.double() * rest * squash / options.get("temperature", 1.0)
+    assert (logps <= 0).all()
+    torch.testing.assert_close(logps.double(), exact, rtol=1e-3, atol=0)
+    torch.testing.assert_close(at_target.double(), slope, rtol=1e-2, atol=0)
+
+
+def certain_targets(dtype, vocab, places, *, leads=LEADS, everything=True):
+    """In all modes, by way of autograd and in one launch, in place and not."""
+    for temperature, cap in ((1.0, None), (0.7, None), (1.3, 50.0)) if everything else ((1.0, None),):
+        options = {"temperature": temperature} | ({} if cap is None else {"cap": cap})
+        x, labels = certain(dtype, vocab, places, temperature, leads)
+        rest = complement(x, labels, **options)[1]
+        weights = (1 / rest).float()  # the gradients at the targets are about 1 then, in any dtype
+        call = {"temperature": temperature, "softcap": cap}
+        for more in ({}, {"entropy": True}, {"ref_logits": x.flip(0) / 2, "kl": True}) if everything else ({},):
+            for inplace in (False, True):
+                leaf = x.clone().requires_grad_()
+                stats = fa.token_stats(leaf * 1, labels, inplace_backward=inplace, **call, **more)
+                (gradient,) = torch.autograd.grad(stats.logps, leaf, weights.to(stats.logps.dtype))
+                at = gradient.gather(-1, labels[:, None]).squeeze(-1)
+                check_certain(stats.logps.detach(), at, weights, x, labels, **options)
+        if _backends.choose(x) == "eager":
+            continue
+        for inplace in (False, True):
+            stats, gradient = token_objective(x.clone(), labels, weights, Objective("sft"), inplace=inplace, **call)
+            at = -gradient.gather(-1, labels[:, None]).squeeze(-1)
+            check_certain(stats.logps, at, weights, x, labels, **options)
+
+
+def certain_losses(dtype):
+    """Cross-entropy, SFT in two reads and in one launch, DPO: the gradients of the targets' logits, of 1 - p each."""
+    places = (0, 700, 1299)
+    x, labels = certain(dtype, 1300, places)
+    exact, rest, _ = complement(x, labels)
+    x, labels = x.reshape(4, 3, 1300), labels.reshape(4, 3)
+
+    def check(loss, slopes, value=None, least=1.0):
+        """`loss(logits)`, and its derivatives in the log-probabilities, [12], times a scale that 16 bits can hold. What
+        float16 has no number for was rounded before or (`least` = 1) after that."""
+        leaf = x.clone().requires_grad_()
+        found = loss(leaf)
+        up = 1 / float(rest.max())
+        (gradient,) = torch.autograd.grad(found, leaf, torch.full_like(found, up))
+        at = gradient.gather(-1, labels[..., None]).flatten().double()
+        least *= 2.0**-25 if dtype == torch.float16 else 0
+        torch.testing.assert_close(at, slopes.double() * rest * up, rtol=1e-2, atol=least)
+        if value is not None and found.dtype == torch.float32:
+            torch.testing.assert_close(found.detach().double(), value, rtol=1e-3, atol=0)
+
+    count = labels.numel()
+    mean = torch.full((count,), -1 / count)
+    check(lambda t: fa.cross_entropy(t.view(-1, 1300), labels.view(-1)), mean, -exact.mean())
+    for one_launch in (False, True) if _backends.choose(x) != "eager" else (False,):
+        sft = fa.losses.SFTLoss(one_launch=one_launch)
+        check(lambda t, sft=sft: sft(t, labels).loss, mean, -exact.mean(), 1 / float(rest.max()) if one_launch else 1)
+    # Rows 0 and 1 are chosen, 2 and 3 rejected, without a reference.
+    chosen, rejected = exact.view(4, 3).sum(-1).chunk(2)
+    slope = -0.1 * torch.sigmoid(-0.1 * (chosen - rejected)) / 2
+    slopes = torch.cat([slope, -slope])[:, None].expand(4, 3).flatten()
+    dpo = fa.losses.DPOLoss(beta=0.1)
+    check(lambda t: dpo(t, labels).loss, slopes)
+
+
+def never_above_zero(dtype, vocab, steps=301):
+    """Whatever the lead, from none to far beyond all that exponentials can tell from 0."""
+    leads = torch.cat([torch.linspace(0, 30, steps), torch.tensor([60.0, 90.0, 110.0, 300.0, 1e4])])
+    for place in {0, vocab // 2, vocab - 1}:
+        x = torch.randn(len(leads), vocab, generator=torch.Generator().manual_seed(place)).clamp(max=0)
+        x[:, place] = leads
+        x = x.to(dtype)
+        labels = torch.full((len(leads),), place)
+        leaf = x.clone().requires_grad_()
+        logps = fa.token_logps(leaf, labels)
+        (gradient,) = torch.autograd.grad(logps.sum(), leaf)
+        exact, rest, _ = complement(x, labels)
+        assert (logps <= 0).all()
+        assert (gradient[:, place] >= 0).all()
+        # From sums to 4.5e-6 (see `is_sure` in token_stats.h), and where p is near 1 to 1e-3 of what there is; powers
+        # below 2^-126 may be 0.
+        torch.testing.assert_close(logps.detach().double(), exact, rtol=1e-5, atol=4.5e-6)
+        torch.testing.assert_close(logps.detach().double(), exact, rtol=1e-3, atol=vocab * 2.0**-126)
+        close("gradient", gradient[:, place], rest, dtype)
+
+
+def one_word(dtype):
+    """A vocabulary of one: exactly 0, both."""
+    x = torch.tensor([[3.25], [-7.5], [0.0], [1e4]]).to(dtype)
+    labels = torch.zeros(4, dtype=torch.long)
+    for options in ({}, {"temperature": 0.7}, {"temperature": 1.3, "softcap": 5.0}, {"entropy": True}):
+        leaf = x.clone().requires_grad_()
+        logps = fa.token_stats(leaf, labels, **options).logps
+        (gradient,) = torch.autograd.grad(logps.sum(), leaf)
+        assert logps.tolist() == [0.0] * 4
+        assert gradient.flatten().tolist() == [0.0] * 4
+        if _backends.choose(x) != "eager":
+            weights, same = torch.ones(4), {name: v for name, v in options.items() if name != "entropy"}
+            stats, gradient = token_objective(x.clone(), labels, weights, Objective("sft"), **same)
+            assert stats.logps.tolist() == gradient.flatten().tolist() == [0.0] * 4
+
+
+def certain_heads(dtype, plan):
+    """A head whose logits are its weights: each token's hidden state has a 1 of its own. Tiles of 1,024 columns; the
+    target's may have all that there is beside it, some or none."""
+    vocab = 2500
+    x, labels = certain(dtype, vocab, (0, 1023, 1500, 2499))
+    x[::3, 1024:2048] -= 5
+    x[1::3, :1024] = -torch.inf
+    x.scatter_(-1, labels[:, None], certain(dtype, vocab, (0, 1023, 1500, 2499))[0].gather(-1, labels[:, None]))
+    tokens = len(labels)
+    hidden = torch.eye(tokens).to(dtype).requires_grad_()
+    weight = torch.where(x == -torch.inf, -30000, x).T.contiguous().requires_grad_()
+    budget = tokens * 1024 * hidden.element_size()
+    stats = fa.head_token_stats(hidden, weight, labels, plan=plan, chunk_bytes=budget)
+    weights = (1 / complement(weight.detach().T, labels)[1]).to(stats.logps.dtype)
+    (gradient,) = torch.autograd.grad(stats.logps, weight, weights)
+    at_target = gradient[labels, torch.arange(tokens)]
+    check_certain(stats.logps.detach(), at_target, weights, weight.detach().T, labels)

@@ -290,6 +290,19 @@ def test_rows_and_tiles_of_nothing(extreme_rows, dtype):
     extreme_rows.tiles_that_the_reference_excludes(dtype)
 
 
+@each_dtype
+def test_targets_that_lead(extreme_rows, dtype):
+    """In registers and in a walk; at the row's ends and within."""
+    for vocab, places in ((2, (0, 1)), (37, (32,)), (1301, (700,))):
+        extreme_rows.certain_targets(dtype, vocab, places, leads=extreme_rows.LEADS[::3])
+    extreme_rows.certain_targets(dtype, 1301, (0, 255, 256, 1300), leads=(25.0,), everything=False)
+    extreme_rows.certain_targets(dtype, 40007, (20000, 40006), leads=(25.0,), everything=False)
+    for vocab in (2, 45):
+        extreme_rows.never_above_zero(dtype, vocab, steps=10)
+    extreme_rows.one_word(dtype)
+    extreme_rows.certain_heads(dtype, "recompute")
+
+
 def test_bad_labels_are_named():
     with pytest.raises(ValueError, match=r"labels must be in \[0, 8\).*got 9 at flat position 1"):
         fa.token_logps(torch.zeros(2, 8), torch.tensor([1, 9]))

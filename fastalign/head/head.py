@@ -233,7 +233,7 @@ class _HeadStats(torch.autograd.Function):
             stats = forward(problem, plan.rows, plan.columns, problem.buffers(plan.rows, plan.columns))
         ctx.stats = stats
         if problem.extras is not None:
-            problem.found = problem.extras.results(problem.labels, stats.saved)
+            problem.found = problem.extras.results(problem.labels, stats.saved, problem.temperature)
         return stats.logps, stats.lse, stats.entropy, stats.kl, stats.mean
 
     @staticmethod

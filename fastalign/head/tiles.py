@@ -150,7 +150,11 @@ class Problem:
 
 
 class _Merger:
-    """Collects the statistics of parts of the vocabulary. In float64: entropy and KL are differences of merged sums."""
+    """Collects the statistics of parts of the vocabulary. In float64: entropy and KL are differences of merged sums.
+
+    Where the target's part is sure of it (see `token_stats.h`), it is merged with the logarithm of the others' sum, so
+    that a probability near 1 loses nothing.
+    """
 
     def __init__(self, problem: Problem):
         self._problem = problem
@@ -158,12 +162,16 @@ class _Merger:
 
     def add(self, rows: slice, columns: slice, part: RowStats) -> None:
         m, r, ref_m, ref_r = part.saved.double().unbind(-1)
-        lse, ref_lse = m + r, ref_m + ref_r
+        lse, ref_lse = m / self._problem.temperature + r, ref_m / self._problem.temperature + ref_r
         inside = self._problem.local(rows, columns)[1]
         zero = torch.zeros_like(lse)
         # A part of nothing but -inf has no softmax: its target is -inf too.
         target = torch.where(lse == -torch.inf, lse, part.logps + lse)
-        target = target if inside is None else torch.where(inside, target, 0)
+        sure = part.logps == -part.saved[..., 1]
+        if inside is not None:
+            target, sure = torch.where(inside, target, 0), sure & inside
+        others = torch.where(sure, lse + torch.log(-torch.expm1(-r)), lse)
+        label = torch.where(sure, m, 0)
         # E[x] and E[x - z] under the part's own softmax
         mean_x = zero if part.entropy is None else lse - part.entropy
         mean_gap = zero if part.kl is None else part.kl + lse - ref_lse
@@ -171,12 +179,18 @@ class _Merger:
             # The part has no reference, of which the whole has one: infinite, if the part weighs anything.
             mean_gap = torch.where(ref_lse == -torch.inf, torch.inf, mean_gap)
         total = zero if part.mean is None else part.mean * float(columns.stop - columns.start)
-        self._parts.append((lse, ref_lse, target, mean_x, mean_gap, total))
+        self._parts.append((lse, ref_lse, target, others, sure, label, mean_x, mean_gap, total))
 
     def merged(self, dtype: torch.dtype) -> RowStats:
         problem = self._problem
-        all_lse, all_ref, target, mean_x, mean_gap, total = map(torch.stack, zip(*self._parts, strict=True))
-        lse, ref_lse = all_lse.logsumexp(0), all_ref.logsumexp(0)
+        all_lse, all_ref, target, others, sure, label, mean_x, mean_gap, total = map(
+            torch.stack, zip(*self._parts, strict=True)
+        )
+        lse, ref_lse, target = all_lse.logsumexp(0), all_ref.logsumexp(0), target.sum(0)
+        odds = others.logsumexp(0) - target  # against the target, in logarithms
+        sure = sure.any(0) & (odds < 0)
+        rest = torch.log1p(torch.exp(odds))
+        logps = torch.where(sure, 0 - rest, target - lse)
         weight = torch.exp(all_lse - lse)
 
         def weighted(x: Tensor) -> Tensor:
@@ -188,13 +202,15 @@ class _Merger:
         mean = total.sum(0) / problem.vocab if problem.mean else None
 
         def split(x: Tensor) -> tuple[Tensor, Tensor]:
-            high = x.to(dtype)
-            return high, torch.where(high == -torch.inf, 0, x - high).to(dtype)
+            high = (x * problem.temperature).to(dtype)
+            return high, torch.where(high == -torch.inf, 0, x - high.double() / problem.temperature).to(dtype)
 
-        none = torch.zeros_like(lse, dtype=dtype)
-        saved = torch.stack([*split(lse), *(split(ref_lse) if has_kl else (none, none))], -1)
+        m, r = split(lse)
+        m, r = torch.where(sure, label.sum(0).to(dtype), m), torch.where(sure, rest.to(dtype), r)
+        none = torch.zeros_like(m)
+        saved = torch.stack([m, r, *(split(ref_lse) if has_kl else (none, none))], -1)
         entropy, kl, mean = (None if t is None else t.to(dtype) for t in (entropy, kl, mean))
-        return RowStats((target.sum(0) - lse).to(dtype), lse.to(dtype), entropy, kl, mean, saved)
+        return RowStats(logps.to(dtype), lse.to(dtype), entropy, kl, mean, saved)
 
 
 def forward(problem: Problem, rows: int, columns: int, buffers: list[Tensor]) -> RowStats:

@@ -25,13 +25,13 @@ def check_extras(extras: Collection[str]) -> None:
         raise ValueError(f"extras must be a collection of names among {', '.join(NAMES)}; got {extras!r}")
 
 
-def lse_of(saved: Tensor) -> Tensor:
-    """log sum_j exp(x_j) in float64, from what a forward saved of it: m and r, whose sum it is."""
-    return saved[..., 0].double() + saved[..., 1].double()
+def lse_of(saved: Tensor, temperature: float) -> Tensor:
+    """log sum_j exp(x_j) in float64, from what a forward at that temperature saved of it: m and r, m / T + r."""
+    return saved[..., 0].double() / temperature + saved[..., 1].double()
 
 
-def _log_sum_sq(twice: Tensor, saved: Tensor) -> Tensor:
-    return twice - 2 * lse_of(saved)
+def _log_sum_sq(twice: Tensor, saved: Tensor, temperature: float) -> Tensor:
+    return twice - 2 * lse_of(saved, temperature)
 
 
 class Extras:
@@ -49,7 +49,7 @@ class Extras:
             labels = torch.zeros(logits.shape[0], dtype=torch.int64, device=logits.device)
             options = (-100, temperature / 2, softcap, False, True)
             _, _, _, _, mean, saved = _backends.pick(logits).forward(logits, labels, None, *options)
-            self._twice[rows] = torch.logaddexp(self._twice[rows], lse_of(saved))
+            self._twice[rows] = torch.logaddexp(self._twice[rows], lse_of(saved, temperature / 2))
             if mean is not None:
                 self._total[rows] += mean.double() * ((columns.stop - columns.start) / 2)
         if "is_top1" in self.names:
@@ -59,10 +59,10 @@ class Extras:
             self._best[rows] = torch.where(better, best.to(self._best.dtype), self._best[rows])
             self._at[rows] = torch.where(better, at + columns.start, self._at[rows])
 
-    def results(self, labels: Tensor, saved: Tensor) -> dict[str, Tensor]:
+    def results(self, labels: Tensor, saved: Tensor, temperature: float) -> dict[str, Tensor]:
         """Name → [M]: float32 (float64 as `saved` is), `is_top1` boolean."""
         found = {
-            "log_sum_sq_probs": _log_sum_sq(self._twice, saved).to(saved.dtype),
+            "log_sum_sq_probs": _log_sum_sq(self._twice, saved, temperature).to(saved.dtype),
             "mean_logits": (self._total / self.vocab).to(saved.dtype),
             "is_top1": self._at == labels,
         }
@@ -85,7 +85,8 @@ def of_logits(
     found = {}
     if "log_sum_sq_probs" in names:
         (mean, saved), (_, twice) = forward(temperature), forward(temperature / 2)
-        found["log_sum_sq_probs"] = torch.where(live, _log_sum_sq(lse_of(twice), saved), 0).to(mean.dtype)
+        log_sum_sq = _log_sum_sq(lse_of(twice, temperature / 2), saved, temperature)
+        found["log_sum_sq_probs"] = torch.where(live, log_sum_sq, 0).to(mean.dtype)
         found["mean_logits"] = mean
     elif "mean_logits" in names:
         found["mean_logits"] = forward(temperature)[0]
