@@ -21,6 +21,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .token_call import TokenCall
+
 
 def _prepare(logits: Tensor, live: Tensor, temperature: float, softcap: float) -> Tensor:
     """Logits in the accumulation dtype, soft-capped (Gemma 2: cap * tanh(x / cap)), then divided by the temperature.
@@ -55,16 +57,10 @@ def _shifted(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def forward(
-    logits: Tensor,
-    labels: Tensor,
-    ref_logits: Tensor | None,
-    ignore_index: int,
-    temperature: float,
-    softcap: float,
-    want_entropy: bool,
-    want_mean: bool,
+    call: TokenCall, want_entropy: bool, want_mean: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """(logps, lse, entropy, kl, mean [...] each, saved [..., 4]); None where not asked for; 0 at ignored tokens."""
+    logits, labels, ref_logits, ignore_index, temperature, softcap = call
     live, index = _live(labels, ignore_index)
     x, m, r = _shifted(_prepare(logits, live, temperature, softcap))
     saved = [m, r]
@@ -107,19 +103,15 @@ def coefficients(
 
 
 def backward(
-    logits: Tensor,
-    labels: Tensor,
-    ref_logits: Tensor | None,
+    call: TokenCall,
     saved: Tensor,
     entropy: Tensor | None,
     kl: Tensor | None,
     grads: tuple[Tensor | None, ...],
-    ignore_index: int,
-    temperature: float,
-    softcap: float,
     out: Tensor,
 ) -> None:
-    """Writes the gradient of the logits into `out`, which may be `logits` itself."""
+    """Writes the gradient of the logits into `out`, which may be `call.logits` itself."""
+    logits, labels, ref_logits, ignore_index, temperature, softcap = call
     live, index = _live(labels, ignore_index)
     x = _prepare(logits, live, temperature, softcap)
     squash = 1 - (x * (temperature / softcap)) ** 2 if softcap else None  # d(cap tanh(u / cap))/du = 1 - tanh^2
