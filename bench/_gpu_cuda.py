@@ -17,6 +17,7 @@ from fastalign._backends import cuda
 from fastalign.losses.kl import KL_ESTIMATORS
 from fastalign.losses.policy_objectives import KINDS as POLICIES
 from fastalign.losses.policy_objectives import Terms
+from fastalign.ops.call import TokenCall
 from fastalign.ops.token_programs import trace_token
 
 LONGEST = 256000
@@ -60,19 +61,19 @@ def _calls(vocab: int, dtype: torch.dtype) -> dict[str, Any]:
     labels = torch.randint(0, vocab, (rows,), generator=generator)
     out, row = torch.empty_like(logits), torch.ones(rows)
     results: list[Any] = []
-    options = (-100, 1.0, 0.0)
+    call = TokenCall(logits, labels, None, -100, 1.0, 0.0)
 
     def forward() -> None:
-        results[:] = cuda.forward(logits, labels, None, *options, False, False)
+        results[:] = cuda.forward(call, False, False)
 
     def backward() -> None:
-        cuda.backward(logits, labels, None, results[5], None, None, (row, None, None, None, None), *options, out)
+        cuda.backward(call, results[5], None, None, (row, None, None, None, None), out)
 
     def objective() -> None:
         program = trace_token(_clip, ("old", "advantages", "ref"))
         given = {"old": -row, "advantages": row, "ref": -row}
         inputs = tuple(given[name] for name in program.inputs)
-        cuda.objective(logits, labels, None, program, row, inputs, *options, False, out)
+        cuda.objective(call, program, row, inputs, False, out)
 
     return {"forward": forward, "backward": backward, "objective": objective}
 

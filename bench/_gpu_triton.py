@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastalign.kernels import objectives_triton, token_stats_triton
+from fastalign.ops.call import TokenCall
 from fastalign.ops.token_programs import trace_token
 
 TARGETS = {
@@ -41,21 +42,19 @@ SFT = trace_token(lambda t: -t.logps)
 # ------------------------------------------------------------------------------------------------------------- launches
 def plan(kind: str, logits: torch.Tensor, labels: torch.Tensor, lanes: int = 32) -> tuple[Any, dict[str, Any]]:
     """(launch, tensors that it fills) of the basic form of a kernel: log-probs and lse, no entropy, KL or mean."""
-    plain = (-100, 1.0, 0.0)
+    call = TokenCall(logits, labels, None, -100, 1.0, 0.0)
     out = torch.empty_like(logits)
     rows = torch.ones(labels.shape)
     if kind == "forward":
-        launches, results = token_stats_triton.forward(logits, labels, None, *plain, False, False, lanes=lanes)
+        launches, results = token_stats_triton.forward(call, False, False, lanes=lanes)
         return launches[0], {"logps": results[0], "saved": results[5]}
     if kind == "backward":
         saved = torch.zeros(*labels.shape, 4)
         saved[..., 0] = torch.logsumexp(logits.float(), -1)
         grads = (rows, None, None, None, None)
-        launches = token_stats_triton.backward(logits, labels, None, saved, None, None, grads, *plain, out)
+        launches = token_stats_triton.backward(call, saved, None, None, grads, out)
         return launches[0], {"out": out}
-    launches, results = objectives_triton.objective(
-        logits, labels, None, SFT, rows, (), *plain, False, out, lanes=lanes
-    )
+    launches, results = objectives_triton.objective(call, SFT, rows, (), False, out, lanes=lanes)
     return launches[0], {"logps": results[0], "out": out}
 
 

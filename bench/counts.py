@@ -134,7 +134,7 @@ def _takes_logits(root: Path) -> set[str]:
     """The functions of the backend `cpu` that take logits and are not a backward's."""
     tree = ast.parse((root / "fastalign" / "_backends" / "cpu.py").read_text(encoding="utf-8"))
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.args.args]
-    return {f.name for f in functions if f.args.args[0].arg == "logits" and "backward" not in f.name}
+    return {f.name for f in functions if f.args.args[0].arg in ("logits", "call") and "backward" not in f.name}
 
 
 def _calls_of_backends(function: ast.AST) -> Iterator[tuple[str, int]]:

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .loss_program_triton import depends, slope, values
+from .token_call import TokenCall
 from .token_formulas_triton import SURE, coefficients, finish, make_sure
 from .token_gradient_triton import (
     write_edges,
@@ -201,34 +202,30 @@ def objective_kernel(
 
 # ------------------------------------------------------------------------------------------------------------ launches
 def objective(
-    logits: Tensor,
-    labels: Tensor,
-    ref_logits: Tensor | None,
+    call: TokenCall,
     program: Any,
     weight: Tensor,
     inputs: tuple[Tensor, ...],
-    ignore_index: int,
-    temperature: float,
-    softcap: float,
     want_entropy: bool,
     out: Tensor,
     *,
     lanes: int | None = None,
 ) -> tuple[list[Launch], tuple]:
-    """(launches, (logps, lse, entropy, kl, mean)); the gradient goes into `out`, which may be `logits` itself.
+    """(launches, (logps, lse, entropy, kl, mean)); the gradient goes into `out`, which may be `call.logits` itself.
 
     Args:
         program: a `TokenProgram`. Its steps are compiled in; its constants are not.
         weight, inputs: what each token's loss counts for, and what the program is given; float32 of the labels' shape.
         lanes: threads of a warp; None: of the logits' device.
     """
-    results = new_statistics(labels, want_entropy, ref_logits is not None, program.uses[4])
+    logits, labels, reference = call[:3]
+    results = new_statistics(labels, want_entropy, reference is not None, program.uses[4])
     per_row = {"weight": weight, **dict.fromkeys(f"input{i}" for i in range(8))}
     per_row |= {f"input{i}": t for i, t in enumerate(inputs)}
     per_row = {name: None if t is None else t.contiguous() for name, t in {"labels": labels, **per_row}.items()}
     per_row |= dict(zip(("logps", "lse", "entropy", "kl", "mean"), results, strict=True))
-    shape = (logits.shape[-1], logits.dtype, ref_logits is not None, lanes or lanes_of(logits.device))
-    options = scalars(temperature, softcap, ignore_index) | {
+    shape = (logits.shape[-1], logits.dtype, reference is not None, lanes or lanes_of(logits.device))
+    options = scalars(call) | {
         **{f"constant{i}": value for i, value in enumerate(program.constants + (0.0,) * (16 - len(program.constants)))},
         "INPUTS": len(inputs),
         "CONSTANTS": len(program.constants),
@@ -240,7 +237,7 @@ def objective(
     }
     planned = launches(
         objective_kernel,
-        {"x": logits, "z": ref_logits, "out": out},
+        {"x": logits, "z": reference, "out": out},
         per_row,
         options,
         whole_row_tile(*shape) or sum_tile(*shape),

@@ -25,6 +25,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .token_call import TokenCall
+
 
 def _prepare(logits: Tensor, live: Tensor, softcap: float) -> Tensor:
     """Logits in the accumulation dtype, soft-capped (Gemma 2: cap * tanh(x / cap)).
@@ -71,16 +73,10 @@ def _target(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward(
-    logits: Tensor,
-    labels: Tensor,
-    ref_logits: Tensor | None,
-    ignore_index: int,
-    temperature: float,
-    softcap: float,
-    want_entropy: bool,
-    want_mean: bool,
+    call: TokenCall, want_entropy: bool, want_mean: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """(logps, lse, entropy, kl, mean [...] each, saved [..., 4]); None where not asked for; 0 at ignored tokens."""
+    logits, labels, ref_logits, ignore_index, temperature, softcap = call
     live, index = _live(labels, ignore_index)
     x, m = _shifted(_prepare(logits, live, softcap), temperature)
     r, logps = _target(x, index)
@@ -126,19 +122,15 @@ def coefficients(
 
 
 def backward(
-    logits: Tensor,
-    labels: Tensor,
-    ref_logits: Tensor | None,
+    call: TokenCall,
     saved: Tensor,
     entropy: Tensor | None,
     kl: Tensor | None,
     grads: tuple[Tensor | None, ...],
-    ignore_index: int,
-    temperature: float,
-    softcap: float,
     out: Tensor,
 ) -> None:
-    """Writes the gradient of the logits into `out`, which may be `logits` itself."""
+    """Writes the gradient of the logits into `out`, which may be `call.logits` itself."""
+    logits, labels, ref_logits, ignore_index, temperature, softcap = call
     live, index = _live(labels, ignore_index)
     m, r, ref_m, _ = saved.split(1, -1)
     x = _prepare(logits, live, softcap)

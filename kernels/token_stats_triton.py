@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .token_call import TokenCall
 from .token_formulas_triton import SURE, coefficients, finish, make_sure
 from .token_gradient_triton import write_gradient, write_label_gradient, write_zeros
 from .token_layout_triton import (
@@ -311,8 +312,9 @@ def launches(
     yield Launch(kernel, math.prod(present["x"].shape[:-1]), arguments, warps)
 
 
-def scalars(temperature: float, softcap: float, ignore_index: int) -> dict[str, Any]:
+def scalars(call: TokenCall) -> dict[str, Any]:
     """What the kernels need to know of the options of a call, by argument name."""
+    ignore_index, temperature, softcap = call.options
     return {
         "ignore_index": ignore_index,
         "scale": LOG2E.value / temperature,
@@ -325,12 +327,7 @@ def scalars(temperature: float, softcap: float, ignore_index: int) -> dict[str, 
 
 
 def forward(
-    logits: Tensor,
-    labels: Tensor,
-    ref_logits: Tensor | None,
-    ignore_index: int,
-    temperature: float,
-    softcap: float,
+    call: TokenCall,
     want_entropy: bool,
     want_mean: bool,
     *,
@@ -340,41 +337,37 @@ def forward(
 
     `lanes`: threads of a warp; None: of the logits' device.
     """
-
+    logits, labels, reference = call[:3]
     names = ("logps", "lse", "entropy", "kl", "mean", "saved")
-    found = new_statistics(labels, want_entropy, ref_logits is not None, want_mean)
+    found = new_statistics(labels, want_entropy, reference is not None, want_mean)
     results = (*found, new_saved(found[0]))
     planned = launches(
         forward_kernel,
-        {"x": logits, "z": ref_logits},
+        {"x": logits, "z": reference},
         {"labels": labels.contiguous(), **dict(zip(names, results, strict=True))},
-        scalars(temperature, softcap, ignore_index),
-        sum_tile(logits.shape[-1], logits.dtype, ref_logits is not None, lanes or lanes_of(logits.device)),
+        scalars(call),
+        sum_tile(logits.shape[-1], logits.dtype, reference is not None, lanes or lanes_of(logits.device)),
     )
     return list(planned), results
 
 
 def backward(
-    logits: Tensor,
-    labels: Tensor,
-    ref_logits: Tensor | None,
+    call: TokenCall,
     saved: Tensor,
     entropy: Tensor | None,
     kl: Tensor | None,
     grads: tuple[Tensor | None, ...],
-    ignore_index: int,
-    temperature: float,
-    softcap: float,
     out: Tensor,
 ) -> list[Launch]:
-    """The launches that write the gradient of the logits into `out`, which may be `logits` itself."""
+    """The launches that write the gradient of the logits into `out`, which may be `call.logits` itself."""
+    logits, labels, reference = call[:3]
     names = ("g_logps", "g_lse", "g_entropy", "g_kl", "g_mean")
     per_row = {"labels": labels, "saved": saved, "entropy": entropy, "kl": kl, **dict(zip(names, grads, strict=True))}
     planned = launches(
         backward_kernel,
-        {"x": logits, "z": ref_logits if per_row["g_kl"] is not None else None, "out": out},
+        {"x": logits, "z": reference if per_row["g_kl"] is not None else None, "out": out},
         {name: None if t is None else t.contiguous() for name, t in per_row.items()},
-        scalars(temperature, softcap, ignore_index),
+        scalars(call),
         tile(logits.shape[-1], logits.dtype),
     )
     return list(planned)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastalign._backends import cuda
+from fastalign.ops.call import TokenCall
 from fastalign.ops.token_programs import trace_token
 
 ROWS = 132  # one for each multiprocessor
@@ -35,11 +36,11 @@ def launch(simulator, vocab, dtype, misaligned=0):
     x = x[misaligned:].view(rows, vocab)
     out, row = torch.empty_like(x), torch.ones(rows)
     labels = torch.randint(0, vocab, (rows,), generator=torch.Generator().manual_seed(1))
-    options = (-100, 1.0, 0.0)
+    call = TokenCall(x, labels, None, -100, 1.0, 0.0)
     with simulator() as launches, simulator.raising():
-        saved = cuda.forward(x, labels, None, *options, False, False)[5]
-        cuda.backward(x, labels, None, saved, None, None, (row, None, None, None, None), *options, out)
-        cuda.objective(x, labels, None, CLIP, row, (-row, row), *options, False, out)
+        saved = cuda.forward(call, False, False)[5]
+        cuda.backward(call, saved, None, None, (row, None, None, None, None), out)
+        cuda.objective(call, CLIP, row, (-row, row), False, out)
         found = {"forward": launches[:1], "backward": launches[1:2], "objective": launches[2:]}
     return x, found
 
@@ -105,13 +106,14 @@ def test_two_reads_give_the_same_gradient(cuda_simulator):
     x, row = (torch.randn(5, 100000, generator=g) * 3).bfloat16(), torch.randn(5, generator=g)
     labels = torch.randint(0, 100000, (5,), generator=g)
     labels[3] = -100
+    call = TokenCall(x, labels, None, -100, 0.8, 0.0)
     program, results = trace_token(clip_and_more, ("old", "advantages")), []
     assert program.inputs == ("old", "advantages")
     for arch in ("sm_90a", "sm_80"):
         cuda_simulator.pretend(arch)
         out = torch.empty_like(x)
         with cuda_simulator(), cuda_simulator.raising():
-            stats = cuda.objective(x, labels, None, program, row.abs(), (row - 9, row), -100, 0.8, 0.0, True, out)
+            stats = cuda.objective(call, program, row.abs(), (row - 9, row), True, out)
         results.append((stats, out))
     cuda_simulator.pretend("sm_90a")
     (one, a), (two, b) = results

@@ -7,6 +7,7 @@ import torch
 
 import fastalign as fa
 from fastalign._backends import cpu
+from fastalign.ops.call import TokenCall
 
 pytestmark = pytest.mark.skipif(bool(cpu.unavailable()), reason="the compiled CPU kernels are not built")
 
@@ -24,10 +25,11 @@ def isa(request):
 def gradient_between_guards(logits, labels, grads, start):
     """The backward's result, in the middle of a buffer whose other elements it must leave alone."""
     rows, vocab = logits.shape
-    *_, saved = cpu.forward(logits, labels, None, -100, 1.0, 0.0, False, False)
+    call = TokenCall(logits, labels, None, -100, 1.0, 0.0)
+    *_, saved = cpu.forward(call, False, False)
     held = torch.full((start + rows * vocab + GUARD,), 7.0, dtype=logits.dtype)
     out = held[start : start + rows * vocab].view(rows, vocab)
-    cpu.backward(logits, labels, None, saved, None, None, (grads, None, None, None, None), -100, 1.0, 0.0, out)
+    cpu.backward(call, saved, None, None, (grads, None, None, None, None), out)
     assert (held[:start] == 7).all()
     assert (held[start + rows * vocab :] == 7).all()
     return out

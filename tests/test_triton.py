@@ -16,6 +16,7 @@ import torch
 
 import fastalign as fa
 from fastalign import _backends
+from fastalign.ops.call import TokenCall
 
 pytest.importorskip("triton", reason="needs the package triton")
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,14 +122,16 @@ def test_no_spills_with_everything_asked_for(arch, dtype):
     options, lanes = (-100, 0.7, 30.0), static().TARGETS[arch].warp_size
     program, given = everything_program(torch.ones(2))
     x, labels, w = inputs(16000)
+    half, call = x[:, :8000], TokenCall(x, labels, x, *options)
     launches = [
-        *token_stats_triton.forward(x[:, :8000], labels, x[:, :8000], *options, True, True, lanes=lanes)[0],
-        *token_stats_triton.forward(x, labels, x, *options, True, True, lanes=lanes)[0],
-        *token_stats_triton.backward(x, labels, x, torch.zeros(2, 4), w, w, (w,) * 5, *options, x),
+        *token_stats_triton.forward(TokenCall(half, labels, half, *options), True, True, lanes=lanes)[0],
+        *token_stats_triton.forward(call, True, True, lanes=lanes)[0],
+        *token_stats_triton.backward(call, torch.zeros(2, 4), w, w, (w,) * 5, x),
     ]
     for vocab in (8000, 32000):  # in registers, and read twice
         x, labels, w = inputs(vocab)
-        launches += objectives_triton.objective(x, labels, x, program, w, given, *options, True, x, lanes=lanes)[0]
+        call = TokenCall(x, labels, x, *options)
+        launches += objectives_triton.objective(call, program, w, given, True, x, lanes=lanes)[0]
     assert [launch.arguments.get("FITS") for launch in launches] == [True, False, None, True, False]
     for launch in launches:
         made = static().compiled(launch, arch)
@@ -201,16 +204,18 @@ def test_every_statistic_in_the_compiled_code(dtype):
     labels = torch.tensor([7, 900, -100, 1002])
     options = (-100, 0.7, 0.0)
     grads = tuple(torch.randn(4) for _ in range(4))
-    launches, results = token_stats_triton.forward(x, labels, z, *options, True, False)
-    want = token_stats_eager.forward(x.double(), labels, z.double(), *options, True, False)
-    plain = token_stats_eager.forward(x, labels, z, *options, True, False)
+    call, wide = TokenCall(x, labels, z, *options), TokenCall(x.double(), labels, z.double(), *options)
+    launches, results = token_stats_triton.forward(call, True, False)
+    want = token_stats_eager.forward(wide, True, False)
+    plain = token_stats_eager.forward(call, True, False)
     for launch in launches:
         static().simulated(launch, static().compiled(launch, "sm_90"), check_uninit=True, check_races=True)
     for got, exact_value, eager in zip(results[:4], want[:4], plain[:4], strict=True):
         assert (got - exact_value).abs().max() <= 1.5 * (eager - exact_value).abs().max() + 2e-6
     out, expected = x.clone(), torch.empty_like(x, dtype=torch.float64)
-    token_stats_eager.backward(x.double(), labels, z.double(), want[5], *want[2:4], (*grads, None), *options, expected)
-    for launch in token_stats_triton.backward(out, labels, z, results[5], *results[2:4], (*grads, None), *options, out):
+    token_stats_eager.backward(wide, want[5], *want[2:4], (*grads, None), expected)
+    over = call._replace(logits=out)
+    for launch in token_stats_triton.backward(over, results[5], *results[2:4], (*grads, None), out):
         static().simulated(launch, static().compiled(launch, "sm_90"))
     unit = 2**-11 if dtype == torch.float16 else 1e-5
     assert (out - expected).norm() <= unit * expected.norm()
@@ -239,10 +244,11 @@ def test_a_row_knows_nothing_of_its_place_in_the_compiled_code(dtype, everything
     options = (-100, 0.7, 30.0 if everything else 0.0)
     program, given = everything_program(w) if everything else (static().SFT, ())
     outs = torch.empty_like(x), torch.empty_like(x)
-    forward, found = token_stats_triton.forward(x, labels, ref, *options, everything, everything)
+    call = TokenCall(x, labels, ref, *options)
+    forward, found = token_stats_triton.forward(call, everything, everything)
     grads = (w, w, more, more, None)
-    back = token_stats_triton.backward(x, labels, ref, found[5], found[2], found[3], grads, *options, outs[0])
-    one, again = objectives_triton.objective(x, labels, ref, program, w, given, *options, everything, outs[1])
+    back = token_stats_triton.backward(call, found[5], found[2], found[3], grads, outs[0])
+    one, again = objectives_triton.objective(call, program, w, given, everything, outs[1])
     for launch in (*forward, *back, *one):
         static().simulated(launch, static().compiled(launch, "sm_90"))
     for number in (*found, *again, *outs):

@@ -17,15 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.token_call import TokenCall
 from ..utils import environment
 from . import cpu, cuda, eager, triton
-from ._interface import Backend, TokenProgram, check_labels
+from ._interface import Backend, Forward, TokenProgram, check_labels
 from .cache import LARGE, empty, keep_memory, release_memory
 from .cpu import cpu_isa, cpu_isas, kept_rows, loss_program, probe_copy, probe_read
 
 __all__ = [
     "LARGE",
     "Backend",
+    "Forward",
+    "TokenCall",
     "TokenProgram",
     "automatic",
     "backends",
@@ -142,7 +145,7 @@ def direct(tensor: Tensor) -> Any:
 
 
 def pick(tensor: Tensor, job: str = "tokens") -> Backend:
-    """The backend that `choose` names: `pick(logits).forward(..)` is the way to every kernel."""
+    """The backend that `choose` names: `pick(call.logits).forward(call, ..)` is the way to every kernel."""
     if (_choice.get() if tensor.is_cpu else _chosen(tensor)) is None:
         for backend in BACKENDS.values():
             if not backend.serves(tensor, job):

@@ -7,6 +7,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..kernels.token_call import TokenCall
+
 DTYPES = {
     "tokens": (torch.float32, torch.bfloat16, torch.float16),
     # float64 too, unlike the token statistics: here it costs nothing.
@@ -16,6 +18,9 @@ DTYPES = {
 
 Statistics = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 """logps, lse, entropy, kl, mean: None where not asked for."""
+
+Forward = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]
+"""These, and `saved`: what the backward needs; see `kernels.token_stats_eager` for their meaning."""
 
 
 class TokenProgram(NamedTuple):
@@ -38,7 +43,7 @@ class TokenProgram(NamedTuple):
 
 
 class Backend(Protocol):
-    """The functions of a backend module. Tensors were checked by `ops`; a vocabulary's stride is 1."""
+    """The functions of a backend module. Calls were checked by `ops`; a vocabulary's stride is 1."""
 
     def unavailable(self) -> str:
         """Why the backend cannot run here; "" where it can. Cheap: nothing heavy is imported for the answer."""
@@ -46,18 +51,8 @@ class Backend(Protocol):
     def serves(self, tensor: Tensor, job: str) -> str:
         """Why the backend cannot do the job (a key of DTYPES) on such a tensor, as the end of a sentence; or ""."""
 
-    def forward(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        ref_logits: Tensor | None,
-        ignore_index: int,
-        temperature: float,
-        softcap: float,
-        want_entropy: bool,
-        want_mean: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
-        """(logps, lse, entropy, kl, mean, saved); see `kernels.token_stats_eager` for their meaning.
+    def forward(self, call: TokenCall, want_entropy: bool, want_mean: bool) -> Forward:
+        """The statistics, and what the backward needs.
 
         Raises ValueError, before any logit is read, for a label that is neither in [0, V) nor `ignore_index`, where
         labels are on the CPU.
@@ -65,36 +60,26 @@ class Backend(Protocol):
 
     def backward(
         self,
-        logits: Tensor,
-        labels: Tensor,
-        ref_logits: Tensor | None,
+        call: TokenCall,
         saved: Tensor,
         entropy: Tensor | None,
         kl: Tensor | None,
         grads: tuple[Tensor | None, ...],
-        ignore_index: int,
-        temperature: float,
-        softcap: float,
         out: Tensor,
     ) -> None:
-        """Writes the gradient of the logits into `out`, which may be `logits` itself."""
+        """Writes the gradient of the logits into `out`, which may be `call.logits` itself."""
 
     def objective(
         self,
-        logits: Tensor,
-        labels: Tensor,
-        ref_logits: Tensor | None,
+        call: TokenCall,
         program: TokenProgram,
         weight: Tensor,
         inputs: tuple[Tensor, ...],
-        ignore_index: int,
-        temperature: float,
-        softcap: float,
         want_entropy: bool,
         out: Tensor,
     ) -> Statistics:
         """The statistics; the gradient of the losses of tokens, times their weights, goes into `out`, which may be
-        `logits` itself.
+        `call.logits` itself.
 
         `inputs` are what the program is given, in its order; they and `weight` are float32 of the labels' shape.
         RuntimeError where the backend has no such kernel.

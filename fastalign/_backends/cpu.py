@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.token_call import TokenCall
 from ..kernels.token_results import new_saved, new_statistics
 from ..utils import environment
-from ._interface import DTYPES, Statistics, TokenProgram, bad_label
+from ._interface import DTYPES, Forward, Statistics, TokenProgram, bad_label
 
 
 def _new_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -92,15 +93,16 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def tokens(logits, labels, ref_logits, ignore_index, temperature, softcap) -> tuple:
-    """The description of a call that `_C` takes; `labels` and the tensors must outlive it."""
+def tokens(call: TokenCall, labels: Tensor) -> tuple[Any, ...]:
+    """The description of a call that `_C` takes; its tensors, and its labels made dense, must outlive it."""
+    logits, _, reference, ignore_index, temperature, softcap = call
     return (
         _DTYPE_CODES[logits.dtype],
         logits.data_ptr(),
         tuple(logits.shape),
         logits.stride(),
-        _address(ref_logits),
-        logits.stride() if ref_logits is None else ref_logits.stride(),
+        _address(reference),
+        logits.stride() if reference is None else reference.stride(),
         labels.data_ptr(),
         labels.dtype == torch.int64,
         ignore_index,
@@ -110,51 +112,37 @@ def tokens(logits, labels, ref_logits, ignore_index, temperature, softcap) -> tu
     )
 
 
-def forward(
-    logits: Tensor,
-    labels: Tensor,
-    ref_logits: Tensor | None,
-    ignore_index: int,
-    temperature: float,
-    softcap: float,
-    want_entropy: bool,
-    want_mean: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    labels = labels.contiguous()
-    found = new_statistics(labels, want_entropy, ref_logits is not None, want_mean)
+def forward(call: TokenCall, want_entropy: bool, want_mean: bool) -> Forward:
+    labels = call.labels.contiguous()
+    found = new_statistics(labels, want_entropy, call.reference is not None, want_mean)
     saved = new_saved(found[0])
     live = _C.token_stats_forward(
-        tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
+        tokens(call, labels),
         tuple(map(_address, (*found, saved))),
     )
     if live < 0:
-        raise bad_label(labels, -1 - live, ignore_index, logits.shape[-1])
+        raise bad_label(labels, -1 - live, call.ignore_index, call.logits.shape[-1])
     return (*found, saved)
 
 
 def backward(
-    logits: Tensor,
-    labels: Tensor,
-    ref_logits: Tensor | None,
+    call: TokenCall,
     saved: Tensor,
     entropy: Tensor | None,
     kl: Tensor | None,
     grads: tuple[Tensor | None, ...],
-    ignore_index: int,
-    temperature: float,
-    softcap: float,
     out: Tensor,
 ) -> None:
-    labels = labels.contiguous()
+    labels = call.labels.contiguous()
     dense = [None if t is None else t.contiguous() for t in (saved, entropy, kl, *grads)]  # kept until the call is over
     live = _C.token_stats_backward(
-        tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
+        tokens(call, labels),
         tuple(map(_address, dense)),
         out.data_ptr(),
         out.stride(),
     )
     if live < 0:
-        raise bad_label(labels, -1 - live, ignore_index, logits.shape[-1])
+        raise bad_label(labels, -1 - live, call.ignore_index, call.logits.shape[-1])
 
 
 # ------------------------------------------------------------------------------------------------- directly
@@ -297,23 +285,18 @@ def loss_backward(
 
 # ------------------------------------------------------------------------------------------------- one launch
 def objective(
-    logits: Tensor,
-    labels: Tensor,
-    ref_logits: Tensor | None,
+    call: TokenCall,
     program: TokenProgram,
     weight: Tensor,
     inputs: tuple[Tensor, ...],
-    ignore_index: int,
-    temperature: float,
-    softcap: float,
     want_entropy: bool,
     out: Tensor,
 ) -> Statistics:
-    labels = labels.contiguous()
+    labels = call.labels.contiguous()
     dense = [t.contiguous() for t in (weight, *inputs)]
-    found = new_statistics(labels, want_entropy, ref_logits is not None, program.uses[4])
+    found = new_statistics(labels, want_entropy, call.reference is not None, program.uses[4])
     live = _C.token_objective(
-        tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
+        tokens(call, labels),
         program.encoded,
         tuple(map(_address, dense)),
         tuple(map(_address, (*found, None))),
@@ -321,7 +304,7 @@ def objective(
         out.stride(),
     )
     if live < 0:
-        raise bad_label(labels, -1 - live, ignore_index, logits.shape[-1])
+        raise bad_label(labels, -1 - live, call.ignore_index, call.logits.shape[-1])
     return found
 
 

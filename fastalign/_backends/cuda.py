@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..kernels.token_call import TokenCall
 from ..kernels.token_results import new_saved, new_statistics
-from ._interface import DTYPES, Statistics, TokenProgram
+from ._interface import DTYPES, Forward, Statistics, TokenProgram
 
 try:
     from .. import _cuda
@@ -72,15 +74,17 @@ def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
     return tuple(map(_address, tensors))
 
 
-def _tokens(logits, labels, ref_logits, ignore_index, temperature, softcap) -> tuple:
-    """The description of a call that `_cuda` takes. Memory freed while it runs is reused on the same stream only."""
+def _tokens(call: TokenCall, labels: Tensor) -> tuple[Any, ...]:
+    """The description of a call, its labels made dense, that `_cuda` takes. Memory freed while it runs is reused on the
+    same stream only."""
+    logits, _, reference, ignore_index, temperature, softcap = call
     return (
         _DTYPE_CODES[logits.dtype],
         _address(logits),
         tuple(logits.shape),
         logits.stride(),
-        _address(ref_logits),
-        logits.stride() if ref_logits is None else ref_logits.stride(),
+        _address(reference),
+        logits.stride() if reference is None else reference.stride(),
         _address(labels),
         labels.dtype == torch.int64,
         ignore_index,
@@ -90,76 +94,57 @@ def _tokens(logits, labels, ref_logits, ignore_index, temperature, softcap) -> t
     )
 
 
-def forward(
-    logits: Tensor,
-    labels: Tensor,
-    ref_logits: Tensor | None,
-    ignore_index: int,
-    temperature: float,
-    softcap: float,
-    want_entropy: bool,
-    want_mean: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    labels = labels.contiguous()
-    found = new_statistics(labels, want_entropy, ref_logits is not None, want_mean)
+def forward(call: TokenCall, want_entropy: bool, want_mean: bool) -> Forward:
+    labels = call.labels.contiguous()
+    found = new_statistics(labels, want_entropy, call.reference is not None, want_mean)
     saved = new_saved(found[0])
     _cuda.token_stats_forward(
-        _tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
+        _tokens(call, labels),
         _addresses(*found, saved),
-        *_place(logits),
+        *_place(call.logits),
     )
     return (*found, saved)
 
 
 def backward(
-    logits: Tensor,
-    labels: Tensor,
-    ref_logits: Tensor | None,
+    call: TokenCall,
     saved: Tensor,
     entropy: Tensor | None,
     kl: Tensor | None,
     grads: tuple[Tensor | None, ...],
-    ignore_index: int,
-    temperature: float,
-    softcap: float,
     out: Tensor,
 ) -> None:
-    labels = labels.contiguous()
+    labels = call.labels.contiguous()
     dense = [None if t is None else t.contiguous() for t in (saved, entropy, kl, *grads)]
     _cuda.token_stats_backward(
-        _tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
+        _tokens(call, labels),
         _addresses(*dense),
         _address(out),
         out.stride(),
-        *_place(logits),
+        *_place(call.logits),
     )
 
 
 def objective(
-    logits: Tensor,
-    labels: Tensor,
-    ref_logits: Tensor | None,
+    call: TokenCall,
     program: TokenProgram,
     weight: Tensor,
     inputs: tuple[Tensor, ...],
-    ignore_index: int,
-    temperature: float,
-    softcap: float,
     want_entropy: bool,
     out: Tensor,
 ) -> Statistics:
-    labels = labels.contiguous()
+    labels = call.labels.contiguous()
     dense = [t.contiguous() for t in (weight, *inputs)]
-    found = new_statistics(labels, want_entropy, ref_logits is not None, program.uses[4])
+    found = new_statistics(labels, want_entropy, call.reference is not None, program.uses[4])
     saved = new_saved(found[0])
     _cuda.token_objective(
-        _tokens(logits, labels, ref_logits, ignore_index, temperature, softcap),
+        _tokens(call, labels),
         program.encoded,
         _addresses(*dense),
         _addresses(*found, saved),
         _address(out),
         out.stride(),
-        *_place(logits),
+        *_place(call.logits),
     )
     return found
 

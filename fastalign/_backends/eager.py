@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..kernels import gae_eager, token_stats_eager
-from ._interface import Statistics, TokenProgram, check_labels
+from ..kernels.token_call import TokenCall
+from ._interface import Forward, Statistics, TokenProgram, check_labels
 
 gae = gae_eager.gae
 
@@ -18,48 +19,34 @@ def serves(tensor: Tensor, job: str) -> str:
     return ""
 
 
-def forward(
-    logits: Tensor, labels: Tensor, ref_logits: Tensor | None, ignore_index: int, *options
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    check_labels(labels, ignore_index, logits.shape[-1])
-    return token_stats_eager.forward(logits, labels, ref_logits, ignore_index, *options)
+def forward(call: TokenCall, want_entropy: bool, want_mean: bool) -> Forward:
+    check_labels(call.labels, call.ignore_index, call.logits.shape[-1])
+    return token_stats_eager.forward(call, want_entropy, want_mean)
 
 
 def backward(
-    logits: Tensor,
-    labels: Tensor,
-    ref_logits: Tensor | None,
+    call: TokenCall,
     saved: Tensor,
     entropy: Tensor | None,
     kl: Tensor | None,
     grads: tuple[Tensor | None, ...],
-    ignore_index: int,
-    temperature: float,
-    softcap: float,
     out: Tensor,
 ) -> None:
-    check_labels(labels, ignore_index, logits.shape[-1])
-    token_stats_eager.backward(
-        logits, labels, ref_logits, saved, entropy, kl, grads, ignore_index, temperature, softcap, out
-    )
+    check_labels(call.labels, call.ignore_index, call.logits.shape[-1])
+    token_stats_eager.backward(call, saved, entropy, kl, grads, out)
 
 
 def objective(
-    logits: Tensor,
-    labels: Tensor,
-    ref_logits: Tensor | None,
+    call: TokenCall,
     program: TokenProgram,
     weight: Tensor,
     inputs: tuple[Tensor, ...],
-    ignore_index: int,
-    temperature: float,
-    softcap: float,
     want_entropy: bool,
     out: Tensor,
 ) -> Statistics:
     raise RuntimeError(
         "the one-launch objective needs the backend 'cpu' or 'triton' (float32, bfloat16 or float16 on cpu or a GPU); "
-        f"{logits.dtype} on {logits.device} is served by 'eager': use two steps (fuse_backward=False)"
+        f"{call.logits.dtype} on {call.logits.device} is served by 'eager': use two steps (fuse_backward=False)"
     )
 
 

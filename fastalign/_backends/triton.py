@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.token_call import TokenCall
 from ..utils import environment
-from ._interface import DTYPES, Statistics, TokenProgram, check_labels
+from ._interface import DTYPES, Forward, Statistics, TokenProgram, check_labels
 
 DEVICES = ("cuda", "xpu")  # torch calls AMD's devices cuda too
 
@@ -63,62 +64,37 @@ def _run(launches: Iterable[Any], device: torch.device) -> None:
             launch.run()
 
 
-def forward(
-    logits: Tensor,
-    labels: Tensor,
-    ref_logits: Tensor | None,
-    ignore_index: int,
-    temperature: float,
-    softcap: float,
-    want_entropy: bool,
-    want_mean: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    check_labels(labels, ignore_index, logits.shape[-1])
-    launches, results = _kernels()[0].forward(
-        logits, labels, ref_logits, ignore_index, temperature, softcap, want_entropy, want_mean
-    )
-    _run(launches, logits.device)
+def forward(call: TokenCall, want_entropy: bool, want_mean: bool) -> Forward:
+    check_labels(call.labels, call.ignore_index, call.logits.shape[-1])
+    launches, results = _kernels()[0].forward(call, want_entropy, want_mean)
+    _run(launches, call.logits.device)
     return results
 
 
 def backward(
-    logits: Tensor,
-    labels: Tensor,
-    ref_logits: Tensor | None,
+    call: TokenCall,
     saved: Tensor,
     entropy: Tensor | None,
     kl: Tensor | None,
     grads: tuple[Tensor | None, ...],
-    ignore_index: int,
-    temperature: float,
-    softcap: float,
     out: Tensor,
 ) -> None:
-    check_labels(labels, ignore_index, logits.shape[-1])
-    launches = _kernels()[0].backward(
-        logits, labels, ref_logits, saved, entropy, kl, grads, ignore_index, temperature, softcap, out
-    )
-    _run(launches, logits.device)
+    check_labels(call.labels, call.ignore_index, call.logits.shape[-1])
+    launches = _kernels()[0].backward(call, saved, entropy, kl, grads, out)
+    _run(launches, call.logits.device)
 
 
 def objective(
-    logits: Tensor,
-    labels: Tensor,
-    ref_logits: Tensor | None,
+    call: TokenCall,
     program: TokenProgram,
     weight: Tensor,
     inputs: tuple[Tensor, ...],
-    ignore_index: int,
-    temperature: float,
-    softcap: float,
     want_entropy: bool,
     out: Tensor,
 ) -> Statistics:
-    check_labels(labels, ignore_index, logits.shape[-1])
-    launches, results = _kernels()[1].objective(
-        logits, labels, ref_logits, program, weight, inputs, ignore_index, temperature, softcap, want_entropy, out
-    )
-    _run(launches, logits.device)
+    check_labels(call.labels, call.ignore_index, call.logits.shape[-1])
+    launches, results = _kernels()[1].objective(call, program, weight, inputs, want_entropy, out)
+    _run(launches, call.logits.device)
     return results
 
 

@@ -1,24 +1,19 @@
-"""What `head_token_stats` may be called with. Everything that passes is safe for the kernels."""
+"""Hidden states, weights and rows that `head_token_stats` may be called with."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops.call import as_softcap, check_ignore_index
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from ..ops.call import check_dtype, check_tensor
 
 
 def check_head(prefix: str, hidden: Any, weight: Any, bias: Any) -> None:
     for name, value in (("hidden", hidden), ("weight", weight), *((("bias", bias),) if bias is not None else ())):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{prefix}{name} must be a torch.Tensor; got {type(value).__name__}")
-        if value.dtype not in _FLOATS:
-            raise TypeError(f"{prefix}{name} must be float32, bfloat16, float16 or float64; got {value.dtype}")
+        check_tensor(f"{prefix}{name}", value)
+        check_dtype(f"{prefix}{name}", value)
         if value.device != hidden.device:
             raise ValueError(f"{prefix}{name} must be on the device of hidden, {hidden.device}; got {value.device}")
     if weight.numel() == 0:
@@ -61,49 +56,4 @@ def check_places(places: Tensor, count: int) -> None:
         raise ValueError(
             f"rows must be in [0, {count}), the number of hidden states, where labels count; "
             f"got {int(places.min())} to {int(places.max())}"
-        )
-
-
-def check_options(
-    hidden: Tensor,
-    shape: torch.Size,
-    labels: Any,
-    ignore_index: int,
-    temperature: float,
-    softcap: float | None,
-    scale: float,
-    smooth: float,
-) -> float:
-    """The soft-cap as a number, 0 for none."""
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a torch.Tensor; got {type(labels).__name__}")
-    if labels.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"labels must be int64 or int32; got {labels.dtype}")
-    if labels.shape != shape or labels.device != hidden.device:
-        raise ValueError(
-            f"labels must be {list(shape)}, that of hidden without H or of rows, on {hidden.device}; "
-            f"got {list(labels.shape)} on {labels.device}"
-        )
-    check_ignore_index(ignore_index)
-    for name, value in (("temperature", temperature), ("logit_scale", scale)):
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be a finite number above 0; got {value}")
-    if not 0.0 <= smooth <= 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1]; got {smooth}")
-    cap = as_softcap(softcap)
-    if not math.isfinite(cap):
-        raise ValueError(f"softcap must be None or a finite number above 0; got {softcap}")
-    return cap
-
-
-def check_labels(labels: Tensor, live: Tensor, ignore_index: int, vocab: int) -> None:
-    if labels.device.type != "cpu":
-        return
-    flat = labels.reshape(-1)
-    bad = ((flat < 0) | (flat >= vocab)) & live
-    if bad.any():
-        at = int(bad.nonzero()[0])
-        raise ValueError(
-            f"labels must be in [0, {vocab}) or equal to ignore_index={ignore_index}; "
-            f"got {int(flat[at])} at flat position {at}"
         )

@@ -34,7 +34,7 @@ from ..ops.diagnostics import Extras, check_extras
 from ..ops.statistics import TokenStats, TokenStatsAndExtras
 from ..ops.transforms import batched, transformed
 from ..ops.uncompiled import uncompiled
-from .inputs import live_problem, plain_head
+from .inputs import HeadCall, live_problem, plain_head
 from .plain import pulled, transformed_stats
 from .tiles import HeadGradient, Problem, RowStats, cut, forward, joined
 
@@ -342,18 +342,18 @@ def head_token_stats(
     if plan == "objective":
         raise ValueError("plan 'objective' is for loss modules, which know the objective: loss(Head(..., plan), ...)")
     reference = None if ref_hidden is None or ref_weight is None else (ref_hidden, ref_weight, ref_bias)
-    options: dict[str, Any] = {
-        "ignore_index": ignore_index,
-        "temperature": temperature,
-        "softcap": softcap,
-        "logit_scale": logit_scale,
-        "label_smoothing": label_smoothing,
-        "entropy": entropy,
-    }
-    given = (hidden, weight, bias, labels, reference, rows)
+    call = HeadCall.of(
+        *(hidden, weight, bias, labels, reference, rows),
+        ignore_index=ignore_index,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        label_smoothing=label_smoothing,
+        entropy=entropy,
+    )
     if transformed(hidden, weight, bias):
-        return transformed_stats(*given, extras=extras, **options)
-    live = live_problem(*given, **options)
+        return transformed_stats(call, extras)
+    live = live_problem(call)
     if extras:
         check_extras(extras)
         live.problem.extras = Extras(extras, live.tokens.shape[0], weight.shape[0], weight.device)

@@ -7,12 +7,82 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.call import autocast_dtype
+from .. import _backends
+from ..ops.call import (
+    as_softcap,
+    autocast_dtype,
+    check_ignore_index,
+    check_labels,
+    check_positive,
+    check_smoothing,
+    check_tensor,
+)
 from ..ops.results import TokenStats, smoothed
-from .checks import check_head, check_labels, check_options, check_places, check_reference, check_rows
+from .checks import check_head, check_places, check_reference, check_rows
 from .tiles import Problem, Projection
 
 Weights = tuple[Tensor, Tensor, Tensor | None]
+
+
+class HeadCall(NamedTuple):
+    """The arguments of a head's statistics, checked once and passed whole; what `TokenCall` is for logits.
+
+    Its logits are hidden @ weight.T + bias: their scale s is a part of temperature and soft-cap.
+    """
+
+    hidden: Tensor
+    """[..., H]."""
+    weight: Tensor
+    """[V, H]."""
+    bias: Tensor | None
+    """[V]."""
+    labels: Tensor
+    """[...]."""
+    reference: Weights | None
+    """Hidden states, weight and bias of the exact KL's reference; constants."""
+    rows: Tensor | None
+    """[...], which hidden state predicts each label; None: its own."""
+    ignore_index: int
+    temperature: float
+    softcap: float
+    """0: none."""
+    label_smoothing: float
+    entropy: bool
+
+    @classmethod
+    def of(
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        reference: Weights | None,
+        rows: Tensor | None,
+        *,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        label_smoothing: float = 0.0,
+        entropy: bool = False,
+    ) -> HeadCall:
+        """Of arguments as `fastalign.head_token_stats` takes them; its errors."""
+        check_head("", hidden, weight, bias)
+        shape = hidden.shape[:-1] if rows is None else check_rows(hidden, rows)
+        check_tensor("labels", labels)
+        check_labels(labels, "hidden without H, or of rows", shape, "hidden", hidden.device)
+        check_ignore_index(ignore_index)
+        check_positive("temperature", temperature)
+        check_positive("logit_scale", logit_scale)
+        check_smoothing(label_smoothing)
+        cap = as_softcap(softcap)
+        if reference is not None:
+            with torch.no_grad():
+                reference = plain_head(*reference)
+            check_reference(hidden, weight, *reference)
+        # s cap' tanh(u / cap') / T with cap' = cap / s: the scale is a temperature.
+        scaled = (temperature / logit_scale, cap / logit_scale)
+        return cls(hidden, weight, bias, labels, reference, rows, ignore_index, *scaled, label_smoothing, entropy)
 
 
 class Live(NamedTuple):
@@ -42,31 +112,11 @@ class Live(NamedTuple):
         return t.new_zeros(self.shape.numel()).index_copy(0, self.places, t).view(self.shape)
 
 
-def live_problem(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    reference: tuple[Tensor, Tensor, Tensor | None] | None,
-    rows: Tensor | None,
-    *,
-    ignore_index: int,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    label_smoothing: float,
-    entropy: bool,
-) -> Live:
-    """Checks everything, then drops what is ignored. Arguments as in `fastalign.head_token_stats`."""
-    check_head("", hidden, weight, bias)
-    shape = hidden.shape[:-1] if rows is None else check_rows(hidden, rows)
-    cap = check_options(hidden, shape, labels, ignore_index, temperature, softcap, logit_scale, label_smoothing)
-    if reference is not None:
-        with torch.no_grad():
-            reference = plain_head(*reference)
-        check_reference(hidden, weight, *reference)
+def live_problem(call: HeadCall) -> Live:
+    """Drops what is ignored."""
+    hidden, weight, bias, labels, reference, rows, ignore_index, temperature, softcap, label_smoothing, entropy = call
+    _backends.check_labels(labels, ignore_index, weight.shape[0])
     live = (labels.long() != ignore_index).reshape(-1)
-    check_labels(labels, live, ignore_index, weight.shape[0])
     # Without data nobody knows which tokens count: all of them do.
     found = None if labels.is_meta else live.nonzero().squeeze(-1)
     index = None if found is None or found.shape[0] == live.shape[0] else found
@@ -88,9 +138,8 @@ def live_problem(
         Projection(tokens.detach(), weight.detach(), _detached(bias)),
         projection,
         labels.reshape(-1) if index is None else labels.reshape(-1).index_select(0, index),
-        # s * cap' * tanh(u / cap') / T with cap' = cap / s: the scale is a temperature.
-        temperature / logit_scale,
-        cap / logit_scale,
+        temperature,
+        softcap,
         entropy,
         label_smoothing != 0.0,
     )

@@ -13,10 +13,8 @@ from ..ops import statistics
 from ..ops.results import TokenStats
 from ..ops.transforms import pull
 from ..ops.transforms import statistics as plain_statistics
-from .checks import check_head, check_options, check_reference, check_rows
+from .inputs import HeadCall
 from .tiles import Problem
-
-Weights = tuple[Tensor, Tensor, Tensor | None]
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None = None) -> Tensor:
@@ -25,40 +23,18 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | 
     return torch.nn.functional.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
 
 
-def transformed_stats(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    reference: Weights | None,
-    rows: Tensor | None,
-    *,
-    ignore_index: int,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    label_smoothing: float,
-    entropy: bool,
-    extras: Collection[str],
-) -> TokenStats:
-    """`head_token_stats`, whose arguments these are; differentiable in any mode and any number of times."""
-    check_head("", hidden, weight, bias)
-    shape = hidden.shape[:-1] if rows is None else check_rows(hidden, rows)
-    cap = check_options(hidden, shape, labels, ignore_index, temperature, softcap, logit_scale, label_smoothing)
-    ref_logits = None
-    if reference is not None:
-        check_reference(hidden, weight, *reference)
-        ref_logits = _logits(*reference, rows).detach()
+def transformed_stats(call: HeadCall, extras: Collection[str]) -> TokenStats:
+    """`head_token_stats`; differentiable in any mode and any number of times."""
     return statistics.token_stats(
-        _logits(hidden, weight, bias, rows),
-        labels,
-        ref_logits=ref_logits,
-        ignore_index=ignore_index,
-        temperature=temperature / logit_scale,  # s cap' tanh(u / cap') / T with cap' = cap / s: see `live_problem`
-        softcap=cap / logit_scale if cap else None,
-        label_smoothing=label_smoothing,
-        entropy=entropy,
-        kl=reference is not None,
+        _logits(call.hidden, call.weight, call.bias, call.rows),
+        call.labels,
+        ref_logits=None if call.reference is None else _logits(*call.reference, call.rows).detach(),
+        ignore_index=call.ignore_index,
+        temperature=call.temperature,
+        softcap=call.softcap or None,
+        label_smoothing=call.label_smoothing,
+        entropy=call.entropy,
+        kl=call.reference is not None,
         extras=extras,
     )
 
@@ -67,13 +43,9 @@ def pulled(problem: Problem, tensors: Any, grads: tuple[Tensor | None, ...]) -> 
     """Gradients of the live tokens, weight and bias, None for what is not there, from those of the statistics."""
     reference = problem.reference
     ref_logits = None if reference is None else _logits(reference.hidden, reference.weight, reference.bias)
-    options = (_NO_LABEL, problem.temperature, problem.softcap)
 
     def again(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        return plain_statistics(_logits(hidden, weight, bias), problem.labels, ref_logits, options)[0]
+        return plain_statistics(problem.call(_logits(hidden, weight, bias), problem.labels, ref_logits))[0]
 
     there = tuple(t for t in tensors if t is not None)
     return [*pull(again, there, grads), *[None] * (len(tensors) - len(there))]
-
-
-_NO_LABEL = -100  # all rows are live

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends
+from ..ops.call import TokenCall
 from ..ops.diagnostics import Extras
 
 _NO_LABEL = -100  # rows of a tile are all live; this value occurs nowhere among their labels
@@ -110,14 +111,17 @@ class Problem:
         inside = (labels >= columns.start) & (labels < columns.stop)
         return torch.where(inside, labels - columns.start, 0), inside
 
+    def call(self, logits: Tensor, labels: Tensor, reference: Tensor | None) -> TokenCall:
+        """The call of the kernels for a tile."""
+        return TokenCall(logits, labels, reference, _NO_LABEL, self.temperature, self.softcap)
+
     def stats(self, rows: slice, columns: slice, logits: Tensor, reference: Tensor | None) -> RowStats:
         """Statistics of a tile as if its part of the vocabulary were all of it."""
         local, _ = self.local(rows, columns)
-        forward = _backends.pick(logits).forward
-        options = (self.temperature, self.softcap, self.entropy, self.mean)
+        call = self.call(logits, local, reference)
         if self.extras is not None:
-            self.extras.add(rows, columns, logits, self.temperature, self.softcap)
-        return RowStats(*forward(logits, local, reference, _NO_LABEL, *options))
+            self.extras.add(rows, columns, call)
+        return RowStats(*_backends.pick(logits).forward(call, self.entropy, self.mean))
 
     def gradient(
         self, rows: slice, columns: slice, logits: Tensor, reference: Tensor | None, stats: RowStats, grads: Grads
@@ -133,19 +137,9 @@ class Problem:
         if g_mean is not None:
             g_mean = g_mean * ((columns.stop - columns.start) / self.vocab)
         moved = (g_logps, g_lse, g_entropy, g_kl, g_mean)
-        _backends.pick(logits).backward(
-            logits,
-            local,
-            reference,
-            stats.saved,
-            None if g_entropy is None else stats.entropy,
-            None if g_kl is None else stats.kl,
-            moved,
-            _NO_LABEL,
-            self.temperature,
-            self.softcap,
-            logits,
-        )
+        entropy, kl = None if g_entropy is None else stats.entropy, None if g_kl is None else stats.kl
+        call = self.call(logits, local, reference)
+        _backends.pick(logits).backward(call, stats.saved, entropy, kl, moved, logits)
         return logits
 
 

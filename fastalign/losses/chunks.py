@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _backends
 from ..head.head import SUM_COLUMNS, Head, as_head, part_rows
-from ..head.inputs import Live, live_problem, plain_head
+from ..head.inputs import HeadCall, Live, live_problem, plain_head
 from ..head.tiles import RowStats
 from ..ops.fused_loss import attach_gradients
 from ..ops.results import TokenStats
@@ -44,11 +44,8 @@ class Piece:
         if ref_logits is not None:
             other = as_head("ref_logits", ref_logits)
             reference = (other.hidden, other.weight, other.bias)
-        options = {"ignore_index": -100, "temperature": 1.0, "softcap": None, "label_smoothing": 0.0, **options}
-        options.setdefault("entropy", False)
-        live = live_problem(
-            head.hidden, head.weight, head.bias, labels, reference, head.rows, logit_scale=head.logit_scale, **options
-        )
+        given = (head.hidden, head.weight, head.bias, labels, reference, head.rows)
+        live = live_problem(HeadCall.of(*given, logit_scale=head.logit_scale, **options))
         self._live, problem = live, live.problem
         self._all = slice(0, problem.labels.shape[0]), slice(0, problem.vocab)
         self._logits = problem.logits(*self._all)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends
+from .call import TokenCall
 
 NAMES = ("log_sum_sq_probs", "mean_logits", "is_top1")
 
@@ -44,12 +45,13 @@ class Extras:
         self._best = torch.full((rows,), -torch.inf, device=device)
         self._at = torch.zeros(rows, dtype=torch.int64, device=device)  # where it is first
 
-    def add(self, rows: slice, columns: slice, logits: Tensor, temperature: float, softcap: float) -> None:
+    def add(self, rows: slice, columns: slice, call: TokenCall) -> None:
+        """A tile, all of whose rows count."""
+        logits = call.logits
         if {"log_sum_sq_probs", "mean_logits"} & set(self.names):
-            labels = torch.zeros(logits.shape[0], dtype=torch.int64, device=logits.device)
-            options = (-100, temperature / 2, softcap, False, True)
-            _, _, _, _, mean, saved = _backends.pick(logits).forward(logits, labels, None, *options)
-            self._twice[rows] = torch.logaddexp(self._twice[rows], lse_of(saved, temperature / 2))
+            half = call._replace(reference=None, temperature=call.temperature / 2)
+            _, _, _, _, mean, saved = _backends.pick(logits).forward(half, False, True)
+            self._twice[rows] = torch.logaddexp(self._twice[rows], lse_of(saved, half.temperature))
             if mean is not None:
                 self._total[rows] += mean.double() * ((columns.stop - columns.start) / 2)
         if "is_top1" in self.names:
@@ -70,16 +72,15 @@ class Extras:
 
 
 @torch.no_grad()
-def of_logits(
-    names: Collection[str], logits: Tensor, labels: Tensor, ignore_index: int, temperature: float, softcap: float
-) -> dict[str, Tensor]:
+def of_logits(names: Collection[str], call: TokenCall) -> dict[str, Tensor]:
     """Name → [...] of whole logits, through the operator, which a compiled function can hold."""
     check_extras(names)
+    logits, labels, _, ignore_index, temperature, softcap = call
     logits, live = logits.detach(), labels.long() != ignore_index
 
     def forward(over: float) -> tuple[Tensor, Tensor]:
-        options = (ignore_index, over, softcap, False, True, False)
-        *_, mean, saved = torch.ops.fastalign.token_stats(logits, labels, None, *options)
+        plain = TokenCall(logits, labels, None, ignore_index, over, softcap)
+        *_, mean, saved = torch.ops.fastalign.token_stats(*plain, False, True, False)
         return mean, saved
 
     found = {}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _backends
 from . import statistics, transforms
-from .call import as_softcap
+from .call import TokenCall, as_softcap
 from .operations import BATCH, GROUP, LEVEL_NAMES, SEQUENCE, TOKEN
 from .programs import STATISTICS, NotTraced, Program, trace
 from .results import TokenStats
@@ -80,7 +80,8 @@ class _OfLogits(NamedTuple):
             return found, None, None
         rows, slopes = _backends.kept_rows(self.kept, labels, self.which)
         grads = self._of_statistics(gradient, labels, slopes)
-        found = statistics.gradient(logits, labels, reference, *rows, grads, self.options, self.inplace)
+        call = TokenCall(logits, labels, reference, *self.options)
+        found = statistics.gradient(call, *rows, tuple(grads), self.inplace)
         return found, None, None
 
     def _of_statistics(self, gradient: Tensor, labels: Tensor, slopes: Tensor | None) -> list[Tensor | None]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import _backends
 from .._backends import TokenProgram
-from .call import as_softcap, check, check_types, unit_stride
+from .call import check_call, check_kl, dense, token_call
 from .fused_loss import attach_gradients
 from .results import TokenStats
 
@@ -57,30 +57,20 @@ def fused_gradient(
         TypeError, ValueError: as `token_stats`; an input that the program needs and did not get, or not as it must be.
         RuntimeError: no compiled kernel serves these logits.
     """
-    check_types(logits, labels, ref_logits, program.uses[3] or ref_logits is not None, 0.0, ignore_index)
-    cap = as_softcap(softcap)
-    check(logits.detach(), labels, ref_logits, temperature, cap, inplace)
+    call = token_call(logits, labels, ref_logits, ignore_index, temperature, softcap)
+    check_kl(program.uses[3] or ref_logits is not None, ref_logits)
+    check_call(call, inplace)
     given = _checked(labels, {"weight": weight, **dict.fromkeys(program.inputs), **inputs})
     if inplace and logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(f"inplace needs a dense vocabulary; got logits with strides {tuple(logits.stride())}")
-    source = unit_stride(logits.detach())
-    out = source if inplace else _backends.empty(logits.shape, source)
-    logps, lse, ent, div, mean = _backends.pick(source).objective(
-        source,
-        labels,
-        None if ref_logits is None else unit_stride(ref_logits),
-        program,
-        given["weight"],
-        tuple(given[name] for name in program.inputs),
-        ignore_index,
-        temperature,
-        cap,
-        entropy or program.uses[2],
-        out,
-    )
+    call = dense(call._replace(logits=logits.detach()))
+    out = call.logits if inplace else _backends.empty(logits.shape, call.logits)
+    ordered = tuple(given[name] for name in program.inputs)
+    want_entropy = entropy or program.uses[2]
+    stats = _backends.pick(call.logits).objective(call, program, given["weight"], ordered, want_entropy, out)
     if inplace and not logits.is_inference():
         torch.autograd.graph.increment_version(logits)  # the kernel wrote behind autograd's back
-    return TokenStats(logps, lse, ent, div), mean, out
+    return TokenStats(*stats[:4]), stats[4], out
 
 
 def _checked(labels: Tensor, named: Mapping[str, Tensor | None]) -> dict[str, Tensor]:

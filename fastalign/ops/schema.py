@@ -1,15 +1,22 @@
-"""The operators of token statistics: schema, validation, fakes and the way to the kernels; `ops` gives them autograd.
+"""The operators of token statistics: schema, fakes and the way to the kernels; `ops.statistics` gives them autograd.
 
-What passes the checks here is safe to hand to a kernel as a raw pointer.
+An operator's arguments are flat, as torch wants them. Each makes a `TokenCall` of them at once, which is what all else
+here takes and what a kernel gets once it was checked.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _backends
-from .call import check, shape_of, unit_stride
+from .._backends import Forward
+from .call import TokenCall, check_call, dense, shape_of
+
+Grads = tuple[Tensor | None, ...]
+"""Of logps, lse, entropy, kl and mean."""
 
 library = torch.library.Library("fastalign", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -32,26 +39,69 @@ library.define(
 )
 
 
-def kernel_forward(logits, labels, ref_logits, *options):
-    """The statistics of arguments that were checked."""
-    ref_logits = None if ref_logits is None else unit_stride(ref_logits)
-    logits = unit_stride(logits)
-    return _backends.pick(logits).forward(logits, labels, ref_logits, *options)
+class _ForwardArguments(NamedTuple):
+    """Of `token_stats`, in the schema's order."""
+
+    logits: Tensor
+    labels: Tensor
+    ref_logits: Tensor | None
+    ignore_index: int
+    temperature: float
+    softcap: float
+    entropy: bool
+    mean: bool
+    inplace_backward: bool
+
+    @property
+    def call(self) -> TokenCall:
+        return TokenCall(*self[:6])
 
 
-def checked_forward(logits, labels, ref_logits, ignore_index, temperature, softcap, entropy, mean, inplace_backward):
-    check(logits, labels, ref_logits, temperature, softcap, inplace_backward)
-    return kernel_forward(logits, labels, ref_logits, ignore_index, temperature, softcap, entropy, mean)
+class _BackwardArguments(NamedTuple):
+    """Of `token_stats_backward`, in the schema's order."""
+
+    logits: Tensor
+    labels: Tensor
+    ref_logits: Tensor | None
+    saved: Tensor
+    entropy: Tensor | None
+    kl: Tensor | None
+    g_logps: Tensor | None
+    g_lse: Tensor | None
+    g_entropy: Tensor | None
+    g_kl: Tensor | None
+    g_mean: Tensor | None
+    ignore_index: int
+    temperature: float
+    softcap: float
+
+    @property
+    def call(self) -> TokenCall:
+        return TokenCall(*self[:3], *self[11:])
 
 
-def _forward(logits, *args):
+def kernel_forward(call: TokenCall, entropy: bool, mean: bool) -> Forward:
+    """The statistics of a call that was checked."""
+    call = dense(call)
+    return _backends.pick(call.logits).forward(call, entropy, mean)
+
+
+def checked_forward(call: TokenCall, entropy: bool, mean: bool, inplace_backward: bool) -> Forward:
+    check_call(call, inplace_backward)
+    return kernel_forward(call, entropy, mean)
+
+
+def _forward(*flat: Any) -> tuple[Tensor, ...]:
     """As an operator, which must return tensors: empty ones for what was not asked for."""
-    outputs = checked_forward(logits, *args)
-    return tuple(logits.new_empty(0, dtype=outputs[0].dtype) if t is None else t for t in outputs)
+    args = _ForwardArguments(*flat)
+    outputs = checked_forward(args.call, args.entropy, args.mean, args.inplace_backward)
+    return tuple(args.logits.new_empty(0, dtype=outputs[0].dtype) if t is None else t for t in outputs)
 
 
-def _forward_fake(logits, labels, ref_logits, ignore_index, temperature, softcap, entropy, mean, inplace_backward):
-    check(logits, labels, ref_logits, temperature, softcap, inplace_backward)
+def _forward_fake(*flat: Any) -> tuple[Tensor, ...]:
+    args = _ForwardArguments(*flat)
+    logits = args.logits
+    check_call(args.call, args.inplace_backward)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     rows = logits.shape[:-1]
 
@@ -61,48 +111,42 @@ def _forward_fake(logits, labels, ref_logits, ignore_index, temperature, softcap
     return (
         out(True),
         out(True),
-        out(entropy),
-        out(ref_logits is not None),
-        out(mean),
+        out(args.entropy),
+        out(args.ref_logits is not None),
+        out(args.mean),
         logits.new_empty((*rows, 4), dtype=dtype),
     )
 
 
-_PER_ROW = ("entropy", "kl", "g_logps", "g_lse", "g_entropy", "g_kl", "g_mean")
-
-
-def check_backward(logits, labels, ref_logits, saved, *rest) -> None:
+def check_backward(call: TokenCall, saved: Tensor, entropy: Tensor | None, kl: Tensor | None, grads: Grads) -> None:
     """The forward's checks, and that every per-row tensor is what the kernel takes it for."""
-    *per_row, _, temperature, softcap = rest
-    check(logits, labels, ref_logits, temperature, softcap, False)
+    check_call(call)
+    logits, labels, reference = call[:3]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    for name, t, shape in (
-        ("saved", saved, (*labels.shape, 4)),
-        *((n, t, labels.shape) for n, t in zip(_PER_ROW, per_row, strict=True)),
-    ):
+    per_row = zip(_BackwardArguments._fields[4:11], (entropy, kl, *grads), strict=True)
+    for name, t, shape in (("saved", saved, (*labels.shape, 4)), *((n, t, labels.shape) for n, t in per_row)):
         if t is not None and (t.shape != shape or t.dtype != dtype or t.device != logits.device):
             raise ValueError(
                 f"{name} must be {dtype} {list(shape)} on {logits.device}; got {t.dtype} {shape_of(t)} on {t.device}"
             )
-    entropy, kl, _, _, g_entropy, g_kl, _ = per_row
-    if (g_entropy is not None and entropy is None) or (g_kl is not None and (kl is None or ref_logits is None)):
+    _, _, g_entropy, g_kl, _ = grads
+    if (g_entropy is not None and entropy is None) or (g_kl is not None and (kl is None or reference is None)):
         raise ValueError("g_entropy needs entropy, and g_kl needs kl and ref_logits, from the forward; got None")
 
 
-def kernel_backward(out, logits, labels, ref_logits, saved, entropy, kl, *rest):
-    *grads, ignore_index, temperature, softcap = rest
-    ref_logits = None if ref_logits is None else unit_stride(ref_logits)
-    logits = unit_stride(logits)
-    backward = _backends.pick(logits).backward
-    backward(logits, labels, ref_logits, saved, entropy, kl, tuple(grads), ignore_index, temperature, softcap, out)
+def kernel_backward(
+    out: Tensor, call: TokenCall, saved: Tensor, entropy: Tensor | None, kl: Tensor | None, grads: Grads
+) -> None:
+    call = dense(call)
+    _backends.pick(call.logits).backward(call, saved, entropy, kl, grads, out)
 
 
-def _as_it_lies(logits) -> bool:
+def _as_it_lies(logits: Tensor) -> bool:
     """The vocabulary is dense in memory, and that is not the negative of what the tensor says."""
     return (logits.stride(-1) == 1 or logits.shape[-1] == 1) and not logits.is_neg()
 
 
-def room_for_gradient(logits, inplace: bool):
+def room_for_gradient(logits: Tensor, inplace: bool) -> Tensor:
     """Where the gradient goes: a new dense tensor, or the logits' own memory if it may and can."""
     if inplace and _as_it_lies(logits):
         return logits
@@ -111,7 +155,7 @@ def room_for_gradient(logits, inplace: bool):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def written(logits, gradient):
+def written(logits: Tensor, gradient: Tensor) -> Tensor:
     """The logits, holding the gradient, which lies in their memory already unless that is not dense."""
     if gradient is not logits:
         logits.copy_(gradient)
@@ -120,22 +164,25 @@ def written(logits, gradient):
     return logits
 
 
-def _backward(logits, *args):
-    check_backward(logits, *args)
-    out = room_for_gradient(logits, inplace=False)
-    kernel_backward(out, logits, *args)
+def _run_backward(args: _BackwardArguments, inplace: bool) -> Tensor:
+    call, rows = args.call, args[3:6]
+    check_backward(call, *rows, args[6:11])
+    out = room_for_gradient(args.logits, inplace)
+    kernel_backward(out, call, *rows, args[6:11])
     return out
 
 
-def _backward_fake(logits, *args):
+def _backward(*flat: Any) -> Tensor:
+    return _run_backward(_BackwardArguments(*flat), inplace=False)
+
+
+def _backward_fake(logits: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _backward_inplace(logits, *args):
-    check_backward(logits, *args)
-    out = room_for_gradient(logits, inplace=True)
-    kernel_backward(out, logits, *args)
-    written(logits, out)
+def _backward_inplace(*flat: Any) -> None:
+    args = _BackwardArguments(*flat)
+    written(args.logits, _run_backward(args, inplace=True))
 
 
 library.impl("token_stats", _forward, "CompositeExplicitAutograd")
@@ -143,4 +190,4 @@ library.impl("token_stats_backward", _backward, "CompositeExplicitAutograd")
 library.impl("token_stats_backward_", _backward_inplace, "CompositeExplicitAutograd")
 torch.library.register_fake("fastalign::token_stats", _forward_fake, lib=library)
 torch.library.register_fake("fastalign::token_stats_backward", _backward_fake, lib=library)
-torch.library.register_fake("fastalign::token_stats_backward_", lambda logits, *args: None, lib=library)
+torch.library.register_fake("fastalign::token_stats_backward_", lambda *flat: None, lib=library)

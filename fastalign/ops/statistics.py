@@ -1,4 +1,4 @@
-"""The gate: the one place where logits enter. Autograd of the operators in `_token_op`, and the public functions.
+"""The gate: the one place where logits enter. Autograd of the operators in `schema`, and the public functions.
 
 Nothing below this file checks again and nothing above it touches logits.
 """
@@ -13,99 +13,104 @@ import torch
 from torch import Tensor
 
 from .. import _backends
+from .._backends import Forward
 from . import transforms
-from .call import as_saved, as_softcap, check_types
+from .call import TokenCall, as_saved, check_kl, check_smoothing, token_call
 from .diagnostics import of_logits
 from .results import TokenStats, TokenStatsAndExtras, smoothed
-from .schema import check_backward, checked_forward, kernel_backward, library, room_for_gradient, written
+from .schema import Grads, check_backward, checked_forward, kernel_backward, library, room_for_gradient, written
+
+_Made = tuple[Tensor, Tensor, bytes]
 
 
 # ----------------------------------------------------------------------------------------------------------- autograd
 # Plain autograd.Functions, one on the Autograd key and one for calls that nobody watches:
 # `torch.library.register_autograd` does the same for 40 us a call more.
-def _save(ctx, logits, labels, ref_logits, options, outputs) -> None:
-    ignore_index, temperature, softcap, want_entropy, _, ctx.inplace = options
+def _save(ctx: Any, call: TokenCall, want_entropy: bool, inplace: bool, outputs: Forward) -> None:
     _, _, entropy, kl, _, saved = outputs
-    entropy, kl = entropy if want_entropy else None, kl if ref_logits is not None else None
+    logits, labels, reference = call[:3]
+    entropy, kl = entropy if want_entropy else None, kl if reference is not None else None
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, labels, ref_logits, saved, entropy, kl)
-    ctx.options = (ignore_index, temperature, softcap)
+    ctx.save_for_backward(logits, labels, reference, saved, entropy, kl)
+    ctx.options, ctx.inplace = call.options, inplace
 
 
-def _gradient(ctx, *grads):
-    logits, labels, ref_logits, saved, entropy, kl = ctx.saved_tensors
+def _gradient(ctx: Any, *grads: Tensor | None) -> Tensor:
+    logits, labels, reference, saved, entropy, kl = ctx.saved_tensors
     g_logps, g_lse, g_entropy, g_kl, g_mean = grads + (None,) * (5 - len(grads))
     grads = (g_logps, g_lse, None if entropy is None else g_entropy, None if kl is None else g_kl, g_mean)
-    return gradient(logits, labels, ref_logits, saved, entropy, kl, grads, ctx.options, ctx.inplace)
+    return gradient(TokenCall(logits, labels, reference, *ctx.options), saved, entropy, kl, grads, ctx.inplace)
 
 
-def gradient(logits, labels, ref_logits, saved, entropy, kl, grads, options, inplace: bool) -> Tensor:
+def gradient(
+    call: TokenCall, saved: Tensor, entropy: Tensor | None, kl: Tensor | None, grads: Grads, inplace: bool
+) -> Tensor:
     """The logits' gradient, given that of each statistic that a forward returned; `saved` and the rest are its own."""
     if transforms.batched(*grads):  # a kernel cannot see them
 
         def again(x: Tensor) -> tuple[Tensor | None, ...]:
-            return transforms.statistics(x, labels, ref_logits, options)[0]
+            return transforms.statistics(call._replace(logits=x))[0]
 
-        return transforms.pull(again, (logits,), grads)[0]
-    args = (logits.detach() if inplace else logits, labels, ref_logits, saved, entropy, kl, *grads, *options)
-    if (
-        torch.is_grad_enabled()
-        or not unwatched(logits, labels)
-        or not all(type(g) in (Tensor, NoneType) for g in grads)
-    ):
+        return transforms.pull(again, (call.logits,), grads)[0]
+    watched = not unwatched(call.logits, call.labels)
+    if inplace:
+        call = call._replace(logits=call.logits.detach())
+    if torch.is_grad_enabled() or watched or not all(type(g) in (Tensor, NoneType) for g in grads):
+        flat = (*call[:3], saved, entropy, kl, *grads, *call.options)
         if not inplace:
-            return torch.ops.fastalign.token_stats_backward(*args)
-        torch.ops.fastalign.token_stats_backward_(*args)
-        return args[0]
-    grads = tuple(None if g is None else g.resolve_neg() for g in grads)
-    args = (*args[:6], *grads, *options)
+            return torch.ops.fastalign.token_stats_backward(*flat)
+        torch.ops.fastalign.token_stats_backward_(*flat)
+        return call.logits
+    grads = tuple([None if g is None else g.resolve_neg() for g in grads])
     # What the forward made needs no second check, and two rounds of the dispatcher cost as much as a small gradient.
-    if not as_saved(logits, labels, ref_logits, saved, entropy, kl):
-        check_backward(*args)
-    out = room_for_gradient(args[0], inplace)
-    kernel_backward(out, *args)
-    return written(args[0], out) if inplace else out
+    if not as_saved(call, saved, entropy, kl):
+        check_backward(call, saved, entropy, kl, grads)
+    out = room_for_gradient(call.logits, inplace)
+    kernel_backward(out, call, saved, entropy, kl, grads)
+    return written(call.logits, out) if inplace else out
 
 
 class _TokenStats(torch.autograd.Function):
-    """The operator's."""
+    """The operator's, whose arguments are flat."""
 
     @staticmethod
-    def forward(ctx, logits, labels, ref_logits, *options):
-        outputs = _redispatch(logits, labels, ref_logits, *options)
+    def forward(ctx: Any, *flat: Any) -> Any:
+        outputs = _redispatch(*flat)
         ctx.mark_non_differentiable(outputs[-1])
-        _save(ctx, logits, labels, ref_logits, options, outputs)
+        *call, entropy, _, inplace = flat
+        _save(ctx, TokenCall(*call), entropy, inplace, outputs)
         return outputs
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         return _gradient(ctx, *grads[:-1]), *[None] * 8
 
 
 class _PlainStats(torch.autograd.Function):
-    """The same without what autograd charges for: options one by one, results that nobody asked for.
+    """The same without what autograd charges for: arguments one by one, results that nobody asked for.
 
-    `made`: logps, lse and what was kept of them (`cpu.logps`), where they are there already.
+    `call`: that of the logits; `want`: entropy, mean, gradient in place; `made`: logps, lse and what was kept of them
+    (`cpu.logps`), where they are there already.
     """
 
     @staticmethod
-    def forward(ctx, logits, labels, ref_logits, options, made):
+    def forward(ctx: Any, logits: Tensor, call: TokenCall, want: tuple[bool, bool, bool], made: _Made | None) -> Any:
         if made is not None:
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(logits, labels)
-            ctx.kept, ctx.options, ctx.inplace = made[2], options[:3], options[-1]
+            ctx.save_for_backward(logits, call.labels)
+            ctx.kept, ctx.options, ctx.inplace = made[2], call.options, want[2]
             return made[:2]
         ctx.kept = None
-        outputs = checked_forward(logits, labels, ref_logits, *options)
-        _save(ctx, logits, labels, ref_logits, options, outputs)
+        outputs = checked_forward(call, *want)
+        _save(ctx, call, want[0], want[2], outputs)
         if outputs[2] is outputs[3] is outputs[4] is None:
             return outputs[:2]
         return outputs[:5]
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         found = _gradient(ctx, *grads) if ctx.kept is None else _kept_gradient(ctx, *grads)
-        return found, None, None, None, None
+        return found, None, None, None
 
 
 def direct_gradient(
@@ -128,7 +133,7 @@ def direct_gradient(
     return cpu.loss_backward(logits, labels, options, reference, kept, (upstream,), which, large)
 
 
-def _kept_gradient(ctx, g_logps, g_lse) -> Tensor:
+def _kept_gradient(ctx: Any, g_logps: Tensor | None, g_lse: Tensor | None) -> Tensor:
     """The logits' gradient after a direct forward."""
     logits, labels = ctx.saved_tensors
     if g_lse is None and not ctx.inplace:
@@ -136,19 +141,20 @@ def _kept_gradient(ctx, g_logps, g_lse) -> Tensor:
         if found is not None:
             return found
     rows, _ = _backends.kept_rows(ctx.kept, labels)
-    return gradient(logits, labels, None, *rows, (g_logps, g_lse, None, None, None), ctx.options, ctx.inplace)
+    call = TokenCall(logits, labels, None, *ctx.options)
+    return gradient(call, *rows, (g_logps, g_lse, None, None, None), ctx.inplace)
 
 
 class _Once(torch.autograd.Function):
     """The backward operator as a node of the graph, so that a second derivative is refused and not silently zero."""
 
     @staticmethod
-    def forward(ctx, *args):
+    def forward(ctx: Any, *flat: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.fastalign.token_stats_backward(*args)
+            return torch.ops.fastalign.token_stats_backward(*flat)
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: Any, *_: Any) -> Any:
         raise RuntimeError(
             "fastalign: token_stats can be differentiated once only (its backward is a kernel). For second "
             "derivatives, as in a Fisher-vector product, use plain torch operations (torch.log_softmax) on that batch."
@@ -160,12 +166,12 @@ _modes, _transforms = torch._C._len_torch_dispatch_stack, transforms.active
 _of_transform = torch._C._functorch.is_functorch_wrapped_tensor  # also of one that is over
 
 
-def unwatched(logits, labels) -> bool:
+def unwatched(logits: Any, labels: Any) -> bool:
     """Nobody watches: no tensor subclass, no dispatch mode. The dispatcher's two rounds (20 us) would add nothing."""
     return type(logits) is Tensor and type(labels) is Tensor and not _modes()
 
 
-def alone(logits, labels) -> bool:
+def alone(logits: Any, labels: Any) -> bool:
     """Neither a mode, a subclass, a compiler nor a transform of functions: there is nothing but autograd, and memory
     that says what the logits are (a bit may say that they are its negative)."""
     return (
@@ -185,33 +191,32 @@ def node_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
-def _redispatch(*args):
+def _redispatch(*flat: Any) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.fastalign.token_stats(*args)
+        return torch.ops.fastalign.token_stats(*flat)
 
 
 _plain_node = node_of(_PlainStats)
 
 
-def _call_plain(logits, labels, ref_logits, *options):
+def _call_plain(call: TokenCall, entropy: bool, mean: bool, inplace: bool) -> Any:
     """The operator's work for a call that nobody watches; None in place of what was not asked for."""
-    ignore_index, temperature, softcap, entropy, mean, inplace = options
-    wanted, made = logits.requires_grad and torch.is_grad_enabled(), None
+    logits, made = call.logits, None
     cpu = _backends.direct(logits)
-    if cpu is not None and ref_logits is None and not entropy and not mean:
-        made = cpu.logps(logits, labels, (ignore_index, temperature, softcap), inplace)
-    if wanted:
-        outputs = _plain_node(logits, labels, ref_logits, options, made)
+    if cpu is not None and call.reference is None and not entropy and not mean:
+        made = cpu.logps(logits, call.labels, call[3:], inplace)
+    if logits.requires_grad and torch.is_grad_enabled():
+        outputs = _plain_node(logits, call, (entropy, mean, inplace), made)
         return outputs if len(outputs) > 2 else (*outputs, None, None, None)
     if made is not None:
         return (*made[:2], None, None, None)
-    return checked_forward(logits, labels, ref_logits, *options)
+    return checked_forward(call, entropy, mean, inplace)
 
 
-def _stats_autograd(logits, labels, *args):
+def _stats_autograd(logits: Tensor, *rest: Any) -> Any:
     if not (torch.is_grad_enabled() and logits.requires_grad):
-        return _redispatch(logits, labels, *args)
-    return _TokenStats.apply(logits, labels, *args)
+        return _redispatch(logits, *rest)
+    return _TokenStats.apply(logits, *rest)
 
 
 library.impl("token_stats", _stats_autograd, "Autograd")
@@ -262,27 +267,27 @@ def token_stats(
             a temperature or soft-cap that is not finite and positive, a reference that requires a gradient, an unknown
             extra.
     """
-    check_types(logits, labels, ref_logits, kl, label_smoothing, ignore_index)
-    cap = as_softcap(softcap)
+    asked = token_call(logits, labels, ref_logits, ignore_index, temperature, softcap)
+    check_kl(kl, ref_logits)
     smooth = label_smoothing != 0.0
+    if smooth:
+        check_smoothing(label_smoothing)
     if transforms.transformed(logits):
-        (logps, lse, ent, div, mean), found = transforms.statistics(
-            logits, labels, ref_logits, (ignore_index, temperature, cap), extras
-        )
+        (logps, lse, ent, div, mean), found = transforms.statistics(asked, extras)
         logps = smoothed(logps, lse, mean, label_smoothing)
         stats = TokenStats(logps, lse, ent if entropy else None, div)
         return TokenStatsAndExtras(*stats, **found) if extras else stats  # type: ignore[return-value]
-    call = _call_plain if alone(logits, labels) else torch.ops.fastalign.token_stats
     inplace = inplace_backward and not torch.compiler.is_compiling()
-    logps, lse, ent, div, mean, *_ = call(
-        logits, labels, ref_logits, ignore_index, temperature, cap, entropy, smooth, inplace
-    )
+    if alone(logits, labels):
+        logps, lse, ent, div, mean, *_ = _call_plain(asked, entropy, smooth, inplace)
+    else:
+        logps, lse, ent, div, mean, *_ = torch.ops.fastalign.token_stats(*asked, entropy, smooth, inplace)
     if smooth:
         logps = smoothed(logps, lse, mean, label_smoothing)
     stats = TokenStats(logps, lse, ent if entropy else None, div if kl else None)
     if not extras:
         return stats
-    found = of_logits(extras, logits, labels, ignore_index, temperature, cap)
+    found = of_logits(extras, asked)
     return TokenStatsAndExtras(*stats, **found)  # type: ignore[return-value]
 
 

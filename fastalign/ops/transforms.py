@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _backends
-from .call import check
+from .call import TokenCall, check_call
 from .diagnostics import check_extras
 
 # Bound here: looking them up takes longer than they do. (`torch._C`, `_current_level`; torch 2.6 to 2.13 have them.)
@@ -46,19 +46,11 @@ def _without_levels(t: Tensor) -> Tensor | None:
 
 
 def statistics(
-    logits: Tensor,
-    labels: Tensor,
-    ref_logits: Tensor | None,
-    options: tuple[int, float, float],
-    extras: Collection[str] = (),
+    call: TokenCall, extras: Collection[str] = ()
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor], dict[str, Tensor]]:
-    """(logps, lse, entropy, kl, mean), [...] each, and the extras that were asked for; 0 where ignored.
-
-    Args:
-        options: ignore_index, temperature, softcap (0: none).
-    """
-    ignore_index, temperature, softcap = options
-    check(logits, labels, ref_logits, temperature, softcap, False)
+    """(logps, lse, entropy, kl, mean), [...] each, and the extras that were asked for; 0 where ignored."""
+    check_call(call)
+    logits, labels, reference, ignore_index, temperature, softcap = call
     check_extras(extras)
     plain = _without_levels(labels)
     if plain is not None:
@@ -76,8 +68,8 @@ def statistics(
     p = logp.exp()
     finite = torch.where(p == 0, 0, logp)  # 0 log 0 = 0
     kl = None
-    if ref_logits is not None:
-        logq = torch.log_softmax(scaled(ref_logits).detach(), -1)
+    if reference is not None:
+        logq = torch.log_softmax(scaled(reference).detach(), -1)
         kl = (p * torch.where(p == 0, 0, finite - logq)).sum(-1)
     found = (logp.gather(-1, target).squeeze(-1), lse, -(p * finite).sum(-1), kl, x.mean(-1))
     more = {
