@@ -144,8 +144,8 @@ py::tuple loss_terms(const py::tuple& statistics, py::handle labels, std::int64_
     return py::make_tuple(results.finish(), slopes.object());
 }
 
-// The logits' gradient as a new dense tensor: see `Slopes`. `large`: None, or such a tensor, to be written into. Returns
-// it, or what was found instead.
+// The logits' gradient as a new dense tensor: see `Slopes`. `large`: None, or such a tensor, to be written into.
+// Returns it, or what was found instead.
 py::object loss_backward(py::handle logits, py::handle labels, const py::tuple& options, py::handle reference,
                          py::handle kept, const py::tuple& upstream, int which, const py::object& large, int threads) {
     BackwardArgs a{};
@@ -225,11 +225,11 @@ PYBIND11_MODULE(_C, m) {
     m.def("token_stats_backward", &token_stats_backward);
     m.def("token_objective", &token_objective);
     // Whether they are looked at through DLPack.
-    m.def("learn_tensors", [](const py::object& type, const py::tuple& dtypes, bool attributes,
-                              const py::object& make) {
-        tensor_type().learn(type, dtypes, attributes, make);
-        return tensor_type().exchange != nullptr;
-    });
+    m.def("learn_tensors",
+          [](const py::object& type, const py::tuple& dtypes, bool attributes, const py::object& make) {
+              tensor_type().learn(type, dtypes, attributes, make);
+              return tensor_type().exchange != nullptr;
+          });
     m.attr("UNUSUAL") = kUnusual;
     py::class_<LossProgram>(m, "LossProgram").def(py::init(&make_program));
     m.def("loss_forward", &loss_forward);

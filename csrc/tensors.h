@@ -207,12 +207,9 @@ class NewTensor {
         std::int64_t step = 1;
         for (int d = dims - 1; d >= 0; step *= std::max<std::int64_t>(sizes[d], 1), --d) strides[d] = step;
         data_ = start + kHead;
-        block->managed = {1,
-                          0,
-                          at,
-                          [](DLManaged* m) { std::free(m->context); },
-                          0,
-                          {data_, kDLCpu, 0, dims, type.code, type.bits, 1, sizes, strides, 0}};
+        block->managed = {1,  0,
+                          at, [](DLManaged* m) { std::free(m->context); },
+                          0,  {data_, kDLCpu, 0, dims, type.code, type.bits, 1, sizes, strides, 0}};
         void* made = nullptr;
         if (tensor_type().exchange->managed_to(&block->managed, &made)) {
             std::free(at);

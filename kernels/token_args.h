@@ -9,9 +9,6 @@ namespace fastalign {
 
 enum class DType { kFloat32, kBFloat16, kHalf };
 
-// What the caller wants of a row decides the inner loop: plain (logps, lse), moments (entropy, mean), or a reference.
-enum Mode { kPlain, kMoments, kReference };
-
 class FreshPages;  // of the CPU only
 
 // Where each row of a [..., V] tensor with dense rows starts, in elements. By value: it goes to devices as it is.
@@ -78,14 +75,7 @@ struct ObjectiveArgs : TokenArgs {
     FreshPages* fresh;
 };
 
-// What is not wanted of the statistics is 0.
-FA_HD Stats wanted(Stats o, Mode mode) {
-    if (mode != kReference) o.kl = o.ref_m = o.ref_r = 0;
-    if (mode == kPlain) o.entropy = o.mean = 0;
-    return o;
-}
-
-// The same of gradients.
+// What is not wanted of the gradients is 0.
 FA_HD Grads wanted(Grads d, Mode mode) {
     if (mode != kReference) d.kl = 0;
     if (mode == kPlain) d.entropy = d.mean = 0;

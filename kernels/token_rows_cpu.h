@@ -305,12 +305,12 @@ struct Row {
         const double scale = kLog2e * a.inv_temperature;
         Sums all = s.others;
         merge(all, s.segment, scale);
-        Stats o = fastalign::finish(all, logit, a.temperature, a.inv_temperature, static_cast<double>(vocab));
+        Stats o = fastalign::finish(all, logit, a.temperature, a.inv_temperature, static_cast<double>(vocab), kMode);
         if (is_sure(o)) {
             const double far = s.others.s != 0 ? s.others.s * std::exp2((s.others.pivot - logit) * scale) : 0;
             make_sure(o, logit, far + neighbours(logit), a.inv_temperature);
         }
-        return wanted(o, kMode);
+        return o;
     }
 
     // The same from logits that still lie where they were.

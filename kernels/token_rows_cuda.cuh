@@ -285,8 +285,7 @@ template <bool kCap, Mode kMode, class Args>
 __device__ inline Stats row_stats(const Args& a, const FloatSums& s, float logit, const Prepare& k) {
     const ExactPivot exact = k.exact();
     const Sums sums{exact(s.pivot), s.s, s.w, s.k, exact(s.ref_pivot), s.t, s.total};
-    return wanted(finish(sums, capped<kCap>(logit, k), a.temperature, a.inv_temperature, static_cast<double>(a.vocab)),
-                  kMode);
+    return finish(sums, capped<kCap>(logit, k), a.temperature, a.inv_temperature, static_cast<double>(a.vocab), kMode);
 }
 
 // The same, with the target's logit from memory.

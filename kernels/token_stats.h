@@ -94,17 +94,25 @@ struct Stats {
     float logps, lse, entropy, kl, mean, m, r, ref_m, ref_r;
 };
 
-// Statistics of a row from its merged sums; `label` is the prepared but untempered logit of the target.
-FA_HD Stats finish(const Sums& a, double label, double temperature, double inv_t, double vocab) {
-    Stats o;
-    const double log_s = natural_log(a.s), ref_log_s = natural_log(a.t);
+// What the caller wants of a row decides the inner loop: plain (logps, lse), moments (entropy, mean), or a reference.
+enum Mode { kPlain, kMoments, kReference };
+
+// Statistics of a row from its merged sums; `label` is the prepared but untempered logit of the target. What the mode
+// has no sums for is 0.
+FA_HD Stats finish(const Sums& a, double label, double temperature, double inv_t, double vocab, Mode mode) {
+    Stats o{};
+    const double log_s = natural_log(a.s);
     const LogSum x = log_sum(a.pivot, log_s, temperature, inv_t);
-    const LogSum z = log_sum(a.ref_pivot, ref_log_s, temperature, inv_t);
-    o.m = x.m, o.r = x.r, o.ref_m = z.m, o.ref_r = z.r;
+    o.m = x.m, o.r = x.r;
     o.lse = static_cast<float>(a.pivot * inv_t + log_s);
     o.logps = static_cast<float>((label - a.pivot) * inv_t - log_s);
+    if (mode == kPlain) return o;
     o.entropy = static_cast<float>(log_s - kLn2 * a.w / a.s);
     o.mean = static_cast<float>(a.total * inv_t / vocab);
+    if (mode == kMoments) return o;
+    const double ref_log_s = natural_log(a.t);
+    const LogSum z = log_sum(a.ref_pivot, ref_log_s, temperature, inv_t);
+    o.ref_m = z.m, o.ref_r = z.r;
     o.kl = static_cast<float>(kLn2 * a.k / a.s - log_s + ref_log_s);
     return o;
 }

@@ -56,7 +56,7 @@ void row(const float* x, const float* z, int vocab, int label, int threads, doub
         all.s += a.s, all.w += a.w, all.k += a.k, all.t += a.t, all.total += a.total;
     }
     const Sums sums{exact(all.pivot), all.s, all.w, all.k, exact(all.ref_pivot), all.t, all.total};
-    const Stats o = finish(sums, x[label], temperature, 1 / temperature, vocab);
+    const Stats o = finish(sums, x[label], temperature, 1 / temperature, vocab, kReference);
     const Coefficients c = coefficients(o, {g[0], g[1], g[2], g[3], g[4]}, 1 / temperature, vocab, exact);
     const Exponent by = exponent(c.pivot, scale), ref_by = exponent(c.ref_pivot, scale);
     const float found[] = {o.logps, o.lse, o.entropy, o.kl, o.mean, o.m, o.r, o.ref_m, o.ref_r};
