@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..head.head import LogitsSource, as_head
 from ..ops import statistics as ops
-from ..ops.call import check_ignore_index
+from ..ops.call import TokenCall, as_softcap, check_ignore_index
 from ..ops.programs import Symbol
 from ..ops.sequences import cut, sequence_sums, sum_tokens, wide_dtype
 from ..ops.transforms import transformed
@@ -108,6 +108,11 @@ class LogitsLoss(nn.Module):
             "temperature": temperature,
             "softcap": softcap,
         }
+
+    def call(self, logits: Tensor, labels: Tensor, reference: Tensor | None = None) -> TokenCall:
+        """The call on plain logits, as the mechanism takes it."""
+        ignore_index, temperature, softcap = self.stats_options.values()
+        return TokenCall(logits, labels, reference, ignore_index, temperature, as_softcap(softcap))
 
     def stats(self, logits: Logits, labels: Tensor, **more: Any) -> ops.TokenStats:
         """Token statistics of the policy's logits; `more` options as in `token_stats`."""

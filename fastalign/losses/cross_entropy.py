@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.call import autocast_dtype, check_ignore_index
+from ..ops.call import TokenCall, autocast_dtype, check_ignore_index
 from ..ops.fused_loss import FusedLoss, Grouping
 from .base import check_float, check_range, hide, lookup, stats_of, total
 
@@ -138,7 +138,8 @@ def _fused(input: object, target: object, ignore_index: int, loss: FusedLoss) ->
     logits = input if input.dim() < 3 else input.movedim(1, -1)
     dtype = torch.float32 if torch.is_autocast_enabled("cpu") else input.dtype
     try:
-        found = loss.of_logits(logits, target, (), Grouping(1), ignore_index=ignore_index, dtype=dtype)
+        call = TokenCall(logits, target, None, ignore_index, 1.0, 0.0)
+        found = loss.of_logits(call, (), Grouping(1), dtype=dtype)
     except ValueError:
         _check_classes(target, ignore_index, logits.shape[-1])
         raise

@@ -81,8 +81,7 @@ class _Custom(LogitsLoss):
         """(loss, *metrics)."""
         fused = self._mechanism(inputs)
         if isinstance(logits, Tensor):
-            options = {"inplace_backward": self.inplace_backward, **self.stats_options}
-            found = fused.of_logits(logits, labels, inputs, grouping, **options)
+            found = fused.of_logits(self.call(logits, labels), inputs, grouping, self.inplace_backward)
             if found is not None:
                 return found
         stats = self.stats(logits, labels, entropy="entropy" in fused.statistics)

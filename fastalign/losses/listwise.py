@@ -263,8 +263,7 @@ class PROLoss(LogitsLoss):
         sound = rewards is None or (isinstance(rewards, Tensor) and rewards.shape == shape)
         grouping, found = Grouping(shape[0] * shape[1], shape[1]), None
         if sound and isinstance(logits, Tensor):
-            options = {"inplace_backward": self.inplace_backward, **self.stats_options}
-            found = self.fused.of_logits(logits, labels, inputs, grouping, **options)
+            found = self.fused.of_logits(self.call(logits, labels), inputs, grouping, self.inplace_backward)
         if found is None:
             stats = self.stats(logits, labels)
             if sound:

@@ -244,15 +244,8 @@ class PPOLoss(LogitsLoss):
         if isinstance(logits, Tensor) and not self.fuse_backward:
             inputs = self._inputs(labels, old_logps, advantages, given, num_items)
         if inputs is not None:
-            found = self.fused.of_logits(
-                logits,
-                labels,
-                inputs,
-                _grouping(labels),
-                ref_logits=ref_logits,
-                inplace_backward=self.inplace_backward,
-                **self.stats_options,
-            )
+            call = self.call(logits, labels, ref_logits)
+            found = self.fused.of_logits(call, inputs, _grouping(labels), self.inplace_backward)
             if found is not None:
                 return PolicyLossOutput(*found)
         head = known_objective(logits, labels, self.ignore_index)

@@ -338,8 +338,7 @@ class DPOLoss(LogitsLoss):
         inputs = [Input(f"ref_{s}_logps", x, GROUP) for s, x in zip(("chosen", "rejected"), references, strict=True)]
         fused, grouping = self.fused[wide], Grouping(2 * pairs)
         if isinstance(logits, Tensor):
-            options = {"inplace_backward": self.inplace_backward, **self.stats_options}
-            return fused.of_logits(logits, labels, inputs, grouping, **options)
+            return fused.of_logits(self.call(logits, labels), inputs, grouping, self.inplace_backward)
         return fused.of_statistics(self.stats(logits, labels), labels, inputs, grouping, self.ignore_index)
 
     def _by_parts(self, head: Head, labels: Tensor, references: _Two) -> PreferenceOutput:

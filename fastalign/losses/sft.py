@@ -192,8 +192,7 @@ class SFTLoss(LogitsLoss):
         if self.fuse_backward or not isinstance(logits, Tensor) or not _is_count(num_items, labels):
             return None
         inputs = [Input("num_items", num_items, BATCH)]
-        options = {"inplace_backward": self.inplace_backward, **self.stats_options}
-        found = self.fused.of_logits(logits, labels, inputs, _grouping(labels), **options)
+        found = self.fused.of_logits(self.call(logits, labels), inputs, _grouping(labels), self.inplace_backward)
         return None if found is None else SFTOutput(*found)
 
     def _of_statistics(self, stats: TokenStats, labels: Tensor, mask: Tensor, num_items: Count | None) -> SFTOutput:

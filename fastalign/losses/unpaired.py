@@ -263,8 +263,7 @@ class KTOLoss(LogitsLoss):
         ]
         grouping = Grouping(labels.shape[0])
         if isinstance(logits, Tensor):
-            options = {"inplace_backward": self.inplace_backward, **self.stats_options}
-            return self.fused.of_logits(logits, labels, inputs, grouping, **options)
+            return self.fused.of_logits(self.call(logits, labels), inputs, grouping, self.inplace_backward)
         return self.fused.of_statistics(self.stats(logits, labels), labels, inputs, grouping, self.ignore_index)
 
     def extra_repr(self) -> str:

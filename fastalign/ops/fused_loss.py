@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _backends
 from . import statistics, transforms
-from .call import TokenCall, as_softcap
+from .call import TokenCall
 from .operations import BATCH, GROUP, LEVEL_NAMES, SEQUENCE, TOKEN
 from .programs import STATISTICS, NotTraced, Program, trace
 from .results import TokenStats
@@ -282,15 +282,9 @@ class FusedLoss:
 
     def of_logits(
         self,
-        logits: Any,
-        labels: Any,
+        call: TokenCall,
         inputs: Sequence[Input],
         grouping: Grouping,
-        *,
-        ref_logits: Any = None,
-        ignore_index: int = -100,
-        temperature: float = 1.0,
-        softcap: float | None = None,
         inplace_backward: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> list[Any] | None:
@@ -299,6 +293,7 @@ class FusedLoss:
         None where it is not known to be all right: for other tensors, for what does not trace, and where somebody
         watches. The general path then does it or says what is wrong.
         """
+        logits, labels, reference = call[:3]
         if not statistics.alone(logits, labels) or labels.dim() < 1:
             return None
         cpu = _backends.direct(logits)
@@ -308,14 +303,13 @@ class FusedLoss:
         if isinstance(found, str):
             return None
         wanted = logits.requires_grad and torch.is_grad_enabled()
-        options = (ignore_index, temperature, 0.0 if softcap is None else as_softcap(softcap))
-        inplace = wanted and inplace_backward
-        made = cpu.loss(logits, labels, options, ref_logits, inplace, found.handle, given, grouping, wanted, dtype)
+        inplace, options = wanted and inplace_backward, call.options
+        made = cpu.loss(logits, labels, options, reference, inplace, found.handle, given, grouping, wanted, dtype)
         if made is None:
             return None
         results, kept = made
         if wanted:
-            results[0] = _node((results[0], _OfLogits(found.which, kept, options, inplace)), logits, labels, ref_logits)
+            results[0] = _node((results[0], _OfLogits(found.which, kept, options, inplace)), logits, labels, reference)
         return results
 
     def of_statistics(

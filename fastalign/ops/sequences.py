@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import statistics
-from .call import shape_of
+from .call import shape_of, token_call
 from .fused_loss import FusedLoss, Grouping
 from .programs import Symbol, single
 
@@ -56,9 +56,10 @@ def _of_program(
     """[B] sums or means where a program serves, else None: the general path does it or says what is wrong."""
     if not isinstance(labels, Tensor) or labels.dim() < 1 or not options.keys() <= _OPTIONS:
         return None
-    found = _FUSED[average].of_logits(
-        logits, labels, (), Grouping(labels.shape[0]), dtype=dtype or torch.float32, **options
-    )
+    more = dict(options)
+    inplace = more.pop("inplace_backward", False)
+    call, grouping = token_call(logits, labels, **more), Grouping(labels.shape[0])
+    found = _FUSED[average].of_logits(call, (), grouping, inplace, dtype or torch.float32)
     return None if found is None else found[0]
 
 
