@@ -144,28 +144,18 @@ py::tuple loss_terms(const py::tuple& statistics, py::handle labels, std::int64_
     return py::make_tuple(results.finish(), slopes.object());
 }
 
-// The logits' gradient as a new dense tensor: see `Slopes`. `large`: None, or such a tensor, to be written into.
-// Returns it, or what was found instead.
-py::object loss_backward(py::handle logits, py::handle labels, const py::tuple& options, py::handle reference,
-                         py::handle kept, const py::tuple& upstream, int which, const py::object& large, int threads) {
+// The logits' gradient: see `Slopes`. `out` is new, dense and plain.
+std::int64_t loss_backward(py::handle logits, py::handle labels, const py::tuple& options, py::handle reference,
+                           py::handle kept, const py::tuple& upstream, int which, py::handle out, int threads) {
     BackwardArgs a{};
     Slopes gradients;
-    const py::int_ unusual(kUnusual);
-    if (!fill_if_plain(a, logits, labels, options, false) || !fill_reference(a, logits, reference)) return unusual;
+    if (!fill_if_plain(a, logits, labels, options, false) || !fill_reference(a, logits, reference)) return kUnusual;
     const float* const slopes = KeptRows::fill(a, kept, which, Slopes::count(which));
-    if (!slopes || !gradients.fill(a, upstream, slopes, which)) return unusual;
-    const Seen x(logits);
-    py::object out = large;
-    if (large.is_none()) {
-        const NewTensor made(x.dtype(), x.dims(), x.shape());
-        out = made.object(), a.out_gradient = made.data<void>();
-    } else {
-        a.out_gradient = Seen(large).data();
-    }
+    if (!slopes || !gradients.fill(a, upstream, slopes, which)) return kUnusual;
+    a.out_gradient = Seen(out).data();
     a.out_layout.ndim = 1, a.out_layout.sizes[0] = a.rows, a.out_layout.strides[0] = a.vocab;
     a.threads = threads;
-    const std::int64_t live = with_labels(a, [&](std::int64_t) { run_gradient(cpu_kernels().backward, a); });
-    return live < 0 ? py::object(py::int_(live)) : out;
+    return with_labels(a, [&](std::int64_t) { run_gradient(cpu_kernels().backward, a); });
 }
 
 // The labels' log-probabilities and the logsumexps, and what a backward needs of them.

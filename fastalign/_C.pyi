@@ -56,9 +56,9 @@ def loss_backward(
     kept: object,
     upstream: tuple,
     which: int,
-    large: object,
+    out: object,
     threads: int,
-) -> object: ...
+) -> int: ...
 def logps_forward(logits: object, labels: object, options: tuple, inplace: bool, threads: int) -> tuple: ...
 
 class HeldBlock:

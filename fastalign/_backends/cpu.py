@@ -243,11 +243,12 @@ def loss_terms(
     wanted: bool,
 ) -> tuple[list[Tensor | None], Tensor] | None:
     """The same from statistics of the labels' shape: the results, and slopes [k, tokens] if wanted."""
-    threads, labels = torch.get_num_threads(), labels.contiguous()
-    results, slopes = _C.loss_terms(statistics, labels, ignore_index, program, given, *grouping, wanted, threads)
+    labels, threads = labels.contiguous(), torch.get_num_threads()
+    rest = (*grouping, wanted, threads)
+    results, slopes = _C.loss_terms(statistics, labels, ignore_index, program, given, *rest)
     if results is None:
         given = tuple([_as_given(x) for x in given])
-        results, slopes = _C.loss_terms(statistics, labels, ignore_index, program, given, *grouping, wanted, threads)
+        results, slopes = _C.loss_terms(statistics, labels, ignore_index, program, given, *rest)
     return None if results is None else (results, slopes)
 
 
@@ -259,28 +260,21 @@ def loss_backward(
     kept: Kept,
     upstream: tuple[Tensor, ...],
     which: int,
-    large: Tensor | None,
-) -> Tensor | None:
-    """The logits' gradient, given that of the loss or of equally long runs of tokens; None, and nothing was done, for
-    other tensors than plain ones.
+    out: Tensor,
+) -> bool:
+    """Whether the logits' gradient was written into `out`, which is new and dense, given that of the loss or of equally
+    long runs of tokens; nothing was done for other tensors than plain ones.
 
     Args:
         which: bits of the statistics whose slopes were kept; 0: the logps, whose slope is 1.
-        large: new and dense, where the gradient goes; None: into a new tensor.
     """
     threads = torch.get_num_threads()
-    found = _C.loss_backward(logits, labels, options, reference, kept, upstream, which, large, threads)
-    if found.__class__ is Tensor:
-        return found
-    if found == _UNUSUAL:
-        dense = logits.contiguous(), labels.contiguous()
-        upstream = tuple([g.contiguous() for g in upstream])
+    live = _C.loss_backward(logits, labels, options, reference, kept, upstream, which, out, threads)
+    if live == _UNUSUAL:
+        dense, upstream = (logits.contiguous(), labels.contiguous()), tuple([g.contiguous() for g in upstream])
         reference = None if reference is None else reference.contiguous()
-        found = _C.loss_backward(*dense, options, reference, kept, upstream, which, large, threads)
-    if found.__class__ is Tensor:
-        return found
-    _done(found, labels, options, logits)
-    return None
+        live = _C.loss_backward(*dense, options, reference, kept, upstream, which, out, threads)
+    return live >= 0 or _done(live, labels, options, logits)
 
 
 # ------------------------------------------------------------------------------------------------- one launch

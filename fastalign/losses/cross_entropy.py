@@ -31,6 +31,8 @@ def _plain(reduction: str) -> FusedLoss:
 
 _PLAIN = {reduction: _plain(reduction) for reduction in ("mean", "sum")}
 
+_WHOLE = Grouping(1)
+
 
 def cross_entropy(
     input: Tensor,
@@ -139,7 +141,7 @@ def _fused(input: object, target: object, ignore_index: int, loss: FusedLoss) ->
     dtype = torch.float32 if torch.is_autocast_enabled("cpu") else input.dtype
     try:
         call = TokenCall(logits, target, None, ignore_index, 1.0, 0.0)
-        found = loss.of_logits(call, (), Grouping(1), dtype=dtype)
+        found = loss.of_logits(call, (), _WHOLE, False, dtype)
     except ValueError:
         _check_classes(target, ignore_index, logits.shape[-1])
         raise

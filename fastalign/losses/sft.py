@@ -191,7 +191,7 @@ class SFTLoss(LogitsLoss):
         """The results where one program serves; else None, and the general path does it or says what is wrong."""
         if self.fuse_backward or not isinstance(logits, Tensor) or not _is_count(num_items, labels):
             return None
-        inputs = [Input("num_items", num_items, BATCH)]
+        inputs = () if num_items is None else (Input("num_items", num_items, BATCH),)
         found = self.fused.of_logits(self.call(logits, labels), inputs, _grouping(labels), self.inplace_backward)
         return None if found is None else SFTOutput(*found)
 

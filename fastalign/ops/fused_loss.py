@@ -42,60 +42,56 @@ class Grouping(NamedTuple):
 
 # ------------------------------------------------------------------------------------------------------------ one node
 class _FusedLoss(torch.autograd.Function):
-    """A loss that is known with the way to its gradient: `pull(gradient of the loss, saved tensors)`.
+    """A loss that is known with the way to its gradient.
 
-    `made`: the loss, which as an argument of its own would come back as a view, and that way.
+    `made`: the loss, which as an argument of its own would come back as a view; a function from (what it knows, the
+    gradient of the loss, saved tensors) to the gradients of the tensors; what it knows; whether it needs the tensors.
     """
 
     @staticmethod
     def forward(ctx, made, *tensors):
-        loss, ctx.pull = made
-        ctx.save_for_backward(*(() if isinstance(ctx.pull, _Known) else tensors))
+        loss, ctx.pull, ctx.known, saves = made
+        if saves:
+            ctx.save_for_backward(*tensors)
         return loss
 
     @staticmethod
     def backward(ctx, gradient):
-        return None, *ctx.pull(gradient, ctx.saved_tensors)
+        return None, *ctx.pull(ctx.known, gradient, ctx.saved_tensors)
 
 
 _node = statistics.node_of(_FusedLoss)
 
 
-class _OfLogits(NamedTuple):
-    """To the logits, by the backward kernel: tensors are logits, labels and the reference's logits or None."""
+_OfLogits = tuple[int, bytes, tuple[int, float, float], bool]
+"""Bits of the statistics that the loss moves with, whose slopes were kept; what was kept; options; in place."""
 
-    which: int
-    """Bits of the statistics that the loss moves with, whose slopes were kept."""
-    kept: bytes
-    options: tuple[int, float, float]
-    inplace: bool
 
-    def __call__(self, gradient: Tensor, saved: tuple[Any, ...]) -> tuple[Tensor, None, None]:
-        which, kept, options, inplace = self
-        logits, labels, reference = saved
-        found = (
-            None if inplace else statistics.direct_gradient(logits, labels, options, reference, kept, gradient, which)
-        )
-        if found is not None:
-            return found, None, None
-        rows, slopes = _backends.kept_rows(self.kept, labels, self.which)
-        grads = self._of_statistics(gradient, labels, slopes)
-        call = TokenCall(logits, labels, reference, *self.options)
-        found = statistics.gradient(call, *rows, tuple(grads), self.inplace)
+def _to_logits(known: _OfLogits, gradient: Tensor, saved: tuple[Any, ...]) -> tuple[Tensor, None, None]:
+    """By the backward kernel: tensors are logits, labels and the reference's logits or None."""
+    which, kept, options, inplace = known
+    logits, labels, reference = saved
+    found = None if inplace else statistics.direct_gradient(logits, labels, options, reference, kept, gradient, which)
+    if found is not None:
         return found, None, None
+    rows, slopes = _backends.kept_rows(kept, labels, which)
+    grads = _of_statistics(which, gradient, labels, slopes)
+    call = TokenCall(logits, labels, reference, *options)
+    return statistics.gradient(call, *rows, grads, inplace), None, None
 
-    def _of_statistics(self, gradient: Tensor, labels: Tensor, slopes: Tensor | None) -> list[Tensor | None]:
-        """The gradient of every statistic, of the labels' shape."""
-        each: list[Tensor | None] = [None] * len(STATISTICS)
-        wide = gradient.float()
-        if torch.is_grad_enabled() and not wide.requires_grad:
-            wide = wide.detach().requires_grad_()  # so that another derivative is refused, not silently zero
-        rows = iter([] if slopes is None else slopes.unbind())
-        for k in range(len(STATISTICS)):
-            if self.which >> k & 1:
-                row = _times(wide, next(rows))  # if a hook changed the labels, the checks of the backward say so
-                each[k] = row.view(labels.shape) if row.numel() == labels.numel() else row
-        return each
+
+def _of_statistics(which: int, gradient: Tensor, labels: Tensor, slopes: Tensor | None) -> statistics.Grads:
+    """The gradient of every statistic, of the labels' shape."""
+    each: list[Tensor | None] = [None] * len(STATISTICS)
+    wide = gradient.float()
+    if torch.is_grad_enabled() and not wide.requires_grad:
+        wide = wide.detach().requires_grad_()  # so that another derivative is refused, not silently zero
+    rows = iter([] if slopes is None else slopes.unbind())
+    for k in range(len(STATISTICS)):
+        if which >> k & 1:
+            row = _times(wide, next(rows))  # if a hook changed the labels, the checks of the backward say so
+            each[k] = row.view(labels.shape) if row.numel() == labels.numel() else row
+    return tuple(each)
 
 
 def _times(gradient: Tensor, slope: Tensor) -> Tensor:
@@ -103,34 +99,25 @@ def _times(gradient: Tensor, slope: Tensor) -> Tensor:
     return gradient * slope if gradient.dim() == 0 else (gradient.unsqueeze(-1) * slope.view(len(gradient), -1))
 
 
-class _OfStatistics(NamedTuple):
+def _to_statistics(slopes: Sequence[Tensor], gradient: Tensor, saved: tuple[Any, ...]) -> list[Tensor]:
     """To statistics that are differentiable themselves."""
-
-    slopes: tuple[Tensor, ...]
-
-    def __call__(self, gradient: Tensor, saved: tuple[Any, ...]) -> list[Tensor]:
-        return [_times(gradient, slope).view(t.shape) for slope, t in zip(self.slopes, saved, strict=True)]
+    return [_times(gradient, slope).view(t.shape) for slope, t in zip(slopes, saved, strict=True)]
 
 
-class _Known:
+def _hand_on(known: list[Sequence[Tensor | None]], scale: Tensor, saved: tuple[Any, ...]) -> Sequence[Tensor | None]:
     """Gradients that are formed already; they are handed on once."""
-
-    def __init__(self, gradients: Sequence[Tensor | None]) -> None:
-        self.gradients: Sequence[Tensor | None] | None = gradients
-
-    def __call__(self, scale: Tensor, saved: tuple[Any, ...]) -> Sequence[Tensor | None]:
-        gradients, self.gradients = self.gradients, None
-        if gradients is None:
-            raise RuntimeError(
-                "the gradient of a loss that was formed with it was handed on already: it can be used once "
-                "(fuse_backward=False, or another plan of the head, keeps what another backward needs)"
-            )
-        if transforms.batched(scale):  # one gradient for each
-            return [None if gradient is None else gradient * scale for gradient in gradients]
-        for gradient in gradients:
-            if gradient is not None:
-                _backends.pick(gradient).scale(gradient, scale)  # the buffer is ours
-        return gradients
+    if not known:
+        raise RuntimeError(
+            "the gradient of a loss that was formed with it was handed on already: it can be used once "
+            "(fuse_backward=False, or another plan of the head, keeps what another backward needs)"
+        )
+    gradients = known.pop()
+    if transforms.batched(scale):  # one gradient for each
+        return [None if gradient is None else gradient * scale for gradient in gradients]
+    for gradient in gradients:
+        if gradient is not None:
+            _backends.pick(gradient).scale(gradient, scale)  # the buffer is ours
+    return gradients
 
 
 def attach_gradients(loss: Tensor, tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> Tensor:
@@ -138,7 +125,7 @@ def attach_gradients(loss: Tensor, tensors: Sequence[Tensor | None], gradients: 
 
     None among the gradients: there is none.
     """
-    return _FusedLoss.apply((loss.detach().clone(), _Known(tuple(gradients))), *tensors)
+    return _FusedLoss.apply((loss.detach().clone(), _hand_on, [tuple(gradients)], False), *tensors)
 
 
 # ------------------------------------------------------------------------------------------------- what a formula sees
@@ -309,7 +296,8 @@ class FusedLoss:
             return None
         results, kept = made
         if wanted:
-            results[0] = _node((results[0], _OfLogits(found.which, kept, options, inplace)), logits, labels, reference)
+            made = (results[0], _to_logits, (found.which, kept, options, inplace), True)
+            results[0] = _node(made, logits, labels, reference)
         return results
 
     def of_statistics(
@@ -323,7 +311,7 @@ class FusedLoss:
             return None
         results, slopes, moved = made
         if wanted and any(t.requires_grad for t in moved):
-            results[0] = _node((results[0], _OfStatistics(slopes.unbind())), *moved)
+            results[0] = _node((results[0], _to_statistics, slopes.unbind(), True), *moved)
         return results
 
     def slopes(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _backends
 from .._backends import Forward
@@ -129,8 +130,9 @@ def direct_gradient(
     cpu = _backends.direct(logits)
     if cpu is None or not (cpu.SEES_BATCHES or not transforms.batched(upstream)):
         return None
-    large = _backends.empty(logits.shape, logits) if logits.nbytes > _backends.LARGE else None
-    return cpu.loss_backward(logits, labels, options, reference, kept, (upstream,), which, large)
+    out = room_for_gradient(logits, False)
+    done = cpu.loss_backward(logits, labels, options, reference, kept, (upstream,), which, out)
+    return out if done else None
 
 
 def _kept_gradient(ctx: Any, g_logps: Tensor | None, g_lse: Tensor | None) -> Tensor:
@@ -175,13 +177,13 @@ def alone(logits: Any, labels: Any) -> bool:
     """Neither a mode, a subclass, a compiler nor a transform of functions: there is nothing but autograd, and memory
     that says what the logits are (a bit may say that they are its negative)."""
     return (
-        not torch.compiler.is_compiling()
+        not torch.compiler.is_dynamo_compiling()  # other compilers bring tensors and modes of their own
         and type(logits) is Tensor
         and type(labels) is Tensor
         and not _modes()
         and not _transforms()
         and not _of_transform(logits)
-        and not transforms.has_tangent(logits)
+        and (forward_ad._current_level < 0 or not transforms.has_tangent(logits))
         and not logits.is_neg()
     )
 
