@@ -138,7 +138,9 @@ def objective_kernel(
         sums, at, ref_at, x_label, zero, V, temperature, inv_t, KL
     )
     if logps > SURE:
-        others = sum_others(x_row, label, x_label, V, scale, cap, inv_cap, T, VEC, SOFTCAP)
+        again = tl.where(x_label == x_label, row, 0)  # as in the forward
+        hole = tl.load(labels_ptr + again).to(tl.int64)
+        others = sum_others(x_row, hole, x_label, V, scale, cap, inv_cap, T, SOFTCAP)
         logps, lse, m, r = make_sure(others, x_label, inv_t)
     store_statistics(logps_ptr, lse_ptr, entropy_ptr, kl_ptr, mean_ptr, row, logps, lse, entropy, kl, mean)
 

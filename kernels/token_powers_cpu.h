@@ -1,12 +1,12 @@
 // One launch of a plain objective with one exponential an element: the forward's powers 2^u are kept, and a row's
 // gradient is a multiple of them. Where they are kept decides how much of a core's cache a row takes, and so the speed.
-// Included after token_rows_cpu.h.
+// Included after token_gradient_cpu.h.
 #pragma once
 #include <type_traits>
 #include <vector>
 
 #include "fresh_pages.h"
-#include "token_rows_cpu.h"
+#include "token_gradient_cpu.h"
 
 namespace fastalign::FA_ISA {
 namespace {

@@ -240,7 +240,7 @@ __device__ inline FloatSums warp_sums(FloatSums a, float scale) {
     return a;
 }
 
-// The sums of a row that is one tile of a warp, relative to its own maximum; for modes without a reference.
+// A lane's sums of a row that is one tile of its warp, relative to the row's maximum; for modes without a reference.
 template <class T, bool kCap, Mode kMode>
 __device__ inline FloatSums tile_sums(const Pack (&v)[kTile<kMode>], int length, const Prepare& k) {
     FloatSums start = no_sums();
@@ -248,6 +248,12 @@ __device__ inline FloatSums tile_sums(const Pack (&v)[kTile<kMode>], int length,
     ThreadSums a(start, k);
     const int at = static_cast<int>(threadIdx.x % 32) * kWidth<T>;
     add_powers<T, kCap, kMode, kCap || kMode != kPlain ? kEdge : kHoles, false>(a, v, v, at, length, k);
+    return a;
+}
+
+// The sum over the warp of sums relative to one pivot.
+template <Mode kMode>
+__device__ inline FloatSums add_lanes(FloatSums a) {
     a.s = warp_add(a.s);
     if constexpr (kMode != kPlain) a.w = warp_add(a.w), a.total = warp_add(a.total);
     return a;
@@ -296,15 +302,27 @@ __device__ inline Stats stats_of(const Args& a, int64_t row, int64_t label, cons
 }
 
 // ------------------------------------------------------------------------------------------------- sure rows
-// This thread's share of the sum of a row's powers, relative to the target's prepared logit, but for the target's own.
-// The row has just been read: it comes from a cache.
-template <class Team, class T, bool kCap, class Rows>
-__device__ inline float thread_others(const Rows& x, int label, float logit, const Prepare& k) {
-    float s = 0;
-#pragma unroll 4
-    for (int i = Team::thread(); i < x.length; i += Team::threads()) {
-        const float power = power_of_two((capped<kCap>(x.at(i), k) - logit) * k.scale);
-        s += i == label ? 0 : power;
+// This thread's share of the sum of a row's powers, relative to the target's prepared logit, but for the target's own;
+// `label` may lie outside x. `mine` are the thread's sums. The target is in those of one thread alone, whose elements
+// are summed again, from a cache, by its warp.
+template <class Team, class T, bool kCap, Mode kMode, class Rows>
+__device__ inline float thread_others(const FloatSums& mine, const Rows& x, int label, float logit, const Prepare& k) {
+    constexpr int kCount = kTile<kMode>, kSpan = 32 * kCount;
+    const float up = exponent(mine.pivot, k.scale).of(logit);  // of the target, relative to `mine`
+    float s = mine.s * power_of_two(-up);
+    const int warp = Team::thread() / 32, warps = Team::threads() / 32, lane = threadIdx.x % 32;
+    const int vector = label / kWidth<T>;
+    if (label < 0 || label >= x.length || vector / kSpan % warps != warp) return s;
+    if (vector % 32 == lane) s = 0;
+    for (int j = lane;; j += 32) {
+        const int tile = warp + j / kCount * warps;
+        const int first = (tile * kSpan + j % kCount * 32 + vector % 32) * kWidth<T>;
+        if (first >= x.length) break;
+#pragma unroll 1
+        for (int i = first; i < x.length && i < first + kWidth<T>; ++i) {
+            const float power = power_of_two((capped<kCap>(x.at(i), k) - logit) * k.scale);
+            s += i == label ? 0 : power;
+        }
     }
     return s;
 }
@@ -322,12 +340,12 @@ __device__ inline float team_add(float x, FloatSums* parts) {
 }
 
 // Writes what a sure row has otherwise than from its sums. Called by the whole team.
-template <class Team, class T, bool kCap>
-__device__ inline void finish_sure(const ForwardArgs& a, int64_t row, const Source<T>& x, FloatSums* parts,
-                                   const Prepare& k) {
+template <class Team, class T, bool kCap, Mode kMode>
+__device__ inline void finish_sure(const ForwardArgs& a, int64_t row, const FloatSums& mine, const Source<T>& x,
+                                   FloatSums* parts, const Prepare& k) {
     const int label = static_cast<int>(a.label(row));
     const float logit = capped<kCap>(x.at(label), k);
-    const float others = team_add<Team>(thread_others<Team, T, kCap>(x, label, logit, k), parts);
+    const float others = team_add<Team>(thread_others<Team, T, kCap, kMode>(mine, x, label, logit, k), parts);
     if (Team::thread() != 0) return;
     Stats o;
     make_sure(o, logit, others, a.inv_temperature);

@@ -25,15 +25,18 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
     __shared__ FloatSums parts[kMaxThreads / 32];
     __shared__ bool sure[kMaxThreads / 32];
     for (ShortRows at; at.first < a.rows; at.next()) {
+        FloatSums mine;
         if (at.row() < a.rows && row_kind(a, a.label(at.row())) == Row::kLive) {
             const Source<T> x = row_of<T>(a.logits, a.layout, at.row(), a.vocab);
             FloatSums sums;
             if constexpr (kOneTile) {
                 Pack v[kTile<kMode>];
                 x.load_edge(v, 0);
-                sums = tile_sums<T, kCap, kMode>(v, x.length, k);
+                mine = tile_sums<T, kCap, kMode>(v, x.length, k);
+                sums = add_lanes<kMode>(mine);
             } else {
-                sums = warp_sums<kMode>(thread_sums<WarpTeam, T, kCap, kMode, false>(x, x, k), k.scale);
+                mine = thread_sums<WarpTeam, T, kCap, kMode, false>(x, x, k);
+                sums = warp_sums<kMode>(mine, k.scale);
             }
             if (at.lane == 0) keep_sums<kMode>(parts[at.warp], sums);
         }
@@ -51,7 +54,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
         __syncthreads();
         if (at.row() < a.rows && sure[at.warp]) {
             const Source<T> x = row_of<T>(a.logits, a.layout, at.row(), a.vocab);
-            finish_sure<WarpTeam, T, kCap>(a, at.row(), x, parts, k);
+            finish_sure<WarpTeam, T, kCap, kMode>(a, at.row(), mine, x, parts, k);
         }
     }
 }
@@ -157,17 +160,20 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
         Staged<T> x(staged + at.warp * span, 0, 0);
         const Row kind = row_kind(a, label);
         Pack v[kTile<kMode>];
+        FloatSums mine;
         if (kind == Row::kLive) {
             const Source<T> source = row_of<T>(a.logits, a.layout, at.row(), a.vocab);
             FloatSums sums;
             if constexpr (kOneTile) {
                 source.load_edge(v, 0);
-                sums = tile_sums<T, kCap, kMode>(v, source.length, k);
+                mine = tile_sums<T, kCap, kMode>(v, source.length, k);
+                sums = add_lanes<kMode>(mine);
             } else {
                 x = Staged<T>::template copy<WarpTeam>(staged + at.warp * span, source.base, source.length);
                 wait_for_copies();
                 __syncwarp();  // every lane's copies and paddings are in shared memory before any lane reads them
-                sums = warp_sums<kMode>(thread_sums<WarpTeam, T, kCap, kMode, false>(x, x, k), k.scale);
+                mine = thread_sums<WarpTeam, T, kCap, kMode, false>(x, x, k);
+                sums = warp_sums<kMode>(mine, k.scale);
             }
             if (at.lane == 0) keep_sums<kMode>(parts[at.warp], sums);
         }
@@ -196,8 +202,8 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
             if (at.row() < a.rows && sure[at.warp]) {
                 const Source<T> source = row_of<T>(a.logits, a.layout, at.row(), a.vocab);
                 const int hole = static_cast<int>(label);
-                const float s = thread_others<WarpTeam, T, kCap>(source, hole, capped<kCap>(source.at(hole), k), k);
-                others[at.warp] = warp_add(s);
+                const float logit = capped<kCap>(source.at(hole), k);
+                others[at.warp] = warp_add(thread_others<WarpTeam, T, kCap, kMode>(mine, source, hole, logit, k));
             }
             __syncthreads();  // the others' sums are written before the first warp reads them
         }

@@ -9,6 +9,7 @@
 #include FA_SIMD_HEADER
 #include "probes_cpu.h"
 #include "token_rows_cpu.h"
+#include "token_gradient_cpu.h"
 #include "token_powers_cpu.h"
 
 namespace fastalign::FA_ISA {

@@ -120,11 +120,10 @@ def forward_kernel(
 ):
     row = tl.program_id(0)
     label = tl.load(labels_ptr + row).to(tl.int64)
-    saved = saved_ptr + row.to(tl.int64) * 4
     none = nothing()
     if label == ignore_index:
         store_statistics(logps_ptr, lse_ptr, entropy_ptr, kl_ptr, mean_ptr, row, none, none, none, none, none)
-        tl.store(saved + tl.arange(0, 4), tl.zeros([4], tl.float32))
+        tl.store(saved_ptr + row.to(tl.int64) * 4 + tl.arange(0, 4), tl.zeros([4], tl.float32))
         return
     x_row = row_pointer(x_ptr, row, inner, x_outer, x_inner)
     z_row = x_row
@@ -153,10 +152,18 @@ def forward_kernel(
     logps, lse, entropy, kl, mean, m, r, ref_m, ref_r = finish(
         sums, at, ref_at, x_label, zero, V, temperature, inv_t, KL
     )
+    # `row`, by two ways, and `V`, which the compiler does not see through: it would keep what it has made of them at
+    # hand while the row is summed.
+    there = tl.where(V >= 0, row, 0)
     if logps > SURE:
-        others = sum_others(x_row, label, x_label, V, scale, cap, inv_cap, T, VEC, SOFTCAP)
+        again = tl.where(x_label == x_label, row, 0)
+        length = tl.where(x_label == x_label, V, 0)
+        hole = tl.load(labels_ptr + again).to(tl.int64)
+        x_again = row_pointer(x_ptr, again, inner, x_outer, x_inner)
+        others = sum_others(x_again, hole, x_label, length, scale, cap, inv_cap, 2 * T, SOFTCAP)
         logps, lse, m, r = make_sure(others, x_label, inv_t)
     store_statistics(logps_ptr, lse_ptr, entropy_ptr, kl_ptr, mean_ptr, row, logps, lse, entropy, kl, mean)
+    saved = saved_ptr + there.to(tl.int64) * 4
     tl.store(saved, m)
     tl.store(saved + 1, r)
     tl.store(saved + 2, ref_m)

@@ -126,17 +126,18 @@ def totals(
 
 
 @triton.jit
-def sum_others(
-    x_row, label, x_label, V, scale, cap, inv_cap, T: tl.constexpr, VEC: tl.constexpr, SOFTCAP: tl.constexpr
-):
+def sum_others(x_row, label, x_label, V, scale, cap, inv_cap, T: tl.constexpr, SOFTCAP: tl.constexpr):
     """The sum of a row's powers, relative to its target, but for the target's own. The row has just been read: it comes
     from a cache."""
-    at = tl.arange(0, T * VEC)
-    s = tl.zeros([T * VEC], tl.float32)
-    for start in range(0, V, T * VEC):
-        live = (at < V - start) & (at + start != label)
-        x = prepare(tl.load(x_row + start + at, live, other=float("-inf")), live, cap, inv_cap, SOFTCAP)
+    at = tl.arange(0, T)
+    xs = x_row + at
+    hole = label.to(tl.int32)
+    s = tl.zeros([T], tl.float32)
+    for start in range(0, V, T):
+        live = (at < V - start) & (at != hole - start)
+        x = prepare(tl.load(xs, live, other=float("-inf")), live, cap, inv_cap, SOFTCAP)
         s += tl.exp2((x - x_label) * scale)
+        xs += T
     return tl.sum(s, 0)
 
 
