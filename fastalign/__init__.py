@@ -30,6 +30,7 @@ def __getattr__(name: str) -> object:
         if name in (*names.get("__all__", ()), "__all__"):  # which is not there while `api` is being imported
             globals()[name] = names[name]
             return names[name]
+        return _moved.renamed(__name__, names, stacklevel=3)(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

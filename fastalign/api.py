@@ -7,7 +7,8 @@ from .losses.cross_entropy import cross_entropy
 from .losses.objective import Objective, attach_gradient, token_objective
 from .ops.packed import Packed, packed_sequences
 from .ops.sequences import sequence_logps
-from .ops.statistics import TokenStats, TokenStatsAndExtras, token_logps, token_stats
+from .ops.statistics import TokenStats, token_logps, token_stats
+from .utils import moved as _moved
 from .utils.version import __version__
 
 __all__ = [
@@ -16,7 +17,6 @@ __all__ = [
     "Objective",
     "Packed",
     "TokenStats",
-    "TokenStatsAndExtras",
     "__version__",
     "attach_gradient",
     "backends",
@@ -34,3 +34,5 @@ __all__ = [
     "token_stats",
     "use_backend",
 ]
+
+__getattr__ = _moved.renamed(__name__, globals())

@@ -96,7 +96,7 @@ def empty_tiles(dtype, vocab, real):
     budget = 2 * 3 * 1024 * hidden.element_size()
     stats = fa.head_token_stats(
         hidden, weight, labels, bias=bias, **reference, entropy=True, plan="recompute", chunk_bytes=budget,
-        extras=["log_sum_sq_probs"],
+        diagnostics=["log_sum_sq_probs"],
     )  # fmt: skip
     gradients = torch.autograd.grad((stats.logps + 0.5 * stats.entropy + 0.2 * stats.kl).sum(), leaves)
 

@@ -206,7 +206,7 @@ def test_narrow_labels_never_equal_a_wide_ignore_index(by, backend):
         options = {"ignore_index": value}
         yield fa.token_logps(logits, labels, **options)
         yield fa.sequence_logps(logits, labels, average=True, **options)
-        yield fa.token_stats(logits, labels, extras=["is_top1", "mean_logits"], **options).is_top1
+        yield fa.token_stats(logits, labels, diagnostics=["is_top1", "mean_logits"], **options).is_top1
         yield fa.cross_entropy(logits[0], labels[0], **options)
         yield fused_lm_loss(logits, labels, ignore_index=value)
         for source in sources(hidden, weight).values():

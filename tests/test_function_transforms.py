@@ -202,11 +202,11 @@ def test_what_is_hidden_or_excluded_makes_no_nan_under_a_transform(backend):
         assert torch.isfinite(func.jvp(f, (x,), (torch.ones_like(x),))[1])
 
 
-def test_extras_are_there_under_a_transform_too():
+def test_diagnostics_are_there_under_a_transform_too():
     names = ["log_sum_sq_probs", "mean_logits", "is_top1"]
     x = logits_of(X)
-    wanted = fa.token_stats(x, LABELS, extras=names)
-    found = func.vmap(lambda x, y: fa.token_stats(x, y, extras=names)[4:])(x, LABELS)
+    wanted = fa.token_stats(x, LABELS, diagnostics=names)
+    found = func.vmap(lambda x, y: fa.token_stats(x, y, diagnostics=names)[4:])(x, LABELS)
     torch.testing.assert_close(tuple(found), tuple(wanted[4:]))
 
 

@@ -246,10 +246,15 @@ def test_mixed_precision_of_accelerate_is_put_around_it():
         assert can_answer(model)
         calls = []
         model.lm_head.register_forward_hook(lambda *call: calls.append(call[2].shape))
-        got = logits_of(model, rows).stats(rows["labels"]).logps
+        stats = logits_of(model, rows).stats(rows["labels"], diagnostics=["is_top1", "mean_logits"])
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
     assert all(shape[:2] == (1, 1) for shape in calls)
     with torch.autocast("cpu", torch.bfloat16):
-        want = logits_of(plain, rows, fused=False).stats(rows["labels"]).logps
-    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+        want = logits_of(plain, rows, fused=False).stats(rows["labels"], diagnostics=["is_top1", "mean_logits"])
+    torch.testing.assert_close(stats.logps, want.logps, rtol=2e-2, atol=2e-2)
+    # accelerate makes what the forward returns anew, to make it float32
+    torch.testing.assert_close(stats.mean_logits, want.mean_logits, rtol=2e-2, atol=2e-2)
+    assert stats.is_top1.dtype == torch.bool
+    assert stats.is_top1.shape == rows["labels"].shape
+    assert stats.log_sum_sq_probs is None

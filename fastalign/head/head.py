@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops.diagnostics import Extras, check_extras
-from ..ops.statistics import TokenStats, TokenStatsAndExtras
+from ..ops.diagnostics import Diagnostics, asked_for
+from ..ops.statistics import TokenStats
 from ..ops.transforms import batched, transformed
 from ..ops.uncompiled import uncompiled
 from .inputs import HeadCall, live_problem, plain_head
@@ -232,8 +232,8 @@ class _HeadStats(torch.autograd.Function):
         else:
             stats = forward(problem, plan.rows, plan.columns, problem.buffers(plan.rows, plan.columns))
         ctx.stats = stats
-        if problem.extras is not None:
-            problem.found = problem.extras.results(problem.labels, stats.saved, problem.temperature)
+        if problem.diagnostics is not None:
+            problem.found = problem.diagnostics.results(problem.labels, stats.mean, stats.saved, problem.temperature)
         return stats.logps, stats.lse, stats.entropy, stats.kl, stats.mean
 
     @staticmethod
@@ -302,10 +302,11 @@ def head_token_stats(
     label_smoothing: float = 0.0,
     entropy: bool = False,
     kl: bool = False,
-    extras: Collection[str] = (),
+    diagnostics: Collection[str] = (),
     rows: Tensor | None = None,
     chunk_bytes: int | None = None,
     plan: str | None = None,
+    extras: Collection[str] | None = None,
 ) -> TokenStats:
     """`token_stats` of the logits `logit_scale * (hidden @ weight.T + bias)`, which are never held for all tokens.
 
@@ -318,7 +319,7 @@ def head_token_stats(
         labels: [...], int64 or int32; nothing is shifted inside.
         bias: [V].
         ref_hidden, ref_weight, ref_bias: the reference's, [..., H'], [V, H'] and [V], constants; with and only with kl.
-        ignore_index, temperature, softcap, label_smoothing, entropy, kl, extras: as in `token_stats`.
+        ignore_index, temperature, softcap, label_smoothing, entropy, kl, diagnostics: as in `token_stats`.
         logit_scale: the model's own factor on its logits (Granite divides by `logits_scaling`, Cohere multiplies by
             `logit_scale`), before soft-capping; for the reference too.
         rows: [...] of labels' shape, int64: which of the hidden states (counted over all dimensions but the last)
@@ -326,10 +327,11 @@ def head_token_stats(
             (`packed_rows`), or completions of one prompt whose hidden states are there once. None: its own.
         chunk_bytes: budget for logits in bytes; None: an eighth of the device's memory.
         plan: "keep", "recompute" or "project" in place of the automatic choice; see `head_plan`.
+        extras: the former name of diagnostics.
 
     Returns:
-        TokenStats(logps, lse, entropy, kl): [...] each, float32 (float64 for float64), differentiable once; with extras
-        `TokenStatsAndExtras`.
+        TokenStats(logps, lse, entropy, kl): [...] each, float32 (float64 for float64), differentiable once; with
+        diagnostics as `token_stats` gives them.
 
     Raises:
         TypeError: a dtype that is not supported, or not a tensor.
@@ -342,6 +344,7 @@ def head_token_stats(
     if plan == "objective":
         raise ValueError("plan 'objective' is for loss modules, which know the objective: loss(Head(..., plan), ...)")
     reference = None if ref_hidden is None or ref_weight is None else (ref_hidden, ref_weight, ref_bias)
+    diagnostics = asked_for(diagnostics, extras, stacklevel=4)  # beyond what `uncompiled` put around
     call = HeadCall.of(
         *(hidden, weight, bias, labels, reference, rows),
         ignore_index=ignore_index,
@@ -352,17 +355,15 @@ def head_token_stats(
         entropy=entropy,
     )
     if transformed(hidden, weight, bias):
-        return transformed_stats(call, extras)
+        return transformed_stats(call, diagnostics)
     live = live_problem(call)
-    if extras:
-        check_extras(extras)
-        live.problem.extras = Extras(extras, live.tokens.shape[0], weight.shape[0], weight.device)
+    if diagnostics:
+        live.problem.mean |= "mean_logits" in diagnostics
+        live.problem.diagnostics = Diagnostics(diagnostics, live.tokens.shape[0], weight.device)
     chosen = _plan_of(live.problem, live.tokens, weight, bias, chunk_bytes, plan)
     stats = live.spread(*_HeadStats.apply(live.problem, chosen, live.tokens, weight, bias))
-    if not extras:
-        return stats
-    found = {name: live.place(t) for name, t in live.problem.found.items()}
-    return TokenStatsAndExtras(*stats, **found)  # type: ignore[arg-type, return-value]
+    found = live.problem.found
+    return stats.with_diagnostics({name: live.place(t) for name, t in found.items()}) if found else stats
 
 
 def _plan_of(

@@ -23,7 +23,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | 
     return torch.nn.functional.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
 
 
-def transformed_stats(call: HeadCall, extras: Collection[str]) -> TokenStats:
+def transformed_stats(call: HeadCall, diagnostics: Collection[str]) -> TokenStats:
     """`head_token_stats`; differentiable in any mode and any number of times."""
     return statistics.token_stats(
         _logits(call.hidden, call.weight, call.bias, call.rows),
@@ -35,7 +35,7 @@ def transformed_stats(call: HeadCall, extras: Collection[str]) -> TokenStats:
         label_smoothing=call.label_smoothing,
         entropy=call.entropy,
         kl=call.reference is not None,
-        extras=extras,
+        diagnostics=diagnostics,
     )
 
 

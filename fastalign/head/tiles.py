@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _backends
 from ..ops.call import TokenCall
-from ..ops.diagnostics import Extras
+from ..ops.diagnostics import Diagnostics
 
 _NO_LABEL = -100  # rows of a tile are all live; this value occurs nowhere among their labels
 
@@ -75,7 +75,7 @@ class Problem:
     softcap: float
     entropy: bool
     mean: bool
-    extras: Extras | None = None  # sees every tile once
+    diagnostics: Diagnostics | None = None  # sees every tile once
     found: dict[str, Tensor] = field(default_factory=dict)  # what it made of them
 
     @property
@@ -119,8 +119,8 @@ class Problem:
         """Statistics of a tile as if its part of the vocabulary were all of it."""
         local, _ = self.local(rows, columns)
         call = self.call(logits, local, reference)
-        if self.extras is not None:
-            self.extras.add(rows, columns, call)
+        if self.diagnostics is not None:
+            self.diagnostics.add(rows, columns, call)
         return RowStats(*_backends.pick(logits).forward(call, self.entropy, self.mean))
 
     def gradient(

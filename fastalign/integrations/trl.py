@@ -22,8 +22,7 @@ from torch import Tensor
 
 from ..head.head import head_token_stats
 from ..ops import statistics as ops
-from ..ops.diagnostics import NAMES
-from ..ops.statistics import TokenStatsAndExtras
+from ..ops.results import DIAGNOSTICS
 
 __all__ = [
     "ChunkedLogProbFunction",
@@ -38,7 +37,7 @@ __all__ = [
 VERSIONS = ("1.16",)
 """Versions of TRL that `patch` knows."""
 
-_OUTPUTS = ("entropy", *NAMES)
+_OUTPUTS = ("entropy", *DIAGNOSTICS)
 _TOKENS = 4096  # rows of TRL's own tile: with its chunk_size they bound the memory for logits
 
 
@@ -82,19 +81,17 @@ class ChunkedLogProbFunction:
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device)
         size = (torch.get_autocast_dtype(device) if autocast else hidden.dtype).itemsize
-        stats = TokenStatsAndExtras(
-            *head_token_stats(
-                hidden,
-                weight,
-                targets,
-                bias=bias,
-                temperature=temperature,
-                softcap=final_logit_softcapping,
-                logit_scale=logit_scale,
-                entropy="entropy" in outputs,
-                extras=[name for name in NAMES if name in outputs],
-                chunk_bytes=_TOKENS * chunk_size * size,
-            )
+        stats = head_token_stats(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            temperature=temperature,
+            softcap=final_logit_softcapping,
+            logit_scale=logit_scale,
+            entropy="entropy" in outputs,
+            diagnostics=[name for name in DIAGNOSTICS if name in outputs],
+            chunk_bytes=_TOKENS * chunk_size * size,
         )
         return stats.logps, stats.entropy, stats.log_sum_sq_probs, stats.mean_logits, stats.is_top1
 

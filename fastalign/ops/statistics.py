@@ -17,8 +17,8 @@ from .. import _backends
 from .._backends import Forward
 from . import transforms
 from .call import TokenCall, as_saved, check_kl, check_smoothing, token_call
-from .diagnostics import of_logits
-from .results import TokenStats, TokenStatsAndExtras, smoothed
+from .diagnostics import asked_for, of_logits
+from .results import TokenStats, smoothed
 from .schema import Grads, check_backward, checked_forward, kernel_backward, library, room_for_gradient, written
 
 _Made = tuple[Tensor, Tensor, bytes]
@@ -237,8 +237,9 @@ def token_stats(
     label_smoothing: float = 0.0,
     entropy: bool = False,
     kl: bool = False,
-    extras: Collection[str] = (),
+    diagnostics: Collection[str] = (),
     inplace_backward: bool = False,
+    extras: Collection[str] | None = None,
 ) -> TokenStats:
     """Log-probability of each label and, on request, entropy and exact KL, in one read of the logits.
 
@@ -254,43 +255,44 @@ def token_stats(
             sec. 7), so that `-logps` is the smoothed cross-entropy.
         entropy: return the entropy of the distribution.
         kl: return KL(p || q) over the whole vocabulary.
-        extras: which of "log_sum_sq_probs", "mean_logits", "is_top1" to return; constants, each for a read more.
+        diagnostics: which of "log_sum_sq_probs" (two reads more), "mean_logits" (none), "is_top1" (one) to return too;
+            constants. As the entropy does, the mean may change the last bits of the other statistics.
         inplace_backward: the backward writes the gradient over `logits`, saving one buffer of their size. Their version
             counter rises, so that a later use of the old values by autograd raises. Ignored under `torch.compile`.
+        extras: the former name of diagnostics.
 
     Returns:
         TokenStats(logps, lse, entropy, kl): float32 [...] each (float64 for float64), differentiable in `logits` once.
         Under transforms of `torch.func` and with forward-mode tangents, plain torch operations take the kernels' place.
-        With extras `TokenStatsAndExtras`, which has them too.
+        Diagnostics are attributes by their names, None where not asked for, and with one of them items five to seven.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes or devices that do not match, an empty vocabulary, a label outside [0, V) (checked on CPU),
             a temperature or soft-cap that is not finite and positive, a reference that requires a gradient, an unknown
-            extra.
+            diagnostic.
     """
     asked = token_call(logits, labels, ref_logits, ignore_index, temperature, softcap)
     check_kl(kl, ref_logits)
+    if diagnostics or extras is not None:
+        diagnostics = asked_for(diagnostics, extras)
     smooth = label_smoothing != 0.0
+    want_mean = smooth or "mean_logits" in diagnostics
     if smooth:
         check_smoothing(label_smoothing)
     if transforms.transformed(logits):
-        (logps, lse, ent, div, mean), found = transforms.statistics(asked, extras)
+        (logps, lse, ent, div, mean), found = transforms.statistics(asked, diagnostics)
         logps = smoothed(logps, lse, mean, label_smoothing)
-        stats = TokenStats(logps, lse, ent if entropy else None, div)
-        return TokenStatsAndExtras(*stats, **found) if extras else stats  # type: ignore[return-value]
+        return TokenStats(logps, lse, ent if entropy else None, div).with_diagnostics(found)
     inplace = inplace_backward and not torch.compiler.is_compiling()
     if alone(logits, labels):
-        logps, lse, ent, div, mean, *_ = _call_plain(asked, entropy, smooth, inplace)
+        logps, lse, ent, div, mean, *_ = _call_plain(asked, entropy, want_mean, inplace)
     else:
-        logps, lse, ent, div, mean, *_ = torch.ops.fastalign.token_stats(*asked, entropy, smooth, inplace)
+        logps, lse, ent, div, mean, *_ = torch.ops.fastalign.token_stats(*asked, entropy, want_mean, inplace)
     if smooth:
         logps = smoothed(logps, lse, mean, label_smoothing)
     stats = TokenStats(logps, lse, ent if entropy else None, div if kl else None)
-    if not extras:
-        return stats
-    found = of_logits(extras, asked)
-    return TokenStatsAndExtras(*stats, **found)  # type: ignore[return-value]
+    return stats.with_diagnostics(of_logits(diagnostics, asked, mean)) if diagnostics else stats
 
 
 def token_logps(logits: Tensor, labels: Tensor, **options) -> Tensor:

@@ -16,7 +16,6 @@ from torch.autograd import forward_ad
 
 from .. import _backends
 from .call import TokenCall, check_call
-from .diagnostics import check_extras
 
 # Bound here: looking them up takes longer than they do. (`torch._C`, `_current_level`; torch 2.6 to 2.13 have them.)
 active = torch._C._are_functorch_transforms_active
@@ -46,12 +45,11 @@ def _without_levels(t: Tensor) -> Tensor | None:
 
 
 def statistics(
-    call: TokenCall, extras: Collection[str] = ()
+    call: TokenCall, diagnostics: Collection[str] = ()
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor], dict[str, Tensor]]:
-    """(logps, lse, entropy, kl, mean), [...] each, and the extras that were asked for; 0 where ignored."""
+    """(logps, lse, entropy, kl, mean), [...] each, and the diagnostics that are asked for; 0 where ignored."""
     check_call(call)
     logits, labels, reference, ignore_index, temperature, softcap = call
-    check_extras(extras)
     plain = _without_levels(labels)
     if plain is not None:
         _backends.check_labels(plain, ignore_index, logits.shape[-1])
@@ -81,7 +79,7 @@ def statistics(
     def shown(t: Any) -> Any:
         return None if t is None else torch.where(live, t, torch.zeros((), dtype=t.dtype, device=t.device))
 
-    return tuple(map(shown, found)), {name: shown(more[name]()).detach() for name in extras}  # type: ignore[return-value]
+    return tuple(map(shown, found)), {name: shown(more[name]()).detach() for name in diagnostics}  # type: ignore[return-value]
 
 
 def batched(*grads: Tensor | None) -> bool:

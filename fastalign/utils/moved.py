@@ -1,4 +1,5 @@
-"""Modules under the names that they had before: importing one gives the module of today and a DeprecationWarning."""
+"""Modules and their contents under the names that they had before: importing one gives what it is today and a
+DeprecationWarning."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
 MOVED = {
@@ -71,6 +72,21 @@ MOVED = {
     "bench_command": "cli.bench",
 }
 """Old name → new name, both below `fastalign`."""
+
+NAMES = {"TokenStatsAndExtras": "TokenStats"}
+"""Old name → new name of what modules offer."""
+
+
+def renamed(module: str, contents: Mapping[str, object], stacklevel: int = 2) -> Callable[[str], object]:
+    """A `__getattr__` for a module: what has another name now."""
+
+    def __getattr__(name: str) -> object:
+        if NAMES.get(name) not in contents:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(f"{module}.{name} is now {module}.{NAMES[name]}", DeprecationWarning, stacklevel=stacklevel)
+        return contents[NAMES[name]]
+
+    return __getattr__
 
 
 class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
