@@ -101,7 +101,7 @@ _DPO = re.compile(
     r"|\* sigmoid\((\w+)\) - \w+ \* sigmoid\(-\4\)",
     re.MULTILINE,
 )
-_K3 = re.compile(r"expm1f?(?:_of)?\(\(?-[a-z_]\w*\)?[.)]|\bexp\(-(\w+)\) - 1(?:\.0f?)? \+ \1\b")
+_K3 = re.compile(r"expm1f?(?:_of)?\(\(?-([a-z_]\w*)\b.*\+ \1\b|\bexp\(-(\w+)\) - 1(?:\.0f?)? \+ \2\b")
 
 
 def _lines(pattern: re.Pattern[str]) -> Callable[[str], Iterator[int]]:

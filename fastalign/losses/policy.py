@@ -8,6 +8,7 @@ are averaged (`normalization`) and what holds the policy close to another (`kl_c
 
 from __future__ import annotations
 
+from types import NoneType
 from typing import Any
 
 import torch
@@ -240,12 +241,11 @@ class PPOLoss(LogitsLoss):
             got = f"{'None' if ref_logits is None else 'ref_logits'} with kl_estimator={self.config['kl_estimator']!r}"
             raise ValueError(f"ref_logits go with kl_estimator='exact', and with no other; got {got}")
         given = {"ref_logps": ref_logps, "sampler_logps": sampler_logps}
-        inputs = None
-        if isinstance(logits, Tensor) and not self.fuse_backward:
+        if isinstance(logits, Tensor) and isinstance(ref_logits, (Tensor, NoneType)) and not self.fuse_backward:
             inputs = self._inputs(labels, old_logps, advantages, given, num_items)
-        if inputs is not None:
-            call = self.call(logits, labels, ref_logits)
-            found = self.fused.of_logits(call, inputs, _grouping(labels), self.inplace_backward)
+            call, found = self.call(logits, labels, ref_logits), None
+            if inputs is not None:
+                found = self.fused.of_logits(call, inputs, _grouping(labels), self.inplace_backward)
             if found is not None:
                 return PolicyLossOutput(*found)
         head = known_objective(logits, labels, self.ignore_index)

@@ -138,7 +138,7 @@ def direct_gradient(
 def _kept_gradient(ctx: Any, g_logps: Tensor | None, g_lse: Tensor | None) -> Tensor:
     """The logits' gradient after a direct forward."""
     logits, labels = ctx.saved_tensors
-    if g_lse is None and not ctx.inplace:
+    if g_logps is not None and g_lse is None and not ctx.inplace:
         found = direct_gradient(logits, labels, ctx.options, None, ctx.kept, g_logps, 0)
         if found is not None:
             return found
