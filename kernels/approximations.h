@@ -123,8 +123,8 @@ FA_HD double natural_log1p(double x) {
 #endif
 }
 
-// 1 - e^-x to a relative error below 2e-7.
-FA_HD float one_less_power(float x) { return -expm1f(-x); }
+// 1 - e^x to a relative error below 2e-7.
+FA_HD float one_less_power(float x) { return -expm1f(x); }
 
 // 2^x for a factor of float32 accuracy, such as a row's; on the device without float64's long way.
 FA_HD double power_of_row(double x) {

@@ -148,7 +148,7 @@ struct Coefficients {
 // moves with its own logit by 1 - p. Where p is near 1 that is not to be had from p; but then the pivot is the target's
 // logit, and log p is -r.
 FA_HD Coefficients at_target(Coefficients c, float label) {
-    if (label == c.pivot) c.a = c.own, c.delta *= one_less_power(c.r);
+    if (label == c.pivot) c.a = c.own, c.delta *= one_less_power(-c.r);
     c.kappa += c.delta;
     return c;
 }

@@ -148,7 +148,7 @@ def backward(
     bend = bend.expand_as(p)
     dx = _weighted(p, alpha + bend) + kappa
     target, p, bend = x.gather(-1, index), p.gather(-1, index), bend.gather(-1, index)
-    rest = torch.where(target == 0, -torch.expm1(-r), 1 - p)
+    rest = torch.where(target == 0, -torch.expm1(0 - r), 1 - p)
     dx.scatter_(-1, index, _weighted(p, own + bend) + _weighted(delta, rest) + kappa)
     if squash is not None:
         dx = dx * squash

@@ -203,7 +203,7 @@ def certain_targets(dtype, vocab, places, *, leads=LEADS, everything=True):
 
 
 def certain_losses(dtype):
-    """Cross-entropy, SFT in two reads and in one launch, DPO: the gradients of the targets' logits, of 1 - p each."""
+    """Cross-entropy, SFT in two reads and in one, DPO: the gradients of the targets' logits, of 1 - p each."""
     places = (0, 700, 1299)
     x, labels = certain(dtype, 1300, places)
     exact, rest, _ = complement(x, labels)
@@ -225,9 +225,9 @@ def certain_losses(dtype):
     count = labels.numel()
     mean = torch.full((count,), -1 / count)
     check(lambda t: fa.cross_entropy(t.view(-1, 1300), labels.view(-1)), mean, -exact.mean())
-    for one_launch in (False, True) if _backends.choose(x) != "eager" else (False,):
-        sft = fa.losses.SFTLoss(one_launch=one_launch)
-        check(lambda t, sft=sft: sft(t, labels).loss, mean, -exact.mean(), 1 / float(rest.max()) if one_launch else 1)
+    for fused in (False, True) if _backends.choose(x) != "eager" else (False,):
+        sft = fa.losses.SFTLoss(fuse_backward=fused)
+        check(lambda t, sft=sft: sft(t, labels).loss, mean, -exact.mean(), 1 / float(rest.max()) if fused else 1)
     # Rows 0 and 1 are chosen, 2 and 3 rejected, without a reference.
     chosen, rejected = exact.view(4, 3).sum(-1).chunk(2)
     slope = -0.1 * torch.sigmoid(-0.1 * (chosen - rejected)) / 2

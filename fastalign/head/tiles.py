@@ -164,7 +164,7 @@ class _Merger:
         sure = part.logps == -part.saved[..., 1]
         if inside is not None:
             target, sure = torch.where(inside, target, 0), sure & inside
-        others = torch.where(sure, lse + torch.log(-torch.expm1(-r)), lse)
+        others = torch.where(sure, lse + torch.log(-torch.expm1(part.logps.double())), lse)
         label = torch.where(sure, m, 0)
         # E[x] and E[x - z] under the part's own softmax
         mean_x = zero if part.entropy is None else lse - part.entropy
