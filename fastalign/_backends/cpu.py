@@ -221,16 +221,18 @@ def loss(
     code, threads = _RESULTS.get(dtype), torch.get_num_threads()
     if code is None:
         return None
+    sequences, list_size = grouping
     live, kept, results = _C.loss_forward(
-        logits, labels, options, reference, inplace, program, given, *grouping, wanted, code, threads
+        logits, labels, options, reference, inplace, program, given, sequences, list_size, wanted, code, threads
     )
+    if live >= 0:
+        return results, kept
     if live == _UNUSUAL and not inplace:  # a dense copy would hide logits that share memory, which are not written over
         dense, given = (logits.contiguous(), labels.contiguous()), tuple([_as_given(x) for x in given])
         reference = None if reference is None else reference.contiguous()
-        live, kept, results = _C.loss_forward(
-            *dense, options, reference, inplace, program, given, *grouping, wanted, code, threads
-        )
-    return (results, kept) if live >= 0 or _done(live, labels, options, logits) else None
+        rest = (program, given, sequences, list_size, wanted, code, threads)
+        live, kept, results = _C.loss_forward(*dense, options, reference, inplace, *rest)
+    return (results, kept) if _done(live, labels, options, logits) else None
 
 
 def loss_terms(

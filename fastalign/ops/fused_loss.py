@@ -45,7 +45,7 @@ class _FusedLoss(torch.autograd.Function):
     """A loss that is known with the way to its gradient.
 
     `made`: the loss, which as an argument of its own would come back as a view; a function from (what it knows, the
-    gradient of the loss, saved tensors) to the gradients of the tensors; what it knows; whether it needs the tensors.
+    gradient of the loss, saved tensors) to None and those of the tensors; what it knows; whether it needs these.
     """
 
     @staticmethod
@@ -57,7 +57,7 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return None, *ctx.pull(ctx.known, gradient, ctx.saved_tensors)
+        return ctx.pull(ctx.known, gradient, ctx.saved_tensors)
 
 
 _node = statistics.node_of(_FusedLoss)
@@ -67,17 +67,17 @@ _OfLogits = tuple[int, bytes, tuple[int, float, float], bool]
 """Bits of the statistics that the loss moves with, whose slopes were kept; what was kept; options; in place."""
 
 
-def _to_logits(known: _OfLogits, gradient: Tensor, saved: tuple[Any, ...]) -> tuple[Tensor, None, None]:
+def _to_logits(known: _OfLogits, gradient: Tensor, saved: tuple[Any, ...]) -> tuple[None, Tensor, None, None]:
     """By the backward kernel: tensors are logits, labels and the reference's logits or None."""
     which, kept, options, inplace = known
     logits, labels, reference = saved
     found = None if inplace else statistics.direct_gradient(logits, labels, options, reference, kept, gradient, which)
     if found is not None:
-        return found, None, None
+        return None, found, None, None
     rows, slopes = _backends.kept_rows(kept, labels, which)
     grads = _of_statistics(which, gradient, labels, slopes)
     call = TokenCall(logits, labels, reference, *options)
-    return statistics.gradient(call, *rows, grads, inplace), None, None
+    return None, statistics.gradient(call, *rows, grads, inplace), None, None
 
 
 def _of_statistics(which: int, gradient: Tensor, labels: Tensor, slopes: Tensor | None) -> statistics.Grads:
@@ -99,12 +99,12 @@ def _times(gradient: Tensor, slope: Tensor) -> Tensor:
     return gradient * slope if gradient.dim() == 0 else (gradient.unsqueeze(-1) * slope.view(len(gradient), -1))
 
 
-def _to_statistics(slopes: Sequence[Tensor], gradient: Tensor, saved: tuple[Any, ...]) -> list[Tensor]:
+def _to_statistics(slopes: Sequence[Tensor], gradient: Tensor, saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
     """To statistics that are differentiable themselves."""
-    return [_times(gradient, slope).view(t.shape) for slope, t in zip(slopes, saved, strict=True)]
+    return None, *[_times(gradient, slope).view(t.shape) for slope, t in zip(slopes, saved, strict=True)]
 
 
-def _hand_on(known: list[Sequence[Tensor | None]], scale: Tensor, saved: tuple[Any, ...]) -> Sequence[Tensor | None]:
+def _hand_on(known: list[Sequence[Tensor | None]], scale: Tensor, saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
     """Gradients that are formed already; they are handed on once."""
     if not known:
         raise RuntimeError(
@@ -113,11 +113,11 @@ def _hand_on(known: list[Sequence[Tensor | None]], scale: Tensor, saved: tuple[A
         )
     gradients = known.pop()
     if transforms.batched(scale):  # one gradient for each
-        return [None if gradient is None else gradient * scale for gradient in gradients]
+        return None, *[None if gradient is None else gradient * scale for gradient in gradients]
     for gradient in gradients:
         if gradient is not None:
             _backends.pick(gradient).scale(gradient, scale)  # the buffer is ours
-    return gradients
+    return None, *gradients
 
 
 def attach_gradients(loss: Tensor, tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> Tensor:
@@ -258,9 +258,9 @@ class FusedLoss:
     # ------------------------------------------------------------------------------------------------------- running
     def _given(self, inputs: Sequence[Input]) -> tuple[_Compiled | str, tuple[Any, ...]]:
         """The program for inputs, and what it takes of them, in its order."""
-        there = [x for x in inputs if x.value is not None]
-        if not there:
+        if not inputs:
             return self.compiled(()), ()
+        there = [x for x in inputs if x.value is not None]
         found = self.compiled(tuple([(name, level) for name, _, level in there]))
         if isinstance(found, str):
             return found, ()
@@ -280,7 +280,7 @@ class FusedLoss:
         None where it is not known to be all right: for other tensors, for what does not trace, and where somebody
         watches. The general path then does it or says what is wrong.
         """
-        logits, labels, reference = call[:3]
+        logits, labels, reference, ignore_index, temperature, softcap = call
         if not statistics.alone(logits, labels) or labels.dim() < 1:
             return None
         cpu = _backends.direct(logits)
@@ -290,7 +290,7 @@ class FusedLoss:
         if isinstance(found, str):
             return None
         wanted = logits.requires_grad and torch.is_grad_enabled()
-        inplace, options = wanted and inplace_backward, call.options
+        inplace, options = wanted and inplace_backward, (ignore_index, temperature, softcap)
         made = cpu.loss(logits, labels, options, reference, inplace, found.handle, given, grouping, wanted, dtype)
         if made is None:
             return None
