@@ -1,6 +1,7 @@
 """Where ours is behind: cases slower than the best peer, and those furthest from what the machine allows.
 
     python bench/behind.py results.json
+    python bench/behind.py sweep.json other.json --update README.md    rewrite the table of sweeps between its markers
 
 A case is behind where our median exceeds the best peer's by more than 5 % and 10 µs; the exit status is then 1. Of the
 limit: the time that the bytes that have to be moved (of the fused head: the bare matrix products) take, measured in the
@@ -13,13 +14,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from _results import label, merged, results_file
+from report import update
 
 OURS = "fastalign"
 SHARE, SECONDS = 0.05, 10e-6
 _LEAST = 1e-3
+_LARGE = 1 << 20
+BEGIN = "<!-- sweeps: written by bench/behind.py -->"
+END = "<!-- end of sweeps -->"
 
 
 class Standing(NamedTuple):
@@ -66,10 +73,45 @@ def text(results: dict[str, Any]) -> str:
     return "\n".join(lines + [f"  {name:<58}{100 * share:.0f} %" for share, name in furthest(results)])
 
 
+def _span(cases: list[dict[str, Any]], large: bool) -> str:
+    """How many times as fast as the fastest peer ours is, over the cases from 2^20 logits on, or over the others."""
+    found = [
+        min(row["median"] for row in case["variants"].values() if not row["ours"]) / case["variants"][OURS]["median"]
+        for case in cases
+        if case["suite"] != "gae" and (case["rows"] * case["vocab"] >= _LARGE) == large  # GAE has no logits
+    ]
+    if not found:
+        return "-"
+    return f"{min(found):.2f} to {max(found):.1f}, median {median(found):.2f} ({len(found)})"
+
+
+def table(sweeps: list[dict[str, Any]]) -> str:
+    """A row for each sweep."""
+    lines = [
+        "| sweep | cases | behind | from 2^20 logits on | below |",
+        "| --- | ---: | ---: | --- | --- |",
+    ]
+    for results in sweeps:
+        env, every = results["environment"], list(standings(results))
+        cases = [case for case in results["cases"] if len({row["ours"] for row in case["variants"].values()}) == 2]
+        commit = f"{(env['commit'] or 'no commit')[:12]}{' with uncommitted changes' if env['dirty'] else ''}"
+        where = f"{env['cpu']}, {env['threads']} threads, {env['isa']}, {env['date'][:10]}, {commit}"
+        late = sum(standing.behind for standing in every)
+        lines.append(f"| {where} | {len(every)} | {late} | {_span(cases, True)} | {_span(cases, False)} |")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=results_file, nargs="+", help="later files' cases win")
-    results = merged(parser.parse_args(argv).results)
+    parser.add_argument("--update", type=Path, metavar="FILE", help="rewrite the table of sweeps, a row for each file")
+    arguments = parser.parse_args(argv)
+    if arguments.update:
+        text_before = arguments.update.read_text(encoding="utf-8")
+        after = update(text_before, table(arguments.results), BEGIN, END)
+        arguments.update.write_text(after, encoding="utf-8")
+        return 0
+    results = merged(arguments.results)
     print(text(results))
     return int(any(standing.behind for standing in standings(results)))
 

@@ -138,3 +138,18 @@ def test_furthest_from_the_limit(module):
     cases = [case(1e-3 * (2 + i), 1.0, share) for i, share in enumerate([0.9, 0.2, 0.5])] + [case(1e-5, 1.0, 0.01)]
     found = module("behind").furthest({"cases": cases}, 2)
     assert [share for share, _ in found] == [0.2, 0.5]  # what takes 10 us is not looked at
+
+
+def test_a_table_of_sweeps(module, tmp_path):
+    """A row each: how many are behind, and the ratios of large and of small cases."""
+    env = {"cpu": "x", "threads": 1, "isa": "avx2", "date": "2026-01-02T03", "commit": "abc", "dirty": False}
+    cases = [case(1.0, 2.0), case(0.5, 0.4), case(1e-5, 3e-5)]  # two of 4e9 and 2e9 logits, one of 40,000
+    file, page = tmp_path / "results.json", tmp_path / "page.md"
+    file.write_text(json.dumps({"environment": env, "cases": cases}))
+    behind = module("behind")
+    page.write_text(f"before\n{behind.BEGIN}\nold\n{behind.END}\nafter\n")
+    for _ in range(2):
+        assert behind.main([str(file), str(file), "--update", str(page)]) == 0
+        row = "| x, 1 threads, avx2, 2026-01-02, abc | 3 | 1 | 0.80 to 2.0, median 1.40 (2) | 3.00 to 3.0, median 3.00 (1) |"
+        assert page.read_text().splitlines()[4:6] == [row, row]
+    assert page.read_text().startswith("before\n") and page.read_text().endswith("\nafter\n")
