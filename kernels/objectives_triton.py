@@ -14,6 +14,7 @@ from .loss_program_triton import depends, slope, values
 from .token_call import TokenCall
 from .token_formulas_triton import SURE, coefficients, finish, make_sure
 from .token_gradient_triton import (
+    label_gradient,
     write_edges,
     write_gradient,
     write_label_gradient,
@@ -192,6 +193,7 @@ def objective_kernel(
     )
     SLOPE: tl.constexpr = MOVES[2] or MOVES[3]
     LINEAR: tl.constexpr = MOVES[3]
+    at_label = label_gradient(x_label, z_label, c, scale, inv_cap, SLOPE, LINEAR, MEAN, SOFTCAP)
     if FITS:
         write_edges(x_edges, z_edges, out_row, head, c, V, scale, cap, inv_cap, R, T, VEC, SOFTCAP, SLOPE, LINEAR, MEAN)
         write_registers(xs, zs, out_row, head, c, V, scale, cap, inv_cap, T, VEC, ALIGNED, SOFTCAP, SLOPE, LINEAR, MEAN)
@@ -199,7 +201,7 @@ def objective_kernel(
         write_gradient(
             x_row, z_row, out_row, c, V, scale, cap, inv_cap, R, T, VEC, False, ALIGNED, SOFTCAP, SLOPE, LINEAR, MEAN
         )
-    write_label_gradient(x_label, z_label, out_row, label, c, V, scale, inv_cap, SLOPE, LINEAR, MEAN, SOFTCAP)
+    write_label_gradient(at_label, out_row, label, V)
 
 
 # ------------------------------------------------------------------------------------------------------------ launches

@@ -51,13 +51,10 @@ def gradient(
 
 
 @triton.jit
-def write_label_gradient(
+def label_gradient(
     x_label,
     z_label,
-    out_row,
-    label,
     c,
-    V,
     scale,
     inv_cap,
     SLOPE: tl.constexpr,
@@ -65,13 +62,19 @@ def write_label_gradient(
     MEAN: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """The target's element once more, with its delta: cheaper than to look for the target in every tile.
+    """The gradient of the target's element, with its delta. Found before the row's, beside which nothing but this one
+    number is then at hand."""
+    c, delta = at_target(c, x_label)
+    return gradient(x_label, z_label, delta, c, scale, inv_cap, SLOPE, KL, MEAN, SOFTCAP)
+
+
+@triton.jit
+def write_label_gradient(dx, out_row, label, V):
+    """Writes the target's element once more: cheaper than to look for the target in every tile.
 
     The barrier orders this write behind that of the thread which wrote the element's tile.
     """
     tl.debug_barrier()
-    c, delta = at_target(c, x_label)
-    dx = gradient(x_label, z_label, delta, c, scale, inv_cap, SLOPE, KL, MEAN, SOFTCAP)
     real = (label >= 0) & (label < V)
     tl.store(out_row + tl.where(real, label, 0), dx.to(out_row.dtype.element_ty), real)
 

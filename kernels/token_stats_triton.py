@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .token_call import TokenCall
 from .token_formulas_triton import SURE, coefficients, finish, make_sure
-from .token_gradient_triton import write_gradient, write_label_gradient, write_zeros
+from .token_gradient_triton import label_gradient, write_gradient, write_label_gradient, write_zeros
 from .token_layout_triton import (
     LOG2E,
     lanes_of,
@@ -241,10 +241,13 @@ def backward_kernel(
     z_label = x_label
     if KL:
         z_label = label_logit(z_row, label, V, cap, inv_cap, SOFTCAP)
+    if g_logps_ptr is not None:
+        at_label = label_gradient(x_label, z_label, c, scale, inv_cap, SLOPE, KL, MEAN, SOFTCAP)
     tl.debug_barrier()  # in place, another warp may write over the target's logit before this one has read it
     write_gradient(x_row, z_row, out_row, c, V, scale, cap, inv_cap, R, T, VEC, ONE, ALIGNED, SOFTCAP, SLOPE, KL, MEAN)
     if g_logps_ptr is not None:
-        write_label_gradient(x_label, z_label, out_row, label, c, V, scale, inv_cap, SLOPE, KL, MEAN, SOFTCAP)
+        label = tl.load(labels_ptr + row).to(tl.int64)  # once more: it is not kept at hand while the row is written
+        write_label_gradient(at_label, out_row, label, V)
 
 
 # ------------------------------------------------------------------------------------------------------------ launches
