@@ -230,7 +230,7 @@ def loss(
     if live == _UNUSUAL and not inplace:  # a dense copy would hide logits that share memory, which are not written over
         dense, given = (logits.contiguous(), labels.contiguous()), tuple([_as_given(x) for x in given])
         reference = None if reference is None else reference.contiguous()
-        rest = (program, given, sequences, list_size, wanted, code, threads)
+        rest: tuple[Any, ...] = (program, given, sequences, list_size, wanted, code, threads)
         live, kept, results = _C.loss_forward(*dense, options, reference, inplace, *rest)
     return (results, kept) if _done(live, labels, options, logits) else None
 
