@@ -32,7 +32,8 @@ def _ours(logits: Tensor, labels: Tensor) -> Run:
 def _kernel(logits: Tensor, labels: Tensor) -> Run:
     """The compiled function by itself, its arguments ready: results allocated, addresses taken."""
     logps, lse, saved = (torch.empty(labels.shape + tail) for tail in ((), (), (4,)))
-    tokens = _backends.cpu.tokens(logits, labels, None, -100, 1.0, 0.0)
+    call = _backends.TokenCall(logits, labels, None, -100, 1.0, 0.0)
+    tokens = _backends.cpu.tokens(call, labels)
     addresses = (logps.data_ptr(), lse.data_ptr(), 0, 0, 0, saved.data_ptr())
     return partial(_call, (logits, labels, logps, lse, saved), tokens, addresses)
 

@@ -84,8 +84,9 @@ def test_one_read_and_one_write(cuda_simulator, vocab, dtype, misaligned):
         assert margin(found["forward"][0]) >= 1.8
         assert margin(found["backward"][0]) >= 2
         # Each of the ten steps of the loss's program takes up to 90 instructions, forward and backward, of one warp for
-        # the eight short rows of its block, whose logits take 5,200 altogether.
-        assert margin(found["objective"][0]) >= (1.7 if vocab <= 1000 else 2)
+        # the eight short rows of its block, whose logits take 5,200 altogether. Of long rows they and the question
+        # whether a row is sure of its target leave 1.989 at least.
+        assert margin(found["objective"][0]) >= (1.7 if vocab <= 1000 else 1.98)
 
 
 @pytest.mark.parametrize(("arch", "vocab", "steps"), [("sm_80", 32000, 1), ("sm_80", 128256, 2), ("sm_120", 151936, 1)])
