@@ -64,13 +64,13 @@ def cross_entropy(
         TypeError: class probabilities as target, unsupported dtypes, an ignore_index that is not an int.
         ValueError: shapes that do not match, an unknown reduction, a target outside [0, C) (checked on CPU).
     """
-    check_ignore_index(ignore_index)
     if size_average is not None or reduce is not None:
         reduction = _legacy(size_average, reduce)
     if weight is None and label_smoothing == 0.0 and reduction in _PLAIN:
         found = _fused(input, target, ignore_index, _PLAIN[reduction])
         if found is not None:
             return found
+    check_ignore_index(ignore_index)
     if isinstance(target, Tensor) and target.dtype == torch.uint8:
         target = target.long()
     logits = _checked(input, target)

@@ -67,17 +67,18 @@ _OfLogits = tuple[int, bytes, tuple[int, float, float], bool]
 """Bits of the statistics that the loss moves with, whose slopes were kept; what was kept; options; in place."""
 
 
-def _to_logits(known: _OfLogits, gradient: Tensor, saved: tuple[Any, ...]) -> tuple[None, Tensor, None, None]:
-    """By the backward kernel: tensors are logits, labels and the reference's logits or None."""
+def _to_logits(known: _OfLogits, gradient: Tensor, saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+    """By the backward kernel: tensors are logits, labels and the reference's logits, if there is one."""
     which, kept, options, inplace = known
-    logits, labels, reference = saved
+    logits, labels, *more = saved
+    reference = more[0] if more else None
     found = None if inplace else statistics.direct_gradient(logits, labels, options, reference, kept, gradient, which)
-    if found is not None:
-        return None, found, None, None
-    rows, slopes = _backends.kept_rows(kept, labels, which)
-    grads = _of_statistics(which, gradient, labels, slopes)
-    call = TokenCall(logits, labels, reference, *options)
-    return None, statistics.gradient(call, *rows, grads, inplace), None, None
+    if found is None:
+        rows, slopes = _backends.kept_rows(kept, labels, which)
+        grads = _of_statistics(which, gradient, labels, slopes)
+        call = TokenCall(logits, labels, reference, *options)
+        found = statistics.gradient(call, *rows, grads, inplace)
+    return (None, found, None, None) if more else (None, found, None)
 
 
 def _of_statistics(which: int, gradient: Tensor, labels: Tensor, slopes: Tensor | None) -> statistics.Grads:
@@ -258,8 +259,6 @@ class FusedLoss:
     # ------------------------------------------------------------------------------------------------------- running
     def _given(self, inputs: Sequence[Input]) -> tuple[_Compiled | str, tuple[Any, ...]]:
         """The program for inputs, and what it takes of them, in its order."""
-        if not inputs:
-            return self.compiled(()), ()
         there = [x for x in inputs if x.value is not None]
         found = self.compiled(tuple([(name, level) for name, _, level in there]))
         if isinstance(found, str):
@@ -286,7 +285,7 @@ class FusedLoss:
         cpu = _backends.direct(logits)
         if cpu is None:
             return None
-        found, given = self._given(inputs)
+        found, given = self._given(inputs) if inputs else (self.compiled(()), ())
         if isinstance(found, str):
             return None
         wanted = logits.requires_grad and torch.is_grad_enabled()
@@ -297,7 +296,8 @@ class FusedLoss:
         results, kept = made
         if wanted:
             made = (results[0], _to_logits, (found.which, kept, options, inplace), True)
-            results[0] = _node(made, logits, labels, reference)
+            more = () if reference is None else (reference,)
+            results[0] = _node(made, logits, labels, *more)
         return results
 
     def of_statistics(

@@ -125,7 +125,7 @@ def direct_gradient(
 ) -> Tensor | None:
     """The logits' gradient in one compiled call (`cpu.loss_backward`), where that sees all that there is and no further
     derivative is wanted."""
-    if torch.is_grad_enabled() or not unwatched(logits, labels):
+    if torch.is_grad_enabled() or not (type(logits) is Tensor is type(labels)) or _modes():
         return None
     cpu = _backends.direct(logits)
     if cpu is None or not (cpu.SEES_BATCHES or not transforms.batched(upstream)):
