@@ -64,6 +64,29 @@ def cuda_simulator():
     return _module_from(path, "cuda_simulator_under_test").Simulator(nvcc, "sm_90a")
 
 
+def _backends():
+    """(name, instruction set): plain PyTorch, the CPU's kernels by every set there is, CUDA's in the simulator."""
+    from fastalign._backends import cpu_isas
+
+    return [("eager", None), *(("cpu", isa) for isa in cpu_isas()), ("cuda", None)]
+
+
+@pytest.fixture(params=_backends(), ids=lambda b: b[1] or b[0])
+def backend(request):
+    """Each backend in its turn; a test module's SIMULATION are options of the simulator."""
+    import fastalign
+
+    name, isa = request.param
+    with contextlib.ExitStack() as stack:
+        if name == "cuda":
+            simulator = request.getfixturevalue("cuda_simulator")
+            stack.enter_context(simulator(**getattr(request.module, "SIMULATION", {})))
+            stack.enter_context(simulator.raising())
+        else:
+            stack.enter_context(fastalign.use_backend(name, isa=isa))
+        yield name
+
+
 _SCORER = """
 class SentimentIntensityAnalyzer:
     def polarity_scores(self, text):

@@ -81,7 +81,7 @@ def test_four_graphs_at_most_serve_ten_lengths(name, caplog):
 
 
 def test_a_compiled_model_with_the_fused_loss_has_four_graphs_at_most():
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers (the extra `train`)")
     sizes = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "attn_implementation": "eager"}
     torch.manual_seed(0)

@@ -1,29 +1,11 @@
 """Targets whose probability is near 1: log-probabilities that are never above 0, and what is left of the gradient."""
 
-import contextlib
-
 import pytest
 import torch
 
-import fastalign as fa
-from fastalign import _backends
-
-BACKENDS = [("eager", None), *(("cpu", isa) for isa in _backends.cpu_isas()), ("cuda", None)]
+SIMULATION = {"check_uninit": True, "check_races": True}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@pytest.fixture(params=BACKENDS, ids=lambda b: b[1] or b[0])
-def backend(request):
-    name, isa = request.param
-    with contextlib.ExitStack() as stack:
-        if name == "cuda":
-            simulator = request.getfixturevalue("cuda_simulator")
-            stack.enter_context(simulator(check_uninit=True, check_races=True))
-            stack.enter_context(simulator.raising())
-        else:
-            stack.enter_context(fa.use_backend(name, isa=isa))
-        yield name
 
 
 # The place of the target: at both ends, at both sides of the ends of vectors, of runs that a loop takes at once, and of

@@ -118,7 +118,7 @@ def test_the_builds_switch():
         assert setup_py(FASTALIGN_CUDA="auto", PATH=empty).returncode == 0
         missing = setup_py(FASTALIGN_CUDA="1", PATH=empty)
     if missing.returncode == 0:
-        pytest.skip("nvcc comes from a package")
+        pytest.skip("needs an environment without the package nvidia-cuda-nvcc")
     assert "there is no nvcc: set CUDA_HOME, put nvcc on PATH, or install nvidia-cuda-nvcc" in missing.stderr
 
 

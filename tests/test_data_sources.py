@@ -227,7 +227,7 @@ class TestJSON:
 
 class TestObjects:
     def test_data_frames_and_dicts_of_splits(self):
-        frame = pytest.importorskip("pandas").DataFrame(ROWS, index=[5, 6, 7, 8])
+        frame = pytest.importorskip("pandas", reason="needs pandas").DataFrame(ROWS, index=[5, 6, 7, 8])
         assert list(read_rows(frame)) == ROWS
         rows = datasets.Dataset.from_list(ROWS)
         assert list(read_rows(datasets.DatasetDict(test=rows.select([0]), train=rows))) == ROWS

@@ -1,28 +1,9 @@
 """Rows and tiles of nothing but -inf, of the policy and of the reference, on every backend."""
 
-import contextlib
-
 import pytest
 import torch
 
-import fastalign as fa
-from fastalign import _backends
-
-BACKENDS = [("eager", None), *(("cpu", isa) for isa in _backends.cpu_isas()), ("cuda", None)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(params=BACKENDS, ids=lambda b: b[1] or b[0])
-def backend(request):
-    name, isa = request.param
-    with contextlib.ExitStack() as stack:
-        if name == "cuda":
-            simulator = request.getfixturevalue("cuda_simulator")
-            stack.enter_context(simulator())
-            stack.enter_context(simulator.raising())
-        else:
-            stack.enter_context(fa.use_backend(name, isa=isa))
-        yield name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
