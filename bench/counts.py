@@ -179,7 +179,7 @@ def structure(root: Path) -> list[Row]:
                         place = f"{kernel} in {node.name} {name}:{line}"
                         ways.setdefault(_WAYS.get(kernel, kernel), []).append(place)
     bindings = code(root / "csrc" / "bindings.cpp")
-    entries = tuple(re.findall(r'\bm\.def\(\s*"(\w+)"', bindings))
+    entries = tuple(re.findall(r'\b(?:m\.def\(|def_fast<&\w+>\(m,)\s*"(\w+)"', bindings))
     return [
         Row(
             "ways from logits into the kernels", len(ways), 2, tuple(f"{w}: {p}" for w, ps in ways.items() for p in ps)

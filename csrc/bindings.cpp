@@ -12,6 +12,7 @@
 #include "../kernels/large_blocks.h"
 #include "../kernels/token_stats_cpu.h"
 #include "arguments.h"
+#include "fast_calls.h"
 #include "losses.h"
 #include "tensors.h"
 
@@ -221,11 +222,14 @@ PYBIND11_MODULE(_C, m) {
               return tensor_type().exchange != nullptr;
           });
     m.attr("UNUSUAL") = kUnusual;
-    py::class_<LossProgram>(m, "LossProgram").def(py::init(&make_program));
-    m.def("loss_forward", &loss_forward);
-    m.def("loss_terms", &loss_terms);
-    m.def("loss_backward", &loss_backward);
-    m.def("logps_forward", &logps_forward);
+    m.def("loss_program", [](const py::list& codes, const std::vector<int>& kinds, int loss,
+                             const std::vector<int>& outputs, bool lists, const std::vector<int>& found) {
+        return py::object(held(make_program(codes, kinds, loss, outputs, lists, found).release()));
+    });
+    def_fast<&loss_forward>(m, "loss_forward");
+    def_fast<&loss_terms>(m, "loss_terms");
+    def_fast<&loss_backward>(m, "loss_backward");
+    def_fast<&logps_forward>(m, "logps_forward");
     py::class_<HeldBlock>(m, "HeldBlock", py::buffer_protocol())
         .def(py::init<std::int64_t>())
         .def_buffer([](const HeldBlock& block) { return block.info(); })

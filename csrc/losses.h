@@ -65,6 +65,7 @@ class Given {
 class Results {
   public:
     Results(const LossProgram& p, LossData& data, int dtype) : p_(p), dtype_(dtype) {
+        made_.reserve(p.outputs().size()), data.outputs.reserve(p.outputs().size());
         for (std::size_t i = 0, k = 0; i < p.found().size(); ++i) {
             if (p.found()[i] == LossProgram::kNone) continue;
             const int of = i == 0 ? dtype : p.found()[i] == LossProgram::kCount ? kInt64 : kFloat32;
@@ -216,12 +217,11 @@ class Slopes {
     bool fill(BackwardArgs& a, const py::tuple& upstream, const float* slopes, int which) {
         Numbers numbers;
         for (const auto& part : upstream) {
-            bool scalar;
-            const Scalar one = scalar_of(part, scalar);
-            if (scalar && one.dtype != DType::kFloat32) {
-                scalar_ = one.get();
+            const Seen s(part);
+            if (s.plain_on_cpu() && s.dims() == 0 && (s.dtype() == 1 || s.dtype() == 2) && !s.negated()) {
+                scalar_ = Scalar{s.data(), static_cast<DType>(s.dtype())}.get();
                 numbers.parts.push_back({&scalar_, 1, false, true}), ++numbers.count;
-            } else if (!numbers.add(part)) {
+            } else if (!numbers.add(s)) {
                 return false;
             }
         }

@@ -259,15 +259,6 @@ inline bool fill_if_plain(TokenArgs& a, py::handle logits, py::handle labels, co
     return !beyond && std::isfinite(a.temperature) && a.temperature > 0 && std::isfinite(a.softcap) && a.softcap >= 0;
 }
 
-// A scalar tensor; `known` false: it is not a plain one on the CPU.
-inline Scalar scalar_of(py::handle tensor, bool& known) {
-    const Seen s(tensor);
-    const int dtype = s.plain_on_cpu() ? s.dtype() : -1;
-    known = dtype >= 0 && dtype <= 2 && s.dims() == 0 && !s.negated();
-    if (!known) return {};
-    return {s.data(), static_cast<DType>(dtype)};
-}
-
 // Numbers in one or more tensors, one after the other: float32 or float64, dense or one number in all places.
 struct Numbers {
     struct Part {
@@ -284,8 +275,7 @@ struct Numbers {
     std::int64_t count = 0;
 
     // False for other tensors, and for others than of `dims` dimensions if that is not -1.
-    bool add(py::handle tensor, int dims = -1) {
-        const Seen s(tensor);
+    bool add(const Seen& s, int dims = -1) {
         const int dtype = s.plain_on_cpu() ? s.dtype() : -1;
         if ((dtype != 0 && dtype != 5) || s.negated() || (dims >= 0 && s.dims() != dims)) return false;
         const bool same = std::all_of(s.strides(), s.strides() + s.dims(), [](std::int64_t step) { return step == 0; });
@@ -293,13 +283,6 @@ struct Numbers {
         parts.push_back({s.data(), s.count(), dtype == 5, same});
         count += parts.back().count;
         return true;
-    }
-
-    // One float32 number for each element of `labels`, or for each but for their last dimension. False for others.
-    bool add_for(py::handle tensor, const Seen& labels) {
-        const Seen s(tensor);
-        const bool each = s.plain_on_cpu() && s.extends(labels, 0), row = s.plain_on_cpu() && s.extends_to(labels);
-        return (each || row) && s.dtype() == 0 && add(tensor);
     }
 
     // Each of them `repeat` times, in float.

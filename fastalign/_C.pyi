@@ -18,18 +18,18 @@ UNUSUAL: int
 
 def learn_tensors(type: object, dtypes: tuple, attributes: bool, make: object) -> bool: ...
 
-class LossProgram:
-    def __init__(
-        self, steps: list, kinds: list[int], loss: int, outputs: list[int], lists: bool, found: list[int]
-    ) -> None: ...
+def loss_program(
+    steps: list, kinds: list[int], loss: int, outputs: list[int], lists: bool, found: list[int]
+) -> object: ...
 
+# From here to `logps_forward` arguments are taken by position alone.
 def loss_forward(
     logits: object,
     labels: object,
     options: tuple,
     reference: object,
     inplace: bool,
-    program: LossProgram,
+    program: object,
     given: tuple,
     sequences: int,
     list_size: int,
@@ -41,7 +41,7 @@ def loss_terms(
     statistics: tuple,
     labels: object,
     ignore_index: int,
-    program: LossProgram,
+    program: object,
     given: tuple,
     sequences: int,
     list_size: int,

@@ -24,7 +24,9 @@ class LossRun {
         at_.assign(p.steps_.size(), 0);
         for (std::size_t i = 0; i < p.steps_.size(); ++i)
             if (p.steps_[i].level != Level::kToken) at_[i] = size, size += d.count(p.steps_[i].level);
-        values_.reset(new double[size + 1]), gradients_.reset(new double[size + 1]());
+        memory_.reset(new double[2 * size + 1]);
+        values_ = memory_.get(), gradients_ = values_ + size;
+        std::fill(gradients_, gradients_ + size, 0.0);
     }
 
     void run() {
@@ -46,8 +48,8 @@ class LossRun {
 
   private:
     // ---------------------------------------------------------------------------------- where things are
-    double* value(int i) { return values_.get() + at_[i]; }
-    double* gradient(int i) { return gradients_.get() + at_[i]; }
+    double* value(int i) { return values_ + at_[i]; }
+    double* gradient(int i) { return gradients_ + at_[i]; }
     const LossStep& step(int i) const { return p_.steps_[i]; }
 
     bool wants_slopes() const {
@@ -254,7 +256,7 @@ class LossRun {
                 std::fill(out, out + m, s.value);
             } else if (s.op == Op::kSpread) {
                 const int a = s.operands[0];
-                const double* from = values_.get() + at_[a];
+                const double* from = values_ + at_[a];
                 const Level level = step(a).level;
                 each(begin, begin + m, Level::kToken, level, s.how,
                      [&](int64_t e, int64_t o) { out[e - begin] = from[o]; });
@@ -322,9 +324,10 @@ class LossRun {
     }
 
     void block_backward(const LossProgram::Pass& pass, int64_t begin, int m, double* y, double* g) {
-        block_forward(pass.backward, begin, m, y);
+        block_forward(pass.values, begin, m, y);
         const auto slot = [&](double* from, int i) { return from + p_.slots_[i] * kBlock; };
-        for (const int i : pass.backward) std::fill_n(slot(g, i), m, 0.0);
+        for (const int i : pass.backward)
+            if (p_.wanted_[i]) std::fill_n(slot(g, i), m, 0.0);
         for (const int i : pass.loss_sums) {
             const int a = step(i).operands[0];
             if (!p_.wanted_[a]) continue;
@@ -385,7 +388,8 @@ class LossRun {
     const LossData& d_;
     int64_t length_;
     std::vector<int64_t> at_;
-    std::unique_ptr<double[]> values_, gradients_;
+    std::unique_ptr<double[]> memory_;
+    double *values_, *gradients_;  // of steps of other levels than tokens
 };
 
 void run_loss(const LossProgram& program, const LossData& data) { LossRun(program, data).run(); }

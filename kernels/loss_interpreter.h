@@ -69,11 +69,13 @@ class LossProgram {
     struct Pass {
         std::vector<int> before;    // steps of other levels that run ahead of it
         std::vector<int> forward;   // steps of tokens that its sums need
-        std::vector<int> backward;  // those that the loss's gradient goes through, and what these need
+        std::vector<int> backward;  // those of tokens that the loss's sums need
+        std::vector<int> values;    // of these: those whose value the gradient needs
         std::vector<int> sums, loss_sums;
         bool by_sequences = false, alone = false;
     };
     void collect(const std::vector<int>& sums, std::vector<int>& into) const;
+    void collect_values(const std::vector<int>& backward, std::vector<int>& into) const;
     void plan(int passes);
 
     std::vector<LossStep> steps_;

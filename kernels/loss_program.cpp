@@ -50,6 +50,24 @@ void LossProgram::collect(const std::vector<int>& sums, std::vector<int>& into) 
         if (needed[i] && steps_[i].level == Level::kToken) into.push_back(static_cast<int>(i));
 }
 
+// Of those steps, in order, those whose values are looked at on the way back.
+void LossProgram::collect_values(const std::vector<int>& backward, std::vector<int>& into) const {
+    std::vector<char> needed(steps_.size(), 0);
+    for (auto i = backward.rbegin(); i != backward.rend(); ++i) {
+        const LossStep& s = steps_[*i];
+        const bool leaf = s.op == Op::kInput || s.op == Op::kConst || s.op == Op::kSpread;
+        const bool same = s.op == Op::kAdd || s.op == Op::kSub || s.op == Op::kFloat32 || s.op == Op::kDetach;
+        if (wanted_[*i] && !leaf && !same) needed[*i] = needed[*i] || s.op != Op::kMul;
+        if (leaf || !(needed[*i] || (wanted_[*i] && !same))) continue;
+        for (int k = 0; k < 3; ++k) {
+            const bool other = needed[*i] || s.op != Op::kMul || (k < 2 && wanted_[s.operands[1 - k]]);
+            if (other && steps_[s.operands[k]].level == Level::kToken) needed[s.operands[k]] = 1;
+        }
+    }
+    for (const int i : backward)
+        if (needed[i]) into.push_back(i);
+}
+
 void LossProgram::plan(int passes) {
     passes_.resize(passes);
     for (int i = 0; i < static_cast<int>(steps_.size()); ++i) {
@@ -65,6 +83,7 @@ void LossProgram::plan(int passes) {
     for (Pass& pass : passes_) {
         collect(pass.sums, pass.forward);
         collect(pass.loss_sums, pass.backward);
+        collect_values(pass.backward, pass.values);
         for (const int i : pass.sums) pass.by_sequences = pass.by_sequences || steps_[i].level == Level::kSequence;
         for (const int i : pass.backward) {
             const LossStep& s = steps_[i];

@@ -192,7 +192,7 @@ _ONE = torch.zeros((), dtype=torch.float32, device="cpu")
 
 def loss_program(*encoded: Any) -> Any:
     """`Program.encoded()` as the functions below take it; None where the module is not built."""
-    return None if _C is None else _C.LossProgram(*encoded)
+    return None if _C is None else _C.loss_program(*encoded)
 
 
 def _as_given(x: Any) -> Any:

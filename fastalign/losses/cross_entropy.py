@@ -23,7 +23,7 @@ def _plain(reduction: str) -> FusedLoss:
     """Without class weights and label smoothing."""
 
     def formula(t: Any) -> tuple[Any]:
-        summed = (-t.logps).sum()
+        summed = -t.logps.sum()
         return (summed if reduction == "sum" else summed / t.mask.sum(),)  # no label: 0 / 0, NaN as in torch
 
     return FusedLoss(formula)

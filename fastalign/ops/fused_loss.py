@@ -70,15 +70,14 @@ _OfLogits = tuple[int, bytes, tuple[int, float, float], bool]
 def _to_logits(known: _OfLogits, gradient: Tensor, saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
     """By the backward kernel: tensors are logits, labels and the reference's logits, if there is one."""
     which, kept, options, inplace = known
-    logits, labels, *more = saved
-    reference = more[0] if more else None
+    logits, labels, reference = saved if len(saved) == 3 else (*saved, None)
     found = None if inplace else statistics.direct_gradient(logits, labels, options, reference, kept, gradient, which)
     if found is None:
         rows, slopes = _backends.kept_rows(kept, labels, which)
         grads = _of_statistics(which, gradient, labels, slopes)
         call = TokenCall(logits, labels, reference, *options)
         found = statistics.gradient(call, *rows, grads, inplace)
-    return (None, found, None, None) if more else (None, found, None)
+    return (None, found, None) if reference is None else (None, found, None, None)
 
 
 def _of_statistics(which: int, gradient: Tensor, labels: Tensor, slopes: Tensor | None) -> statistics.Grads:

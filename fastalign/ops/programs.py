@@ -66,7 +66,7 @@ class Program:
         return tuple(name for name in STATISTICS if name in self.inputs)
 
     def encoded(self) -> tuple[Any, ...]:
-        """As `_C.LossProgram` takes it."""
+        """As `_C.loss_program` takes it."""
         codes = [
             (CODES[s.op], s.level, stage, s.how, tuple(s.operands), s.value, active)
             for s, stage, active in zip(self.steps, self.stages, self.differentiable, strict=True)

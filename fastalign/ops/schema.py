@@ -152,6 +152,8 @@ def room_for_gradient(logits: Tensor, inplace: bool) -> Tensor:
         return logits
     if logits.nbytes > _backends.LARGE:
         return _backends.empty(logits.shape, logits)
+    if logits.is_contiguous():  # a keyword of torch's costs as much as this question twice
+        return torch.empty_like(logits)
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 

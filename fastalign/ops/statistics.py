@@ -125,14 +125,13 @@ def direct_gradient(
 ) -> Tensor | None:
     """The logits' gradient in one compiled call (`cpu.loss_backward`), where that sees all that there is and no further
     derivative is wanted."""
-    if torch.is_grad_enabled() or not (type(logits) is Tensor is type(labels)) or _modes():
+    if _graph_of_graph() or not (type(logits) is Tensor is type(labels)) or _modes():
         return None
     cpu = _backends.direct(logits)
     if cpu is None or not (cpu.SEES_BATCHES or not transforms.batched(upstream)):
         return None
     out = room_for_gradient(logits, False)
-    done = cpu.loss_backward(logits, labels, options, reference, kept, (upstream,), which, out)
-    return out if done else None
+    return out if cpu.loss_backward(logits, labels, options, reference, kept, (upstream,), which, out) else None
 
 
 def _kept_gradient(ctx: Any, g_logps: Tensor | None, g_lse: Tensor | None) -> Tensor:
@@ -164,6 +163,7 @@ class _Once(torch.autograd.Function):
 
 
 # Bound here: looking them up takes longer than most of them do.
+_graph_of_graph = torch.is_grad_enabled
 _modes, _transforms = torch._C._len_torch_dispatch_stack, transforms.active
 _of_transform = torch._C._functorch.is_functorch_wrapped_tensor  # also of one that is over
 
