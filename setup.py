@@ -69,7 +69,8 @@ if sys.platform == "linux":
 # Machine code for each generation, and PTX that later ones translate for themselves.
 CUDA_TARGETS = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100a": "compute_100a", "sm_120": "compute_120"}
 CUDA_PTX = "compute_90"
-CUDA_SOURCES = ["kernels/gae_cuda.cu", "kernels/token_stats_cuda.cu"]
+CUDA_SOURCES = ["kernels/gae_cuda.cu", "kernels/loss_cuda.cu", "kernels/token_stats_cuda.cu"]
+CUDA_HOST_SOURCES = ["csrc/bindings_cuda.cpp", "kernels/loss_launch.cpp", "kernels/loss_program.cpp"]
 
 
 def nvcc_candidates():
@@ -158,7 +159,7 @@ class Build(build_ext):
         (folder / "cuda_usage.h").write_text(f'#define FA_CUDA_USAGE R"json({json.dumps(usage(log))})json"\n')
         include_dirs = [*ext.include_dirs, *includes, str(folder)]
         objects += self.compiler.compile(
-            ["csrc/bindings_cuda.cpp"],
+            CUDA_HOST_SOURCES,
             output_dir=str(folder),
             include_dirs=include_dirs,
             extra_postargs=[*COMMON, *defines],
@@ -200,7 +201,7 @@ class Build(build_ext):
 cuda = [
     Extension(
         "fastalign._cuda",
-        sources=["csrc/bindings_cuda.cpp", *CUDA_SOURCES],
+        sources=[*CUDA_HOST_SOURCES, *CUDA_SOURCES],
         depends=headers(without="cpu"),
         include_dirs=[pybind11.get_include()],
         language="c++",
@@ -222,7 +223,7 @@ setup(
                 "kernels/token_stats_cpu.cpp",
             ],
             # All of them, and what only the other module is made of: a source distribution holds what is named here.
-            depends=[*headers(without="cuda"), *headers(without="cpu"), *CUDA_SOURCES, "csrc/bindings_cuda.cpp"],
+            depends=[*headers(without="cuda"), *headers(without="cpu"), *CUDA_SOURCES, *CUDA_HOST_SOURCES],
             include_dirs=[pybind11.get_include()],
             language="c++",
         ),

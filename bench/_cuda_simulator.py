@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("token_stats_cuda", "gae_cuda")
+SOURCES = ("token_stats_cuda", "gae_cuda", "loss_cuda")
 SHARED_BYTES = {"sm_80": 166912, "sm_90a": 232448, "sm_100a": 232448, "sm_120": 101376}
 """Architecture → the most shared memory that a block may ask for."""
 
@@ -77,6 +77,7 @@ def _link(folder: Path, nvcc: str) -> Path:
     objects = [folder / f"{source}.o" for source in SOURCES]
     (folder / "cuda_usage.h").write_text('#define FA_CUDA_USAGE "{}"\n')
     sources = [ROOT / "csrc" / "bindings_cuda.cpp", ROOT / "bench" / "_cuda_recorder.cpp"]
+    sources += [ROOT / "kernels" / f"{name}.cpp" for name in ("loss_launch", "loss_program")]
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", '-DFA_CUDA_ARCHITECTURES="simulated"']
     _run(os.environ.get("CXX", "g++"), *flags, *includes, *sources, *objects, "-o", target)
     return target

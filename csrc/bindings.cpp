@@ -188,6 +188,23 @@ void gae_of(bool wide, Address rewards, Address values, Address mask, Address ad
                                                 gamma_lam, threads);
 }
 
+// A factor: (address, dtype, strides of rows and columns).
+GemmFactor factor(const py::tuple& t) {
+    if (t.size() != 4) throw std::invalid_argument("a factor must have 4 fields");
+    return {at<const void>(py::cast<Address>(t[0])), static_cast<DType>(py::cast<int>(t[1])),
+            py::cast<std::int64_t>(t[2]), py::cast<std::int64_t>(t[3])};
+}
+
+// out [m, n] (+)= a [m, k] @ b [k, n]; `sizes`: m, n, k.
+void gemm(const py::tuple& a, const py::tuple& b, Address out, std::int64_t out_row, const std::vector<int64_t>& sizes,
+          bool add, int threads) {
+    use_isa_of_context();
+    const GemmArgs g{factor(a),   factor(b), at<float>(out), out_row, sizes.at(0), sizes.at(1),
+                     sizes.at(2), add,       threads};
+    py::gil_scoped_release release;
+    cpu_kernels().gemm(g);
+}
+
 std::vector<std::string> isas() {
     std::vector<std::string> names;
     for (const CpuKernels* const* k = all_cpu_kernels(); *k; ++k) names.emplace_back((*k)->isa);
@@ -237,7 +254,8 @@ PYBIND11_MODULE(_C, m) {
         .def_static("kept_bytes", [] { return LargeBlocks::all().held(); })
         .def_static("release_kept", [] { return LargeBlocks::all().release(); });
     m.def("gae", &gae_of);
-    m.def("isas", &isas);
+    m.attr("ISAS") = py::tuple(py::cast(isas()));
+    m.def("gemm", &gemm);
     m.def("follow_isa", &follow_isa);
     m.def("read", [](Address data, std::int64_t bytes, int threads) {
         use_isa_of_context();

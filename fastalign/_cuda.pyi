@@ -17,6 +17,20 @@ def token_objective(
     device: int,
     stream: int,
 ) -> None: ...
+def loss_program(codes: list, kinds: list, loss: int, outputs: list, lists: bool, found: list) -> object: ...
+def loss_sizes(program: object, tokens: int, sequences: int, list_size: int) -> object: ...
+def loss_terms(
+    program: object,
+    sizes: tuple,
+    labels: tuple,
+    statistics: list,
+    given: tuple,
+    results: list,
+    slopes: int,
+    scratch: int,
+    device: int,
+    stream: int,
+) -> None: ...
 def scale(dtype: int, data: int, count: int, factor: int, device: int, stream: int) -> None: ...
 
 class _Gae(Protocol):

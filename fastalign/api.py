@@ -2,8 +2,10 @@
 
 from . import losses, rl
 from ._backends import backends, keep_memory, release_memory, use_backend
-from .head.head import Head, HeadPlan, head_plan, head_token_stats
+from .head.head import Head, head_token_stats
+from .head.plan import HeadPlan, head_plan
 from .losses.cross_entropy import cross_entropy
+from .losses.linear_cross_entropy import linear_cross_entropy
 from .losses.objective import Objective, attach_gradient, token_objective
 from .ops.packed import Packed, packed_sequences
 from .ops.sequences import sequence_logps
@@ -24,6 +26,7 @@ __all__ = [
     "head_plan",
     "head_token_stats",
     "keep_memory",
+    "linear_cross_entropy",
     "losses",
     "packed_sequences",
     "release_memory",

@@ -12,7 +12,7 @@ namespace fastalign {
 enum class Level : uint8_t { kToken, kSequence, kComparison, kGroup, kBatch };
 enum class Way : uint8_t { kOwner, kCompared, kOther };
 
-inline bool reduces(Op op) { return op == Op::kSum || op == Op::kMax || op == Op::kLogSumExp; }
+FA_HD bool reduces(Op op) { return op == Op::kSum || op == Op::kMax || op == Op::kLogSumExp; }
 
 struct LossStep {
     Op op;
@@ -31,7 +31,7 @@ struct LossNumbers {
     Kind kind = Kind::kFloat;
     bool same = false;
 
-    double operator[](int64_t i) const {
+    FA_MEMBER double operator[](int64_t i) const {
         if (same) i = 0;
         switch (kind) {
             case Kind::kFloat:
@@ -63,9 +63,11 @@ class LossProgram {
     int inputs() const { return static_cast<int>(kinds_.size()); }
     Level level_of_input(int input) const { return input_levels_[input]; }
     bool lists() const { return lists_; }
+    int steps() const { return static_cast<int>(steps_.size()); }
+    int loss() const { return loss_; }
+    int kind(int input) const { return kinds_[input]; }
+    bool wanted(int i) const { return wanted_[i]; }  // the loss's gradient goes through the step
 
-  private:
-    friend class LossRun;
     struct Pass {
         std::vector<int> before;    // steps of other levels that run ahead of it
         std::vector<int> forward;   // steps of tokens that its sums need
@@ -74,6 +76,10 @@ class LossProgram {
         std::vector<int> sums, loss_sums;
         bool by_sequences = false, alone = false;
     };
+    const std::vector<Pass>& passes() const { return passes_; }
+
+  private:
+    friend class LossRun;
     void collect(const std::vector<int>& sums, std::vector<int>& into) const;
     void collect_values(const std::vector<int>& backward, std::vector<int>& into) const;
     void plan(int passes);

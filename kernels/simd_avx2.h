@@ -13,6 +13,7 @@ struct Vec {
     __m256 v;
 };
 
+constexpr int kTileRows = 6;  // of a matrix product, beside two vectors: what the registers hold
 constexpr bool kHasFma = true;
 inline float first(Vec a) { return _mm256_cvtss_f32(a.v); }
 inline Vec set1(float x) { return {_mm256_set1_ps(x)}; }

@@ -14,6 +14,7 @@ struct Vec {
     __m512 v;
 };
 
+constexpr int kTileRows = 12;  // of a matrix product, beside two vectors: what the registers hold
 constexpr bool kHasFma = true;
 inline float first(Vec a) { return _mm512_cvtss_f32(a.v); }
 inline Vec set1(float x) { return {_mm512_set1_ps(x)}; }

@@ -20,6 +20,7 @@ inline Vec each(F f) {
     return r;
 }
 
+constexpr int kTileRows = 2;  // of a matrix product, beside two vectors: what the registers hold
 constexpr bool kHasFma = false;
 inline float first(Vec a) { return a.v[0]; }
 inline Vec set1(float x) {

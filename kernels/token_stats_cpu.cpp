@@ -7,6 +7,7 @@
 #include "fresh_pages.h"
 #include "parallel.h"
 #include FA_SIMD_HEADER
+#include "gemm_cpu.h"
 #include "probes_cpu.h"
 #include "token_rows_cpu.h"
 #include "token_gradient_cpu.h"
@@ -162,6 +163,6 @@ void backward(const BackwardArgs& a) {
 }  // namespace
 
 extern const CpuKernels kernels;
-const CpuKernels kernels{FA_ISA_NAME, forward, backward, objective, read, copy};
+const CpuKernels kernels{FA_ISA_NAME, forward, backward, objective, gemm, read, copy};
 
 }  // namespace fastalign::FA_ISA

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "gemm_args.h"
 #include "token_args.h"
 
 namespace fastalign {
@@ -11,6 +12,7 @@ struct CpuKernels {
     void (*forward)(const ForwardArgs&);
     void (*backward)(const BackwardArgs&);
     void (*objective)(const ObjectiveArgs&);
+    void (*gemm)(const GemmArgs&);
     float (*read)(const void* data, int64_t bytes, int threads);
     void (*copy)(void* to, const void* from, int64_t bytes, int threads);
 };

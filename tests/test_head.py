@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 import fastalign as fa
 from fastalign import losses
-from fastalign.head.head import PLANS, as_head
+from fastalign.head import PLANS, as_head
 
 B, T, H, V = 4, 6, 16, 2311
 TILES = [("keep", None), ("recompute", None), ("recompute", 40_000), ("recompute", 9_000), ("project", 40_000)]

@@ -109,7 +109,7 @@ def test_one_part_at_a_time_is_held(monkeypatch):
 
 def test_chosen_where_the_logits_do_not_fit(monkeypatch):
     (hidden, weight, _), labels, _ = problem(torch.float32)
-    monkeypatch.setattr("fastalign.head.head._WORTH", 4)
+    monkeypatch.setattr("fastalign.head.plan._WORTH", 4)
     calls = []
     plain = losses.sft.by_parts
     monkeypatch.setattr(losses.sft, "by_parts", lambda *a, **k: (calls.append(1), plain(*a, **k))[1])

@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig, LlamaForCausalLM
 
 from fastalign import losses
+from fastalign.losses import chunks
 from fastalign.models.actor_critic import ActorCritic, policy_logits
 from fastalign.models.logits import can_answer, logits_of, model_logits
 from fastalign.trainers.data.collate import pad
@@ -195,7 +196,7 @@ def test_a_head_of_unknown_form_gets_logits():
 
 def test_two_soft_caps_are_refused():
     rows = batch()
-    with pytest.raises(ValueError, match="softcap must be None for a model that caps its logits itself, at 3"):
+    with pytest.raises(ValueError, match="softcap must be None for a head that caps its logits itself, at 3"):
         losses.SFTLoss(softcap=5.0)(logits_of(tiny("gemma2"), rows), rows["labels"])
 
 
@@ -258,3 +259,43 @@ def test_mixed_precision_of_accelerate_is_put_around_it():
     assert stats.is_top1.dtype == torch.bool
     assert stats.is_top1.shape == rows["labels"].shape
     assert stats.log_sum_sq_probs is None
+
+
+HALF = torch.tensor([-9.0, -5.0])
+OBJECTIVES = {
+    "sft": (lambda: losses.SFTLoss(label_smoothing=0.1, z_loss=1e-3), {}),
+    "dpo": (lambda: losses.DPOLoss(), {"ref_chosen_logps": HALF, "ref_rejected_logps": HALF}),
+    "dpo, reference's logits": (lambda: losses.DPOLoss(), {"ref_logits": "reference"}),
+    "ppo, exact kl": (
+        lambda: losses.PPOLoss(kl_estimator="exact", kl_coef=0.1, entropy_coef=0.01),
+        {"old_logps": torch.full((4, 6), -4.0), "advantages": torch.tensor([1.0, -1.0, 2.0, 0.5])}
+        | {"ref_logits": "reference"},
+    ),
+    "custom": (lambda: losses.TokenLoss(lambda t: -t.logps * t.logps.exp().detach()), {}),
+}
+
+
+@pytest.mark.parametrize("by_parts", [True, False], ids=["by parts", "whole"])
+@pytest.mark.parametrize("name", ["llama", "granite", "gemma2"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_loss_is_formed_within_the_models_forward(objective, name, by_parts, monkeypatch):
+    """Where the logits do not fit, part by part with its gradients: three products of the head and no fourth."""
+    formed = []
+    attach = chunks.attach_gradients
+    monkeypatch.setattr(chunks, "attach_gradients", lambda *given: formed.append(1) or attach(*given))
+    monkeypatch.setattr("fastalign.head.plan._WORTH", 1)
+    model, reference, rows = tiny(name), tiny(name), batch()
+    with torch.no_grad():
+        next(reference.parameters()).mul_(1.1)
+    make, given = OBJECTIVES[objective]
+    more = {key: model_logits(reference, rows).detach() if x == "reference" else x for key, x in given.items()}
+    want = make()(model_logits(model, rows), rows["labels"], **more)
+    want_gradients = gradients(model, want.loss)
+    budget = 6 * 61 * 4 if by_parts else None
+    more = {key: logits_of(reference, rows) if x == "reference" else x for key, x in given.items()}
+    source = logits_of(model, rows, chunk_bytes=budget)
+    got = make()(source, rows["labels"], **more)
+    torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=1e-6)
+    close(gradients(model, got.loss), want_gradients)
+    assert len(formed) == by_parts
+    assert source.answer.output is got

@@ -45,6 +45,7 @@ __all__ = [
     "probe_copy",
     "probe_read",
     "release_memory",
+    "runs_programs",
     "use_backend",
 ]
 
@@ -142,6 +143,12 @@ def choose(tensor: Tensor, job: str = "tokens") -> str:
 def direct(tensor: Tensor) -> Any:
     """The backend `cpu`, where it may serve this tensor: for its functions that look at the tensors themselves."""
     return cpu if tensor.is_cpu and _choice.get() in (None, "cpu") and cpu._C is not None else None
+
+
+def runs_programs(tensor: Tensor) -> Any:
+    """The backend that `pick` names, if it runs a loss's program in a launch of its own; else None."""
+    backend = pick(tensor)
+    return backend if backend is cuda else None
 
 
 def pick(tensor: Tensor, job: str = "tokens") -> Backend:

@@ -46,7 +46,7 @@ def serves(tensor: Tensor, job: str) -> str:
 
 def cpu_isas() -> tuple[str, ...]:
     """Instruction sets that this build holds and this processor can run, best first."""
-    return () if _C is None else tuple(_C.isas())
+    return () if _C is None else _C.ISAS
 
 
 def _default_isa() -> int:
@@ -307,6 +307,20 @@ def objective(
 def scale(gradient: Tensor, by: Tensor) -> None:
     if by.item() != 1.0:
         gradient.mul_(by)
+
+
+# ------------------------------------------------------------------------------------------------- products
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total [m, n] (+)= a [m, k] @ b [k, n]: float32, dense columns, and factors of any of the kernels' dtypes."""
+    _C.gemm(
+        (a.data_ptr(), _DTYPE_CODES[a.dtype], *a.stride()),
+        (b.data_ptr(), _DTYPE_CODES[b.dtype], *b.stride()),
+        total.data_ptr(),
+        total.stride(0),
+        [*total.shape, a.shape[1]],
+        not first,
+        torch.get_num_threads(),
+    )
 
 
 # ------------------------------------------------------------------------------------------------- advantages

@@ -149,6 +149,76 @@ def objective(
     return found
 
 
+# ------------------------------------------------------------------------------------------------- loss programs
+_FLOAT, _DOUBLE, _INTEGER = 0, 1, 2  # kinds of results
+
+
+def loss_program(*encoded: Any) -> Any:
+    """`Program.encoded()`, and what its results are, as `loss_terms` takes it; None where it does not fit."""
+    return _cuda.loss_program(*encoded)
+
+
+def _given(x: Any, count: int, device: torch.device) -> tuple[Tensor, tuple[int, bool, bool]] | float | None:
+    """What a program is given, as `_cuda` takes it, with the tensor that it lies in; None for what it does not take."""
+    if not isinstance(x, Tensor):
+        return float(x)
+    if x.device != device or x.numel() != count:
+        return None
+    x = x.detach()
+    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    same = all(step == 0 for step in x.stride())
+    x = x if same else x.contiguous()
+    return x, (_address(x), x.dtype == torch.float64, same)
+
+
+def loss_terms(
+    statistics: tuple[Tensor | None, ...],
+    labels: Tensor,
+    ignore_index: int,
+    program: Any,
+    given: tuple[Any, ...],
+    grouping: tuple[int, int],
+    wanted: bool,
+    found: list[int],
+    dtype: torch.dtype,
+) -> tuple[list[Tensor | None], Tensor] | None:
+    """Runs a `loss_program` on dense float32 statistics of the labels' shape, in one launch: the formula's results, the
+    loss in the dtype (float32 or float64), and slopes [k, tokens] if wanted. None for what it does not take.
+
+    Args:
+        found: of each result, whether it is none (0), a number (1) or a count (2).
+    """
+    labels, (sequences, list_size) = labels.contiguous(), grouping
+    sizes = _cuda.loss_sizes(program, labels.numel(), sequences, list_size)
+    if sizes is None or dtype not in (torch.float32, torch.float64):
+        return None
+    numbers, counts, counts_given, moved = sizes
+    inputs = [_given(x, count, labels.device) for x, count in zip(given, counts_given, strict=True)]
+    if any(x is None for x in inputs):
+        return None
+    results: list[Tensor | None] = []
+    kinds = []
+    for place, (kind, count) in enumerate(zip(found, counts, strict=True)):
+        of = torch.int64 if kind == 2 else torch.float32 if place else dtype
+        shape = () if count == -2 else (count,)
+        results.append(None if kind == 0 else torch.empty(shape, dtype=of, device=labels.device))
+        kinds.append(_INTEGER if kind == 2 else _DOUBLE if of == torch.float64 else _FLOAT)
+    slopes = torch.empty((moved if wanted else 0, labels.numel()), dtype=torch.float32, device=labels.device)
+    scratch = torch.empty(numbers, dtype=torch.float64, device=labels.device)
+    _cuda.loss_terms(
+        program,
+        (labels.numel(), sequences, list_size),
+        (_address(labels), labels.dtype == torch.int64, ignore_index),
+        _addresses(*statistics),
+        tuple([x[1] if isinstance(x, tuple) else x for x in inputs]),
+        [(_address(t), kind) for t, kind in zip(results, kinds, strict=True) if t is not None],
+        _address(slopes) if wanted else 0,
+        _address(scratch),
+        *_place(labels),
+    )
+    return results, slopes
+
+
 def scale(gradient: Tensor, by: Tensor) -> None:
     # By a kernel that looks at `by` on the device: to ask for its value here would stop the host.
     factor = by.to(torch.float32)

@@ -95,8 +95,9 @@ def _bench(argv: list[str]) -> int:
 _BACKENDS_HELP = """usage: fastalign backends
 
 Lists the backends, kernels of one kind each, in the order in which they are preferred: which can run here, and why the
-others cannot; and the instruction sets of the backend `cpu`. Takes no keys. FASTALIGN_BACKEND and FASTALIGN_CPU_ISA in
-the environment, and `fastalign.use_backend` in Python, choose others than the automatic ones."""
+others cannot; the instruction sets of the backend `cpu`; and in which precision a head forms its products there. Takes
+no keys. FASTALIGN_BACKEND, FASTALIGN_CPU_ISA and FASTALIGN_CPU_GEMM (16bit or float32) in the environment, and
+`fastalign.use_backend` in Python, choose others than the automatic ones."""
 
 
 def _show_backends(argv: list[str]) -> int:
@@ -110,7 +111,20 @@ def _show_backends(argv: list[str]) -> int:
         print(f"{name:<8} {state}")
     usable = ", ".join(_backends.cpu_isas()) or "none"
     print(f"cpu instruction set: {_backends.cpu_isa() or 'not built'} (this processor can run: {usable})")
+    print(_products())
     return 0
+
+
+def _products() -> str:
+    import torch
+
+    from ..head.products import quick, slowness
+
+    cpu, said = torch.device("cpu"), []
+    for dtype in (torch.bfloat16, torch.float16):
+        how = "as they are" if quick(dtype, cpu) else "in float32"
+        said.append(f"{str(dtype).removeprefix('torch.')} {how} (torch's take {slowness(dtype):.2g} x float32's time)")
+    return f"a head's products on the cpu: {', '.join(said)}"
 
 
 COMMANDS: dict[str, Command] = {

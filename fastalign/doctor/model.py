@@ -11,6 +11,7 @@ import torch
 
 from ..evaluation.sampling import prompt_ids
 from ..evaluation.scorers import score_texts
+from ..head.products import advice
 from ..models.loading import pad_id
 from ..models.logits import logits_of
 from ..models.sampling import end_ids
@@ -179,6 +180,12 @@ def weights(p: Patient) -> list[Finding]:
     return [Finding("error", f"the model holds weights that are NaN or infinite: {', '.join(bad[:5])}{more}")]
 
 
+def precision(p: Patient) -> list[Finding]:
+    """Weights in 16 bits on a processor that has no units for them."""
+    said = advice(p.model.dtype)
+    return [] if said is None else [Finding("warning", said)]
+
+
 def positions(p: Patient) -> list[Finding]:
     """Rows that are longer than the model has learned positions for."""
     count = learned_positions(p.model)
@@ -230,6 +237,7 @@ MODEL_CHECKS: dict[str, Callable[[Patient], list[Finding]]] = {
     "weights": weights,
     "vocabulary": vocabulary,
     "positions": positions,
+    "precision": precision,
     "sampling against training": sampler,
     "memory": memory,
 }

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 
 from .gemm_copies import Copies, gemm_copies
-from .head import PLANS, SUM_COLUMNS, HeadPlan, head_plan
+from .plan import PLANS, HeadPlan, head_plan
+from .products import logits_dtype, quick
 
 
 class Estimate(NamedTuple):
@@ -61,9 +62,20 @@ def estimates(
             continue
         budget = 64 << 20 if chunk_bytes is None else chunk_bytes
         plan = head_plan(tokens, vocab, hidden, dtype, train_weight=not frozen, kl=kl, chunk_bytes=budget, plan=name)
-        peak = _peak(plan, copies, tokens, vocab, hidden, size, gradients, frozen, kl)
+        peak = _peak(plan, dtype, tokens, vocab, hidden, gradients, frozen, kl)
         found.append(Estimate(name, peak, gradients, plan.gemms))
     return found
+
+
+def _own_copies(plan: HeadPlan, dtype: torch.dtype, tokens: int, vocab: int) -> Copies:
+    """What the products of a plan take: sums over tiles have no copy, and products that are not torch's one of what is
+    to be rounded."""
+    whole = gemm_copies(dtype) if quick(dtype, torch.device("cpu")) else Copies(0, 4, 4)
+    return Copies(
+        whole.logits,
+        whole.hidden if plan.columns >= vocab else 0,
+        whole.weight if plan.rows >= tokens else 0,
+    )
 
 
 def _backward_copies(copies: Copies, rows: int, columns: int, hidden: int, frozen: bool) -> int:
@@ -73,20 +85,20 @@ def _backward_copies(copies: Copies, rows: int, columns: int, hidden: int, froze
 
 def _peak(
     plan: HeadPlan,
-    copies: Copies,
+    dtype: torch.dtype,
     tokens: int,
     vocab: int,
     hidden: int,
-    size: int,
     gradients: int,
     frozen: bool,
     kl: bool,
 ) -> int:
     """Peak of a plan beyond inputs, the gradients included."""
-    tile = plan.rows * plan.columns
+    size, copies = dtype.itemsize, _own_copies(plan, dtype, tokens, vocab)
+    tile, logits = plan.rows * plan.columns, logits_dtype(None, torch.empty(0, dtype=dtype)).itemsize
     forward = copies.logits * tile
     backward = _backward_copies(copies, plan.rows, plan.columns, hidden, frozen)
-    peak = _scratch(plan, tokens, hidden, size) + gradients
+    peak = plan.scratch_bytes + gradients
     if plan.name == "keep":  # the gradients are not there yet when the logits are formed
         return max(plan.scratch_bytes + forward, peak + backward)
     if plan.name == "recompute" and not frozen:
@@ -94,16 +106,7 @@ def _peak(
         rest = vocab % plan.columns
         last = _backward_copies(copies, plan.rows, rest, hidden, frozen)
         return peak + max(forward - rest * hidden * size, backward - rest * hidden * size, last)
-    sums = plan.scratch_bytes - tile * size if plan.name == "objective" and not kl else 0
+    sums = plan.scratch_bytes - tile * logits if plan.name == "objective" and not kl else 0
     if sums:  # the gradients are made from them when the last part's logits are gone
-        columns = min(vocab, SUM_COLUMNS)
-        part = _backward_copies(copies, plan.rows, columns, hidden, frozen) + columns * hidden * size
-        return plan.scratch_bytes + max(part, forward, gradients - min(gradients, tile * size))
+        return plan.scratch_bytes + max(backward, forward, gradients - min(gradients, tile * logits))
     return peak + max(forward, backward)
-
-
-def _scratch(plan: HeadPlan, tokens: int, hidden: int, size: int) -> int:
-    if plan.name in ("project", "objective"):
-        return plan.scratch_bytes
-    # Where the vocabulary comes in parts, a product [tokens, H] is added to the gradient of hidden for each of them.
-    return plan.scratch_bytes + (tokens * hidden * size if plan.name == "recompute" and size == 2 else 0)

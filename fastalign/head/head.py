@@ -21,9 +21,7 @@ pairs, lists or sequences after the other, so that one part's logits are all the
 
 from __future__ import annotations
 
-import functools
-import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -36,28 +34,9 @@ from ..ops.transforms import batched, transformed
 from ..ops.uncompiled import uncompiled
 from .inputs import HeadCall, live_problem, plain_head
 from .plain import pulled, transformed_stats
+from .plan import NARROWEST, HeadPlan, head_plan
+from .products import product
 from .tiles import HeadGradient, Problem, RowStats, cut, forward, joined
-
-PLANS = ("keep", "recompute", "project", "objective")
-_TILE_BYTES = 64 << 20  # of a tile where the caller sets no budget: GEMMs of this size run at full speed
-_WORTH = 256  # tokens of a part below which adding to the weight's gradient costs more than a GEMM done again
-SUM_COLUMNS = 8192  # of the vocabulary, whose part of the weight's gradient `objective` adds at a time in 16 bits
-_NARROWEST = 1024  # columns below which a GEMM over a part of the vocabulary loses speed
-
-
-class HeadPlan(NamedTuple):
-    """How a call of `head_token_stats` will run."""
-
-    name: str
-    """One of `PLANS`."""
-    rows: int
-    """Rows (live tokens) of a tile of logits."""
-    columns: int
-    """Part of the vocabulary in a tile."""
-    scratch_bytes: int
-    """Memory beyond inputs and outputs: what is kept between forward and backward, and one tile."""
-    gemms: int
-    """Products of [tokens, H] with [H, V], forward and backward, of the policy."""
 
 
 @runtime_checkable
@@ -72,6 +51,17 @@ class LogitsSource(Protocol):
         """As `token_stats` of the logits."""
 
 
+@runtime_checkable
+class ObjectiveSource(LogitsSource, Protocol):
+    """A source that a loss can be formed within, such as a model's own forward: there the loss sees a head."""
+
+    def gives_head(self, reference: Any) -> bool:
+        """Whether `loss` can be called, with these logits of a reference or None."""
+
+    def loss(self, labels: Tensor, objective: Any, reference: Any) -> Any:
+        """What `objective(head, the reference's head or None)` returns. `labels` as the statistics' would be."""
+
+
 class Head(NamedTuple):
     """What stands in place of logits in a loss module: `loss(Head(hidden, weight), labels, ...)`, or a plain tuple."""
 
@@ -82,6 +72,8 @@ class Head(NamedTuple):
     chunk_bytes: int | None = None
     plan: str | None = None
     rows: Tensor | None = None
+    logits_dtype: torch.dtype | None = None
+    softcap: float | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -103,12 +95,25 @@ class Head(NamedTuple):
             self.weight,
             labels,
             bias=self.bias,
-            logit_scale=self.logit_scale,
             rows=self.rows,
             chunk_bytes=self.chunk_bytes,
             plan=None if self.plan == "objective" and not self._by_parts(labels) else self.plan,
-            **options,
+            **self.of_its_own(options),
         )
+
+    def of_its_own(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of the statistics, and what the head says itself of its logits.
+
+        Raises:
+            ValueError: two soft-caps.
+        """
+        asked = options.get("softcap")
+        if self.softcap is not None and asked is not None and self.softcap != asked:
+            raise ValueError(
+                f"softcap must be None for a head that caps its logits itself, at {self.softcap}; got {asked}"
+            )
+        softcap = self.softcap if asked is None else asked
+        return {**options, "softcap": softcap, "logit_scale": self.logit_scale, "logits_dtype": self.logits_dtype}
 
     def _by_parts(self, labels: Tensor) -> bool:
         """Whether there are gradients, of numbers that are there, to form part by part."""
@@ -125,92 +130,6 @@ def as_head(name: str, value: Any) -> Head:
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}'s {part} must be a torch.Tensor; got {type(t).__name__}")
     return Head(*value)
-
-
-@functools.cache
-def _memory_bytes(device: torch.device) -> int:
-    """The device's memory, whoever uses it now: a plan that followed what is free would differ between two runs."""
-    if device.type in ("cuda", "xpu"):
-        return getattr(torch, device.type).get_device_properties(device).total_memory
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # no such call on this system
-        return 16 << 30
-
-
-def head_plan(
-    tokens: int,
-    vocab: int,
-    hidden_size: int,
-    dtype: torch.dtype,
-    *,
-    device: torch.device | str = "cpu",
-    train_hidden: bool = True,
-    train_weight: bool = True,
-    entropy: bool = False,
-    kl: bool = False,
-    chunk_bytes: int | None = None,
-    plan: str | None = None,
-) -> HeadPlan:
-    """The plan that `head_token_stats` takes for so many live tokens.
-
-    Args:
-        tokens, vocab, hidden_size: M, V and H.
-        dtype: of the hidden states, and so of the logits.
-        train_hidden, train_weight: which gradients will be asked for; neither: nothing is kept.
-        chunk_bytes: budget for logits, in bytes; None: an eighth of the device's memory.
-        plan: forces one; ValueError for a name that is not in `PLANS`, or "project" with a trained head.
-    """
-    if plan is not None and plan not in PLANS:
-        raise ValueError(f"plan must be None or one of {', '.join(PLANS)}; got {plan!r}")
-    if plan == "project" and train_weight:
-        raise ValueError("plan 'project' needs a frozen head; got a weight or bias that requires a gradient")
-    if chunk_bytes is not None and chunk_bytes < 1:
-        raise ValueError(f"chunk_bytes must be None or a number of bytes above 0; got {chunk_bytes}")
-    size = torch.empty(0, dtype=dtype).element_size()
-    per_logit = size * (2 if kl else 1)
-    whole = tokens * vocab * per_logit
-    budget = _memory_bytes(torch.device(device)) // 8 if chunk_bytes is None else chunk_bytes
-    tile = min(budget, _TILE_BYTES) if chunk_bytes is None else budget
-    training = train_hidden or train_weight
-    gemms = train_hidden + train_weight + 1
-    if plan is None:
-        frozen = training and not train_weight and not entropy and not kl
-        plan = "keep" if whole <= budget else "project" if frozen else "recompute"
-    if plan == "keep" and training:
-        return HeadPlan("keep", max(tokens, 1), vocab, whole, gemms)
-    if plan == "objective" and training:
-        # Beside a part's logits: of several parts the weight's gradient is summed in float32.
-        rows = max(1, min(tokens, (_TILE_BYTES if chunk_bytes is None else chunk_bytes) // (vocab * per_logit)))
-        sums = 4 * vocab * hidden_size if train_weight and size == 2 and rows < tokens else 0
-        return HeadPlan("objective", rows, vocab, rows * vocab * per_logit + sums, gemms)
-    if plan == "project" and training:
-        rows = max(1, min(tokens, tile // (vocab * per_logit)))
-        return HeadPlan("project", rows, vocab, rows * vocab * per_logit + tokens * hidden_size * size, 2)
-    columns = min(vocab, max(min(_NARROWEST, vocab), tile // (max(tokens, 1) * per_logit) // 64 * 64))
-    rows = max(1, min(tokens, tile // (columns * per_logit)))
-    wide = 4 * tokens * hidden_size if train_hidden and columns < vocab and size == 2 else 0
-    return HeadPlan("recompute", rows, columns, rows * columns * per_logit + wide, gemms + (1 if training else 0))
-
-
-def part_rows(head: Head, tokens: int, trained: bool) -> int:
-    """Tokens of a part where a loss module forms loss and gradients part by part; 0 where another plan serves.
-
-    Args:
-        tokens: live ones of the batch.
-        trained: weight or bias are.
-    """
-    vocab, size = head.weight.shape
-    hidden = head.hidden
-    per_token = vocab * hidden.element_size()
-    if head.plan == "objective":
-        return max(1, (_TILE_BYTES if head.chunk_bytes is None else head.chunk_bytes) // per_token)
-    plan = head_plan(
-        tokens, vocab, size, hidden.dtype, device=hidden.device, train_weight=trained, chunk_bytes=head.chunk_bytes
-    )
-    budget = _memory_bytes(hidden.device) // 8 if head.chunk_bytes is None else head.chunk_bytes
-    rows = budget // per_token
-    return rows if trained and plan.name == "recompute" and rows >= _WORTH else 0
 
 
 # ------------------------------------------------------------------------------------------------------------ autograd
@@ -264,7 +183,7 @@ def _grid(problem: Problem, plan: HeadPlan) -> tuple[int, int]:
     """Tile of a recomputing backward: the plan's, or for `project`, whose rows are whole, another of that size."""
     if plan.name != "project":
         return plan.rows, plan.columns
-    columns = max(min(_NARROWEST, problem.vocab), plan.rows * plan.columns // problem.labels.shape[0])
+    columns = max(min(NARROWEST, problem.vocab), plan.rows * plan.columns // problem.labels.shape[0])
     return problem.labels.shape[0], min(columns, problem.vocab)
 
 
@@ -280,7 +199,7 @@ def _project(problem: Problem, rows: int) -> tuple[RowStats, Tensor]:
         blocks.append(problem.stats(at, columns, logits, reference))
         minus_one = torch.full_like(blocks[-1].logps, -1.0)
         grads = (minus_one, None, None, None, None)
-        torch.mm(problem.gradient(at, columns, logits, reference, blocks[-1], grads), weight, out=result[at])
+        product(result[at], problem.gradient(at, columns, logits, reference, blocks[-1], grads), weight)
     return joined(blocks), result
 
 
@@ -306,6 +225,7 @@ def head_token_stats(
     rows: Tensor | None = None,
     chunk_bytes: int | None = None,
     plan: str | None = None,
+    logits_dtype: torch.dtype | None = None,
     extras: Collection[str] | None = None,
 ) -> TokenStats:
     """`token_stats` of the logits `logit_scale * (hidden @ weight.T + bias)`, which are never held for all tokens.
@@ -327,6 +247,9 @@ def head_token_stats(
             (`packed_rows`), or completions of one prompt whose hidden states are there once. None: its own.
         chunk_bytes: budget for logits in bytes; None: an eighth of the device's memory.
         plan: "keep", "recompute" or "project" in place of the automatic choice; see `head_plan`.
+        logits_dtype: torch.float32 keeps the logits of 16-bit hidden states in float32 within a tile, of which rounding
+            to 16 bits would be seen as noise in the ratios of policy losses; None: that of hidden, but float32 on CPUs
+            whose products of 16 bits are slower than those of float32.
         extras: the former name of diagnostics.
 
     Returns:
@@ -353,6 +276,7 @@ def head_token_stats(
         logit_scale=logit_scale,
         label_smoothing=label_smoothing,
         entropy=entropy,
+        logits_dtype=logits_dtype,
     )
     if transformed(hidden, weight, bias):
         return transformed_stats(call, diagnostics)
@@ -382,4 +306,5 @@ def _plan_of(
         kl=problem.reference is not None,
         chunk_bytes=chunk_bytes,
         plan=plan,
+        logits_dtype=problem.dtype,
     )

@@ -19,6 +19,7 @@ from ..ops.call import (
 )
 from ..ops.results import TokenStats, smoothed
 from .checks import check_head, check_places, check_reference, check_rows
+from .products import logits_dtype as resolved_dtype
 from .tiles import Problem, Projection
 
 Weights = tuple[Tensor, Tensor, Tensor | None]
@@ -48,6 +49,7 @@ class HeadCall(NamedTuple):
     """0: none."""
     label_smoothing: float
     entropy: bool
+    logits_dtype: torch.dtype
 
     @classmethod
     def of(
@@ -65,6 +67,7 @@ class HeadCall(NamedTuple):
         logit_scale: float = 1.0,
         label_smoothing: float = 0.0,
         entropy: bool = False,
+        logits_dtype: torch.dtype | None = None,
     ) -> HeadCall:
         """Of arguments as `fastalign.head_token_stats` takes them; its errors."""
         check_head("", hidden, weight, bias)
@@ -82,7 +85,10 @@ class HeadCall(NamedTuple):
             check_reference(hidden, weight, *reference)
         # s cap' tanh(u / cap') / T with cap' = cap / s: the scale is a temperature.
         scaled = (temperature / logit_scale, cap / logit_scale)
-        return cls(hidden, weight, bias, labels, reference, rows, ignore_index, *scaled, label_smoothing, entropy)
+        dtype = resolved_dtype(logits_dtype, hidden)
+        return cls(
+            *(hidden, weight, bias, labels, reference, rows, ignore_index), *scaled, label_smoothing, entropy, dtype
+        )
 
 
 class Live(NamedTuple):
@@ -114,7 +120,8 @@ class Live(NamedTuple):
 
 def live_problem(call: HeadCall) -> Live:
     """Drops what is ignored."""
-    hidden, weight, bias, labels, reference, rows, ignore_index, temperature, softcap, label_smoothing, entropy = call
+    hidden, weight, bias, labels, reference, rows, ignore_index, temperature, softcap, *options = call
+    label_smoothing, entropy, dtype = options
     _backends.check_labels(labels, ignore_index, weight.shape[0])
     live = (labels.long() != ignore_index).reshape(-1)
     # Without data nobody knows which tokens count: all of them do.
@@ -142,6 +149,7 @@ def live_problem(call: HeadCall) -> Live:
         softcap,
         entropy,
         label_smoothing != 0.0,
+        dtype,
     )
     return Live(problem, tokens, index, labels.shape, label_smoothing)
 

@@ -17,18 +17,20 @@ from .inputs import HeadCall
 from .tiles import Problem
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None = None) -> Tensor:
+def _logits(
+    dtype: torch.dtype, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None = None
+) -> Tensor:
     if rows is not None:
         hidden = hidden.flatten(0, -2)[rows]
-    return torch.nn.functional.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+    return torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def transformed_stats(call: HeadCall, diagnostics: Collection[str]) -> TokenStats:
     """`head_token_stats`; differentiable in any mode and any number of times."""
     return statistics.token_stats(
-        _logits(call.hidden, call.weight, call.bias, call.rows),
+        _logits(call.logits_dtype, call.hidden, call.weight, call.bias, call.rows),
         call.labels,
-        ref_logits=None if call.reference is None else _logits(*call.reference, call.rows).detach(),
+        ref_logits=None if call.reference is None else _logits(call.logits_dtype, *call.reference, call.rows).detach(),
         ignore_index=call.ignore_index,
         temperature=call.temperature,
         softcap=call.softcap or None,
@@ -41,11 +43,11 @@ def transformed_stats(call: HeadCall, diagnostics: Collection[str]) -> TokenStat
 
 def pulled(problem: Problem, tensors: Any, grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
     """Gradients of the live tokens, weight and bias, None for what is not there, from those of the statistics."""
-    reference = problem.reference
-    ref_logits = None if reference is None else _logits(reference.hidden, reference.weight, reference.bias)
+    reference, dtype = problem.reference, problem.dtype
+    ref_logits = None if reference is None else _logits(dtype, reference.hidden, reference.weight, reference.bias)
 
     def again(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        return plain_statistics(problem.call(_logits(hidden, weight, bias), problem.labels, ref_logits))[0]
+        return plain_statistics(problem.call(_logits(dtype, hidden, weight, bias), problem.labels, ref_logits))[0]
 
     there = tuple(t for t in tensors if t is not None)
     return [*pull(again, there, grads), *[None] * (len(tensors) - len(there))]

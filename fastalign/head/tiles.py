@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import _backends
 from ..ops.call import TokenCall
 from ..ops.diagnostics import Diagnostics
+from .products import add_product, product, quick
 
 _NO_LABEL = -100  # rows of a tile are all live; this value occurs nowhere among their labels
 
@@ -38,14 +39,16 @@ class Projection:
         part = cut(self.weight, columns)
         return part if part.dtype == self.hidden.dtype else part.to(self.hidden.dtype)
 
-    def logits(self, rows: slice, columns: slice, out: Tensor | None = None) -> Tensor:
-        """[rows, columns] in the dtype of hidden, into the flat buffer `out` if one is given."""
+    def logits(self, rows: slice, columns: slice, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """[rows, columns] in a dtype, into the flat buffer `out` if one is given."""
         hidden, weight = cut(self.hidden, rows), self.part(columns)
         shape = hidden.shape[0], weight.shape[0]
-        out = _backends.empty(shape, hidden) if out is None else out[: shape[0] * shape[1]].view(shape)
-        if self.bias is None:
-            return torch.mm(hidden, weight.t(), out=out)
-        return torch.addmm(cut(self.bias, columns).to(hidden.dtype), hidden, weight.t(), out=out)
+        out = _backends.empty(shape, hidden, dtype) if out is None else out[: shape[0] * shape[1]].view(shape)
+        bias = None if self.bias is None else cut(self.bias, columns).to(dtype)
+        if bias is not None and dtype == hidden.dtype and quick(dtype, hidden.device):
+            return torch.addmm(bias, hidden, weight.t(), out=out)
+        product(out, hidden, weight.t())
+        return out if bias is None else out.add_(bias)
 
 
 @dataclass
@@ -75,6 +78,8 @@ class Problem:
     softcap: float
     entropy: bool
     mean: bool
+    dtype: torch.dtype
+    """Of the logits."""
     diagnostics: Diagnostics | None = None  # sees every tile once
     found: dict[str, Tensor] = field(default_factory=dict)  # what it made of them
 
@@ -96,12 +101,12 @@ class Problem:
 
     def buffers(self, rows: int, columns: int) -> list[Tensor]:
         size = min(rows, self.labels.shape[0]) * min(columns, self.vocab)
-        return [_backends.empty((size,), self.policy.hidden) for _ in range(self.projections)]
+        return [_backends.empty((size,), self.policy.hidden, self.dtype) for _ in range(self.projections)]
 
     def logits(self, rows: slice, columns: slice, buffers: list[Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
         first, second = (None, None) if buffers is None else (buffers[0], buffers[-1])
-        reference = None if self.reference is None else self.reference.logits(rows, columns, second)
-        return self.policy.logits(rows, columns, first), reference
+        reference = None if self.reference is None else self.reference.logits(rows, columns, self.dtype, second)
+        return self.policy.logits(rows, columns, self.dtype, first), reference
 
     def local(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor | None]:
         """(label within the tile or 0, is it within) of each row; None: all of them are."""
@@ -245,7 +250,7 @@ def joined(blocks: list[RowStats]) -> RowStats:
 
 
 class HeadGradient:
-    """Sums of the gradients of hidden, weight and bias over tiles, each rounded to its own dtype once if it can be."""
+    """Sums of the gradients of hidden, weight and bias over tiles, each rounded to its own dtype once."""
 
     def __init__(self, problem: Problem, rows: int, columns: int, needs: tuple[bool, bool, bool]):
         policy = problem.policy
@@ -261,7 +266,7 @@ class HeadGradient:
         self.bias = None
         if need_bias and policy.bias is not None:
             self.bias = torch.zeros_like(policy.bias, dtype=wide)
-        self._block: Tensor | None = None  # of the weight's gradient, in float32, while its rows come in blocks
+        self._block: Tensor | None = None  # of the weight's gradient, not rounded yet, while its rows come in blocks
 
     def add(self, rows: slice, columns: slice, dlogits: Tensor) -> None:
         if self.hidden is not None:
@@ -273,29 +278,24 @@ class HeadGradient:
 
     def _add_hidden(self, to: Tensor, columns: slice, dlogits: Tensor) -> None:
         part = self._policy.part(columns)
-        if to.dtype != dlogits.dtype:
-            product = torch.mm(dlogits, part)
-            to.copy_(product) if columns.start == 0 else to.add_(product)
-        elif columns.start == 0:
-            torch.mm(dlogits, part, out=to)
+        if self._one_part:
+            product(to, dlogits, part)
         else:
-            to.addmm_(dlogits, part)
+            add_product(to, dlogits, part, columns.start == 0)
 
     def _add_weight(self, to: Tensor, rows: slice, dlogits: Tensor) -> None:
         hidden = cut(self._policy.hidden, rows)
         if self._one_block:
-            if to.dtype == dlogits.dtype:
-                torch.mm(dlogits.t(), hidden, out=to)
-            else:
-                to.copy_(torch.mm(dlogits.t(), hidden))
+            product(to, dlogits.t(), hidden)
             return
-        product = torch.mm(dlogits.t(), hidden)
         if rows.start == 0:
-            self._block = product.to(torch.promote_types(product.dtype, torch.float32))
-        elif self._block is not None:
-            self._block += product
-        if rows.stop == self._rows and self._block is not None:
-            to.copy_(self._block)
+            wide = torch.promote_types(dlogits.dtype, torch.float32)
+            self._block = to if to.dtype == wide else _backends.empty(to.shape, to, wide)
+        if self._block is not None:
+            add_product(self._block, dlogits.t(), hidden, rows.start == 0)
+        if rows.stop == self._rows:
+            if self._block is not None and self._block is not to:
+                to.copy_(self._block)
             self._block = None
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..head.head import LogitsSource, as_head
+from ..head.head import LogitsSource, ObjectiveSource, as_head
 from ..ops import statistics as ops
 from ..ops.call import TokenCall, as_softcap, check_ignore_index
 from ..ops.programs import Symbol
@@ -73,15 +74,30 @@ def stats_of(logits: Logits, labels: Tensor, *, inplace_backward: bool = False, 
 
 def _stepping_out(forward: Callable[..., Any]) -> Callable[..., Any]:
     outside = uncompiled(forward)
+    names = tuple(inspect.signature(forward).parameters)[1:]
 
     @functools.wraps(forward)
     def run(self: LogitsLoss, *args: Any, **kwargs: Any) -> Any:
         logits = args[0] if args else kwargs.get("logits")
         if isinstance(logits, Tensor) and not self.fuse_backward:
             return forward(self, *args, **kwargs)
+        if isinstance(logits, ObjectiveSource):
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            if "labels" in given and logits.gives_head(given.get("ref_logits")):
+                return _within(outside, self, logits, given)
         return outside(self, *args, **kwargs)
 
     return run
+
+
+def _within(forward: Callable[..., Any], module: LogitsLoss, source: ObjectiveSource, given: dict[str, Any]) -> Any:
+    """A module's forward on the head that a source gives."""
+
+    def objective(head: Any, reference: Any) -> Any:
+        heads = {"logits": head} if reference is None else {"logits": head, "ref_logits": reference}
+        return forward(module, **{**given, **heads})
+
+    return source.loss(given["labels"], objective, given.get("ref_logits"))
 
 
 class LogitsLoss(nn.Module):

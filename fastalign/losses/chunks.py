@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from .. import _backends
-from ..head.head import SUM_COLUMNS, Head, as_head, part_rows
+from ..head.head import Head, as_head
 from ..head.inputs import HeadCall, Live, live_problem, plain_head
+from ..head.plan import part_rows
+from ..head.products import add_product, product
 from ..head.tiles import RowStats
 from ..ops.fused_loss import attach_gradients
 from ..ops.results import TokenStats
@@ -45,7 +47,7 @@ class Piece:
             other = as_head("ref_logits", ref_logits)
             reference = (other.hidden, other.weight, other.bias)
         given = (head.hidden, head.weight, head.bias, labels, reference, head.rows)
-        live = live_problem(HeadCall.of(*given, logit_scale=head.logit_scale, **options))
+        live = live_problem(HeadCall.of(*given, **head.of_its_own(options)))
         self._live, problem = live, live.problem
         self._all = slice(0, problem.labels.shape[0]), slice(0, problem.vocab)
         self._logits = problem.logits(*self._all)
@@ -85,7 +87,7 @@ class _Totals:
     def add(self, live: Live, dlogits: Tensor) -> None:
         policy = live.problem.policy
         if self._needs[0]:
-            live.tokens.backward(torch.mm(dlogits, policy.part(slice(None))))
+            live.tokens.backward(product(torch.empty_like(live.tokens), dlogits, policy.part(slice(None))))
         if self._needs[1]:
             self._add_weight(dlogits, policy.hidden)
         if self._needs[2]:
@@ -93,24 +95,15 @@ class _Totals:
             self.bias = total if self.bias is None else self.bias + total
 
     def _add_weight(self, dlogits: Tensor, hidden: Tensor) -> None:
-        wide = torch.promote_types(dlogits.dtype, torch.float32)
         first = self.weight is None
-        if first and (dlogits.dtype == wide or not self.several):
-            self.weight = self._new_weight(dlogits, hidden, dlogits.dtype)
-            torch.mm(dlogits.t(), hidden, out=self.weight)
-        elif self.weight is not None and dlogits.dtype == wide:
-            self.weight.addmm_(dlogits.t(), hidden)
+        if self.weight is None:
+            wide = torch.promote_types(hidden.dtype, torch.float32)
+            size = (dlogits.shape[1], hidden.shape[1])
+            self.weight = _backends.empty(size, hidden, wide if self.several else self._dtypes[0])
+        if self.several:
+            add_product(self.weight, dlogits.t(), hidden, first)
         else:
-            if self.weight is None:
-                self.weight = self._new_weight(dlogits, hidden, wide)
-            for start in range(0, dlogits.shape[1], SUM_COLUMNS):
-                product = torch.mm(dlogits[:, start : start + SUM_COLUMNS].t(), hidden)
-                to = self.weight[start : start + SUM_COLUMNS]
-                to.copy_(product) if first else to.add_(product)
-
-    @staticmethod
-    def _new_weight(dlogits: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-        return _backends.empty((dlogits.shape[1], hidden.shape[1]), dlogits, dtype)
+            product(self.weight, dlogits.t(), hidden)
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of hidden, weight and bias; None for those that are not trained."""

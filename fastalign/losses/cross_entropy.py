@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from ..ops.call import TokenCall, autocast_dtype, check_ignore_index
 from ..ops.fused_loss import FusedLoss, Grouping
+from ..ops.results import TokenStats
 from .base import check_float, check_range, hide, lookup, stats_of, total
 
-_REDUCTIONS = {
+REDUCTIONS = {
     "none": lambda losses, weights: losses,
     "sum": lambda losses, weights: total(losses),
     "mean": lambda losses, weights: total(losses) / weights.sum(),  # no label: 0 / 0, NaN as in torch
@@ -71,10 +73,8 @@ def cross_entropy(
         if found is not None:
             return found
     check_ignore_index(ignore_index)
-    if isinstance(target, Tensor) and target.dtype == torch.uint8:
-        target = target.long()
-    logits = _checked(input, target)
-    reducer = lookup("reduction", _REDUCTIONS, reduction)
+    logits, target = _checked(input, target)
+    reducer = lookup("reduction", REDUCTIONS, reduction)
     check_range("label_smoothing", label_smoothing, 0.0, 1.0)
     live = target.long() != ignore_index
     try:
@@ -84,7 +84,7 @@ def cross_entropy(
         else:
             losses, weights = _weighted(logits, target, live, weight, ignore_index, label_smoothing)
     except ValueError:
-        _check_classes(target, ignore_index, logits.shape[-1])
+        check_classes(target, ignore_index, logits.shape[-1])
         raise
     wide = input.dtype == torch.float64 or autocast_dtype(input.device) is None
     return reducer(losses, weights).to(input.dtype if wide else torch.float32)
@@ -101,9 +101,18 @@ def _legacy(size_average: bool | None, reduce: bool | None) -> str:
     return "sum" if size_average is not None and not size_average else "mean"
 
 
-def _checked(input: Any, target: Any) -> Tensor:
-    """The logits with the classes last. Raises in the names of this function what later checks would in theirs."""
+def _checked(input: Any, target: Any) -> tuple[Tensor, Tensor]:
+    """The logits with the classes last, and the targets. Raises in the names of this function what later checks would
+    in theirs."""
     check_float("input", input)
+    if input.dim() < 1 or input.shape[1 if input.dim() > 1 else 0] == 0:
+        raise ValueError(f"input must be [C], [N, C] or [N, C, d1, ...] with C >= 1; got {list(input.shape)}")
+    logits = input if input.dim() < 3 else input.movedim(1, -1)
+    return logits, check_target(target, logits.shape[:-1], "input without C", input.device)
+
+
+def check_target(target: Any, shape: torch.Size, of: str, device: torch.device) -> Tensor:
+    """Class indices of a shape, int64 or int32."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a torch.Tensor; got {type(target).__name__}")
     if target.is_floating_point():
@@ -111,19 +120,16 @@ def _checked(input: Any, target: Any) -> Tensor:
             f"target must hold class indices, int64, int32 or uint8; got {target.dtype} (class probabilities are not "
             "supported: use torch.nn.functional.cross_entropy)"
         )
-    if target.dtype not in (torch.int64, torch.int32):
+    if target.dtype not in (torch.int64, torch.int32, torch.uint8):
         raise TypeError(f"target must be int64, int32 or uint8; got {target.dtype}")
-    if input.dim() < 1 or input.shape[1 if input.dim() > 1 else 0] == 0:
-        raise ValueError(f"input must be [C], [N, C] or [N, C, d1, ...] with C >= 1; got {list(input.shape)}")
-    logits = input if input.dim() < 3 else input.movedim(1, -1)
-    if target.shape != logits.shape[:-1]:
-        raise ValueError(f"target must be {list(logits.shape[:-1])}, input without C; got {list(target.shape)}")
-    if target.device != input.device:
-        raise ValueError(f"target must be on the device of input, {input.device}; got {target.device}")
-    return logits
+    if target.shape != shape:
+        raise ValueError(f"target must be {list(shape)}, {of}; got {list(target.shape)}")
+    if target.device != device:
+        raise ValueError(f"target must be on the device of input, {device}; got {target.device}")
+    return target.long() if target.dtype == torch.uint8 else target
 
 
-def _check_classes(target: Tensor, ignore_index: int, classes: int) -> None:
+def check_classes(target: Tensor, ignore_index: int, classes: int) -> None:
     """Says what the kernels' own check found, by the name that the argument has here."""
     bad = ((target < 0) | (target >= classes)) & (target.long() != ignore_index)
     if bad.any():
@@ -143,7 +149,7 @@ def _fused(input: object, target: object, ignore_index: int, loss: FusedLoss) ->
         call = TokenCall(logits, target, None, ignore_index, 1.0, 0.0)
         found = loss.of_logits(call, (), _WHOLE, False, dtype)
     except ValueError:
-        _check_classes(target, ignore_index, logits.shape[-1])
+        check_classes(target, ignore_index, logits.shape[-1])
         raise
     return None if found is None else found[0]
 
@@ -151,17 +157,27 @@ def _fused(input: object, target: object, ignore_index: int, loss: FusedLoss) ->
 def _weighted(
     logits: Tensor, target: Tensor, live: Tensor, weight: Tensor, ignore_index: int, smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """(loss, weight) of each target: -(1 - e) w_y log p_y - (e / C) sum_c w_c log p_c, as torch weights the classes."""
     check_float("weight", weight, logits.shape[-1:], "a class")
     if smoothing:  # two terms reach the logits: their gradients are added before they are rounded
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     stats = stats_of(logits, target, ignore_index=ignore_index)
+    return weighted(stats, lambda: logits @ weight.to(stats.logps.dtype), target, live, weight, smoothing)
+
+
+def weighted(
+    stats: TokenStats, summed: Callable[[], Tensor], target: Tensor, live: Tensor, weight: Tensor, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """(loss, weight) of each target: -(1 - e) w_y log p_y - (e / C) sum_c w_c log p_c, as torch weights the classes.
+
+    Args:
+        summed: gives sum_c w_c x_c of each target's logits x.
+    """
     weight = weight.to(stats.logps.dtype)
     weights = hide(weight[torch.where(live, target, 0)], live)
     losses = -weights * stats.logps
     if not smoothing:
         return losses, weights
     # sum_c w_c log p_c = sum_c w_c x_c - lse sum_c w_c
-    whole = hide(logits @ weight, live) - stats.lse * weight.sum()
-    rest = -smoothing / logits.shape[-1] * hide(whole, live)
+    whole = hide(summed(), live) - stats.lse * weight.sum()
+    rest = -smoothing / len(weight) * hide(whole, live)
     return rest if smoothing == 1.0 else (1 - smoothing) * losses + rest, weights

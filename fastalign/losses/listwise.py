@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..head.head import Head
+from ..ops.call import check_labels, check_tensor
 from ..ops.fused_loss import SEQUENCE, FusedLoss, Grouping, Input
 from .base import (
     Logits,
@@ -286,14 +287,10 @@ class PROLoss(LogitsLoss):
 def _list_shape(logits: Any, labels: Any, rewards: Any, mask: Any, list_size: int | None) -> tuple[int, int]:
     """(B, K) of the lists, from the shapes of the arguments."""
     given = check_logits("logits", logits).shape
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a torch.Tensor; got {type(labels).__name__}")
+    check_tensor("labels", labels)
     if len(given) not in (3, 4):
         raise ValueError(f"logits must be [B, K, T, V] or [B*K, T, V]; got shape {list(given)}")
-    if labels.shape != given[:-1]:
-        raise ValueError(
-            f"labels must have the shape of logits without the vocabulary, {list(given[:-1])}; got {list(labels.shape)}"
-        )
+    check_labels(labels, "logits without the vocabulary", given[:-1], "logits", labels.device)
     if len(given) == 4:
         sizes = {int(given[1])}
     else:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..head.products import advice
 from ..utils.text import first_line
 from .adapters import holds_adapters, load_adapted
 
@@ -17,6 +19,9 @@ CONFIGS = {"config.json", "adapter_config.json"}
 
 def model_options(args: Any) -> dict[str, Any]:
     """What from_pretrained is told of dtype and attention."""
+    said = advice(getattr(torch, args.dtype))
+    if said is not None:
+        warnings.warn(f"dtype={args.dtype}: {said}", stacklevel=3)
     attention = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
     return {"dtype": getattr(torch, args.dtype), **attention}
 

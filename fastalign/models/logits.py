@@ -11,16 +11,18 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..head.head import Head, head_token_stats
+from ..head.head import Head
 from ..ops.statistics import TokenStats, token_stats
 from .headless import Headless
 from .lm_head import unwrapped
 from .shared_prompts import PromptSharing
+
+T = TypeVar("T")
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 GROUPS = "groups"
@@ -32,12 +34,16 @@ class Request(NamedTuple):
 
     labels: Tensor | None = None
     """[B, T]: statistics of these; None: the head."""
+    objective: Callable[[Head], Any] | None = None
+    """In place of statistics: what this makes of the head, within the model's forward."""
     options: Mapping[str, Any] = {}
     """Of `head_token_stats`."""
     hidden: bool = False
     """The hidden states too."""
     head: bool = False
     """The head too, where labels are given."""
+    alone: bool = False
+    """Its hidden states are to lie as the batch does, as a reference's do."""
 
 
 class Answer(NamedTuple):
@@ -52,6 +58,8 @@ class Answer(NamedTuple):
     """[B, T, H], the last hidden states."""
     values: Tensor | None = None
     """[B, T], of a model with a value function."""
+    output: Any = None
+    """What an objective returned."""
 
 
 # ----------------------------------------------------------------------------------------------------- plain logits
@@ -145,18 +153,15 @@ class _Answering(Headless):
         if request is None:
             return self._forward(*args, **inputs)
         with _returned(self.model.base_model) if request.hidden else contextlib.nullcontext([None]) as last:
-            head = self.take(self.run(*args, **inputs).logits)
+            head = self.take(self.run(*args, **inputs).logits, softcap=self.softcap)
         if request.labels is None:
             return Answer(head=head, hidden=last[0])
-        stats = self._stats(head, request.labels, request.options)
-        return Answer(stats, head=head if request.head else None, hidden=last[0])
-
-    def _stats(self, head: Head, labels: Tensor, options: Mapping[str, Any]) -> TokenStats:
-        own, asked = self.softcap, options.get("softcap")
-        if own is not None and asked is not None and own != asked:
-            raise ValueError(f"softcap must be None for a model that caps its logits itself, at {own}; got {asked}")
-        given = {**options, "softcap": own if asked is None else asked}
-        return head_token_stats(head.hidden, head.weight, labels, bias=head.bias, logit_scale=head.logit_scale, **given)
+        options = dict(request.options)
+        chosen = head._replace(rows=options.pop("rows", None), chunk_bytes=options.pop("chunk_bytes", None))
+        handed_out = {"head": head if request.head else None, "hidden": last[0]}
+        if request.objective is not None:
+            return Answer(output=request.objective(chosen), **handed_out)
+        return Answer(chosen.stats(request.labels, **options), **handed_out)
 
 
 @contextlib.contextmanager
@@ -237,6 +242,18 @@ class ModelLogits:
         theirs = reference._ask(labels, {"temperature": temperature}, head=True)
         return self._ask(labels, {**more, **_reference(reference.answer.head)}), theirs
 
+    def gives_head(self, reference: Any) -> bool:
+        """Whether `loss` can be called, with the logits of this reference or None."""
+        return self._fused_with(reference) if reference is None or isinstance(reference, ModelLogits) else False
+
+    def loss(self, labels: Tensor, objective: Callable[[Head, Head | None], T], reference: ModelLogits | None) -> T:
+        """What the objective makes of the model's head and the reference's, within the model's own forward."""
+        theirs = None if reference is None else reference.head()
+        options: dict[str, Any] = {"chunk_bytes": self._chunk_bytes}
+        request = Request(labels, lambda head: objective(head, theirs), options, alone=theirs is not None)
+        self.answer = self._call(request)
+        return self.answer.output
+
     def _fused_with(self, reference: ModelLogits | None) -> bool:
         """Whether neither model's logits are formed: heads side by side must scale and cap their logits alike."""
         if reference is None or not (self.fused and reference.fused):
@@ -247,7 +264,8 @@ class ModelLogits:
 
     def _ask(self, labels: Tensor, options: Mapping[str, Any], *, head: bool = False) -> TokenStats:
         """Statistics from one forward pass, which is kept as `answer`."""
-        self.answer = self._call(Request(labels, {**options, "chunk_bytes": self._chunk_bytes}, head=head))
+        options = {**options, "chunk_bytes": self._chunk_bytes}
+        self.answer = self._call(Request(labels, None, options, head=head, alone="ref_hidden" in options))
         if self.answer.stats is None:
             raise RuntimeError("the model gave no statistics")
         return self.answer.stats
@@ -273,8 +291,8 @@ def ask(model: nn.Module, batch: Mapping[str, Tensor], request: Request | None, 
     if request is None:
         return Answer(logits=model_logits(model, batch))
     # Hidden states that are handed out lie as the batch does, and so must those of a policy and its reference.
-    handed_out = request.labels is None or request.head or request.hidden
-    if groups is not None and not handed_out and "ref_hidden" not in request.options:
+    handed_out = request.labels is None or request.head or request.hidden or request.alone
+    if groups is not None and not handed_out:
         sharing = prompt_sharing(model)
         shared = sharing(model, batch, groups) if isinstance(sharing, PromptSharing) else None
         if shared is not None:

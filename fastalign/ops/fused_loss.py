@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .. import _backends
-from . import statistics, transforms
+from . import statistics
 from .call import TokenCall
+from .loss_node import attach_gradients, node, to_kept_logits, to_logits, to_statistics
 from .operations import BATCH, GROUP, LEVEL_NAMES, SEQUENCE, TOKEN
 from .programs import STATISTICS, NotTraced, Program, trace
 from .results import TokenStats
@@ -38,94 +39,6 @@ class Grouping(NamedTuple):
 
     sequences: int
     list_size: int = 1
-
-
-# ------------------------------------------------------------------------------------------------------------ one node
-class _FusedLoss(torch.autograd.Function):
-    """A loss that is known with the way to its gradient.
-
-    `made`: the loss, which as an argument of its own would come back as a view; a function from (what it knows, the
-    gradient of the loss, saved tensors) to None and those of the tensors; what it knows; whether it needs these.
-    """
-
-    @staticmethod
-    def forward(ctx, made, *tensors):
-        loss, ctx.pull, ctx.known, saves = made
-        if saves:
-            ctx.save_for_backward(*tensors)
-        return loss
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return ctx.pull(ctx.known, gradient, ctx.saved_tensors)
-
-
-_node = statistics.node_of(_FusedLoss)
-
-
-_OfLogits = tuple[int, bytes, tuple[int, float, float], bool]
-"""Bits of the statistics that the loss moves with, whose slopes were kept; what was kept; options; in place."""
-
-
-def _to_logits(known: _OfLogits, gradient: Tensor, saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
-    """By the backward kernel: tensors are logits, labels and the reference's logits, if there is one."""
-    which, kept, options, inplace = known
-    logits, labels, reference = saved if len(saved) == 3 else (*saved, None)
-    found = None if inplace else statistics.direct_gradient(logits, labels, options, reference, kept, gradient, which)
-    if found is None:
-        rows, slopes = _backends.kept_rows(kept, labels, which)
-        grads = _of_statistics(which, gradient, labels, slopes)
-        call = TokenCall(logits, labels, reference, *options)
-        found = statistics.gradient(call, *rows, grads, inplace)
-    return (None, found, None) if reference is None else (None, found, None, None)
-
-
-def _of_statistics(which: int, gradient: Tensor, labels: Tensor, slopes: Tensor | None) -> statistics.Grads:
-    """The gradient of every statistic, of the labels' shape."""
-    each: list[Tensor | None] = [None] * len(STATISTICS)
-    wide = gradient.float()
-    if torch.is_grad_enabled() and not wide.requires_grad:
-        wide = wide.detach().requires_grad_()  # so that another derivative is refused, not silently zero
-    rows = iter([] if slopes is None else slopes.unbind())
-    for k in range(len(STATISTICS)):
-        if which >> k & 1:
-            row = _times(wide, next(rows))  # if a hook changed the labels, the checks of the backward say so
-            each[k] = row.view(labels.shape) if row.numel() == labels.numel() else row
-    return tuple(each)
-
-
-def _times(gradient: Tensor, slope: Tensor) -> Tensor:
-    """The gradient of a loss, or of the losses of equally long sequences, times the slopes of its tokens."""
-    return gradient * slope if gradient.dim() == 0 else (gradient.unsqueeze(-1) * slope.view(len(gradient), -1))
-
-
-def _to_statistics(slopes: Sequence[Tensor], gradient: Tensor, saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
-    """To statistics that are differentiable themselves."""
-    return None, *[_times(gradient, slope).view(t.shape) for slope, t in zip(slopes, saved, strict=True)]
-
-
-def _hand_on(known: list[Sequence[Tensor | None]], scale: Tensor, saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
-    """Gradients that are formed already; they are handed on once."""
-    if not known:
-        raise RuntimeError(
-            "the gradient of a loss that was formed with it was handed on already: it can be used once "
-            "(fuse_backward=False, or another plan of the head, keeps what another backward needs)"
-        )
-    gradients = known.pop()
-    if transforms.batched(scale):  # one gradient for each
-        return None, *[None if gradient is None else gradient * scale for gradient in gradients]
-    for gradient in gradients:
-        if gradient is not None:
-            _backends.pick(gradient).scale(gradient, scale)  # the buffer is ours
-    return None, *gradients
-
-
-def attach_gradients(loss: Tensor, tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> Tensor:
-    """The scalar loss as a function of tensors whose gradients are known; it can be differentiated once.
-
-    None among the gradients: there is none.
-    """
-    return _FusedLoss.apply((loss.detach().clone(), _hand_on, [tuple(gradients)], False), *tensors)
 
 
 # ------------------------------------------------------------------------------------------------- what a formula sees
@@ -158,11 +71,21 @@ class Values:
 # ----------------------------------------------------------------------------------------------------------- a program
 class _Compiled(NamedTuple):
     program: Program
+    found: list[int]
+    """Of each of the formula's results, whether it is none (0), a number (1) or a count (2)."""
     handle: Any
+    """The program as the CPU's module takes it."""
     names: tuple[str, ...]
     """Inputs that the program takes, in order."""
     which: int
     """Bits of the statistics that the loss moves with."""
+    handles: dict[str, Any]
+    """As other backends take it, by their names; None where they do not."""
+
+    def handle_of(self, backend: Any) -> Any:
+        if backend.__name__ not in self.handles:
+            self.handles[backend.__name__] = backend.loss_program(*self.program.encoded(), self.found)
+        return self.handles[backend.__name__]
 
 
 def _compile(formula: Callable[..., Any], levels: dict[str, int], statistics: Sequence[str], lists: bool) -> _Compiled:
@@ -175,7 +98,7 @@ def _compile(formula: Callable[..., Any], levels: dict[str, int], statistics: Se
         if moved and name in STATISTICS:
             which |= 1 << STATISTICS.index(name)
     handle = _backends.loss_program(*program.encoded(), found)
-    return _Compiled(program, handle, tuple(n for n in program.inputs if n in levels), which)
+    return _Compiled(program, found, handle, tuple(n for n in program.inputs if n in levels), which, {})
 
 
 def _wanted(program: Program) -> list[bool]:
@@ -273,7 +196,8 @@ class FusedLoss:
         inplace_backward: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> list[Any] | None:
-        """(loss, *results) of plain logits on the CPU, in one call each way.
+        """(loss, *results) of plain logits: on the CPU in one call each way, on a backend that runs programs in a
+        launch between the forward's and the backward's.
 
         None where it is not known to be all right: for other tensors, for what does not trace, and where somebody
         watches. The general path then does it or says what is wrong.
@@ -283,7 +207,7 @@ class FusedLoss:
             return None
         cpu = _backends.direct(logits)
         if cpu is None:
-            return None
+            return self._of_device(call, inputs, grouping, inplace_backward, dtype)
         found, given = self._given(inputs) if inputs else (self.compiled(()), ())
         if isinstance(found, str):
             return None
@@ -294,9 +218,33 @@ class FusedLoss:
             return None
         results, kept = made
         if wanted:
-            made = (results[0], _to_logits, (found.which, kept, options, inplace), True)
+            made = (results[0], to_logits, (found.which, kept, options, inplace), True)
             more = () if reference is None else (reference,)
-            results[0] = _node(made, logits, labels, *more)
+            results[0] = node(made, logits, labels, *more)
+        return results
+
+    def _of_device(
+        self, call: TokenCall, inputs: Sequence[Input], grouping: Grouping, inplace_backward: bool, dtype: torch.dtype
+    ) -> list[Any] | None:
+        """The same by a forward, a launch of the program, and a backward."""
+        backend = _backends.runs_programs(call.logits)
+        found, given = (None, ()) if backend is None else self._given(inputs)
+        if found is None or isinstance(found, str) or found.handle_of(backend) is None:
+            return None
+        used = found.program.statistics
+        if ("kl" in used) != (call.reference is not None):
+            return None
+        wanted = call.logits.requires_grad and torch.is_grad_enabled()
+        inplace = wanted and inplace_backward
+        *stats, saved = statistics.checked_forward(call, "entropy" in used, "mean" in used, inplace)
+        rest = (found.handle_of(backend), given, grouping, wanted, found.found, dtype)
+        made = backend.loss_terms(tuple(stats), call.labels, call.ignore_index, *rest)
+        if made is None:
+            return None
+        results, slopes = made
+        if wanted:
+            known = (results[0], to_kept_logits, (found.which, call.options, inplace), True)
+            results[0] = node(known, *call[:3], saved, stats[2], stats[3], slopes)
         return results
 
     def of_statistics(
@@ -310,7 +258,7 @@ class FusedLoss:
             return None
         results, slopes, moved = made
         if wanted and any(t.requires_grad for t in moved):
-            results[0] = _node((results[0], _to_statistics, slopes.unbind(), True), *moved)
+            results[0] = node((results[0], to_statistics, slopes.unbind(), True), *moved)
         return results
 
     def slopes(
@@ -335,13 +283,19 @@ class FusedLoss:
         if type(logps) is not Tensor or logps.dtype != torch.float32 or not statistics.alone(logps, labels):
             return None
         cpu = _backends.direct(logps)
-        if cpu is None:
+        backend = _backends.runs_programs(logps) if cpu is None else None
+        if cpu is None and backend is None:
             return None
         found, given = self._given(inputs)
         if isinstance(found, str) or any(stats[name] is None for name in found.program.statistics):
             return None
         dense = tuple([None if t is None else t.detach().contiguous() for t in stats.values()])
-        made = cpu.loss_terms(dense, labels, ignore_index, found.handle, given, grouping, wanted)
+        if backend is not None:
+            handle = found.handle_of(backend)
+            rest = (handle, given, grouping, wanted, found.found, torch.float32)
+            made = None if handle is None else backend.loss_terms(dense, labels, ignore_index, *rest)
+        else:
+            made = cpu.loss_terms(dense, labels, ignore_index, found.handle, given, grouping, wanted)
         if made is None:
             return None
         return *made, [stats[name] for k, name in enumerate(STATISTICS) if found.which >> k & 1]  # type: ignore[return-value]

@@ -83,6 +83,9 @@ BACKEND: str | None = _read("FASTALIGN_BACKEND", _one_of(BACKEND_NAMES))
 CPU_ISA: str | None = _read("FASTALIGN_CPU_ISA", _one_of(ISA_NAMES))
 """The instruction set of the backend `cpu` outside of `use_backend`; None: the best one of the processor."""
 
+CPU_GEMM: str | None = _read("FASTALIGN_CPU_GEMM", _one_of(("16bit", "float32")))
+"""In which precision a head on the CPU forms its products of 16-bit tensors; None: as is quicker on the processor."""
+
 KEPT_BYTES: int | None = _read("FASTALIGN_KEPT_MIB", _mebibytes)
 """How much memory of large results is kept for others; None: an eighth of the machine's."""
 
