@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -114,6 +115,42 @@ def _roofline(results: Record) -> bytes | None:
     axis.legend()
     axis.grid(alpha=0.3)
     return _png(figure)
+
+
+OVERVIEW: dict[str, Callable[[Record], float]] = {
+    "ms": lambda row: 1e3 * row["median"],
+    "MiB beyond the logits": lambda row: row["peak_bytes"] / 2**20,
+}
+"""What the README's picture shows of each variant, a panel each."""
+
+
+def overview(cases: list[Record], title: str) -> bytes:
+    """The README's picture: a bar for each variant of each case, which differ in dtype. The numbers are in the file."""
+    names = list(dict.fromkeys(name for case in cases for name in case["variants"]))
+    shown = {
+        what: {c["dtype"]: [round(value(c["variants"][name]), 1) for name in names] for c in cases}
+        for what, value in OVERVIEW.items()
+    }
+    figure, axes = plt.subplots(1, len(shown), figsize=(11, 3.4), sharey=True)
+    height = 0.8 / len(cases)
+    for axis, (what, by_dtype) in zip(axes, shown.items(), strict=True):
+        for i, (dtype, numbers) in enumerate(by_dtype.items()):
+            places = [place + (i - (len(cases) - 1) / 2) * height for place in range(len(names))]
+            bars = axis.barh(places, numbers, height, label=dtype)
+            axis.bar_label(bars, fmt="%.0f", padding=2)
+        axis.set_yticks(range(len(names)), names)
+        axis.set_xlabel(what)
+        axis.margins(x=0.12)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].invert_yaxis()
+    axes[0].legend()
+    figure.suptitle(title)
+    figure.tight_layout()
+    stream = io.BytesIO()
+    about = json.dumps({"title": title, "variants": names, **shown})
+    figure.savefig(stream, format="png", dpi=110, bbox_inches="tight", metadata={"Description": about})
+    plt.close(figure)
+    return stream.getvalue()
 
 
 def plots(results: Record) -> dict[str, bytes]:

@@ -2,6 +2,7 @@
 
     python bench/report.py results.json                      print the table
     python bench/report.py results.json --short              print the short one
+    python bench/report.py results.json --picture FILE.png   its first job as bars: time and memory
     python bench/report.py results.json --details            print every variant
     python bench/report.py results.json --update FILE        rewrite that table between its markers
     python bench/report.py results.json --plots FOLDER       PNGs: time and memory against size, roofline
@@ -187,11 +188,16 @@ def table(results: dict[str, Any]) -> str:
     return "\n\n".join(parts + _advantages(results) + _overhead(results))
 
 
-def short(results: dict[str, Any]) -> str:
-    """The README's block: forward and backward together at the largest vocabulary, one line per case."""
+def _largest(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Forward and backward together at the largest vocabulary."""
     cases = [case for case in _measured(results) if case["job"] == "both" and "fastalign" in case["ratios"]]
     most = max((case["vocab"] for case in cases), default=0)
-    cases = [case for case in cases if case["vocab"] == most]
+    return [case for case in cases if case["vocab"] == most]
+
+
+def short(results: dict[str, Any]) -> str:
+    """The README's block: one line per case."""
+    cases = _largest(results)
     peers = list(dict.fromkeys(peer for case in cases for peer in case["ratios"]["fastalign"]))
     head = ["", "logits", "time", *peers]
     lines = [_line(head), _line(["---"] * 2 + ["---:"] * (len(head) - 2))]
@@ -242,6 +248,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="the README's extract instead of the table")
     parser.add_argument("--update", type=Path, metavar="FILE", help="rewrite the table between this file's markers")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write plots as PNG into this folder")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="write the README's picture to this PNG")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write table and plots to this file")
     arguments = parser.parse_args()
     results = merged(arguments.results)
@@ -251,10 +258,21 @@ def main() -> None:
         markers = (SHORT_BEGIN, SHORT_END) if arguments.short else markers
         block = short(results) if arguments.short else table(results)
         arguments.update.write_text(update(text, block, *markers), encoding="utf-8")
+    elif arguments.picture:
+        _picture(results, arguments.picture)
     elif arguments.plots or arguments.html:
         _draw(results, arguments.plots, arguments.html)
     else:
         print(details(results) if arguments.details else short(results) if arguments.short else table(results))
+
+
+def _picture(results: dict[str, Any], path: Path) -> None:
+    import plots  # needs matplotlib
+
+    cases = [case for case in _largest(results) if case["suite"] == "dpo"]
+    job = _TITLES["dpo", "both"]
+    title = f"{job}, {cases[0]['rows']:,} x {cases[0]['vocab']:,}; {results['environment']['cpu']}"
+    path.write_bytes(plots.overview(cases, f"{title}, {results['environment']['threads']} threads"))
 
 
 def _draw(results: dict[str, Any], folder: Path | None, page: Path | None) -> None:

@@ -97,8 +97,32 @@ def test_every_table_of_measurements_is_in_one_file():
     assert readme.count("<!-- ") == 4
     for name in re.findall(r"\]\((results/[\w.-]+)\)", page):
         assert (ROOT / "bench" / name).is_file(), name
-    assert "up to 1.4 times as fast" in readme
-    assert "up to 1.4 times as fast" in " ".join(page.split())
+    for figure in ("up to 1.4 times as fast", "66 to 116 µs against 48 to 79 of `F.cross_entropy`"):
+        assert figure in " ".join(readme.split())
+        assert figure in " ".join(page.split())
+
+
+def described(path):
+    """What report.py wrote into a picture: its title, variants and numbers."""
+    png = path.read_bytes()
+    at = png.index(b"tEXtDescription\0")
+    return json.loads(png[at + len(b"tEXtDescription\0") : at + 4 + int.from_bytes(png[at - 4 : at], "big")])
+
+
+def test_the_picture_is_of_the_results(tmp_path):
+    pytest.importorskip("matplotlib", reason="needs matplotlib (the extra `train`)")
+    (picture,) = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    drawn = tmp_path / "drawn.png"
+    command = [sys.executable, ROOT / "bench" / "report.py", *named_results(CPU_TABLE), "--picture", drawn]
+    subprocess.run([str(word) for word in command], check=True, cwd=tmp_path)
+    found = described(drawn)
+    assert found == described(ROOT / picture)
+    assert found["variants"][0] == "fastalign"
+    assert found["ms"].keys() == found["MiB beyond the logits"].keys() == {"float32", "bfloat16"}
+    short = (ROOT / "README.md").read_text(encoding="utf-8")
+    for dtype, times in found["ms"].items():
+        (row,) = re.findall(rf"^\| DPO loss.* {dtype} \| ([\d.]+) ms", short, re.MULTILINE)
+        assert float(row) == pytest.approx(times[0], abs=0.06)
 
 
 def test_the_sweeps_are_those_of_the_committed_files(tmp_path):

@@ -53,17 +53,15 @@ def policy_loss(
 ) -> PolicyLossOutput:
     """Policy loss with KL and entropy terms. With rho = exp(logps - old_logps) and A the advantage, per token:
 
-    ============  =====================================  ====================================================
-    kind          loss                                   source
-    ============  =====================================  ====================================================
-    `reinforce`   -A log pi                              Williams 1992; with `rl.rloo_advantages` RLOO
-    `trpo`        -A rho                                 Schulman et al. 2015, eq. 14; see `rl.TrustRegion`
-    `penalty`     -A rho + kl_coef KL(pi_old, pi)        Schulman et al. 2017, eq. 8; see `rl.SchulmanKL`
-    `clip`        max(-A rho, -A clip(rho))              Schulman et al. 2017, eq. 7
-    `gspo`        clip, rho = exp(mean_t log rho_t)      Zheng et al. 2025 (cliprange there: 3e-4)
-    `gspo_token`  the same value, token-wise gradient    Zheng et al. 2025
-    `cispo`       -sg[clip(rho)] A log pi                MiniMax 2025, eq. 4 (no lower bound: cliprange=1)
-    ============  =====================================  ====================================================
+    | kind | loss | source |
+    |---|---|---|
+    | `reinforce` | -A log pi | Williams 1992; with `rl.rloo_advantages` RLOO |
+    | `trpo` | -A rho | Schulman et al. 2015, eq. 14; see `rl.TrustRegion` |
+    | `penalty` | -A rho + kl_coef KL(pi_old, pi) | Schulman et al. 2017, eq. 8; see `rl.SchulmanKL` |
+    | `clip` | max(-A rho, -A clip(rho)) | Schulman et al. 2017, eq. 7 |
+    | `gspo` | clip, rho = exp(mean_t log rho_t) | Zheng et al. 2025 (cliprange there: 3e-4) |
+    | `gspo_token` | the same value, token-wise gradient | Zheng et al. 2025 |
+    | `cispo` | -sg[clip(rho)] A log pi | MiniMax 2025, eq. 4 (no lower bound: cliprange=1) |
 
     clip(rho) cuts to [1 - cliprange, 1 + cliprange_high]. A KL term used as a loss needs a choice of estimator: with
     "k1", the default, its gradient is zero on average (see `kl_estimate`); put k1 into the reward (`rl.shape_rewards`),
@@ -137,8 +135,8 @@ class PPOLoss(LogitsLoss):
     The pretraining mix of PPO-ptx is `ptx_loss(output.loss, ...)`; the value function's loss is `value_loss`.
 
     Args:
-        kind, cliprange, cliprange_high, dual_clip, kl_coef, kl_estimator, entropy_coef, importance_level,
-        importance_cap, normalization, max_length: as in `policy_loss`.
+        kind, cliprange, cliprange_high, dual_clip, kl_coef, kl_estimator, entropy_coef: as in `policy_loss`.
+        importance_level, importance_cap, normalization, max_length: as there.
         report_entropy: compute the entropy as a metric even where entropy_coef is 0.
         ignore_index, temperature, softcap, inplace_backward: as in `fastalign.token_stats`. The temperature is the
             sampler's, and the old, reference and sampler log-probabilities must have been taken at the same one.

@@ -72,8 +72,8 @@ def dpo_loss(
     without a reference simpo, cpo, orpo, sft.
 
     Length regularisation (DPO-R). Maximise E[r(x, y) - alpha |y|] - beta KL(pi || pi_ref): the optimum is
-    pi*(y) = pi_ref(y) exp((r - alpha |y|) / beta) / Z, hence r = beta log(pi* / pi_ref) + alpha |y| + beta log Z. In
-    the Bradley-Terry likelihood sigmoid(r_w - r_l) that gives
+    `pi*(y) = pi_ref(y) exp((r - alpha |y|) / beta) / Z`, hence `r = beta log(pi* / pi_ref) + alpha |y| + beta log Z`.
+    In the Bradley-Terry likelihood sigmoid(r_w - r_l) that gives
 
         -log sigmoid(beta (h_w - h_l) + alpha (|y_w| - |y_l|)),
 

@@ -28,31 +28,35 @@ def _sequences(mask: Tensor) -> Tensor:
 
 
 def _token(x: Tensor, mask: Tensor, num_items: Count | None, max_length: int | None) -> Tensor:
+    """The mean over real tokens."""
     return _over(total(hide(x, mask)), mask.sum() if num_items is None else num_items)
 
 
 def _grpo(x: Tensor, mask: Tensor, num_items: Count | None, max_length: int | None) -> Tensor:
+    """The mean over sequences of the mean over their tokens: Shao et al. 2024, eq. 3."""
     return _over(masked_mean(x, mask, dim=-1).sum(), _sequences(mask) if num_items is None else num_items)
 
 
 def _dapo(x: Tensor, mask: Tensor, num_items: Count | None, max_length: int | None) -> Tensor:
+    """The sum over the batch's real tokens, counted globally: Yu et al. 2025, eq. 8."""
     if num_items is None:
         raise ValueError("normalization='dapo' needs num_items, the number of real tokens of the whole batch; got None")
     return _token(x, mask, num_items, max_length)
 
 
 def _dr_grpo(x: Tensor, mask: Tensor, num_items: Count | None, max_length: int | None) -> Tensor:
+    """The sum over sequences times max_length, a constant: Liu et al. 2025, sec. 3.2."""
     if max_length is None:
         raise ValueError("normalization='dr_grpo' needs max_length, the generation budget in tokens; got None")
     return _over(hide(x, mask).sum() / max_length, _sequences(mask) if num_items is None else num_items)
 
 
 NORMALIZATIONS: dict[str, Callable[[Tensor, Tensor, Count | None, int | None], Tensor]] = {
-    "token": _token,  # mean over real tokens
+    "token": _token,
     "bnpo": _token,  # the same, under the name that trainers give it
-    "grpo": _grpo,  # mean over sequences of the mean over their tokens: Shao et al. 2024, eq. 3
-    "dapo": _dapo,  # sum over the batch's real tokens, counted globally: Yu et al. 2025, eq. 8
-    "dr_grpo": _dr_grpo,  # sum / (sequences * max_length), a constant: Liu et al. 2025, sec. 3.2
+    "grpo": _grpo,
+    "dapo": _dapo,
+    "dr_grpo": _dr_grpo,
 }
 
 

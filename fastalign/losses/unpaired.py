@@ -63,6 +63,7 @@ def kto_loss(
     lambda_U (1 - sigmoid(beta (z_0 - h))) over undesirable ones, h = log pi(y|x) - log pi_ref(y|x).
 
     The baseline z_0 estimates KL(pi || pi_ref) and carries no gradient. It comes from one of
+
     - `kl_logps` and `ref_kl_logps`: sums of completions that belong to other prompts of the batch (the paper's
       mismatched pairs (x_i, y_j)); z_0 = max(0, their mean log-ratio);
     - `kl`: a number already estimated, over several devices for instance; z_0 = max(0, its mean);
