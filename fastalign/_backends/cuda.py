@@ -189,10 +189,10 @@ def loss_terms(
         found: of each result, whether it is none (0), a number (1) or a count (2).
     """
     labels, (sequences, list_size) = labels.contiguous(), grouping
-    sizes = _cuda.loss_sizes(program, labels.numel(), sequences, list_size)
-    if sizes is None or dtype not in (torch.float32, torch.float64):
+    fit: Any = _cuda.loss_sizes(program, labels.numel(), sequences, list_size)
+    if fit is None or dtype not in (torch.float32, torch.float64):
         return None
-    numbers, counts, counts_given, moved = sizes
+    numbers, counts, counts_given, moved = fit
     inputs = [_given(x, count, labels.device) for x, count in zip(given, counts_given, strict=True)]
     if any(x is None for x in inputs):
         return None
@@ -209,7 +209,7 @@ def loss_terms(
         program,
         (labels.numel(), sequences, list_size),
         (_address(labels), labels.dtype == torch.int64, ignore_index),
-        _addresses(*statistics),
+        list(_addresses(*statistics)),
         tuple([x[1] if isinstance(x, tuple) else x for x in inputs]),
         [(_address(t), kind) for t, kind in zip(results, kinds, strict=True) if t is not None],
         _address(slopes) if wanted else 0,

@@ -120,8 +120,8 @@ class Live(NamedTuple):
 
 def live_problem(call: HeadCall) -> Live:
     """Drops what is ignored."""
-    hidden, weight, bias, labels, reference, rows, ignore_index, temperature, softcap, *options = call
-    label_smoothing, entropy, dtype = options
+    hidden, weight, bias, labels, reference, rows, ignore_index, temperature, softcap = call[:9]
+    label_smoothing, entropy, dtype = call[9:]
     _backends.check_labels(labels, ignore_index, weight.shape[0])
     live = (labels.long() != ignore_index).reshape(-1)
     # Without data nobody knows which tokens count: all of them do.

@@ -20,9 +20,11 @@ from torch import Tensor
 from .. import _backends
 from ..utils import environment
 
-_SIZE = (256, 512, 256)  # of the product that is timed
-_RUNS = 3
-_SLOWER = 1.5  # than float32: what no processor with 16-bit units is
+_SIZE = (128, 512, 128)  # of the product that is timed
+_RUNS = 5
+# How much slower than float32 is slow: with 16-bit units 0.5 to 0.7 times was measured, without them 30 times.
+# Far from both, so that a busy machine does not decide it, and with it the numbers, otherwise from one run to the next.
+_SLOWER = 5.0
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -59,8 +61,8 @@ def product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def quick(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether torch's products of this dtype are no slower than those of float32: of 16 bits on the CPU, measured once
-    per process in a few milliseconds; FASTALIGN_CPU_GEMM=16bit or float32 says it instead."""
+    """Whether torch's products of this dtype are about as quick as those of float32: of 16 bits on the CPU, measured
+    once per process in some milliseconds; FASTALIGN_CPU_GEMM=16bit or float32 says it instead."""
     if device.type != "cpu" or dtype.itemsize != 2:
         return True
     if environment.CPU_GEMM is not None:
@@ -70,9 +72,14 @@ def quick(dtype: torch.dtype, device: torch.device) -> bool:
 
 @functools.cache
 def slowness(dtype: torch.dtype) -> float:
-    """The time of a small 16-bit product of torch's on the CPU, as a multiple of the same in float32."""
-    narrow = _seconds(dtype)
-    return narrow / _seconds(torch.float32)
+    """The time of a small 16-bit product of torch's on the CPU, as a multiple of the same in float32: of one thread,
+    and its own time, on which other processes have next to no influence."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _seconds(dtype) / _seconds(torch.float32)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def advice(dtype: torch.dtype) -> str | None:
@@ -93,9 +100,9 @@ def _seconds(dtype: torch.dtype) -> float:
 
 
 def _timed(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.thread_time()
     run()
-    return time.perf_counter() - start
+    return max(time.thread_time() - start, 1e-9)
 
 
 def logits_dtype(wanted: torch.dtype | None, hidden: Tensor) -> torch.dtype:

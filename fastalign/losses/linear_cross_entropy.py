@@ -60,7 +60,7 @@ def linear_cross_entropy(
     ignore_index = check_ignore_index(-100 if ignore_index is None else ignore_index)
     _check_linear(input, linear_weight)
     target = check_target(target, input.shape[:-1], "input without H", input.device)
-    choice = {"chunk_bytes": chunk_bytes, "plan": plan, "logits_dtype": logits_dtype}
+    choice: dict[str, Any] = {"chunk_bytes": chunk_bytes, "plan": plan, "logits_dtype": logits_dtype}
     try:
         if weight is None and reduction != "none":
             head = Head(input.reshape(-1, 1, input.shape[-1]), linear_weight, linear_bias, **choice)

@@ -158,10 +158,10 @@ class _Answering(Headless):
             return Answer(head=head, hidden=last[0])
         options = dict(request.options)
         chosen = head._replace(rows=options.pop("rows", None), chunk_bytes=options.pop("chunk_bytes", None))
-        handed_out = {"head": head if request.head else None, "hidden": last[0]}
+        found = Answer(head=head if request.head else None, hidden=last[0])
         if request.objective is not None:
-            return Answer(output=request.objective(chosen), **handed_out)
-        return Answer(chosen.stats(request.labels, **options), **handed_out)
+            return found._replace(output=request.objective(chosen))
+        return found._replace(stats=chosen.stats(request.labels, **options))
 
 
 @contextlib.contextmanager

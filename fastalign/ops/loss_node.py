@@ -59,9 +59,9 @@ def to_kept_logits(known: _OfForward, gradient: Tensor, saved: tuple[Any, ...]) 
     """The same after a forward of tensors: logits, labels, the reference's logits, what the forward saved, entropy, KL
     and slopes [k, tokens]."""
     which, options, inplace = known
-    logits, labels, reference, *rows, slopes = saved
+    logits, labels, reference, rows, entropy, kl, slopes = saved
     grads = _of_statistics(which, gradient, labels, slopes)
-    found = statistics.gradient(TokenCall(logits, labels, reference, *options), *rows, grads, inplace)
+    found = statistics.gradient(TokenCall(logits, labels, reference, *options), rows, entropy, kl, grads, inplace)
     return None, found, *[None] * 6
 
 
