@@ -133,3 +133,13 @@ def test_statistics_of_a_head_take_the_program_too(cuda_simulator):
     assert sum("loss_kernel" in launch.kernel for launch in launches) == 1
     torch.testing.assert_close(got.loss, want.loss, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(gradient, want_gradient, rtol=1e-5, atol=1e-8)
+
+
+def test_beyond_a_blocks_worth_of_tokens_torchs_operations_take_its_place(cuda_simulator, monkeypatch):
+    monkeypatch.setattr("fastalign._backends.cuda.PROGRAM_TOKENS", B * T - 1)
+    logits, labels = problem()
+    want, _ = outcome(losses.SFTLoss(), logits, labels, {})
+    with cuda_simulator(**SIMULATION) as launches, cuda_simulator.raising():
+        got, _ = outcome(losses.SFTLoss(), logits, labels, {})
+    assert not any("loss_kernel" in launch.kernel for launch in launches)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)

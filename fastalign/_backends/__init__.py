@@ -145,10 +145,11 @@ def direct(tensor: Tensor) -> Any:
     return cpu if tensor.is_cpu and _choice.get() in (None, "cpu") and cpu._C is not None else None
 
 
-def runs_programs(tensor: Tensor) -> Any:
-    """The backend that `pick` names, if it runs a loss's program in a launch of its own; else None."""
+def runs_programs(tensor: Tensor, tokens: int) -> Any:
+    """The backend that `pick` names, if it runs a loss's program on so many tokens in a launch of its own; else
+    None."""
     backend = pick(tensor)
-    return backend if backend is cuda else None
+    return backend if backend is cuda and tokens <= cuda.PROGRAM_TOKENS else None
 
 
 def pick(tensor: Tensor, job: str = "tokens") -> Backend:

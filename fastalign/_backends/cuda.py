@@ -152,6 +152,10 @@ def objective(
 # ------------------------------------------------------------------------------------------------- loss programs
 _FLOAT, _DOUBLE, _INTEGER = 0, 1, 2  # kinds of results
 
+PROGRAM_TOKENS = 1 << 17
+"""Tokens beyond which torch's operations, which fill the device, take the place of a program, which fills one block. (By
+estimate: no device has timed it yet.)"""
+
 
 def loss_program(*encoded: Any) -> Any:
     """`Program.encoded()`, and what its results are, as `loss_terms` takes it; None where it does not fit."""

@@ -15,7 +15,7 @@ plan           kept                                        GEMMs        frozen
 
 `project` serves a frozen head and losses of the log-probs alone: their coefficients are row scales, applied to a tensor
 of the size of hidden in backward. Other gradients (entropy, KL, lse) fall back on recomputing there. `objective` is for
-the loss modules (`losses/_parts.py`), which know what becomes of the statistics: they form loss and gradients of some
+the loss modules (`losses/chunks.py`), which know what becomes of the statistics: they form loss and gradients of some
 pairs, lists or sequences after the other, so that one part's logits are all there are.
 """
 

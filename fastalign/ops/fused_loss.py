@@ -227,7 +227,7 @@ class FusedLoss:
         self, call: TokenCall, inputs: Sequence[Input], grouping: Grouping, inplace_backward: bool, dtype: torch.dtype
     ) -> list[Any] | None:
         """The same by a forward, a launch of the program, and a backward."""
-        backend = _backends.runs_programs(call.logits)
+        backend = _backends.runs_programs(call.logits, call.labels.numel())
         found, given = (None, ()) if backend is None else self._given(inputs)
         if found is None or isinstance(found, str) or found.handle_of(backend) is None:
             return None
@@ -283,7 +283,7 @@ class FusedLoss:
         if type(logps) is not Tensor or logps.dtype != torch.float32 or not statistics.alone(logps, labels):
             return None
         cpu = _backends.direct(logps)
-        backend = _backends.runs_programs(logps) if cpu is None else None
+        backend = _backends.runs_programs(logps, labels.numel()) if cpu is None else None
         if cpu is None and backend is None:
             return None
         found, given = self._given(inputs)
