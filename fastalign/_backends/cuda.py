@@ -153,8 +153,8 @@ def objective(
 _FLOAT, _DOUBLE, _INTEGER = 0, 1, 2  # kinds of results
 
 PROGRAM_TOKENS = 1 << 17
-"""Tokens beyond which torch's operations, which fill the device, take the place of a program, which fills one block. (By
-estimate: no device has timed it yet.)"""
+"""Tokens beyond which torch's operations, which fill the device, take the place of a program, which fills one block.
+(By estimate: no device has timed it yet.)"""
 
 
 def loss_program(*encoded: Any) -> Any:
