@@ -12,6 +12,7 @@ KINDS = {
     "SupportsInt": "int",
     "SupportsFloat": "float",
     "Sequence": "list",
+    "CapsuleType": "object",
 }  # as pybind11 names what it converts, from its version 3 on
 
 
