@@ -1,12 +1,16 @@
 """Loss programs in CUDA, run by a PTX simulator through the real launch code: one launch between forward and backward,
 whose loss, metrics and gradients are the CPU's."""
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 
 import fastalign as fa
 from fastalign import losses
 
+BENCH = Path(__file__).resolve().parents[1] / "bench"
 SIMULATION = {"check_uninit": True, "check_races": True}
 B, T, V = 6, 5, 37
 
@@ -143,3 +147,13 @@ def test_beyond_a_blocks_worth_of_tokens_torchs_operations_take_its_place(cuda_s
         got, _ = outcome(losses.SFTLoss(), logits, labels, {})
     assert not any("loss_kernel" in launch.kernel for launch in launches)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["SFT", "DPO", "PRO", "PPO", "PPO with entropy", "GRPO"])
+def test_launches_and_torchs_operations_together(name, cuda_simulator, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    launches = importlib.import_module("launches")
+    loss, limit = launches.cases()[name]
+    ours, others = launches.launches(cuda_simulator, loss)
+    assert ours + len(others) <= limit, others
+    assert launches.cases().keys() == {"SFT", "DPO", "PRO", "PPO", "PPO with entropy", "GRPO"}
