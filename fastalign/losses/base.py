@@ -81,7 +81,8 @@ def _stepping_out(forward: Callable[..., Any]) -> Callable[..., Any]:
         logits = args[0] if args else kwargs.get("logits")
         if isinstance(logits, Tensor) and not self.fuse_backward:
             return forward(self, *args, **kwargs)
-        if isinstance(logits, ObjectiveSource):
+        # A compiler cannot look into a protocol, nor has it to: a tensor is none.
+        if not isinstance(logits, (Tensor, tuple)) and isinstance(logits, ObjectiveSource):
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             if "labels" in given and logits.gives_head(given.get("ref_logits")):
                 return _within(outside, self, logits, given)
