@@ -135,3 +135,16 @@ def test_a_template_that_writes_earlier_replies_anew_is_refused(encoder):
 def test_sampled_replies_and_judges_take_one_message(encoder):
     with pytest.raises(ValueError, match="must be one reply of the assistant"):
         encoder()([USER], [[call(at="b"), RESULTS[0], REPLY]])
+
+
+def test_references_that_are_kept_on_disk_are_those_of_the_mask(encoder, tiny_model, tmp_path):
+    """The same token ids, of which another run trains on fewer."""
+    encode, found = encoder(), []
+    args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    for weight in (1, 0):
+        chosen = [REPLY, USER, {**BAD, "weight": weight}, USER, REPLY]
+        row = {"prompt": [USER], "chosen": chosen, "rejected": [BAD]}
+        trainer = DPOTrainer(tiny_model(), args, [row], None, encode.tokenizer)
+        found.append((trainer.train_dataset["chosen_ids"][0], trainer.train_dataset["ref_chosen_logps"][0]))
+    assert found[0][0] == found[1][0]
+    assert found[0][1] < found[1][1] - 1
