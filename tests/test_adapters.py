@@ -193,6 +193,22 @@ def test_what_cannot_be_is_refused_in_one_line(place, tmp_path, capsys, keys, me
     assert re.search(message, line), line
 
 
+@pytest.mark.parametrize("keys", ["--adapters continue", "--adapters stack --lora_rank 2"])
+@pytest.mark.parametrize("command", ["dpo", "grpo"])
+def test_sharded_weights_that_would_be_merged_into_are_refused(place, tmp_path, capsys, monkeypatch, command, keys):
+    """Before anything is trained, in one line; with lora_merge=false both ways work: see the tests of two processes."""
+    monkeypatch.setattr("fastalign.utils.environment.launched_with_fsdp", lambda: True)
+    (tmp_path / "judge.py").write_text("def score(completions):\n    return [0.0 for _ in completions]\n")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    argv = [command, "--model", str(place / "sft"), "--dataset", str(rows), "--output_dir", str(tmp_path / "run")]
+    argv += ["--use_cpu", *keys.split(), *(["--reward_fn", f"{tmp_path}/judge.py:score"] if command == "grpo" else [])]
+    assert cli.main(argv) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "lora_merge must be false with FSDP, whose shards cannot be merged into; got true" in line
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
 def test_adapters_that_transformers_put_in_are_refused(place, options):
     args = SFTConfig(**options)
     _, tokenizer = SFTTrainer.load(str(place / "base"), args)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import fastalign as fa
 from fastalign.integrations.transformers import fused_lm_loss
-from fastalign.losses import DPOLoss, KTOLoss, PPOLoss, PROLoss, SFTLoss, kto_loss, policy_loss, sft_loss
+from fastalign.losses import DPOLoss, KTOLoss, PPOLoss, PROLoss, SFTLoss, TokenLoss, kto_loss, policy_loss, sft_loss
 
 B, T, V, H = 4, 3, 7, 5
 each_backend = pytest.mark.parametrize("backend", ["cpu", "eager"])
@@ -95,6 +95,35 @@ def test_kto_by_parts_names_what_is_wrong():
         KTOLoss()(head, labels, torch.ones(4, dtype=torch.bool), ref_logps=torch.zeros(2))
     with pytest.raises(ValueError, match="not both"):
         KTOLoss()(head, labels, torch.ones(4, dtype=torch.bool), kl=0.1, kl_logps=torch.zeros(1), ref_kl_logps=labels)
+
+
+# ------------------------------------------------------------------------------------------------- shapes by parts
+@pytest.mark.parametrize("loss", [SFTLoss(), TokenLoss(lambda t: -t.logps)], ids=lambda loss: type(loss).__name__)
+def test_one_sequence_by_parts_is_that_of_a_batch_of_one(loss):
+    hidden, weight, labels = batch()
+    labels[0, 1] = -100
+    one, many = (fa.Head(x, weight, plan="objective") for x in (hidden[0], hidden[:1]))
+    found = [(out.loss, *torch.autograd.grad(out.loss, (hidden, weight)))
+             for out in (loss(one, labels[0]), loss(many, labels[:1]))]  # fmt: skip
+    torch.testing.assert_close(*found)
+    nothing = loss(fa.Head(hidden[:0], weight, plan="objective"), labels[:0]).loss
+    assert float(nothing) == 0.0
+
+
+@pytest.mark.parametrize("name", ["SFT", "Token", "DPO", "PPO", "KTO", "PRO"])
+def test_labels_of_another_shape_are_refused_by_parts_too(name):
+    hidden, weight, labels = batch()
+    head, fewer = fa.Head(hidden, weight, plan="objective"), labels[:2]
+    calls = {
+        "SFT": lambda: SFTLoss()(head, fewer),
+        "Token": lambda: TokenLoss(lambda t: -t.logps)(head, fewer),
+        "DPO": lambda: DPOLoss(loss_type="simpo")(head, fewer),
+        "PPO": lambda: PPOLoss()(head, fewer, torch.zeros(2, T), torch.ones(2)),
+        "KTO": lambda: KTOLoss()(head, fewer, torch.ones(2, dtype=torch.bool)),
+        "PRO": lambda: PROLoss()(head, fewer, list_size=2),
+    }
+    with pytest.raises(ValueError, match=rf"labels must have the shape of .*\[{B}, {T}\]; got \[2, {T}\]"):
+        calls[name]()
 
 
 # ----------------------------------------------------------------------------------------------------------- meta

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("transformers", reason="needs transformers (the extra `train`)")
 pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
@@ -281,6 +282,48 @@ def test_calls_of_tools_are_trained_on_and_their_results_are_not(tiny_tokenizer,
     (pair,) = tokenize_preferences([{"prompt": messages[:1], **sides, "tools": TOOLS}], encode)
     chosen, rejected = (decode(tokenizer, pair[f"{side}_ids"]) for side in ("chosen", "rejected"))
     assert chosen.replace("paris", "rome") == rejected != chosen
+
+
+@pytest.mark.parametrize("name", ["deepseekv3", "deepseekv3_training"])
+@pytest.mark.parametrize("kind", ["function", None])
+def test_calls_of_deepseek_are_trained_on(tiny_tokenizer, name, kind):
+    """Written out by hand; of a second step its template leaves out what opens the reply, which is refused."""
+    tokenizer = tokenizer_with(tiny_tokenizer, name)
+    encode = Encoder(tokenizer, 10**4)
+    made = {"function": CALL["function"], **({"type": kind} if kind else {})}
+    result = {"role": "tool", "content": "sunny and fun"}
+    messages = [USERS[0], {"role": "assistant", "tool_calls": [made]}, result, REPLIES[0]]
+    called = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"  # noqa: RUF001
+    called += '{"city": "paris"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>' + DEEPSEEK_END  # noqa: RUF001
+    (row,) = tokenize_sft([{"messages": messages}], encode)
+    assert trained(tokenizer, [row]) == [[called, REPLIES[0]["content"] + DEEPSEEK_END]]
+    (pair,) = tokenize_preferences([{"prompt": messages[:1], "chosen": messages[1:], "rejected": [BAD]}], encode)
+    own = [i for i, mine in zip(pair["chosen_ids"], pair["chosen_own"], strict=True) if mine]
+    assert decode(tokenizer, own) == called + REPLIES[0]["content"] + DEEPSEEK_END
+    for again in ([*messages, USERS[1], messages[1]], [*messages[:3], messages[1]]):
+        with pytest.raises(ValueError, match=r"row 0 .*chat template (writes a reply without|must write a prompt)"):
+            tokenize_sft([{"messages": again}], encode)
+
+
+@pytest.mark.parametrize("name", sorted(set(CALLS) & set(TEMPLATES)))
+def test_pairs_of_trajectories(tiny_tokenizer, name):
+    """Tokens and labels of each side are those of fine-tuning on it; what the template writes anew is refused."""
+    tokenizer = tokenizer_with(tiny_tokenizer, name)
+    encode = Encoder(tokenizer, 10**4)
+    result = {"role": "tool", "name": "weather", "tool_call_id": "call12345", "content": "sunny and fun"}
+    other = {**CALL, "function": {"name": "weather", "arguments": {"city": "rome"}}}
+    sides = [[{"role": "assistant", "tool_calls": [made]}, result, end]
+             for made, end in ((CALL, REPLIES[0]), (other, BAD))]  # fmt: skip
+    alone = [list(tokenize_sft([{"prompt": USERS[:1], "completion": side, "tools": TOOLS}], encode)) for side in sides]
+    row = {"prompt": USERS[:1], "chosen": sides[0], "rejected": sides[1], "tools": TOOLS}
+    if max(map(len, alone)) > 1:
+        with pytest.raises(ValueError, match=r"row 0 .*writes earlier replies anew"):
+            tokenize_preferences([row], encode)
+        return
+    batch = PreferenceCollator(0)(list(tokenize_preferences([row], encode)))
+    whole = SFTCollator(0)([rows[0] for rows in alone])
+    assert torch.equal(batch["input_ids"], whole["input_ids"])
+    assert torch.equal(batch["labels"], whole["labels"])
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -123,11 +123,6 @@ class TestCalls:
         with pytest.raises(ValueError, match=f"row 0 .*{message}"):
             tokenize_sft([row], encoder(PLAIN))
 
-    def test_a_reply_must_be_one_message(self, encoder):
-        row = {"prompt": [USER], "completions": [[call(at="b"), {"role": "tool", "content": "a"}, REPLY]]}
-        with pytest.raises(ValueError, match=r"row 0 .*must be one reply of the assistant"):
-            tokenize_lists([row], encoder())
-
 
 class TestContents:
     def test_reasoning_is_trained_on(self, encoder):

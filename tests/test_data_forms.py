@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ from fastalign.trainers.data.encode import Encoder  # noqa: E402
 from fastalign.trainers.data.files import read_rows  # noqa: E402
 from fastalign.trainers.data.pack import best_fit, pack  # noqa: E402
 from fastalign.trainers.data.tokenize import tokenize_lists, tokenize_preferences, tokenize_sft  # noqa: E402
+from fastalign.trainers.sft import SFTConfig, SFTTrainer  # noqa: E402
 from fastalign.utils.batch import IGNORE  # noqa: E402
 
 TEMPLATE = (
@@ -186,7 +189,7 @@ class TestPairs:
         ("row", "message"),
         [
             ({"chosen": [USER, REPLY], "rejected": [REPLY]}, "begin with the same messages"),
-            ({"chosen": [USER, REPLY, USER, REPLY], "rejected": [USER, BAD, USER, BAD]}, "one reply of the assistant"),
+            ({"chosen": [USER, REPLY, USER], "rejected": [USER, BAD]}, "end with a reply of the assistant"),
             ({"prompt": "a", "chosen": "b"}, "needs the columns"),
         ],
     )
@@ -227,6 +230,24 @@ class TestPacking:
                 logps = fa.token_logps(model_logits(model, batch), batch["labels"])
             sums.append(sorted(logps[batch["labels"] != IGNORE].tolist()))
         assert sums[1] == pytest.approx(sums[0], abs=1e-5)
+
+    OPTIONS = MappingProxyType({"use_cpu": True, "max_steps": 1, "report_to": "none", "packing": True})
+
+    def test_packed_rows_may_be_longer_than_the_models_positions(self, tiny_tokenizer, tiny_model, tmp_path):
+        """600 tokens on 256 positions: no sequence has more, and nor must what fills a shorter row beside it."""
+        rows = [{"text": "a" * (n - 2)} for n in (200, 200, 200, 50)]
+        args = SFTConfig(output_dir=str(tmp_path), max_length=600, per_device_train_batch_size=2, **self.OPTIONS)
+        trainer = SFTTrainer(tiny_model(), args, rows, rows[:1], tiny_tokenizer)
+        assert sorted(trainer.train_dataset["length"]) == [50, 600]
+        loss = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"] < loss
+
+    def test_a_sequence_longer_than_the_models_positions_is_refused(self, tiny_tokenizer, tiny_model, tmp_path):
+        args = SFTConfig(output_dir=str(tmp_path), max_length=600, **self.OPTIONS)
+        rows = [{"text": "a" * 298}, {"text": "a"}]
+        with pytest.raises(ValueError, match=r"at most 256, .* dataset has; got 600 and a sequence of 300 token"):
+            SFTTrainer(tiny_model(), args, rows, None, tiny_tokenizer)
 
     def test_borders_are_not_trained_over(self, tiny_tokenizer):
         rows = tokenize_sft(list(self.ROWS), Encoder(tiny_tokenizer, 64))

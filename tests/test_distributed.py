@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ pytest.importorskip("accelerate", reason="needs accelerate (the extra `train`)")
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from fastalign.cli import commands as cli
 from fastalign.trainers.common.callbacks import LOG_NAME, read_log
@@ -33,7 +34,8 @@ from fastalign.trainers.policy.rewards import FunctionReward
 from fastalign.trainers.ppo import PPOConfig, PPOTrainer
 from fastalign.trainers.sft import SFTConfig, SFTTrainer
 
-SUPERVISED = ("sft", "dpo", "lora")
+ADAPTED = ("continue", "stack")
+SUPERVISED = ("sft", "dpo", "lora", *ADAPTED)
 PARTS = (*SUPERVISED, "ppo", "grpo")
 WORDS = ["the", "movie", "is", "good", "bad", "great", "dull", "film", "fun", "awful", "long", "and"]
 
@@ -53,17 +55,18 @@ def lengths(completions):
 
 
 def supervised(out: Path, part: str, processes: int, **extra):
-    """The trainer of `sft`, `dpo` or `lora` (DPO of adapters): four rows an update, however many processes."""
+    """The trainer of `sft`, `dpo`, or DPO of adapters (new ones; those of a folder; new ones on those): four rows an
+    update, however many processes."""
     config, trainer, rows = {"sft": (SFTConfig, SFTTrainer, SFT_ROWS)}.get(part, (DPOConfig, DPOTrainer, PAIRS))
     options = {"output_dir": str(out / part), "use_cpu": True, "learning_rate": 0.05, "lr_scheduler_type": "constant"}
     options |= {"per_device_train_batch_size": 4 // processes, "per_device_eval_batch_size": 2, "logging_steps": 1}
     options |= {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "disable_tqdm": True, "optim": "sgd"}
     if part == "lora":  # whose second matrices start at zero, so that the first updates move little
         options |= {"lora_rank": 2, "lora_merge": False, "learning_rate": 1.0}
+    if part in ADAPTED:
+        options |= {"adapters": part, "lora_rank": 2 * (part == "stack"), "lora_merge": False, "learning_rate": 0.5}
     args = config(**{**options, **extra})
-    base = out.parent / "base"
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model, tokenizer = trainer.load(str(out.parent / ("adapted" if part in ADAPTED else "base")), args)
     return trainer(model, args, rows, rows[:3], tokenizer)
 
 
@@ -98,7 +101,7 @@ def run_part(out: Path, part: str, processes: int, start: Path | None = None, **
     checkpoint = None if start is None else str(start / part / "checkpoint-2")
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
-    trainer.save_model()
+    (trainer.save_whole if part in ADAPTED else trainer.save_model)()
     if int(os.environ.get("RANK", 0)) == 0:
         (out / f"{part}.json").write_text(json.dumps(metrics))
 
@@ -195,6 +198,10 @@ def runs(tiny_tokenizer, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
     small_model(len(tiny_tokenizer), hidden_size=16, layers=1, seed=0).save_pretrained(folder / "base")
     tiny_tokenizer.save_pretrained(folder / "base")
+    adapted = supervised(folder / "first", "lora", 1, save_strategy="no")
+    adapted.train()
+    adapted.save_whole()
+    shutil.move(folder / "first" / "lora", folder / "adapted")
     for part in PARTS:
         run_part(folder / "one", part, 1)
     start_two(str(folder), "two", *PARTS)
@@ -265,7 +272,7 @@ class TestShardedWeights:
         runs = sharded_runs
         assert_same_numbers(log_of(runs / "one" / part), log_of(runs / "sharded" / part), rel=2e-3)
         torch.testing.assert_close(weights(runs / "sharded" / part), weights(runs / "one" / part), rtol=1e-3, atol=2e-4)
-        if part == "lora":
+        if part in ("lora", *ADAPTED):
             saved = load_file(runs / "sharded" / part / "adapter_model.safetensors")
             assert all(value.abs().max() > 2e-3 for name, value in saved.items() if "lora_B" in name)
 

@@ -12,10 +12,14 @@ import torch
 pytest.importorskip("transformers", reason="needs transformers (the extra `train`)")
 pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
 
-from transformers import GenerationConfig, GPT2ForSequenceClassification, set_seed
+from transformers import AutoTokenizer, GenerationConfig, GPT2ForSequenceClassification, set_seed
 
 from fastalign.cli import commands as cli
 from fastalign.doctor.command import DoctorConfig, examine
+from fastalign.trainers.data.encode import Encoder
+from fastalign.trainers.data.problems import Tally, tally
+from fastalign.trainers.data.tokenize import tokenize_lists, tokenize_preferences, tokenize_sft
+from fastalign.trainers.policy.rollout import load_prompts
 
 WORDS = ["good", "bad", "great", "dull", "fun", "awful"]
 SOUND = [
@@ -30,6 +34,7 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+REPLY = {"role": "assistant", "content": "no"}
 CHAT = [{"messages": [{"role": "user", "content": f"is it {w}"}, {"role": "assistant", "content": w}]} for w in WORDS]
 
 
@@ -217,6 +222,63 @@ def test_cut_prompts_and_replies_are_told_by_mode(look, mode, words):
     found = look("truncation", [*SOUND, *long], max_length=64, truncation_mode=mode)["warning"]
     assert all(re.search(each, found) for each in words), found
     assert "more than max_length 64" in look("rows", [*SOUND, *long], max_length=64, truncation_mode="raise")["error"]
+
+
+def _turns(count, words, last="good"):
+    """A conversation of so many replies, each after a question of so many words."""
+    asked = {"role": "user", "content": "is it " + "good " * words}
+    return [asked, {"role": "assistant", "content": last}] * count
+
+
+SIZES = [(1, 1, "good"), (1, 90, "good"), (1, 2, "fun " * 90), (6, 12, "good"), (2, 60, "fun " * 60), (3, 1, "bad")]
+LENGTHS = {
+    "messages": [{"messages": _turns(*size)} for size in SIZES],
+    "prompt and completion": [{"prompt": _turns(*s)[:-1], "completion": _turns(*s)[-1:]} for s in SIZES],
+    "prompt and text": [{"prompt": _turns(*s)[:-1], "completion": s[2]} for s in SIZES],
+    "pairs": [{"prompt": _turns(*s)[:-1], "chosen": _turns(*s)[-1:], "rejected": [REPLY]} for s in SIZES],
+    "pairs that begin alike": [{"chosen": _turns(*s), "rejected": [*_turns(*s)[:-1], REPLY]} for s in SIZES],
+    "lists": [{"prompt": _turns(*s)[:-1], "completions": [_turns(*s)[-1:], [REPLY]]} for s in SIZES],
+    "prompts": [{"prompt": _turns(*s)[:-1]} for s in SIZES],
+}
+ANOTHER_END = TEMPLATE.replace("</s>", "{{ '.' if m['role'] == 'assistant' and not loop.last else '</s>' }}")
+
+
+@pytest.mark.parametrize("written", [TEMPLATE, ANOTHER_END], ids=["plain", "rewriting"])
+@pytest.mark.parametrize("mode", ["left", "right", "drop"])
+@pytest.mark.parametrize("form", LENGTHS)
+def test_shortened_chats_are_counted_as_the_trainers_count_them(look, tmp_path, form, mode, written):
+    if form == "prompts" and mode == "right":
+        said = look("truncation", LENGTHS[form], with_template(written), truncation_mode=mode)
+        assert "must be one of left, drop, raise for rows of a prompt alone" in said["error"]
+        return
+    limit = {"max_prompt_length": 64} if form == "prompts" else {"max_length": 64}
+    found = look("truncation", LENGTHS[form], with_template(written), truncation_mode=mode, **limit)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    with tally("dataset", told=False) as counts:
+        if form == "prompts":
+            given: dict[str, int] = {}
+            load_prompts(LENGTHS[form], tokenizer, 64, truncation_mode=mode, counts=given)
+            counts = Tally(**{name.rpartition("/")[2]: value for name, value in given.items()})
+        else:
+            tokenize = tokenize_lists if form == "lists" else tokenize_preferences if "pairs" in form else tokenize_sft
+            tokenize(LENGTHS[form], Encoder(tokenizer, 64, truncation_mode=mode))
+    told = {"prompts_cut": "the prompt loses its", "replies_cut": "a completion is longer", "dropped": "too long, and"}
+    counted = {}
+    for name, words in told.items():
+        (listed,) = re.findall(rf"rows? ([\d, ]+) \(from 0\) of \d+: {words}", found["warning"]) or [""]
+        counted[name] = len(listed.split(",")) if listed else 0
+    assert counted == {name: getattr(counts, name) for name in told}
+    assert sum(counted.values()) > 1
+
+
+def test_prompts_alone_have_the_bound_of_the_commands_that_take_them(look):
+    """512 tokens where the run says nothing, whatever max_length is; a system message that is too long is refused."""
+    rows = [{"prompt": _turns(1, 20)[:1]}]
+    assert look("truncation", rows, with_template(TEMPLATE), max_length=8) == {"ok": ""}
+    longer = [{"prompt": _turns(1, 800)[:1]}]
+    assert "the prompt loses its" in look("truncation", longer, with_template(TEMPLATE), max_length=4096)["warning"]
+    system = [{"prompt": [{"role": "system", "content": "good " * 90}]}]
+    assert "too long" in look("rows", system, with_template(TEMPLATE), max_prompt_length=16)["error"]
 
 
 def test_a_model_without_settings_of_its_own_samples_as_it_trains(look):

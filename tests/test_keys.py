@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
+import importlib.util
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("transformers", reason="needs transformers (the extra `train`)")
 pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
 
 from fastalign.cli import commands as cli
 from fastalign.cli import keys
+from fastalign.doctor.command import DoctorConfig
+from fastalign.evaluation.evaluate import EvalConfig
 from fastalign.trainers.common import arguments
-from fastalign.trainers.common.other_names import OURS, SAME
+from fastalign.trainers.common.other_names import OURS, SAME, answer
 from fastalign.trainers.dpo import DPOConfig, DPOTrainer
 from fastalign.trainers.grpo import GRPOConfig, GRPOTrainer
 from fastalign.trainers.ppo import PPOConfig, PPOTrainer
@@ -53,7 +60,7 @@ def test_a_mistyped_key_is_refused_before_anything_heavy_is_imported(tmp_path):
         assert float(seconds) < 1
 
 
-@pytest.mark.parametrize(
+SAME_MEANING = pytest.mark.parametrize(
     ("config", "argv", "own", "value"),
     [
         (DPOConfig, "--model_name_or_path m", "model", "m"),
@@ -65,11 +72,74 @@ def test_a_mistyped_key_is_refused_before_anything_heavy_is_imported(tmp_path):
         (GRPOConfig, "--beta 0.5", "kl_coef", 0.5),
         (GRPOConfig, "--num_iterations 3", "num_ppo_epochs", 3),
         (DPOConfig, "--beta 0.5", "beta", 0.5),
+        (DPOConfig, "--f_divergence_type js_divergence", "f_divergence", "js_divergence"),
     ],
 )
+
+
+@SAME_MEANING
 def test_keys_of_the_same_meaning_are_understood(config, argv, own, value, tmp_path):
     args = arguments.parse(config, [*argv.split(), "--output_dir", str(tmp_path), "--use_cpu"], command="x")
     assert getattr(args, own) == value
+
+
+@SAME_MEANING
+def test_arguments_of_the_same_meaning_are_understood_in_python(config, argv, own, value, tmp_path):
+    name = re.split("[ =]", argv)[0].lstrip("-").replace("-", "_")
+    args = config(**{name: value}, output_dir=str(tmp_path), use_cpu=True)
+    assert getattr(args, own) == value
+    assert getattr(dataclasses.replace(args), own) == value
+    with pytest.raises(TypeError, match="kl_coef and beta are one argument of GRPOConfig; give it once"):
+        GRPOConfig(str(tmp_path), kl_coef=0.1, beta=0.2)
+    assert SFTConfig(output_dir=str(tmp_path), use_cpu=True, torch_dtype=torch.bfloat16).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "message"),
+    [
+        (SFTConfig, {"use_peft": True}, "SFTConfig takes no use_peft: lora_rank=16 trains LoRA adapters"),
+        (DPOConfig, {"rpo_alpha": 1.0}, "DPOConfig takes no rpo_alpha: loss_type='rpo' nll_weight=W"),
+        (DPOConfig, {"max_completion_length": 9}, "DPOConfig takes no max_completion_length: max_length=N bounds"),
+        (GRPOConfig, {"save_strategy": "no"}, "GRPOConfig takes no save_strategy: save_steps=N; save_steps=None for"),
+        (PPOConfig, {"reward_funcs": len}, "PPOConfig takes no reward_funcs: reward_fn='FILE.py:NAME', or"),
+        (GRPOConfig, {"lora_dropout": 0.1}, "GRPOConfig takes no lora_dropout: policies train without dropout"),
+        (DPOConfig, {"modle": "m"}, "DPOConfig takes no modle: did you mean model"),
+        (EvalConfig, {"model_name_or_path": "m"}, "EvalConfig takes no model_name_or_path: models are the"),
+        (DoctorConfig, {"load_in_4bit": True}, "DoctorConfig takes no load_in_4bit: .* dtype='bfloat16' halves"),
+        (RewardConfig, {"zzz": 1}, "RewardConfig takes no zzz$"),
+    ],
+)
+def test_other_arguments_are_answered_with_ours_in_python(config, given, message):
+    with pytest.raises(TypeError, match=message):
+        config(**given)
+
+
+def test_a_configurations_signature_is_its_keys():
+    """For editors and help(); and what is printed of one, pickled or copied is as ever."""
+    given = inspect.signature(DPOConfig).parameters
+    assert {"beta", "model", "learning_rate"} <= set(given)
+    assert given["beta"].default == 0.1
+
+
+TRL = {
+    "sft": [("sft_config", "SFTConfig")],
+    "dpo": [("dpo_config", "DPOConfig")],
+    "grpo": [("grpo_config", "GRPOConfig"), ("rloo_config", "RLOOConfig")],
+    "reward": [("reward_config", "RewardConfig")],
+}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl")
+@pytest.mark.parametrize("command", TRL)
+def test_every_key_of_trl_is_known_understood_or_answered(command):
+    """Those that its configurations add to transformers' own, and those that describe a model."""
+    ours = keys.known_keys(command)
+    for module, name in (*TRL[command], ("model_config", "ModelConfig")):
+        path = Path(importlib.util.find_spec("trl").submodule_search_locations[0], "trainer", f"{module}.py")
+        (owner,) = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef) and n.name == name]
+        theirs = [n.target.id for n in owner.body if isinstance(n, ast.AnnAssign)]
+        assert len(theirs) > 10
+        assert not [n for n in theirs if n not in ours and n not in OURS and not set(SAME.get(n, ())) & ours]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +148,7 @@ def test_keys_of_the_same_meaning_are_understood(config, argv, own, value, tmp_p
         (SFTConfig, "--use_peft", "there is no key --use_peft here; --lora_rank 16 trains LoRA"),
         (DPOConfig, "--load_in_4bit true", "there is no key --load_in_4bit here; .*--dtype bfloat16"),
         (GRPOConfig, "--max_steps 10", "there is no key --max_steps here; --total_episodes N"),
-        (GRPOConfig, "--reward_funcs x", "--reward_fn file.py:function"),
+        (GRPOConfig, "--reward_funcs x", "--reward_fn FILE.py:NAME"),
         (GRPOConfig, "--beta 0.1 --kl_coef 0.2", "--beta and --kl_coef are one key; give it once"),
         (DPOConfig, "--model_name_or_pth m", "unknown key --model_name_or_pth"),
     ],
@@ -99,8 +169,9 @@ def test_every_answer_names_keys_that_there_are():
     """What one is told to use instead exists in some command."""
     everything = set().union(*(keys.known_keys(command) for command in keys.CONFIGS))
     assert {own for ours in SAME.values() for own in ours} <= everything
-    named = {word.strip(",.;:()") for text in OURS.values() for word in text.split() if word.startswith("--")}
-    assert {word[2:] for word in named} <= everything
+    named = {name for other in OURS for name in re.findall(r"--(\w+)", answer(other))}
+    assert named - {"help"} <= everything
+    assert not [other for other in OURS if re.search("[{}]|--(?!help)", answer(other, python=True))]
 
 
 # ---------------------------------------------------------------------------------------------------- from Python

@@ -248,6 +248,38 @@ def test_a_models_loss_function(causal_model):
         fused_lm_loss(head, LABELS, 66)
 
 
+@pytest.mark.parametrize("shape", ["batch", "row", "unshifted"])
+@pytest.mark.parametrize("given", [{}, {"num_items_in_batch": 7}, {"softcap": 0.5}])
+def test_a_loss_whose_gradient_is_formed_with_it(shape, given):
+    """The plan `objective`: the same loss and gradients as from the logits, a part of the batch at a time."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(3, 5, 8, generator=g), torch.randn(67, 8, generator=g)
+    labels = torch.randint(0, 67, (3, 5), generator=g).masked_fill(torch.rand(3, 5, generator=g) < 0.3, -100)
+    if shape == "row":
+        hidden, labels = hidden[0], labels[0]
+    more = {**given, **({"shift_labels": labels} if shape == "unshifted" else {})}
+    found = []
+    for plan in ("keep", "objective"):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        head = fa.Head(*leaves, plan=plan, chunk_bytes=None if plan == "keep" else 4 * 67 * 4)
+        loss = fused_lm_loss(head, labels, 67, **more)
+        found.append((loss, *torch.autograd.grad(loss, leaves)))
+    torch.testing.assert_close(*found)
+    with torch.no_grad():
+        head = fa.Head(hidden, weight, plan="objective")
+        torch.testing.assert_close(fused_lm_loss(head, labels, 67, **more), found[0][0])
+    nothing = fused_lm_loss(fa.Head(*leaves, plan="objective"), torch.full_like(labels, -100))
+    assert float(nothing) == 0.0
+    assert not any(gradient.any() for gradient in torch.autograd.grad(nothing, leaves))
+
+
+def test_a_model_with_that_plan(causal_model):
+    model = causal_model("Llama")
+    want = step(model)
+    with apply_fused_loss(model, plan="objective"):
+        agree(step(model), want, 1e-5)
+
+
 class Rescaled(transformers.LlamaForCausalLM):
     def forward(self, input_ids=None, labels=None, **kwargs):
         logits = 2 * self.lm_head(self.model(input_ids).last_hidden_state)

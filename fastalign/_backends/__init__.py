@@ -14,11 +14,10 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..kernels.token_call import TokenCall
-from ..utils import environment
+from ..utils import environment, private
 from . import cpu, cuda, eager, triton
 from ._interface import Backend, Forward, TokenProgram, check_labels
 from .cache import LARGE, empty, keep_memory, release_memory
@@ -62,7 +61,7 @@ _choice: ContextVar[str | None] = ContextVar("fastalign_backend", default=enviro
 
 _CARRIED = "fastalign_backend"
 """Key of (thread, its choice) among the objects that torch carries into the threads where autograd runs the backward of
-other devices than the CPU: a ContextVar ends at the thread. (`torch._C`; torch 2.6 to 2.13 have it.)"""
+other devices than the CPU: a ContextVar ends at the thread."""
 
 
 def backends() -> dict[str, str]:
@@ -105,11 +104,11 @@ def use_backend(name: str | None, *, isa: str | None = None) -> Iterator[None]:
 
 def _choose(name: str | None, carried: tuple[int, str | None] | None) -> None:
     _choice.set(name)
-    torch._C._stash_obj_in_tls(_CARRIED, carried)
+    private.carry(_CARRIED, carried)
 
 
 def _carried() -> tuple[int, str | None] | None:
-    return torch._C._get_obj_in_tls(_CARRIED) if torch._C._is_key_in_tls(_CARRIED) else None
+    return private.carried(_CARRIED) if private.is_carried(_CARRIED) else None
 
 
 def _chosen(tensor: Tensor) -> str | None:

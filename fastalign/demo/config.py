@@ -6,12 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from ..trainers.common.arguments import key
+from ..trainers.common.arguments import Keys, key
 from ..utils.checks import check_positive
 
 
 @dataclass
-class DemoConfig:
+class DemoConfig(Keys):
     """Aligns a small language model on human-rated movie reviews, and measures what that changed.
 
     Keys whose default is 0 are set by the kind of model: short runs for real models, which are slow here.

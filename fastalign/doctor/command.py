@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, set_seed
 from ..evaluation.sample import load
 from ..models import loading
 from ..trainers.common import arguments
-from ..trainers.common.arguments import key
+from ..trainers.common.arguments import Keys, key
 from ..trainers.common.config import DTYPES
 from ..trainers.data.cut import mode_of
 from ..trainers.data.encode import Encoder
@@ -36,7 +36,7 @@ _COLOURS = {"ok": "green", "note": "blue", "warning": "yellow", "error": "red"}
 
 
 @dataclass
-class DoctorConfig:
+class DoctorConfig(Keys):
     """Looks at data, tokenizer and models before a run, and says what would go wrong."""
 
     model: str | None = key(None, "Folder (or hub name) of the language model to train", group="Model and data")

@@ -16,7 +16,8 @@ from scipy import stats
 from ..trainers.data.chat import content_of, is_chat, template_options
 from ..trainers.data.encode import Encoder
 from ..trainers.data.tokenize import LIST_FORMS, PAIR_FORMS, SFT_FORMS
-from .rows import Walk, first_words, not_numbers, ratings, walk
+from ..trainers.policy.config import PolicyConfig
+from .rows import PROMPTS, Walk, first_words, not_numbers, ratings, walk
 
 _MARKERS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "[INST]", "<|user|>", "<|assistant|>")
 
@@ -85,9 +86,10 @@ def _rows(numbers: Sequence[int]) -> str:
 
 
 def _content(completion: Any) -> str:
-    """A completion as text: of messages, what the last one says."""
+    """A completion as text: of messages, what the assistant says and calls."""
     if is_chat(completion):
-        return content_of(completion[-1]) or str(completion[-1].get("tool_calls") or "")
+        replies = [m for m in completion if m.get("role") == "assistant"]
+        return "\n".join(content_of(m) or str(m.get("tool_calls") or "") for m in replies)
     return completion if isinstance(completion, str) else ""
 
 
@@ -232,6 +234,9 @@ def _preferences(p: Patient, row: int, lengths: list[int]) -> Iterator[tuple[int
 def truncation(p: Patient) -> list[Finding]:
     """Rows that max_length or max_prompt_length cuts, or drops."""
     w, total, mode = p.walk, len(p.rows), p.encode.truncation_mode
+    if p.form == PROMPTS and mode not in PolicyConfig.truncation_modes:
+        known = ", ".join(PolicyConfig.truncation_modes)
+        return [Finding("error", f"truncation_mode must be one of {known} for rows of a prompt alone; got {mode!r}")]
     parts = [
         (w.replies_cut, "a completion is longer than max_length and loses its end"),
         (w.prompts_cut, "the prompt loses its beginning to max_length or max_prompt_length"),

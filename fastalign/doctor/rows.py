@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..trainers.data.encode import Encoder
 from ..trainers.data.problems import LIMIT
 from ..trainers.data.rowwise import Dropped
 from ..trainers.data.tokenize import REFERENCE_COLUMNS, TEMPLATE_COLUMNS, converter
+from ..trainers.policy.config import PolicyConfig
 
 _RATINGS = ("rewards", "ranks")
 _NUMBERS = ("margin", *REFERENCE_COLUMNS)
@@ -28,9 +29,16 @@ class Walk:
     longest: int = 0
 
 
+PROMPTS = ("prompt",)
+"""The form of rows that only the policy's trainers take, whose prompts have a bound of their own."""
+
+
 def walk(rows: Any, form: Sequence[str], encode: Encoder) -> Walk:
     """Every row through the conversion that the trainers use for rows of this form."""
     convert = converter(form)
+    if tuple(form) == PROMPTS:
+        limit = encode.max_prompt_length or PolicyConfig.max_prompt_length
+        encode = replace(encode, max_length=2**30, max_prompt_length=limit)
     given = [name for name in TEMPLATE_COLUMNS if name in rows.column_names]
     columns = [*form, *given, *(name for name in _RATINGS if name in rows.column_names and "completions" in form)]
     out, cuts = Walk(), encode.cuts

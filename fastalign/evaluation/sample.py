@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from ..models import loading
 from ..models.sampling import Sampling
 from ..trainers.common import arguments
-from ..trainers.common.arguments import key
+from ..trainers.common.arguments import Keys, key
 from ..trainers.common.config import DTYPES
 from ..trainers.data.chat import check_messages, is_chat, template_options
 from ..trainers.data.files import Rows, read_rows
@@ -35,7 +35,7 @@ from .sampling import Sample, sample
 
 
 @dataclass
-class DrawConfig:
+class DrawConfig(Keys):
     """Keys of the commands that draw continuations of prompts."""
 
     dataset: str | None = key(None, "Rows with a column prompt", group="Model and data")

@@ -119,7 +119,7 @@ class Head(NamedTuple):
         """Whether there are gradients, of numbers that are there, to form part by part."""
         tensors = (self.hidden, self.weight, self.bias)
         trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        return trained and not labels.is_meta and not transformed(*tensors)
+        return trained and labels.numel() > 0 and not labels.is_meta and not transformed(*tensors)
 
 
 def as_head(name: str, value: Any) -> Head:

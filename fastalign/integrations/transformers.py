@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..losses import sft_loss
+from ..losses import SFTLoss, sft_loss
 from ..losses.base import Logits, check_logits, stats_of
 from ..losses.reductions import Count
 from ..models.headless import Headless
@@ -70,6 +70,9 @@ def fused_lm_loss(
     shift_labels = shift_labels.to(device)
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(device)
+    if getattr(logits, "plan", None) == "objective":  # which needs to know what becomes of the statistics
+        loss = SFTLoss(ignore_index=ignore_index, softcap=softcap)
+        return loss(logits, shift_labels, num_items=num_items_in_batch).loss
     stats = stats_of(logits, shift_labels, ignore_index=ignore_index, softcap=softcap)
     return sft_loss(stats.logps, shift_labels.long() != ignore_index, num_items=num_items_in_batch).loss
 

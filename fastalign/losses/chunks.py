@@ -20,6 +20,7 @@ from ..head.inputs import HeadCall, Live, live_problem, plain_head
 from ..head.plan import part_rows
 from ..head.products import add_product, product
 from ..head.tiles import RowStats
+from ..ops.call import check_labels
 from ..ops.fused_loss import attach_gradients
 from ..ops.results import TokenStats
 from ..ops.transforms import transformed
@@ -125,6 +126,7 @@ def known_objective(logits: Logits, labels: Tensor, ignore_index: int) -> Head |
         return None
     if not part_rows(head, labels.numel(), any(trained[1:])):
         return None  # nor for the real ones among them
+    check_labels(labels, "hidden without H, or of rows", head.shape[:-1], "hidden", head.hidden.device)
     return head if part_rows(head, int((labels.long() != ignore_index).sum()), any(trained[1:])) else None
 
 
@@ -139,8 +141,8 @@ def take(head: Any, rows: Tensor) -> Head:
 def flat_head(head: Head) -> Head:
     """[R, T, V] from [..., T, V]."""
     if head.rows is not None:
-        return head._replace(rows=head.rows.flatten(0, -2))
-    return head._replace(hidden=head.hidden.flatten(0, -3))
+        return head._replace(rows=head.rows.reshape(-1, head.rows.shape[-1]))
+    return head._replace(hidden=head.hidden.reshape(-1, *head.hidden.shape[-2:]))
 
 
 def by_parts(

@@ -165,7 +165,7 @@ class TokenLoss(_Custom):
         check_logits("logits", logits)
         check_normalization(labels, self.normalization, num_items, self.max_length)
         head = known_objective(logits, labels, self.ignore_index)
-        if head is not None and labels.dim() > 1:
+        if head is not None and labels.dim():
             return self._by_parts(head, labels, num_items, given)
         inputs = [*self._levels(labels, given, None), Input("num_items", num_items, BATCH)]
         grouping = Grouping(labels.numel() // max(labels.shape[-1], 1))
@@ -176,8 +176,8 @@ class TokenLoss(_Custom):
         """Some sequences after the other: see `chunks`."""
         rows_of = {name: isinstance(x, Tensor) and x.dim() > 0 for name, x in given.items()}
         leading = labels.dim() - 1
-        flat = {name: x.flatten(0, leading - 1) if rows_of[name] else x for name, x in given.items()}
-        labels = labels.flatten(0, -2)
+        flat = {name: x.reshape(-1, *x.shape[leading:]) if rows_of[name] else x for name, x in given.items()}
+        labels = labels.reshape(-1, labels.shape[-1])  # [T] is one sequence
         mask = labels.long() != self.ignore_index
         by_sequence = self.normalization in ("grpo", "dr_grpo")
         total = num_items if num_items is not None else (mask.any(-1) if by_sequence else mask).sum()

@@ -157,7 +157,7 @@ class SFTLoss(LogitsLoss):
             return found
         mask = labels.long() != self.ignore_index
         head = known_objective(logits, labels, self.ignore_index)
-        if head is not None and labels.dim() > 1:
+        if head is not None and labels.dim():
             return self._by_parts(head, labels, mask, num_items)
         gradient = None
         if self.fuse_backward and isinstance(logits, Tensor) and trains(logits):
@@ -209,7 +209,8 @@ class SFTLoss(LogitsLoss):
 
     def _by_parts(self, head: Head, labels: Tensor, mask: Tensor, num_items: Count | None) -> SFTOutput:
         """Some sequences after the other: see `_parts`."""
-        labels, mask, tokens = labels.flatten(0, -2), mask.flatten(0, -2), mask.sum()
+        labels, mask = (x.reshape(-1, x.shape[-1]) for x in (labels, mask))  # [T] is one sequence
+        tokens = mask.sum()
         total = num_items if num_items is not None else tokens if self.normalization == "token" else mask.any(-1).sum()
 
         def run(piece: Piece, which: Tensor, rows: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:

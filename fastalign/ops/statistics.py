@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import _backends
 from .._backends import Forward
+from ..utils import private
+from ..utils.private import below_autograd, dual_levels
 from . import transforms
 from .call import TokenCall, as_saved, check_kl, check_smoothing, token_call
 from .diagnostics import asked_for, of_logits
@@ -151,7 +152,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *flat: Any) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return torch.ops.fastalign.token_stats_backward(*flat)
 
     @staticmethod
@@ -164,8 +165,8 @@ class _Once(torch.autograd.Function):
 
 # Bound here: looking them up takes longer than most of them do.
 _graph_of_graph = torch.is_grad_enabled
-_modes, _transforms = torch._C._len_torch_dispatch_stack, transforms.active
-_of_transform = torch._C._functorch.is_functorch_wrapped_tensor  # also of one that is over
+_modes, _transforms = private.count_of_modes, transforms.active
+_of_transform = private.is_of_transform
 
 
 def unwatched(logits: Any, labels: Any) -> bool:
@@ -183,7 +184,7 @@ def alone(logits: Any, labels: Any) -> bool:
         and not _modes()
         and not _transforms()
         and not _of_transform(logits)
-        and (forward_ad._current_level < 0 or not transforms.has_tangent(logits))
+        and (dual_levels._current_level < 0 or not transforms.has_tangent(logits))
         and not logits.is_neg()
     )
 
@@ -194,7 +195,7 @@ def node_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 
 def _redispatch(*flat: Any) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return torch.ops.fastalign.token_stats(*flat)
 
 

@@ -12,21 +12,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import _backends
+from ..utils import private
+from ..utils.private import dual_levels
 from .call import TokenCall, check_call
 
-# Bound here: looking them up takes longer than they do. (`torch._C`, `_current_level`; torch 2.6 to 2.13 have them.)
-active = torch._C._are_functorch_transforms_active
-_keys, _BATCHED = torch._C._dispatch_keys, torch._C._dispatch_key_parse("Batched")
+# Bound here: looking them up takes longer than they do.
+active = private.transforms_active
+_keys, _BATCHED = private.dispatch_keys, private.BATCHED
 
 
 def has_tangent(*tensors: Any) -> bool:
     """Whether one of the tensors is dual: it carries a tangent of forward-mode differentiation."""
-    if forward_ad._current_level < 0:
+    if dual_levels._current_level < 0:
         return False
-    return any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    return any(isinstance(t, Tensor) and dual_levels.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def transformed(*tensors: Any) -> bool:
@@ -36,11 +37,10 @@ def transformed(*tensors: Any) -> bool:
 
 def _without_levels(t: Tensor) -> Tensor | None:
     """What a transform made a tensor of, before; None for a batch, of which nobody can ask a number."""
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(t):
-        if functorch.is_batchedtensor(t):
+    while private.is_of_transform(t):
+        if private.is_batch_of_transform(t):
             return None
-        t = functorch.get_unwrapped(t)
+        t = private.without_transform(t)
     return t
 
 

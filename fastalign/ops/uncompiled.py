@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import CodeType
 from typing import Any, TypeVar
 
-from torch._C._dynamo import eval_frame
+from ..utils.private import eval_frame
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -24,8 +24,7 @@ def _skip(code: CodeType) -> None:
 def uncompiled(function: F) -> F:
     """The function, which runs as it is written in a compiled one too, with all that it calls.
 
-    As `torch.compiler.disable` does it, which would load the compiler, and Triton with it, at import. (`set_eval_frame`
-    and the mark: torch 2.6 to 2.13.)
+    As `torch.compiler.disable` does it, which would load the compiler, and Triton with it, at import.
     """
 
     @functools.wraps(function)

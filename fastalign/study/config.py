@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..demo.config import DemoConfig
-from ..trainers.common.arguments import key
+from ..trainers.common.arguments import Keys, key
 from ..utils.checks import check_positive
 
 _ANY = ("seeds", "first_seed", "processes", "max_seconds", "output_dir", "overwrite", "quick", "full", "methods")
@@ -15,7 +15,7 @@ _ANY = ("seeds", "first_seed", "processes", "max_seconds", "output_dir", "overwr
 
 
 @dataclass
-class StudyConfig:
+class StudyConfig(Keys):
     """Keys of every study. Keys whose default is 0 are set by --quick (the default) or --full."""
 
     output_dir: str = key("runs/study", "Folder of the cells and the reports; studies of like settings may share it")

@@ -25,7 +25,7 @@ from ..evaluation.agreement import Rating, held_out_labelers, krippendorff_alpha
 from ..evaluation.gold import fit_gold
 from ..evaluation.labelers import read_labels, summarise
 from ..trainers.common import arguments
-from ..trainers.common.arguments import key
+from ..trainers.common.arguments import Keys, key
 from ..trainers.common.checkpoints import make_folder
 from ..trainers.data.reviews import DOMAINS, Review, load_reviews
 from ..utils.checks import check_positive
@@ -35,7 +35,7 @@ from .study import PACKAGES, save
 
 
 @dataclass
-class LabelersConfig:
+class LabelersConfig(Keys):
     """Agreement between the people who rated the corpus, and generalisation to people who were not learned from."""
 
     labels: str | None = key(None, "A .jsonl file of labels to look at, instead of the corpus")

@@ -207,7 +207,9 @@ class DPOTrainer(AlignmentTrainer):
         if rows is None or REFERENCE_COLUMNS[0] in rows.column_names:
             return rows
         if self.args.cache_ref_log_probs:
-            ids = ("prompt_ids", "chosen_ids", "rejected_ids")
+            ids, own = ["prompt_ids", "chosen_ids", "rejected_ids"], ["chosen_own", "rejected_own"]
+            if any(not all(mask) for name in own for mask in rows[name]):
+                ids += own  # of which it depends as well what a sum is over
             precision = {name: getattr(self.args, name) for name in ("bf16", "fp16", "attn_implementation")}
             key = ref_cache.key_of(reference, rows, ids, precision)
             columns = ref_cache.cached(key, lambda: self._compute_reference(reference, rows))

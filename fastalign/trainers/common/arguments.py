@@ -7,8 +7,8 @@ are converted by the field's type, so that `learning_rate: 1e-5`, which YAML rea
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
+import inspect
 import json
 import textwrap
 import types
@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .other_names import translate
+from .other_names import in_python, near, translate
 
 C = TypeVar("C")
 
@@ -36,6 +36,24 @@ def key(default: Any, help: str, *, group: str = "Run", bare: bool = False) -> A
     bare: `--key` alone is as good as `--key true`, though the type is not bool.
     """
     return dataclasses.field(default=default, metadata={"help": help, "group": group, "bare": bare})
+
+
+class _Named(type):
+    """Makes a configuration of keyword arguments under any name that the command line knows of a key."""
+
+    def __call__(cls, *args: Any, **given: Any) -> Any:
+        ours = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+        return super().__call__(*args, **in_python(cls.__name__, given, ours))
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """That of the keys, for help and editors."""
+        whole = inspect.signature(cls.__init__)  # type: ignore[misc]
+        return whole.replace(parameters=list(whole.parameters.values())[1:])
+
+
+class Keys(metaclass=_Named):
+    """Base of the configurations: TypeError for a keyword argument that is no key, with what to use instead."""
 
 
 def parse(
@@ -132,8 +150,8 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def _unknown(name: str, fields: Iterable[str], command: str) -> str:
-    near = difflib.get_close_matches(name, list(fields), n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join('--' + n for n in near)}?" if near else f"see fastalign {command} --help"
+    like = near(name, fields)
+    hint = f"did you mean {' or '.join('--' + n for n in like)}?" if like else f"see fastalign {command} --help"
     return f"unknown key --{name}; {hint}"
 
 

@@ -181,13 +181,15 @@ class AlignmentTrainer(CheckedUpdates, ABC):
         """ValueError for rows that the model has no positions for: on a GPU they would end all use of it."""
         positions = learned_positions(self.model)
         for key, rows in self.all_rows().items():
-            if positions is None or rows is None or "prompt_ids" not in rows.column_names:
-                continue  # of packed rows each sequence begins at position 0
-            longest = max(rows["length"], default=0)
+            if positions is None or rows is None:
+                continue
+            # Each sequence of a packed row begins at position 0.
+            name, what = ("longest", "sequence") if "longest" in rows.column_names else ("length", "row")
+            longest = max(rows[name], default=0) if name in rows.column_names else 0
             if longest > positions:
                 raise ValueError(
                     f"max_length must be at most {positions}, the model's learned positions, for such rows as "
-                    f"{key} has; got {self.args.max_length} and a row of {longest} tokens"
+                    f"{key} has; got {self.args.max_length} and a {what} of {longest} tokens"
                 )
 
     def all_rows(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ..data import cut
 from ..data.cut import mode_of
 from ..data.problems import Reading, columns_of
 from ..data.template import OPTIONS_HELP, PATH_HELP
-from .arguments import key
+from .arguments import Keys, key
 
 COMMON = (
     "learning_rate",
@@ -55,7 +55,7 @@ _REPLACED = {
 
 
 @dataclass
-class CommonConfig:
+class CommonConfig(Keys):
     """Keys of every command that trains: the model, its head and adapters, the data, and where it goes."""
 
     truncation_modes: ClassVar[tuple[str, ...]] = cut.MODES
@@ -124,6 +124,7 @@ class CommonConfig:
     )
 
     def __post_init__(self) -> None:
+        self.dtype = str(self.dtype).removeprefix("torch.")
         check_choice("dtype", self.dtype, DTYPES)
         self.columns = columns_of(self.columns)
         self.truncation_mode = mode_of(self.truncation_mode, self.truncation_modes)

@@ -119,7 +119,8 @@ def is_trained(message: Mapping[str, Any]) -> bool:
 
 
 def plain(messages: Messages) -> list[dict[str, Any]]:
-    """The messages as templates expect them: contents of one text each, arguments of tool calls as mappings.
+    """The messages as templates expect them: contents of one text each, arguments of tool calls as mappings, their type
+    (there is but one) beside them.
 
     What is None is left out, at every depth: tables of rows fill in the keys that only other rows have.
     """
@@ -143,10 +144,10 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
         try:
             arguments = json.loads(arguments)
         except json.JSONDecodeError:
-            return call
+            arguments = None
         if isinstance(arguments, dict):
             inner = {**inner, "arguments": arguments}
-    return {**call, "function": inner} if "function" in call else inner
+    return {"type": "function", **call, "function": inner} if "function" in call else inner
 
 
 def without_none(value: Any) -> Any:

@@ -91,6 +91,7 @@ class PackedCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         length = max(len(r["input_ids"]) for r in rows)
+        longest = max(max(r["position_ids"]) for r in rows) + 1
         batch = {
             "input_ids": torch.full((len(rows), length), self.pad_token_id, dtype=torch.int64),
             "position_ids": torch.zeros((len(rows), length), dtype=torch.int64),
@@ -99,9 +100,10 @@ class PackedCollator:
         for i, r in enumerate(rows):
             for name, tensor in batch.items():
                 tensor[i, : len(r[name])] = torch.tensor(r[name])
-            # Padding counts as one more sequence, with positions of its own.
+            # Padding counts as further sequences, none of them longer than the batch's own: a model may have no more
+            # positions than these need.
             filler = length - len(r["input_ids"])
-            batch["position_ids"][i, length - filler :] = torch.arange(filler)
+            batch["position_ids"][i, length - filler :] = torch.arange(filler) % longest
         batch["num_tokens"] = torch.tensor([len(r["input_ids"]) for r in rows])
         return batch
 
@@ -118,7 +120,8 @@ class PreferenceCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         both = [(r["prompt_ids"], r[name]) for name in ("chosen_ids", "rejected_ids") for r in rows]
-        batch = pad(both, self.pad_token_id, self.padding_side)
+        own = [r.get(name) for name in ("chosen_own", "rejected_own") for r in rows]
+        batch = pad(both, self.pad_token_id, self.padding_side, own)
         for name in ("ref_chosen_logps", "ref_rejected_logps"):
             if name in rows[0]:
                 batch[name] = torch.tensor([r[name] for r in rows], dtype=torch.float32)
@@ -140,7 +143,8 @@ class ListCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         sequences = [(r["prompt_ids"], ids) for r in rows for ids in r["completions_ids"]]
-        batch = pad(sequences, self.pad_token_id, self.padding_side)
+        own = [mask for r in rows for mask in r.get("completions_own") or [None] * len(r["completions_ids"])]
+        batch = pad(sequences, self.pad_token_id, self.padding_side, own)
         lengths = [len(r["completions_ids"]) for r in rows]
         places = torch.full((len(rows), max(lengths)), -1)
         real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]

@@ -79,11 +79,36 @@ class Encoder:
         Raises:
             ValueError: completions that do not go with the prompt, or what the chat template has against them.
         """
-        before, replies = self._texts(prompt, completions, options, ended)
+        if not isinstance(prompt, str):
+            completions = [c if isinstance(c, str) else one_reply(c) for c in completions]
+        return self._encoded(prompt, completions, options, ended)[:2]
+
+    def trajectories(
+        self, prompt: str | Messages, completions: Sequence[str | Messages], options: Mapping[str, Any] | None = None
+    ) -> tuple[list[int], list[list[int]], list[list[bool]]]:
+        """As a call, of completions that may be several messages: replies of the assistant and what stands between them
+        (results of tools, turns of the user), which are the tokens that the last value, of each completion, has False.
+
+        Raises:
+            ValueError: a completion that does not begin and end with a reply; a chat template that writes earlier
+                replies anew once later ones follow, so that there is no one sequence; and as a call.
+        """
+        return self._encoded(prompt, completions, options, None)
+
+    def _encoded(
+        self,
+        prompt: str | Messages,
+        completions: Sequence[str | Messages],
+        options: Mapping[str, Any] | None,
+        ended: bool | None,
+    ) -> tuple[list[int], list[list[int]], list[list[bool]]]:
+        """Token ids of the prompt, of each completion, and which of these are the assistant's own."""
+        before, found = self._texts(prompt, completions, options, ended)
         prompt_ids = self._ids(before)
         append = self.append_eos if ended is None else ended
-        tails = [self._ended(self._continuation(before, prompt_ids, r.text), r, append=append) for r in replies]
-        return self._fit(prompt_ids, tails)
+        tails = [self._tail(before, prompt_ids, spans, append=append) for spans in found]
+        prompt_ids, kept = self._fit(prompt_ids, [ids for ids, _ in tails])
+        return prompt_ids, kept, [own[: len(ids)] for ids, (_, own) in zip(kept, tails, strict=True)]
 
     def prompt(self, prompt: str | Messages, options: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of a prompt that a model is to go on from."""
@@ -109,12 +134,20 @@ class Encoder:
             return _text_alone(prompt, options)
         return render(self.tokenizer, prompt, reply_follows=True, options={**self.template_options, **(options or {})})
 
-    def fitted(self, prompt: Messages, options: Mapping[str, Any] | None = None) -> Messages:
-        """The prompt, shortened to max_prompt_length (see `chat.shortened`): still a conversation, for any template."""
-        limit = self.max_prompt_length
-        if limit is None:
-            return prompt
-        return shortened(prompt, lambda messages: len(self._ids(self.prompt_text(messages, options))) <= limit)
+    def policy_prompt(
+        self, prompt: str | Messages, options: Mapping[str, Any] | None = None
+    ) -> tuple[list[int], str, str | Messages]:
+        """`seen_prompt` for a policy to answer, and the prompt that is left of it in the form that it came in.
+
+        In mode left a conversation is shortened to max_prompt_length by whole turns (see `chat.shortened`), so that it
+        stays one, for any chat template.
+        """
+        limit, left = self.max_prompt_length, prompt
+        if not isinstance(prompt, str) and limit is not None and mode_of(self.truncation_mode) == "left":
+            left = shortened(prompt, lambda messages: len(self._ids(self.prompt_text(messages, options))) <= limit)
+        ids, text = self.seen_prompt(left, options)
+        self.cuts.prompt |= left is not prompt
+        return ids, text, left
 
     def conversation(self, messages: Messages) -> Conversation:
         """The last of `conversations`, which most often is the only one."""
@@ -154,18 +187,26 @@ class Encoder:
 
     def _sequence(self, pieces: Sequence[Span]) -> Conversation:
         """Context, reply, context, reply, ... to token ids."""
-        prompt_ids, text = self._ids(pieces[0].text), pieces[0].text
-        ids: list[int] = []
+        context, *rest = pieces
+        prompt_ids = self._ids(context.text)
+        ids, own = self._tail(context.text, prompt_ids, rest, append=self.append_eos)
+        prompt_ids, (ids,) = self._fit(prompt_ids, [ids])
+        return Conversation(prompt_ids, ids, own[: len(ids)])
+
+    def _tail(
+        self, before: str, prompt_ids: list[int], spans: Sequence[Span], *, append: bool
+    ) -> tuple[list[int], list[bool]]:
+        """Token ids of what follows the prompt, and which of them are the assistant's own."""
+        text, ids = before, list[int]()
         own: list[bool] = []
-        for i, span in enumerate(pieces[1:], 1):
+        for i, span in enumerate(spans):
             new = self._continuation(text, prompt_ids + ids, span.text)
             if span.is_reply:
-                new = self._ended(new, span, append=self.append_eos and i == len(pieces) - 1)
+                new = self._ended(new, span, append=append and i == len(spans) - 1)
             ids += new
             own += [span.is_reply] * len(new)
             text += span.text
-        prompt_ids, (ids,) = self._fit(prompt_ids, [ids])
-        return Conversation(prompt_ids, ids, own[: len(ids)])
+        return ids, own
 
     def _texts(
         self,
@@ -173,24 +214,29 @@ class Encoder:
         completions: Sequence[str | Messages],
         options: Mapping[str, Any] | None,
         ended: bool | None,
-    ) -> tuple[str, list[Span]]:
-        """What all completions follow, and each of them."""
+    ) -> tuple[str, list[list[Span]]]:
+        """What all completions follow, and the pieces of each of them: a reply, context, a reply, ..."""
         if isinstance(prompt, str):
             if not all(isinstance(c, str) for c in completions):
                 raise ValueError("a completion of messages needs a prompt of messages; this prompt is text")
-            return _text_alone(prompt, options), [Span(str(c), True) for c in completions]
+            return _text_alone(prompt, options), [[Span(str(c), True)] for c in completions]
         template = self._template(options)
         template.check_tools(prompt)
         found = []
         for c in completions:
-            (turn,) = [{"role": "assistant", "content": c}] if isinstance(c, str) else one_reply(c)
-            context, reply = template.reply([*prompt, turn], checked=ended is None)
+            turns = [{"role": "assistant", "content": c}] if isinstance(c, str) else c
+            if len(turns) > 1:
+                found.append(template.trajectory(prompt, turns))
+                continue
+            context, reply = template.reply([*prompt, *one_reply(turns)], checked=ended is None)
             if ended is False and reply.is_closed:
                 reply = reply._replace(text=reply.text.removesuffix(reply.closing.strip()).rstrip())
-            found.append((context, reply))
+            found.append((context, [reply]))
         # Of a template that opens some replies in another way than others the beginning that all have is the prompt.
         before = min((context for context, _ in found), key=len)
-        return before, [reply._replace(text=context[len(before) :] + reply.text) for context, reply in found]
+        return before, [
+            [first._replace(text=context[len(before) :] + first.text), *rest] for context, (first, *rest) in found
+        ]
 
     def _ended(self, ids: list[int], reply: Span, *, append: bool) -> list[int]:
         """The reply's ids up to its end: without white space after the end-of-sequence token, which is added if due."""

@@ -5,7 +5,7 @@
 | ShareGPT | `conversations` of `from` and `value`, perhaps `system`; with `chosen` and `rejected` a pair | `messages` |
 | Alpaca | `instruction`, `output`, perhaps `input`, `system` | `prompt`, `completion` |
 | HH transcripts | `chosen`, `rejected`: "Human: ... Assistant: ..." that begin alike | `prompt`, `chosen`, `rejected` |
-| UltraFeedback (H4), pairs | `prompt`, and whole conversations in `chosen`, `rejected` | the same, of one reply each |
+| UltraFeedback (H4), pairs | `prompt`, whole conversations in `chosen`, `rejected` | the same, less what is shared |
 | Nectar | `prompt`, `answers` of `answer` and `rank` | `prompt`, `completions`, `ranks` |
 | HelpSteer | `prompt`, `response`, `helpfulness` | `prompt`, `completion`; grouped by prompt: lists, pairs |
 | HelpSteer 3 | `context`, `response1`, `response2`, `overall_preference` | `prompt`, `completions`, `ranks` |
@@ -230,8 +230,10 @@ def pair_of(row: Row, index: int) -> tuple[Any, list[Any]]:
     before, after = [*(prompt if is_chat(prompt) else []), *chosen[:turns]], [chosen[turns:], rejected[turns:]]
     if not before:
         raise ValueError("chosen and rejected must begin with the same messages, or have a prompt of messages")
-    if any(len(rest) != 1 or rest[0]["role"] != "assistant" for rest in after):
-        raise ValueError("chosen and rejected must each be one reply of the assistant to the same conversation")
+    if any(rest[end]["role"] != "assistant" for rest in after for end in (0, -1)):
+        raise ValueError(
+            "chosen and rejected must each begin, after what they share, and end with a reply of the assistant"
+        )
     return before, after
 
 
@@ -257,12 +259,12 @@ def _remainder(text: str, shared: str, index: int) -> str:
 
 
 def _shared_turns(chosen: Sequence[Row], rejected: Sequence[Row]) -> int:
-    """How many messages both begin with; the last reply of each is not among them."""
-    count = 0
-    for left, right in zip(chosen[:-1], rejected[:-1], strict=False):
-        if left != right:
-            break
-        count += 1
+    """How many messages both begin with, up to a reply of the assistant in each; the last one is not among them."""
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen[:-1], rejected[:-1], strict=False))
+    count = sum(1 for _ in alike)
+    # Where the results of a call are what differs, the call stands in both.
+    while count and {chosen[count]["role"], rejected[count]["role"]} != {"assistant"}:
+        count -= 1
     return count
 
 

@@ -16,8 +16,8 @@ def pack(rows: Dataset, max_length: int) -> Dataset:
 
     Returns:
         `input_ids`, `position_ids` (from 0 for every sequence), `labels` (aligned: the target of each position, -100
-        at the last one of a sequence, so nothing is predicted across a border), `length`, and `rows`, the sequences'
-        numbers, where they have them.
+        at the last one of a sequence, so nothing is predicted across a border), `length`, `longest`, that of one
+        sequence, and `rows`, the sequences' numbers, where they have them.
     """
     bins = best_fit(rows["length"], max_length)
     return Dataset.from_list([_joined([rows[i] for i in indices]) for indices in bins])
@@ -45,4 +45,5 @@ def _joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         alone = pad([(row["prompt_ids"], row["completion_ids"])], 0, own=[row.get("own")])
         for name, values in out.items():
             values += alone[name][0].tolist()
-    return {**out, "length": len(out["input_ids"]), "rows": [i for row in rows for i in row.get("rows", ())]}
+    numbers = [i for row in rows for i in row.get("rows", ())]
+    return {**out, "length": len(out["input_ids"]), "longest": max(out["position_ids"]) + 1, "rows": numbers}

@@ -151,8 +151,16 @@ class ChatTemplate:
         before, head, closing = self._turn(earlier)
         context = before
         if not earlier or not whole.startswith(before):
-            context = self._parting(before, whole, head) if earlier else _common(whole, head)
-            if not context.startswith(self._fixed(earlier)):
+            context, fixed = (
+                self._parting(before, whole, head) if earlier else _common(whole, head),
+                self._fixed(earlier),
+            )
+            if before[len(fixed) :].strip() and context.rstrip() == fixed:
+                raise ValueError(
+                    f"the chat template writes a reply without what generation is given before it, "
+                    f"{before[len(fixed) :]!r}: give another by chat_template_path"
+                )
+            if not context.startswith(fixed):
                 raise ValueError(
                     "the chat template must write a prompt the same way with and without the reply after it; this one "
                     f"turns {before[-80:]!r} into {whole[max(0, len(before) - 80) : len(before)]!r}"
@@ -198,6 +206,24 @@ class ChatTemplate:
         if not out:
             raise ValueError("messages must hold at least one turn of the assistant, with a weight that is not 0")
         return out
+
+    def trajectory(self, prompt: Messages, turns: Messages) -> tuple[str, list[Span]]:
+        """(what is common to all that follows the prompt, the pieces from there): reply, context, reply, ...
+
+        Raises:
+            ValueError: as `sequences`; turns that do not begin and end with a reply that is trained on; or a template
+                that writes earlier replies anew once later ones follow.
+        """
+        if not (is_trained(turns[0]) and is_trained(turns[-1])):
+            raise ValueError("a completion of several messages must begin and end with a reply of the assistant")
+        found = self.sequences([*prompt, *turns], len(prompt))
+        if len(found) > 1:
+            raise ValueError(
+                "the chat template writes earlier replies anew once later ones follow, so that a completion of several "
+                "is no one sequence: give a row for each reply, or another template by chat_template_path"
+            )
+        ((context, *rest),) = found
+        return context.text, rest
 
     def _reopened(self, spans: list[Span], text: str, context: str) -> str:
         """The text of the sequence so far; if only so the context goes on from it, without the end of the whole

@@ -10,10 +10,11 @@
 
 Beside pairs may stand `margin`, and both of `ref_chosen_logps`, `ref_rejected_logps`; beside pairs and lists `labeler`.
 Every prompt and completion is a text or a list of messages (`role`, `content`, and what else the chat template reads:
-`tool_calls`, `reasoning_content`, ...). Beside messages may stand `tools` and `chat_template_kwargs`. A reply of the
-assistant with a `weight` of 0 is context. What the chat template leaves out is refused, with the row. Forms of
-well-known data sets become one of these on reading (see `forms`); rated completions become lists, and lists pairs,
-where they are asked for.
+`tool_calls`, `reasoning_content`, ...). A completion of several messages (calls of tools, their results, further turns)
+begins and ends with a reply of the assistant, and its replies are what is trained on. Beside messages may stand `tools`
+and `chat_template_kwargs`. A reply of the assistant with a `weight` of 0 is context. What the chat template leaves out
+is refused, with the row. Forms of well-known data sets become one of these on reading (see `forms`); rated completions
+become lists, and lists pairs, where they are asked for.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def tokenize_sft(source: Rows, encode: Encoder) -> Dataset:
 
 
 def tokenize_preferences(source: Rows, encode: Encoder) -> Dataset:
-    """Pairs to `prompt_ids`, `chosen_ids`, `rejected_ids` and `length`.
+    """Pairs to `prompt_ids`, `chosen_ids`, `rejected_ids`, `chosen_own`, `rejected_own` (which ids are the assistant's)
+    and `length`.
 
     Precomputed log-probabilities of the reference are kept. Raises ValueError naming the row if a completion is empty.
     """
@@ -73,7 +75,8 @@ def tokenize_preferences(source: Rows, encode: Encoder) -> Dataset:
 
 
 def tokenize_lists(source: Rows, encode: Encoder) -> Dataset:
-    """Ranked lists and pairs to `prompt_ids`, `completions_ids` (best first), `ranks`, `length`.
+    """Ranked lists and pairs to `prompt_ids`, `completions_ids` (best first), `completions_own` (which ids are the
+    assistant's), `ranks`, `length`.
 
     Where the rows bring them, also `rewards`, `margin` (pairs only) and `labeler`. Raises ValueError naming the row if
     a completion is empty, or rewards or ranks do not match the completions.
@@ -150,7 +153,7 @@ def converter(form: Sequence[str]) -> Callable[[Row, int, Encoder], dict[str, An
 
 # ---------------------------------------------------------------------------------------------------- one row of each
 def _prompt(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
-    ids, _ = encode.seen_prompt(cell(row, "prompt", index, may_be_empty=True), template_options(row))
+    ids, _, _ = encode.policy_prompt(cell(row, "prompt", index, may_be_empty=True), template_options(row))
     if not ids:
         raise ValueError("column 'prompt' must have at least one token")
     return {"prompt_ids": ids, "length": len(ids)}
@@ -197,14 +200,15 @@ def _conversation_of(row: Row, index: int) -> tuple[Messages, Messages]:
 
 
 def _pair(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
-    prompt_ids, (chosen, rejected) = encode(*pair_of(row, index), template_options(row))
+    prompt_ids, (chosen, rejected), own = encode.trajectories(*pair_of(row, index), template_options(row))
     length = len(prompt_ids) + max(len(chosen), len(rejected))
-    return {"prompt_ids": prompt_ids, "chosen_ids": chosen, "rejected_ids": rejected, "length": length}
+    found = {"prompt_ids": prompt_ids, "chosen_ids": chosen, "rejected_ids": rejected, "length": length}
+    return {**found, "chosen_own": own[0], "rejected_own": own[1]}
 
 
 def _pair_as_list(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
-    prompt_ids, completions = encode(*pair_of(row, index), template_options(row))
-    return _list(prompt_ids, completions, {"ranks": [0.0, 1.0]})
+    prompt_ids, completions, own = encode.trajectories(*pair_of(row, index), template_options(row))
+    return _list(prompt_ids, completions, own, {"ranks": [0.0, 1.0]})
 
 
 def _ranked(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
@@ -217,12 +221,14 @@ def _ranked(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
             check_messages(completion, f"{where} row {index} (from 0),")
         else:
             checked_text(completion, where, index, may_be_empty=False)
-    prompt_ids, ids = encode(cell(row, "prompt", index, may_be_empty=True), completions, template_options(row))
+    prompt = cell(row, "prompt", index, may_be_empty=True)
+    prompt_ids, ids, own = encode.trajectories(prompt, completions, template_options(row))
     columns = {name: _numbers(row[name], name, len(completions)) for name in ("rewards", "ranks") if name in row}
     ranks = columns.get("ranks", [-r for r in columns.get("rewards", [])] or [float(k) for k in range(len(ids))])
     order = sorted(range(len(ids)), key=lambda k: ranks[k])
     columns["ranks"] = ranks
-    return _list(prompt_ids, [ids[k] for k in order], {name: [c[k] for k in order] for name, c in columns.items()})
+    in_order = {name: [c[k] for k in order] for name, c in columns.items()}
+    return _list(prompt_ids, [ids[k] for k in order], [own[k] for k in order], in_order)
 
 
 def check_finite(value: Any, column: str) -> None:
@@ -240,6 +246,9 @@ def _numbers(values: Any, column: str, count: int) -> list[float]:
     return [float(v) for v in values]
 
 
-def _list(prompt_ids: list[int], completions: list[list[int]], columns: dict[str, list[float]]) -> dict[str, Any]:
+def _list(
+    prompt_ids: list[int], completions: list[list[int]], own: list[list[bool]], columns: dict[str, list[float]]
+) -> dict[str, Any]:
     length = len(prompt_ids) + max(map(len, completions))
-    return {"prompt_ids": prompt_ids, "completions_ids": completions, **columns, "length": length}
+    found = {"prompt_ids": prompt_ids, "completions_ids": completions, "completions_own": own, "length": length}
+    return {**found, **columns}

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from ...losses.base import check_range
 from ...utils.checks import check_choice, check_positive
-from ..common.arguments import key
+from ..common.arguments import Keys, key
 from ..common.config import CommonConfig, share_prompts_key
 
 _POSITIVE = (
@@ -39,7 +39,7 @@ _RANGES: dict[str, tuple[float, bool]] = {
 
 
 @dataclass
-class EpisodeConfig:
+class EpisodeConfig(Keys):
     """What is sampled, how it is rewarded, and what the loss makes of it."""
 
     reward_model: str | None = key(
@@ -47,8 +47,9 @@ class EpisodeConfig:
     )
     reward_fn: str | None = key(
         None,
-        "Python function as the reward, module:function or file.py:function; it takes the lists prompts and "
-        "completions, and columns of the dataset by their names, and returns a number for each",
+        "Python function as the reward, module:function or file.py:function; it takes the lists prompts (as the rows "
+        "have them, text or messages) and completions, and columns of the dataset by their names, and returns a number "
+        "for each",
         group="Reward",
     )
     missing_eos_penalty: float | None = key(

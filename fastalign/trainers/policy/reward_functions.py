@@ -1,7 +1,8 @@
 """Python functions as rewards: found by name, called with what their parameters name, and held to what they return.
 
-A function gets lists, an entry for each response: `prompts` and `completions` (texts), `completion_ids`, and columns of
-the dataset by their names. A parameter without a default needs its column; one with a default gets it where there is
+A function gets lists, an entry for each response: `prompts` (each in the form that its row has, a text or a list of
+messages; in training without what was cut for the policy), `completions` (texts), `completion_ids`, and columns of the
+dataset by their names. A parameter without a default needs its column; one with a default gets it where there is
 one; `**kwargs` gets all columns. A function that names neither prompts nor completions and takes two things gets these
 two in this order. It returns a number for each response, or None where it does not apply.
 """

@@ -46,7 +46,7 @@ class FunctionReward:
         """[E], float32; NaN for a response that no function applies to. RewardError if one fails or gives no number."""
         names = set.intersection(*(set(e.prompt.columns) for e in episodes))
         known: dict[str, list] = {name: [e.prompt.columns[name] for e in episodes] for name in sorted(names)}
-        known |= {"prompts": [e.prompt.text for e in episodes], "completions": [e.text for e in episodes]}
+        known |= {"prompts": [e.prompt.told for e in episodes], "completions": [e.text for e in episodes]}
         known |= {"completion_ids": [e.ids for e in episodes]}
         scores = torch.tensor([f(known, len(episodes)) for f in self.functions], dtype=torch.float64)
         return torch.where(scores.isnan().all(0), torch.nan, scores.nansum(0)).float()
@@ -105,10 +105,9 @@ class ModelReward:
             raise ValueError(
                 "reward_model must have a chat template, since the prompts are conversations; its tokenizer has none"
             )
-        seen = prompt.text if prompt.messages is None else prompt.messages
         options = {"tools": prompt.tools} if prompt.tools else {}
         encode = Encoder(self.tokenizer, self.max_length)
-        ids, (tail,) = encode(seen, [episode.text], options, ended=episode.ended)
+        ids, (tail,) = encode(prompt.told, [episode.text], options, ended=episode.ended)
         return ids, tail
 
     def _score(self, batch: dict[str, Tensor]) -> Tensor:

@@ -50,6 +50,11 @@ class Prompt(NamedTuple):
     """Of a conversation: what other models than the policy are to see, each by its own chat template."""
     tools: Sequence[Any] = ()
 
+    @property
+    def told(self) -> str | Messages:
+        """What rewards are told: the prompt in the form that its row has, without what was cut for the policy."""
+        return self.text if self.messages is None else self.messages
+
 
 @dataclass
 class Episode:
@@ -122,12 +127,7 @@ def _prompts(rows: Dataset, encode: Encoder, columns: Sequence[str], skip_bad_ro
         given: Any = row
         try:
             prompt, options = cell(given, "prompt", index, may_be_empty=True), template_options(given)
-            is_conversation = is_chat(prompt)
-            whole = prompt
-            if is_conversation and encode.truncation_mode == "left":
-                prompt = encode.fitted(prompt, options)
-            ids, text = encode.seen_prompt(prompt, options)
-            encode.cuts.prompt |= prompt is not whole
+            ids, text, prompt = encode.policy_prompt(prompt, options)
             if not ids:
                 raise ValueError(f"column 'prompt' must have at least one token; row {index} (from 0) has none")
         except Dropped:
@@ -139,7 +139,7 @@ def _prompts(rows: Dataset, encode: Encoder, columns: Sequence[str], skip_bad_ro
             continue
         told.rows += 1
         told.prompts_cut += encode.cuts.prompt
-        messages = prompt if is_conversation else None
+        messages = prompt if is_chat(prompt) else None
         found = {name: given[name] for name in columns}
         yield Prompt(ids, text, found, index, messages, options.get("tools", ()))
     problems.close(told.rows)

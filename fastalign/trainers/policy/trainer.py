@@ -61,8 +61,9 @@ class PolicyTrainer(ABC):
         train_dataset, eval_dataset: rows with a `prompt` (see `data.files.read_rows`); evaluation sets may be several,
             as a mapping of names to rows.
         processing_class: the model's tokenizer; None loads that of `args.tokenizer` or the model's folder.
-        reward: a function of the lists `prompts` and `completions` (and columns of the rows, by name) that returns one
-            number each; None takes `args.reward_fn` or `args.reward_model`.
+        reward: a function of the lists `prompts` (text or messages, as the rows have them) and `completions` (and
+            columns of the rows, by name) that returns one number each; None takes `args.reward_fn` or
+            `args.reward_model`.
         ref_model: the reference; None takes `args.ref_model`, or the model as it is now.
         peft_config: adapters to train, as peft describes them, in place of the lora_* keys of args.
         reward_funcs: TRL's name of `reward`; a list of functions is added up, a text is a reward model's folder.
