@@ -13,6 +13,9 @@ from fastalign.reference import policy as oracle
 EVERY_KIND = sorted(KINDS)
 NORMALIZATIONS = ("token", "bnpo", "grpo", "dapo", "dr_grpo")
 OPTIONS = {"dapo": {"num_items": 13}, "dr_grpo": {"max_length": 9}}
+# Of kinds: every candidate is taken, so that nothing is drawn.
+OF_KIND = {"clip_cov": {"clip_cov_ratio": 1.0, "clip_cov_lb": 0.1}, "kl_cov": {"kl_cov_ratio": 0.3}}
+BY_SEQUENCE = {"gspo", "luspo", "gmpo"}  # one ratio for a sequence, which all of its tokens move
 
 
 def make(batch=3, length=6, seed=0, dtype=torch.float64):
@@ -43,11 +46,12 @@ def test_step_zero_metrics_are_exact(kind, dtype):
     output = losses.policy_loss(logps, logps, advantages, mask, kind=kind)
     assert output.ratio == 1
     assert output.approxkl == 0
-    assert output.clipfrac == 0
+    if kind != "clip_cov":  # what it leaves out counts as cut
+        assert output.clipfrac == 0
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
-@pytest.mark.parametrize("kind", sorted(set(EVERY_KIND) - {"gspo", "reinforce"}))
+@pytest.mark.parametrize("kind", sorted(set(EVERY_KIND) - BY_SEQUENCE - {"reinforce", "clip_cov"}))
 def test_at_ratio_one_the_gradient_is_the_policy_gradient(kind, normalization):
     logps, _, advantages, mask = make()
     options = {"normalization": normalization, **OPTIONS.get(normalization, {})}
@@ -56,10 +60,13 @@ def test_at_ratio_one_the_gradient_is_the_policy_gradient(kind, normalization):
     torch.testing.assert_close(got, expected)
 
 
-def test_at_ratio_one_gspo_is_the_policy_gradient_for_one_advantage_per_sequence():
+@pytest.mark.parametrize("kind", sorted(BY_SEQUENCE))
+def test_at_ratio_one_a_sequences_ratio_is_the_policy_gradient_for_one_advantage(kind):
+    """LUSPO's length undoes the division by it: the gradient of a mean over sequences is that of a sum over tokens."""
     logps, _, advantages, mask = make()
-    _, expected = gradient(logps, logps, advantages[:, 0], mask, kind="reinforce", normalization="grpo")
-    _, got = gradient(logps, logps, advantages[:, 0], mask, kind="gspo", normalization="grpo")
+    options = {"normalization": "dr_grpo", "max_length": 1} if kind == "luspo" else {"normalization": "grpo"}
+    _, expected = gradient(logps, logps, advantages[:, 0], mask, kind="reinforce", **options)
+    _, got = gradient(logps, logps, advantages[:, 0], mask, kind=kind, normalization="grpo")
     torch.testing.assert_close(got, expected)
 
 
@@ -90,7 +97,7 @@ def test_padding_changes_nothing(kind, normalization):
     logps, old, advantages, mask = make()
     ref, entropy = old.flip(1), logps.abs()
     options = {"kind": kind, "normalization": normalization, "kl_coef": 0.1, "kl_estimator": "k3", "entropy_coef": 0.01}
-    options |= OPTIONS.get(normalization, {})
+    options |= OPTIONS.get(normalization, {}) | OF_KIND.get(kind, {})
     plain, expected = gradient(
         logps, old, advantages, mask, ref_logps=ref, entropy=entropy, sampler_logps=old + 0.1, **options
     )
@@ -114,8 +121,9 @@ def test_padding_changes_nothing(kind, normalization):
 def test_order_of_the_batch_changes_nothing(kind):
     tensors = make(batch=5)
     order = torch.tensor([3, 0, 4, 1, 2])
-    plain, expected = gradient(*tensors, kind=kind, normalization="grpo")
-    output, got = gradient(*(t[order] for t in tensors), kind=kind, normalization="grpo")
+    options = {"kind": kind, "normalization": "grpo", **OF_KIND.get(kind, {})}
+    plain, expected = gradient(*tensors, **options)
+    output, got = gradient(*(t[order] for t in tensors), **options)
     torch.testing.assert_close(output.loss, plain.loss)
     torch.testing.assert_close(got, expected[order])
 
@@ -166,9 +174,9 @@ def test_dual_clip_bounds_the_loss_of_bad_actions():
     assert losses.policy_loss(logps, old, advantages, mask, dual_clip=3.0).clipfrac == 0.5
 
 
-@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3", "k3+"])
 def test_kl_estimators_against_exact_kl(kind):
-    """Over a small vocabulary the expectation is a sum. k1 and k3 equal KL(p, q), k2 does so to third order; and the
+    """Over a small vocabulary the expectation is a sum. k1, k3 and k3+ equal KL(p, q), k2 to third order; and the
     gradients of the losses that they make are those that `kl_estimate` warns of."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(11, generator=generator, dtype=torch.float64).requires_grad_()
@@ -180,7 +188,7 @@ def test_kl_estimators_against_exact_kl(kind):
     torch.testing.assert_close(value, exact, rtol=0.1 if kind == "k2" else 1e-9, atol=0)
     (as_loss,) = torch.autograd.grad((logp.exp().detach() * estimate).sum(), x, retain_graph=True)
     (true,) = torch.autograd.grad(exact, x, retain_graph=True)
-    expected = {"k1": torch.zeros_like(x), "k2": true, "k3": torch.autograd.grad(reverse, x)[0]}[kind]
+    expected = {"k1": torch.zeros_like(x), "k2": true, "k3": torch.autograd.grad(reverse, x)[0], "k3+": true}[kind]
     torch.testing.assert_close(as_loss, expected, rtol=1e-9, atol=1e-14)
 
 
@@ -211,14 +219,15 @@ def test_importance_weights_are_ratios_until_the_cap():
     torch.testing.assert_close(sequence, torch.ones(1, 3))
 
 
-@pytest.mark.parametrize("kind", sorted(set(EVERY_KIND) - {"cispo", "gspo_token"}))
+@pytest.mark.parametrize("kind", sorted(set(EVERY_KIND) - {"cispo", "gspo_token", "vespo", "dppo_tv", "dppo_kl"}))
 def test_gradcheck(kind):
-    """`cispo` and `gspo_token` detach ratios by definition, so that their gradient is not that of their value."""
+    """The others detach ratios by definition, so that their gradient is not that of their value."""
     logps, old, advantages, mask = make()
     kl, entropy = logps.abs(), old.abs()
 
     def loss(logps, kl, entropy):
         options = {"kl_estimator": "exact", "kl_coef": 0.3, "entropy_coef": 0.2, "normalization": "grpo"}
+        options |= OF_KIND.get(kind, {})
         return losses.policy_loss(logps, old, advantages, mask, kind=kind, kl=kl, entropy=entropy, **options).loss
 
     assert torch.autograd.gradcheck(loss, [t.requires_grad_() for t in (logps, kl, entropy)])
@@ -253,6 +262,13 @@ def test_the_module_offers_every_option_of_the_function():
     ("change", "error", "message"),
     [
         ({"kind": "ppo"}, ValueError, "kind must be one of cispo, clip"),
+        ({"kind": "dro", "dro_beta": -1.0}, ValueError, "dro_beta must be in"),
+        ({"kind": "sapo", "sapo_temperature_pos": 0.0}, ValueError, r"sapo_temperature_pos must be in \(0"),
+        ({"kind": "kl_cov", "kl_cov_ratio": 1.5}, ValueError, r"kl_cov_ratio must be in \(0, 1"),
+        ({"kind": "clip_cov", "clip_cov_lb": 6.0}, ValueError, r"clip_cov_ub must be above clip_cov_lb, 6.0; got 5.0"),
+        ({"kind": "dro", "kl_cov_coef": 1.0}, ValueError, "kl_cov_coef must be left out but for kind kl_cov; got it"),
+        ({"beta": 1.0}, TypeError, "there is no argument 'beta'; options of kinds are sapo_temperature_pos"),
+        ({"kind": "vespo", "importance_level": "sequence"}, ValueError, "importance_level must be 'token' with kind="),
         ({"normalization": "mean"}, ValueError, "normalization must be one of bnpo"),
         ({"kl_estimator": "k4"}, ValueError, "kl_estimator must be one of exact, k1"),
         ({"importance_level": "all", "sampler_logps": torch.zeros(3, 6)}, ValueError, "importance_level must be one"),
@@ -284,7 +300,7 @@ def test_bad_input(change, error, message):
 
 def test_bad_input_elsewhere():
     x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
-    with pytest.raises(ValueError, match="kind must be one of k1, k2, k3; got 'k0'"):
+    with pytest.raises(ValueError, match="kind must be one of k1, k2, k3, k3\\+; got 'k0'"):
         losses.kl_estimate(x, x, kind="k0")
     with pytest.raises(ValueError, match="returns must have shape"):
         losses.value_loss(x, x, x[:1], mask)

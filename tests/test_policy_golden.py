@@ -35,9 +35,21 @@ def _batch(dtype=torch.float64):
     )
 
 
+# No float32 rounds these, which TRL passes through one.
+OPTIONS = {"sapo_temperature_pos": 1.25, "sapo_temperature_neg": 1.5}
+OPTIONS |= {"vespo_k_pos": 2.5, "vespo_lambda_pos": 2.75, "vespo_k_neg": 1.5, "vespo_lambda_neg": 1.75}
+
+
+def _of(kind):
+    return {name: value for name, value in OPTIONS.items() if name.startswith(kind)}
+
+
 def _trl_loss(batch, logps, *, loss_type, level="token", beta=0.0, low=0.2, high=0.2, delta=None, **more):
     """GRPOTrainer's loss, its method called on a stand-in that returns our log-probabilities: (loss, metrics)."""
-    trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason="trl is not installed").GRPOTrainer
+    base = pytest.importorskip("trl.trainer.grpo_trainer", reason="trl is not installed").GRPOTrainer
+    trainer = base
+    if loss_type == "gmpo":
+        trainer = pytest.importorskip("trl.experimental.gmpo", reason="this trl has no GMPO").GMPOTrainer
     accelerator = SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1)
     stub = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *args, **kwargs: (logps, batch.entropy, None),
@@ -46,7 +58,8 @@ def _trl_loss(batch, logps, *, loss_type, level="token", beta=0.0, low=0.2, high
         entropy_coef=more.get("entropy_coef", 0.0),
         use_adaptive_entropy=False,
         accelerator=accelerator,
-        args=SimpleNamespace(use_bias_correction_kl=False, delta=delta),
+        args=SimpleNamespace(use_bias_correction_kl=False, delta=delta, **OPTIONS),
+        get_gamma_weights=base.get_gamma_weights,
         aux_loss_enabled=False,
         beta=beta,
         epsilon_low=low,
@@ -99,14 +112,51 @@ def _compare(batch, peer_options, **ours):
          {"kind": "gspo", "cliprange": 0.03, "cliprange_high": 0.04, "normalization": "grpo"}),
         ({"loss_type": "cispo", "high": 1.2, "num_items": 31},
          {"kind": "cispo", "cliprange": 1.0, "cliprange_high": 0.2, "normalization": "dapo", "num_items": 31}),
+        ({"loss_type": "sapo"}, {"kind": "sapo", "normalization": "grpo", **_of("sapo")}),
+        ({"loss_type": "luspo", "level": "sequence", "low": 0.03, "high": 0.04},
+         {"kind": "luspo", "cliprange": 0.03, "cliprange_high": 0.04, "normalization": "grpo"}),
+        ({"loss_type": "vespo", "num_items": 31},
+         {"kind": "vespo", "normalization": "dapo", "num_items": 31, **_of("vespo")}),
+        ({"loss_type": "gmpo", "low": 0.2, "high": 0.3},
+         {"kind": "gmpo", "cliprange": 0.2, "cliprange_high": 0.3, "normalization": "grpo"}),
     ],
-    ids=["grpo", "bnpo", "two-sided", "dr_grpo", "dapo", "gspo", "cispo"],
+    ids=["grpo", "bnpo", "two-sided", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "luspo", "vespo", "gmpo"],
 )  # fmt: skip
 def test_grpo_family_matches_trl(peer, ours):
     output, metrics = _compare(_batch(), peer, **ours)
-    if peer["loss_type"] == "bnpo" and "delta" not in peer:
+    if peer["loss_type"] in ("bnpo", "gmpo") and "delta" not in peer:
         assert output.clipfrac.item() == pytest.approx(metrics["clip_ratio/region_mean"])
         assert output.clipfrac > 0
+
+
+def test_luspo_with_its_kl_matches_trl():
+    """TRL multiplies the KL by the length too: GSPO, summed over each sequence's tokens."""
+    batch = _batch()
+    _compare(
+        batch,
+        {"loss_type": "luspo", "level": "sequence", "beta": 0.3},
+        kind="gspo",
+        normalization="dr_grpo",
+        max_length=1,
+        ref_logps=batch.ref,
+        kl_coef=0.3,
+        kl_estimator="k3",
+    )
+
+
+def test_vespo_takes_the_samplers_weights_into_its_own():
+    batch = _batch()
+    weights = (batch.old - batch.sampler).exp().clamp(max=1.5)
+    _compare(
+        batch,
+        {"loss_type": "vespo", "num_items": 31, "weights": torch.where(batch.mask, weights, 1.0)},
+        kind="vespo",
+        normalization="dapo",
+        num_items=31,
+        sampler_logps=batch.sampler,
+        importance_cap=1.5,
+        **_of("vespo"),
+    )
 
 
 def test_kl_term_and_its_metric_match_trl():
@@ -247,6 +297,31 @@ WORKED = {
     "gspo_token": ({"cliprange": 0.2}, 0.5, [-0.5, 1.0]),
     # MiniMax 2025, eq. 4 with an upper bound of 1.5: -(1.5 * 1 * ln 1/2 + 0.5 * -2 * ln 1/5) / 2
     "cispo": ({"cliprange": 1.0, "cliprange_high": 0.5}, -0.2848585707970912, [-0.75, 0.5]),
+    # Gao et al. 2025: gates 4 sigmoid(1) and 4 / 1.05 sigmoid(-0.525); their slopes in log rho, 4 s (1 - s) rho
+    "sapo": ({}, -0.0461788269566432, [-0.7864477329659274, 0.4670699116426963]),
+    # arXiv:2602.05261: gspo's times two tokens
+    "luspo": ({"cliprange": 0.2}, 1.0, [0.5, 0.5]),
+    # Shen et al. 2026: W = 2 * 1/2 = 1, of weight e^lambda e^-lambda = 1: reinforce's
+    "vespo": ({}, -1.2628643221541278, [-0.5, 1.0]),
+    # Zhao et al. 2025, eq. 4: ln 2 is below 1, ln 1/2 below -0.4: cut; s = exp((ln 2 - 0.4) / 2), value -s (1 - 2) / 2
+    "gmpo": ({"cliprange": 0.4, "cliprange_high": 1.0}, 0.5789300674674098, [0.2894650337337049, 0.0]),
+    # Qi et al. 2026: up by 0.25, too far; down by 0.2, not: the loss is that of the second token, 1/2 * 2 ln 1/5
+    "dppo_tv": ({"cliprange": 0.22}, -0.8047189562170501, [0.0, 0.5]),
+    # KL(1/4, 1/2) = 0.1308, too far; KL(2/5, 1/5) = 0.1047, not
+    "dppo_kl": ({"cliprange": 0.12}, -0.8047189562170501, [0.0, 0.5]),
+    # Richemond et al. 2024: reinforce's, and beta / 2 (ln 2)^2; slopes -A + beta log rho
+    "dro": ({"dro_beta": 0.1}, -1.2388416714582176, [-0.4653426409720, 0.9653426409720]),
+    # Chu et al. 2025: reinforce's
+    "gpg": ({}, -1.2628643221541278, [-0.5, 1.0]),
+    # Cui et al. 2025: both covariances are 1.5 * ln(5/2) / 2 = 0.6872; the first token is cut by PPO-clip, -1.2; the
+    # second is not, and is left out
+    "clip_cov": (
+        {"cliprange": 0.7, "cliprange_high": 0.2, "clip_cov_ratio": 1.0, "clip_cov_lb": 0.5},
+        -0.6,
+        [0.0, 0.0],
+    ),
+    # trpo's, and |log rho| = ln 2 for both tokens, of slopes 1 and -1
+    "kl_cov": ({"kl_cov_ratio": 1.0}, 0.1931471805599453, [-0.5, 0.0]),
 }
 
 

@@ -18,7 +18,14 @@ OPTIONS = [
     {"kind": "cispo", "cliprange": 1.0, "cliprange_high": 0.3},
     {"kl_coef": 0.3, "kl_estimator": "k3", "normalization": "bnpo"},
     {"kl_coef": 0, "kl_estimator": "k2"},
+    {"kl_coef": 0.3, "kl_estimator": "k3+"},
+    *({"kind": kind, "normalization": "grpo"} for kind in ("sapo", "luspo", "vespo", "gmpo", "dro", "gpg")),
+    {"kind": "dppo_tv", "cliprange": 0.02},
+    {"kind": "dppo_kl", "cliprange": 0.001},
 ]
+
+
+NEWER = ("sapo", "luspo", "vespo", "gmpo", "dppo_tv", "dppo_kl", "dro", "kl_cov")
 
 
 def problem(batch=5, length=6, vocab=29, dtype=torch.float32, scale=2.0, per_token=True):
@@ -51,7 +58,12 @@ def wide(x, *rest):
     return x.detach().double().requires_grad_(), *(t.double() if t.is_floating_point() else t for t in rest)
 
 
-def no_further(found, theirs, exact):
+CONDITION = {"vespo": 10.0}
+"""Beyond 1: W is a product of T ratios, and a rounding u of each log pi moves phi by |k - lambda W| T |log pi| u, here
+up to 3 * 6 * 4 * 6e-8 = 4e-6 of itself; the general road's own roundings may happen to undo it."""
+
+
+def no_further(found, theirs, exact, condition=1.0):
     for got, other, want in zip(found, theirs, exact, strict=True):
         if want is None:
             assert got is other is None
@@ -59,7 +71,7 @@ def no_further(found, theirs, exact):
         assert got.dtype == other.dtype
         assert got.shape == other.shape
         off, allowed = ((t.double() - want).abs().max() for t in (got, other))
-        assert off <= allowed + 1e-6 * want.abs().max().clamp(min=0.1)
+        assert off <= allowed + condition * 1e-6 * want.abs().max().clamp(min=0.1)
 
 
 @pytest.mark.parametrize("per_token", [True, False])
@@ -71,8 +83,9 @@ def test_no_further_from_float64_than_the_general_road(programs, options, dtype,
     assert programs.ran[0] is not None
     theirs, theirs_gradient = general(programs, options, *given)
     exact, exact_gradient = general(programs, options, *wide(*given))
-    no_further(found, theirs, exact)
-    no_further([gradient], [theirs_gradient], [exact_gradient])
+    condition = CONDITION.get(options.get("kind"), 1.0)
+    no_further(found, theirs, exact, condition)
+    no_further([gradient], [theirs_gradient], [exact_gradient], condition)
 
 
 @pytest.mark.parametrize("num_items", [0, 7, 12.5])
@@ -94,7 +107,7 @@ def test_the_first_step_is_on_policy():
 
 
 @pytest.mark.parametrize("distance", [70.0, -70.0, 1e4, -1e4])
-@pytest.mark.parametrize("kind", ["clip", "trpo", "cispo", "reinforce"])
+@pytest.mark.parametrize("kind", ["clip", "trpo", "cispo", "reinforce", *NEWER])
 def test_far_off_policies(programs, kind, distance):
     x, y, old, advantages, reference = problem()
     given = (x, y, old + distance, advantages, reference)

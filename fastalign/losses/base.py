@@ -35,6 +35,7 @@ __all__ = [
     "narrow",
     "real_tokens",
     "renamed",
+    "resolve",
     "stats_of",
     "sum_tokens",
     "total",
@@ -242,6 +243,13 @@ def lookup(argument: str, table: Mapping[str, T], key: str) -> T:
     if key not in table:
         raise ValueError(f"{argument} must be one of {', '.join(sorted(table))}; got {key!r}")
     return table[key]
+
+
+def resolve(argument: str, table: Mapping[str, Any], aliases: Mapping[str, str], key: str) -> str:
+    """The name that a table of variants has for what is also called otherwise; ValueError as `lookup`."""
+    name = aliases.get(key, key)
+    lookup(argument, table, name if name in table else key)
+    return name
 
 
 def check_range(name: str, value: float, low: float, high: float = float("inf"), *, open_low: bool = False) -> float:

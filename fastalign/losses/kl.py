@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .base import check_float, check_mask, check_range, lookup
+from .base import check_float, check_mask, check_range, lookup, resolve
 from .reductions import as_real
 
 MAX_LOG_RATIO = 60.0
@@ -27,22 +27,35 @@ def _k3(log_ratio: Tensor) -> Tensor:
     return torch.expm1((-log_ratio).clamp(max=MAX_LOG_RATIO)) + log_ratio
 
 
-KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": _k1, "k2": _k2, "k3": _k3}
+def _k3_plus(log_ratio: Tensor) -> Tensor:
+    """k3 in value, k2 in gradient."""
+    as_loss = _k2(log_ratio)
+    return as_loss - as_loss.detach() + _k3(log_ratio).detach()
+
+
+KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": _k1, "k2": _k2, "k3": _k3, "k3+": _k3_plus}
+KL_ALIASES = {"kl": "k1", "mse": "k2", "low_var_kl": "k3", "low_var_kl+": "k3+", "full": "exact"}
+"""verl's spelling → ours."""
+
+
+def estimator_name(argument: str, name: str) -> str:
+    """Our name of an estimator that is used as a loss or in a reward; ValueError for what is none."""
+    return resolve(argument, {**KL_ESTIMATORS, "exact": None}, KL_ALIASES, name)
 
 
 def kl_estimate(logps: Tensor, ref_logps: Tensor, *, kind: str = "k1") -> Tensor:
     """Per-token estimates of KL(pi, pi_ref) from tokens that pi sampled, elementwise (Schulman 2020).
 
     With d = logps - ref_logps: `k1` = d (unbiased, of either sign), `k2` = d^2 / 2 (biased, low variance),
-    `k3` = exp(-d) - 1 + d (unbiased, never negative; the exponent is at most 60).
+    `k3` = exp(-d) - 1 + d (unbiased, never negative; the exponent is at most 60), `k3+` = k3 with the gradient of k2.
 
     Unbiased in value is not unbiased in gradient. Differentiated as a loss over pi's samples, k1 has gradient
     E[grad log pi] = 0: it regularises nothing, and belongs in the reward. k2 has the gradient of KL(pi, pi_ref), k3
-    that of KL(pi_ref, pi). The exact per-token KL (`token_stats(..., kl=True)`) is right in value and in gradient.
+    that of KL(pi_ref, pi); so k3+ is right in both, as the exact per-token KL (`token_stats(..., kl=True)`) is.
 
     Args:
         logps, ref_logps: log-probabilities of any one shape, floating point.
-        kind: "k1", "k2" or "k3".
+        kind: "k1", "k2", "k3" or "k3+", or verl's names of them: "kl", "mse", "low_var_kl", "low_var_kl+".
 
     Returns:
         Estimates of that shape, in nats.
@@ -51,7 +64,7 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, *, kind: str = "k1") -> Tensor
         ValueError: an unknown kind, or shapes that differ.
         TypeError: not a floating-point tensor.
     """
-    estimator = lookup("kind", KL_ESTIMATORS, kind)
+    estimator = KL_ESTIMATORS[resolve("kind", KL_ESTIMATORS, KL_ALIASES, kind)]
     check_float("logps", logps)
     check_float("ref_logps", ref_logps, logps.shape, "logps")
     return estimator(logps - ref_logps)
@@ -64,7 +77,7 @@ def token_kl(
 
     The reference is a constant.
     """
-    lookup("kl_estimator", {**KL_ESTIMATORS, "exact": None}, kl_estimator)
+    kl_estimator = estimator_name("kl_estimator", kl_estimator)
     if (kl is not None) != (kl_estimator == "exact"):
         got = f"kl_estimator={kl_estimator!r} {'with' if kl is not None else 'without'} kl"
         raise ValueError(f"kl, the exact KL of each token, goes with kl_estimator='exact' and with no other; got {got}")

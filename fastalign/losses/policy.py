@@ -1,4 +1,4 @@
-"""Policy optimisation: PPO and its relatives (REINFORCE, TRPO, GRPO, DAPO, Dr. GRPO, GSPO, CISPO) on log-probabilities.
+"""Policy optimisation from logits: PPO and its relatives (REINFORCE, TRPO, GRPO, DAPO, Dr. GRPO, GSPO, CISPO, ...).
 
 They differ in three independent choices, and so do the arguments here: what a token contributes (`kind`), how tokens
 are averaged (`normalization`) and what holds the policy close to another (`kl_coef`, `kl_estimator`). GRPO is
@@ -15,113 +15,19 @@ import torch
 from torch import Tensor
 
 from ..head.head import Head
-from ..ops.fused_loss import BATCH, SEQUENCE, TOKEN, FusedLoss, Grouping, Input, Values
+from ..ops.fused_loss import BATCH, SEQUENCE, TOKEN, FusedLoss, Grouping, Input
 from ..ops.objective import attach_gradient, fused_gradient
 from ..ops.programs import NotTraced
 from ..ops.results import TokenStats
-from .base import Logits, LogitsLoss, check_float, check_mask, lookup, renamed, trains
+from .base import Logits, LogitsLoss, renamed, trains
 from .chunks import Piece, by_parts, known_objective, take
-from .kl import KL_ESTIMATORS
-from .policy_checks import check_compared, check_config, check_given, is_sound, token_advantages
-from .policy_formula import PolicyLossOutput, policy_formula, token_inputs, token_program
-from .policy_objectives import KINDS
-from .reductions import NORMALIZATIONS, Count, check_normalization, token_weights
+from .policy_checks import check_compared, check_config, is_sound, token_advantages
+from .policy_formula import PolicyLossOutput, policy_formula, selected_tokens, token_inputs, token_program
+from .policy_on_logps import configured_loss, policy_config, policy_loss
+from .policy_selection import SELECTIONS
+from .reductions import NORMALIZATIONS, Count, token_weights
 
-
-def policy_loss(
-    logps: Tensor,
-    old_logps: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    kind: str = "clip",
-    cliprange: float = 0.2,
-    cliprange_high: float | None = None,
-    dual_clip: float | None = None,
-    ref_logps: Tensor | None = None,
-    kl: Tensor | None = None,
-    kl_coef: float = 0.0,
-    kl_estimator: str = "k1",
-    entropy: Tensor | None = None,
-    entropy_coef: float = 0.0,
-    sampler_logps: Tensor | None = None,
-    importance_level: str = "token",
-    importance_cap: float | None = 2.0,
-    normalization: str = "token",
-    num_items: Count | None = None,
-    max_length: int | None = None,
-) -> PolicyLossOutput:
-    """Policy loss with KL and entropy terms. With rho = exp(logps - old_logps) and A the advantage, per token:
-
-    | kind | loss | source |
-    |---|---|---|
-    | `reinforce` | -A log pi | Williams 1992; with `rl.rloo_advantages` RLOO |
-    | `trpo` | -A rho | Schulman et al. 2015, eq. 14; see `rl.TrustRegion` |
-    | `penalty` | -A rho + kl_coef KL(pi_old, pi) | Schulman et al. 2017, eq. 8; see `rl.SchulmanKL` |
-    | `clip` | max(-A rho, -A clip(rho)) | Schulman et al. 2017, eq. 7 |
-    | `gspo` | clip, rho = exp(mean_t log rho_t) | Zheng et al. 2025 (cliprange there: 3e-4) |
-    | `gspo_token` | the same value, token-wise gradient | Zheng et al. 2025 |
-    | `cispo` | -sg[clip(rho)] A log pi | MiniMax 2025, eq. 4 (no lower bound: cliprange=1) |
-
-    clip(rho) cuts to [1 - cliprange, 1 + cliprange_high]. A KL term used as a loss needs a choice of estimator: with
-    "k1", the default, its gradient is zero on average (see `kl_estimate`); put k1 into the reward (`rl.shape_rewards`),
-    or use "k2", "k3" or "exact" here. The exception is `penalty` without `ref_logps`: it estimates KL(pi_old, pi) from
-    the old policy's own samples, where k1 and k3 have the right gradient on average, and k2 to first order.
-
-    Args:
-        logps: [..., T] (usually [B, T]), log-probability of each token by the policy; float32 or float64 (half
-            precision is converted to float32). The only differentiated input, with `kl` and `entropy`.
-        old_logps: [..., T], by the policy before this batch of updates.
-        advantages: [..., T], or [...] for one advantage per sequence.
-        mask: [..., T], boolean, True = real. What it hides may hold anything, NaN too, and changes nothing.
-        kind: the objective, a row of the table above.
-        cliprange: epsilon; how far below 1 (and above, unless `cliprange_high` is given) the ratio may go.
-        cliprange_high: upper epsilon, where it differs (clip-higher: Yu et al. 2025, eq. 10).
-        dual_clip: c > 1, usually 3: the loss of a token with A < 0 is at most -c A (Ye et al. 2020).
-        ref_logps: [..., T], by the reference policy, for the KL.
-        kl: [..., T], exact KL of each token's distribution, `token_stats(..., kl=True).kl`; with kl_estimator="exact".
-        kl_coef: beta >= 0, weight of the KL in the loss.
-        kl_estimator: "k1", "k2", "k3" (see `kl_estimate`) or "exact".
-        entropy: [..., T], `token_stats(..., entropy=True).entropy`, in nats.
-        entropy_coef: weight of the entropy bonus, which is subtracted from the loss.
-        sampler_logps: [..., T], log-probabilities that the sampling engine reported: the policy term is weighted by
-            `importance_weights(old_logps, sampler_logps, mask, level=importance_level, cap=importance_cap)`.
-        importance_level, importance_cap: see `importance_weights`.
-        normalization: "token" (= "bnpo"), "grpo", "dapo" or "dr_grpo"; applies to all terms alike.
-        num_items: count to divide by in place of this call's: real tokens, for "grpo" and "dr_grpo" sequences, over
-            all microbatches and processes. "dapo" needs it.
-        max_length: tokens that a completion may have; "dr_grpo" needs it.
-
-    Returns:
-        PolicyLossOutput. Where logps equal old_logps: ratio is 1, approxkl and clipfrac are 0, exactly.
-
-    Raises:
-        TypeError: not a floating-point tensor, or a mask that is not boolean.
-        ValueError: shapes that differ, an unknown name, a number out of its range, a term without its input.
-    """
-    config = {
-        "kind": kind,
-        "cliprange": cliprange,
-        "cliprange_high": cliprange_high,
-        "dual_clip": dual_clip,
-        "kl_coef": kl_coef,
-        "kl_estimator": kl_estimator,
-        "entropy_coef": entropy_coef,
-        "importance_level": importance_level,
-        "importance_cap": importance_cap,
-        "normalization": normalization,
-        "max_length": max_length,
-    }
-    check_config(config)
-    check_float("logps", logps)
-    check_mask("mask", mask, logps.shape, "logps")
-    check_float("old_logps", old_logps, logps.shape, "logps")
-    check_normalization(logps, normalization, num_items, max_length)
-    given = {"advantages": token_advantages(advantages, mask), "ref_logps": ref_logps, "sampler_logps": sampler_logps}
-    check_given(config, mask, kl, entropy, given)
-    inputs = [Input(name, x, TOKEN) for name, x in ({"old_logps": old_logps} | given).items() if x is not None]
-    stats = {"logps": logps, "kl": kl, "entropy": entropy}
-    return policy_formula(Values(mask, stats, [*inputs, Input("num_items", num_items, BATCH)]), config)
+__all__ = ["NORMALIZATIONS", "PPOLoss", "PolicyLossOutput", "policy_loss"]
 
 
 def _grouping(labels: Tensor) -> Grouping:
@@ -136,17 +42,20 @@ class PPOLoss(LogitsLoss):
 
     Args:
         kind, cliprange, cliprange_high, dual_clip, kl_coef, kl_estimator, entropy_coef: as in `policy_loss`.
-        importance_level, importance_cap, normalization, max_length: as there.
+        importance_level, importance_cap, normalization, max_length, options: as there.
         report_entropy: compute the entropy as a metric even where entropy_coef is 0.
         ignore_index, temperature, softcap, inplace_backward: as in `fastalign.token_stats`. The temperature is the
             sampler's, and the old, reference and sampler log-probabilities must have been taken at the same one.
         fuse_backward: compute loss and gradient in one visit to the logits (`fastalign.token_objective`): one read and
             one write of them instead of two reads and a write. For kinds whose tokens are independent (not "gspo",
-            "gspo_token"); the gradient can then be used once, and inplace_backward overwrites in the forward already.
+            "gspo_token", "luspo", "vespo", "gmpo", "clip_cov", "kl_cov"); the gradient can then be used once, and
+            inplace_backward overwrites in the forward already.
         one_launch: deprecated name of fuse_backward.
 
     Raises:
-        ValueError: an unknown kind, estimator or normalisation. Numbers out of range raise in `forward`.
+        ValueError: an unknown kind, estimator or normalisation, an option of another kind. Numbers out of range raise
+            in `forward`.
+        TypeError: an argument that there is not.
     """
 
     def __init__(
@@ -170,28 +79,31 @@ class PPOLoss(LogitsLoss):
         inplace_backward: bool = False,
         fuse_backward: bool = False,
         one_launch: bool | None = None,
+        **options: float,
     ) -> None:
         super().__init__(ignore_index, temperature, softcap, inplace_backward)
-        lookup("kind", KINDS, kind)
-        lookup("kl_estimator", {**KL_ESTIMATORS, "exact": None}, kl_estimator)
-        lookup("normalization", NORMALIZATIONS, normalization)
-        self.config: dict[str, Any] = {
-            "kind": kind,
-            "cliprange": cliprange,
-            "cliprange_high": cliprange_high,
-            "dual_clip": dual_clip,
-            "kl_coef": kl_coef,
-            "kl_estimator": kl_estimator,
-            "entropy_coef": entropy_coef,
-            "importance_level": importance_level,
-            "importance_cap": importance_cap,
-            "normalization": normalization,
-            "max_length": max_length,
-        }
+        self.config = policy_config(
+            options,
+            kind=kind,
+            cliprange=cliprange,
+            cliprange_high=cliprange_high,
+            dual_clip=dual_clip,
+            kl_coef=kl_coef,
+            kl_estimator=kl_estimator,
+            entropy_coef=entropy_coef,
+            importance_level=importance_level,
+            importance_cap=importance_cap,
+            normalization=normalization,
+            max_length=max_length,
+        )
         self.want_entropy = report_entropy or entropy_coef != 0.0
         self.fuse_backward = renamed("fuse_backward", fuse_backward, "one_launch", one_launch)
         self._sound = is_sound(self.config)
-        statistics = ["logps"] + self.want_entropy * ["entropy"] + (kl_estimator == "exact") * ["kl"]
+        # What is chosen among a batch's tokens is chosen by their statistics: these come first there.
+        self._chooses = self.config["kind"] in SELECTIONS
+        self._one_call = not self.fuse_backward and not self._chooses
+        exact = self.config["kl_estimator"] == "exact"
+        statistics = ["logps"] + self.want_entropy * ["entropy"] + exact * ["kl"]
         self.fused = FusedLoss(self._formula, statistics, settings=self._settings)
         if self.fuse_backward:
             try:
@@ -239,7 +151,7 @@ class PPOLoss(LogitsLoss):
             got = f"{'None' if ref_logits is None else 'ref_logits'} with kl_estimator={self.config['kl_estimator']!r}"
             raise ValueError(f"ref_logits go with kl_estimator='exact', and with no other; got {got}")
         given = {"ref_logps": ref_logps, "sampler_logps": sampler_logps}
-        if isinstance(logits, Tensor) and isinstance(ref_logits, (Tensor, NoneType)) and not self.fuse_backward:
+        if isinstance(logits, Tensor) and isinstance(ref_logits, (Tensor, NoneType)) and self._one_call:
             inputs = self._inputs(labels, old_logps, advantages, given, num_items)
             call, found = self.call(logits, labels, ref_logits), None
             if inputs is not None:
@@ -247,6 +159,11 @@ class PPOLoss(LogitsLoss):
             if found is not None:
                 return PolicyLossOutput(*found)
         head = known_objective(logits, labels, self.ignore_index)
+        if head is not None and self._chooses:
+            if head.plan == "objective":
+                kind = self.config["kind"]
+                raise ValueError(f"plan 'objective' forms a loss part by part, and kind={kind!r} needs the whole batch")
+            head = None
         if head is not None:
             return self._by_parts(head, ref_logits, labels, old_logps, advantages, given, num_items)
         mask = labels.long() != self.ignore_index
@@ -265,22 +182,17 @@ class PPOLoss(LogitsLoss):
         given: dict[str, Tensor | None],
         num_items: Count | None,
     ) -> PolicyLossOutput:
-        inputs = self._inputs(labels, old_logps, advantages, given, num_items)
+        inputs, selected = self._inputs(labels, old_logps, advantages, given, num_items), None
         if inputs is not None:
+            if self._chooses:
+                per_token = token_advantages(advantages, mask)
+                selected = selected_tokens(self.config, mask, stats.logps, old_logps, per_token)
+                inputs.append(Input("selected", selected, TOKEN))
             found = self.fused.of_statistics(stats, labels, inputs, _grouping(labels), self.ignore_index)
             if found is not None:
                 return PolicyLossOutput(*found)
-        return policy_loss(
-            stats.logps,
-            old_logps,
-            advantages,
-            mask,
-            kl=stats.kl,
-            entropy=stats.entropy,
-            num_items=num_items,
-            **given,  # type: ignore[arg-type]
-            **self.config,
-        )
+        of_tokens = {"logps": stats.logps, "kl": stats.kl, "entropy": stats.entropy}
+        return configured_loss(self.config, of_tokens, old_logps, advantages, mask, given, num_items, selected)
 
     def _inputs(
         self,

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .base import check_float, check_range, lookup
 from .kl import IMPORTANCE_LEVELS, KL_ESTIMATORS
-from .policy_objectives import KINDS
+from .policy_objectives import KINDS, WEIGHS_ITSELF
+from .policy_options import check_options
 from .reductions import NORMALIZATIONS, as_real, check_normalization
 
 
@@ -23,6 +24,12 @@ def check_config(config: dict[str, Any]) -> None:
             check_range(name, config[name], 0)
     if config["dual_clip"] is not None:
         check_range("dual_clip", config["dual_clip"], 1, open_low=True)
+    check_options(config["options"])
+    if config["kind"] in WEIGHS_ITSELF and config["importance_level"] != "token":
+        raise ValueError(
+            f"importance_level must be 'token' with kind={config['kind']!r}, which weighs whole sequences by the "
+            f"product of their tokens' weights; got {config['importance_level']!r}"
+        )
 
 
 def is_sound(config: dict[str, Any]) -> bool:

@@ -7,10 +7,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..ops.fused_loss import TOKEN, Input, Values
+from ..ops.programs import NotTraced
 from ..ops.token_programs import TokenProgram, trace_token
 from .base import check_float, mean_over, real_tokens
 from .kl import KL_ESTIMATORS, importance_ratio, importance_weights
-from .policy_objectives import KINDS, Objective, Terms, with_penalties
+from .policy_objectives import KINDS, WEIGHS_ITSELF, Objective, Terms, with_penalties
+from .policy_selection import SELECTIONS
 from .reductions import as_real, normalize_real
 
 
@@ -28,9 +31,9 @@ class PolicyLossOutput(NamedTuple):
     approxkl: Tensor
     """Scalar: half the mean squared log-ratio to the old policy."""
     clipfrac: Tensor
-    """Scalar: share of tokens whose ratio was cut."""
+    """Scalar: share of tokens whose ratio was cut, or which were left out."""
     ratio: Tensor
-    """Scalar: mean ratio of new to old policy (of sequences, for `gspo`)."""
+    """Scalar: mean ratio of new to old policy (of sequences, for `gspo`, `luspo`, `gmpo` and `vespo`)."""
 
 
 class _OfTokens(NamedTuple):
@@ -43,18 +46,39 @@ class _OfTokens(NamedTuple):
     divergence: Any
 
 
+def _terms(t: Any, config: dict[str, Any], importance: Any) -> Terms:
+    low = config["cliprange"]
+    high = low if config["cliprange_high"] is None else config["cliprange_high"]
+    given = (t.logps, t.logps - t.old_logps, t.advantages, t.mask, low, high, config["dual_clip"], t.old_logps)
+    return Terms(*given, config["options"], importance, t.selected)
+
+
 def _of_tokens(t: Any, config: dict[str, Any], importance: Any) -> _OfTokens:
-    high = config["cliprange"] if config["cliprange_high"] is None else config["cliprange_high"]
-    log_ratio = t.logps - t.old_logps
-    terms = Terms(t.logps, log_ratio, t.advantages, t.mask, config["cliprange"], high, config["dual_clip"])
-    objective = KINDS[config["kind"]](terms)
-    policy = objective.loss if importance is None else objective.loss * importance
-    return _OfTokens(log_ratio, objective, policy, _divergence(t, config))
+    kind = config["kind"]
+    if kind in SELECTIONS and t.selected is None:
+        raise NotTraced("which tokens it treats apart is decided by the whole batch")
+    terms = _terms(t, config, importance)
+    objective = KINDS[kind](terms)
+    weighted = importance is not None and kind not in WEIGHS_ITSELF
+    policy = objective.loss * importance if weighted else objective.loss
+    return _OfTokens(terms.log_ratio, objective, policy, _divergence(t, config))
+
+
+def selected_tokens(
+    config: dict[str, Any], mask: Tensor, logps: Tensor, old_logps: Tensor, advantages: Tensor
+) -> Tensor | None:
+    """[..., T], 1 at the tokens that the kind treats apart and 0 elsewhere; None for a kind that treats all alike."""
+    choose = SELECTIONS.get(config["kind"])
+    if choose is None:
+        return None
+    given = [Input("old_logps", old_logps, TOKEN), Input("advantages", advantages, TOKEN)]
+    terms = _terms(Values(mask, {"logps": logps.detach()}, given), config, None)
+    return choose(terms).to(terms.logps.dtype)
 
 
 def policy_formula(t: Any, config: dict[str, Any]) -> PolicyLossOutput:
     """The loss and its metrics from what is known of every token: `t` has logps, old_logps, advantages, mask and, where
-    they were given, ref_logps, kl, entropy, sampler_logps and num_items."""
+    they were given, ref_logps, kl, entropy, sampler_logps, selected and num_items."""
     importance = None
     if t.sampler_logps is not None:
         importance = importance_ratio(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class Setting:
     cap: float = 2.0
     num_items: int = 40
     max_length: int = 9
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,15 @@ class Token:
     ratio: Tensor
     sequence_ratio: Tensor
     advantage: Tensor
+    old: Tensor
+    """The old policy's log-probability."""
+    sequence: list[tuple[Tensor, Tensor, Tensor]]
+    """Ratio, advantage and importance weight of every token of its sequence."""
+    rank: int
+    """Its place among the batch's tokens by their covariance of advantage and log-probability, from the largest."""
+    covariance: float
+    tokens: int
+    """The batch's."""
 
 
 # ------------------------------------------------------------------------------------------------------------- formulas
@@ -54,6 +64,58 @@ def _clipped(ratio: Tensor, a: Tensor, s: Setting) -> Tensor:
     return torch.maximum(objective, s.dual * a) if a < 0 and math.isfinite(s.dual) else objective
 
 
+def _gate(t: Token, s: Setting) -> Tensor:
+    """4 / tau sigmoid(tau (r - 1)), tau by the advantage's sign (Gao et al. 2025, SAPO)."""
+    tau = s.options["sapo_temperature_pos" if t.advantage > 0 else "sapo_temperature_neg"]
+    return 4 / tau / (1 + torch.exp(-tau * (t.ratio - 1)))
+
+
+def _gamma(t: Token, s: Setting) -> Tensor:
+    """e^lambda W^k e^(-lambda W) of the sequence's weight W, a constant (Shen et al. 2026, VESPO)."""
+    side = "pos" if t.advantage >= 0 else "neg"
+    k, decay = s.options[f"vespo_k_{side}"], s.options[f"vespo_lambda_{side}"]
+    w = torch.stack([ratio * importance for ratio, _, importance in t.sequence]).prod().detach()
+    return math.exp(decay) * w**k * torch.exp(-decay * w)
+
+
+def _geometric(t: Token, s: Setting) -> Tensor:
+    """(prod_t min(r^sgn A, clip(r, e^-low, e^high)^sgn A)^sgn A)^(1 / |y|) (Zhao et al. 2025, GMPO)."""
+    factors = []
+    for ratio, advantage, _ in t.sequence:
+        sign = 1 if advantage > 0 else -1
+        cut = ratio.clip(math.exp(-s.low), math.exp(s.high))
+        factors.append(torch.minimum(ratio**sign, cut**sign) ** sign)
+    return torch.stack(factors).prod() ** (1 / len(factors))
+
+
+def _divergence(t: Token, s: Setting) -> float:
+    """Of taking the token or not, from the old policy to the new: total variation or KL (Qi et al. 2026, DPPO)."""
+    p, q = float(t.logp.detach().exp()), float(t.old.exp())
+    if s.kind == "dppo_tv":
+        return abs(p - q)
+    return q * math.log(q / p) + (1 - q) * math.log((1 - q + 1e-8) / (1 - p + 1e-8))
+
+
+def _trusted(t: Token, s: Setting) -> Tensor:
+    """min(r, cap), a constant, or 0 where the advantage pushes a token that has gone too far already."""
+    p, q = float(t.logp.detach().exp()), float(t.old.exp())
+    bound, away = (s.high, p > q) if t.advantage > 0 else (s.low, p < q)
+    too_far = away and _divergence(t, s) > bound
+    return t.ratio.detach().clip(max=s.options["dppo_ratio_cap"]) * (0.0 if too_far else 1.0)
+
+
+def _left_out(t: Token, s: Setting) -> bool:
+    """Clip-Cov's choice (Cui et al. 2025) where it takes every candidate, so that nothing is drawn."""
+    assert s.options["clip_cov_ratio"] == 1.0
+    cut = bool(t.ratio.clip(1 - s.low, 1 + s.high) * t.advantage < t.ratio * t.advantage)
+    return not cut and s.options["clip_cov_lb"] < t.covariance < s.options["clip_cov_ub"]
+
+
+def _held(t: Token, s: Setting) -> bool:
+    """KL-Cov's choice (Cui et al. 2025)."""
+    return t.rank < max(1, int(t.tokens * s.options["kl_cov_ratio"]))
+
+
 OBJECTIVES: dict[str, Callable[[Token, Setting], Tensor]] = {
     "reinforce": lambda t, s: t.advantage * t.logp,
     "trpo": lambda t, s: t.ratio * t.advantage,
@@ -64,6 +126,18 @@ OBJECTIVES: dict[str, Callable[[Token, Setting], Tensor]] = {
         t.sequence_ratio.detach() * t.logp.exp() / t.logp.exp().detach(), t.advantage, s
     ),
     "cispo": lambda t, s: t.ratio.detach().clip(1 - s.low, 1 + s.high) * t.advantage * t.logp,
+    "sapo": lambda t, s: _gate(t, s) * t.advantage,
+    "luspo": lambda t, s: len(t.sequence) * _clipped(t.sequence_ratio, t.advantage, s),
+    "vespo": lambda t, s: _gamma(t, s) * t.advantage * t.logp,
+    "gmpo": lambda t, s: _geometric(t, s) * t.advantage,
+    "dppo_tv": lambda t, s: _trusted(t, s) * t.advantage * t.logp,
+    "dppo_kl": lambda t, s: _trusted(t, s) * t.advantage * t.logp,
+    "dro": lambda t, s: t.advantage * t.logp - s.options["dro_beta"] / 2 * (t.logp - t.old) ** 2,
+    "gpg": lambda t, s: t.logp * t.advantage,
+    "clip_cov": lambda t, s: _clipped(t.ratio, t.advantage, s) * (0.0 if _left_out(t, s) else 1.0),
+    "kl_cov": lambda t, s: (
+        t.ratio * t.advantage - (s.options["kl_cov_coef"] * torch.log(t.ratio).abs() if _held(t, s) else 0.0)
+    ),
 }
 """What a token adds to the objective that is maximised."""
 
@@ -71,8 +145,9 @@ ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "k1": lambda r: -torch.log(r),
     "k2": lambda r: torch.log(r) ** 2 / 2,
     "k3": lambda r: (r - 1) - torch.log(r),
+    "k3+": lambda r: ((r - 1) - torch.log(r)).detach() + (torch.log(r) ** 2 - torch.log(r.detach()) ** 2) / 2,
 }
-"""Of KL(q, p) from samples of q, with r = p / q (Schulman 2020)."""
+"""Of KL(q, p) from samples of q, with r = p / q (Schulman 2020). k3+, k3 in value, has k2's gradient."""
 
 AVERAGES: dict[str, Callable[[list[list[Tensor]], Setting], Tensor]] = {
     "token": lambda rows, s: _total(map(_total, rows)) / sum(map(len, rows)),
@@ -97,22 +172,41 @@ def policy(
 ) -> Tensor:
     """The loss of a batch of responses, [B, T, V] and [B, T]; labels of -100 are not part of a response."""
     s, rows = setting, []
-    for b in range(labels.shape[0]):
-        real = [t for t in range(labels.shape[1]) if labels[b, t] != -100]
-        if not real:
+    logps = torch.log_softmax(logits.double(), -1)
+    real = [[t for t in range(labels.shape[1]) if labels[b, t] != -100] for b in range(labels.shape[0])]
+    places = [(b, t) for b, row in enumerate(real) for t in row]
+    chosen = {(b, t): logps[b, t, labels[b, t]] for b, t in places}
+    likely = {at: float(chosen[at].detach()) for at in places}
+    covariances = _covariances({at: float(advantages[at]) for at in places}, likely)
+    ranks = {at: n for n, at in enumerate(sorted(places, key=lambda at: -covariances[at]))}
+    for b, row in enumerate(real):
+        if not row:
             continue
-        logp = {t: torch.log_softmax(logits[b, t].double(), -1) for t in real}
-        chosen = {t: logp[t][labels[b, t]] for t in real}
-        old = {t: old_logps[b, t].double() for t in real}
-        mean_log_ratio = _total(chosen[t] - old[t] for t in real) / len(real)
+        old = {t: old_logps[b, t].double() for t in row}
+        weight = {t: _weight(b, t, row, old, sampler_logps, s) for t in row}
+        advantage = {t: advantages[b, t].double() for t in row}
+        ratio = {t: (chosen[b, t] - old[t]).exp() for t in row}
+        sequence = [(ratio[t], advantage[t], weight[t]) for t in row]
+        geometric_mean = (_total(chosen[b, t] - old[t] for t in row) / len(row)).exp()
         terms = []
-        for t in real:
-            token = Token(chosen[t], (chosen[t] - old[t]).exp(), mean_log_ratio.exp(), advantages[b, t].double())
-            term = OBJECTIVES[s.kind](token, s) * _weight(b, t, real, old, sampler_logps, s)
-            term = term - s.beta * _kl(b, t, logp[t], chosen[t], old[t], ref_logps, ref_logits, s)
-            terms.append(term + s.entropy * -(logp[t].exp() * logp[t]).sum())
+        for t in row:
+            place = (ranks[b, t], covariances[b, t], len(places))
+            token = Token(chosen[b, t], ratio[t], geometric_mean, advantage[t], old[t], sequence, *place)
+            term = OBJECTIVES[s.kind](token, s)
+            term = term if s.kind == "vespo" else term * weight[t]  # VESPO's are within its own
+            term = term - s.beta * _kl(b, t, logps[b, t], chosen[b, t], old[t], ref_logps, ref_logits, s)
+            terms.append(term + s.entropy * -(logps[b, t].exp() * logps[b, t]).sum())
         rows.append(terms)
     return -AVERAGES[s.average](rows, s)
+
+
+Place = tuple[int, int]
+
+
+def _covariances(advantages: dict[Place, float], logps: dict[Place, float]) -> dict[Place, float]:
+    """(A - mean A) (log pi - mean log pi) of each token (Cui et al. 2025)."""
+    a, p = (math.fsum(x.values()) / len(x) for x in (advantages, logps))
+    return {at: (advantages[at] - a) * (logps[at] - p) for at in advantages}
 
 
 def _weight(b: int, t: int, real: list[int], old: dict[int, Tensor], sampler: Tensor | None, s: Setting) -> Tensor:
@@ -205,6 +299,7 @@ def _case(name: str, setting: Setting, *extra: str) -> Case:
         importance_cap=setting.cap,
         normalization=setting.average,
         max_length=setting.max_length if setting.average == "dr_grpo" else None,
+        **setting.options,
     )
     options: dict[str, Any] = {"num_items": setting.num_items} if setting.average == "dapo" else {}
 
@@ -242,6 +337,23 @@ def _ptx_reference(logits: Tensor, labels: Tensor, old_logps: Tensor, advantages
 
 
 _GRPO = Setting(average="grpo", kl="k3", beta=0.04)
+_DPPO = {"dppo_ratio_cap": 1.5}
+_NEWER = {
+    "sapo": Setting("sapo", average="grpo", options={"sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05}),
+    "luspo": Setting("luspo", low=3e-2, high=4e-2, average="grpo"),
+    "vespo": Setting(
+        "vespo",
+        average="dapo",
+        options={"vespo_k_pos": 2.0, "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0},
+    ),
+    "gmpo": Setting("gmpo", low=0.2, high=0.4, average="grpo"),
+    "dppo_tv": Setting("dppo_tv", low=0.01, high=0.02, average="dr_grpo", options=_DPPO),
+    "dppo_kl": Setting("dppo_kl", low=5e-4, high=1e-3, average="dr_grpo", options=_DPPO),
+    "dro": Setting("dro", options={"dro_beta": 0.3}),
+    "gpg": Setting("gpg"),
+    "clip_cov": Setting("clip_cov", options={"clip_cov_ratio": 1.0, "clip_cov_lb": 0.1, "clip_cov_ub": 0.8}),
+    "kl_cov": Setting("kl_cov", options={"kl_cov_ratio": 0.3, "kl_cov_coef": 0.7}),
+}
 CASES = [
     _case("reinforce", Setting("reinforce")),
     _case("trpo", Setting("trpo")),
@@ -263,6 +375,9 @@ CASES = [
     _case("gspo_token", Setting("gspo_token", low=3e-2, high=4e-2, average="grpo")),
     _case("cispo", Setting("cispo", low=1.0, high=0.28, average="dapo")),
     _case("cispo_token", Setting("cispo")),
+    *(_case(name, setting) for name, setting in _NEWER.items()),
+    _case("vespo_sampler", replace(_NEWER["vespo"], cap=1.2), "sampler_logps"),
+    _case("ppo_clip_kl_k3_plus", Setting(beta=0.1, kl="k3+"), "ref_logps"),
     Case(
         "ppo_ptx",
         _ptx_fused,
