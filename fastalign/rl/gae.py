@@ -115,7 +115,7 @@ def centred(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return hide(off - mean, mask), first.squeeze(0) + mean
 
 
-def _centred_group(rewards: Tensor) -> Tensor:
+def centred_group(rewards: Tensor) -> Tensor:
     """The same over the last axis."""
     off = rewards - rewards[..., :1]
     return off - off.mean(-1, keepdim=True)
@@ -138,9 +138,9 @@ def rloo_advantages(rewards: Tensor) -> Tensor:
     Raises:
         TypeError: not a floating-point tensor. ValueError: fewer than two samples in a group.
     """
-    rewards = _group(rewards, 2)
+    rewards = group_rewards(rewards, 2)
     size = rewards.shape[-1]
-    return _centred_group(rewards) * (size / (size - 1))
+    return centred_group(rewards) * (size / (size - 1))
 
 
 def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-4) -> Tensor:
@@ -161,16 +161,16 @@ def grpo_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-4) -
     Raises:
         TypeError: not a floating-point tensor. ValueError: an empty group, a negative eps.
     """
-    rewards = _group(rewards, 1)
+    rewards = group_rewards(rewards, 1)
     check_range("eps", eps, 0)
-    off = _centred_group(rewards)
+    off = centred_group(rewards)
     if not scale or rewards.shape[-1] == 1:
         return off
     deviation = group_deviation(rewards)
     return torch.where(deviation > 0, off / (deviation + eps), 0)
 
 
-def _group(rewards: Tensor, least: int) -> Tensor:
+def group_rewards(rewards: Tensor, least: int) -> Tensor:
     """The rewards, checked, as constants in float32 at least."""
     check_float("rewards", rewards)
     if rewards.dim() == 0 or rewards.shape[-1] < least:

@@ -31,6 +31,24 @@ def last_real(mask: Tensor) -> Tensor:
     return mask & (at == at.amax(-1, keepdim=True)) if mask.shape[-1] else mask
 
 
+def overlong_penalty(lengths: Tensor, *, max_length: int, buffer: int) -> Tensor:
+    """0 up to max_length - buffer tokens, from there linearly to -1 at max_length: DAPO (Yu et al. 2025, eq. 13).
+
+    Args:
+        lengths: [...], tokens of each response, whole numbers.
+        max_length: tokens that a response may have.
+        buffer: the last tokens of these, in [1, max_length], over which the penalty grows.
+
+    Returns:
+        [...], float32, in [-1, 0]; -1 beyond max_length.
+
+    Raises:
+        ValueError: a buffer out of its range.
+    """
+    check_range("buffer", buffer, 1, max_length)
+    return ((max_length - buffer - lengths) / buffer).clamp(-1, 0).float()
+
+
 def shape_rewards(
     scores: Tensor,
     logps: Tensor,

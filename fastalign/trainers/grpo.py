@@ -7,25 +7,31 @@ or from Python:
     GRPOTrainer(model, GRPOConfig(output_dir="runs/grpo"), "prompts.jsonl", reward=lambda completions: ...).train()
 
 Rows have a `prompt`. The advantage of a response is its reward against those of the same prompt's other responses.
-`loss_type` chooses among the field's variants. What it leaves out: DAPO's dynamic sampling (groups whose rewards are
-all equal stay in the batch, with advantage 0) and its shaping of overlong responses.
+`loss_type` chooses among the field's variants, `adv_estimator` among baselines. Groups whose rewards are all equal stay
+in the batch with advantage 0, count for nothing with `mask_flat_groups`, or are replaced with `dynamic_sampling`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .. import rl
+from ..losses.base import check_range
 from ..losses.policy import PPOLoss
+from ..losses.policy_options import options_among
+from ..rl.baselines import spread_factor
 from ..rl.gae import group_deviation
+from ..rl.rewards import last_real
 from ..utils.checks import check_choice
 from .common.arguments import key
 from .policy.config import PolicyConfig
-from .policy.rollout import Episode, applicable
+from .policy.rollout import Episode, applicable, response_mask, unstack
 from .policy.run import run_policy
 from .policy.trainer import PolicyTrainer
 
@@ -48,12 +54,41 @@ VARIANTS = {
     "gspo": Variant("gspo", "scaled", "grpo", 3e-4, 4e-4),  # Zheng et al. 2025
     "cispo": Variant("cispo", "scaled", "dapo", 1.0, 2.0),  # MiniMax 2025, eq. 4: no lower bound
     "rloo": Variant("clip", "leave_one_out", "sum"),  # Ahmadian et al. 2024; on-policy the clip is REINFORCE
+    "sapo": Variant("sapo", "scaled", "grpo"),  # Gao et al. 2025
+    "luspo": Variant("gspo", "scaled", "sum", 2e-3, 2.5e-3),  # arXiv:2602.05261: GSPO times length; its KL too, as TRL
+    "vespo": Variant("vespo", "scaled", "dapo"),  # Shen et al. 2026
+    "gmpo": Variant("gmpo", "scaled", "grpo", 0.4),  # Zhao et al. 2025: the cut is of log-ratios
+    "dppo_tv": Variant("dppo_tv", "centred", "dr_grpo", 0.15),  # Qi et al. 2026, as verl's example has it
+    "dppo_kl": Variant("dppo_kl", "centred", "dr_grpo", 0.05),
+    "dro": Variant("dro", "scaled", "token"),  # Richemond et al. 2024
+    "gpg": Variant("gpg", "gpg", "token"),  # Chu et al. 2025
+    "clip_cov": Variant("clip_cov", "scaled", "token"),  # Cui et al. 2025
+    "kl_cov": Variant("kl_cov", "scaled", "token"),
 }
-_ADVANTAGES = {
-    "scaled": lambda rewards: rl.grpo_advantages(rewards),
-    "centred": lambda rewards: rl.grpo_advantages(rewards, scale=False),
-    "leave_one_out": rl.rloo_advantages,
+LOSS_ALIASES = {"vanilla": "grpo", "geo_mean": "gmpo"}
+"""verl's spelling → ours, where the two differ."""
+_OF_GROUPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "scaled": lambda rewards, lengths: rl.grpo_advantages(rewards),
+    "centred": lambda rewards, lengths: rl.grpo_advantages(rewards, scale=False),
+    "leave_one_out": lambda rewards, lengths: rl.rloo_advantages(rewards),
+    "opo": rl.opo_advantages,
+    "pass_at_k": lambda rewards, lengths: rl.passk_advantages(rewards),
+    "gpg": lambda rewards, lengths: rl.grpo_advantages(rewards, scale=False),
+    "reinforce_pp_baseline": lambda rewards, lengths: rl.grpo_advantages(rewards, scale=False),
 }
+"""Advantages → those of one group, from its rewards and lengths; what is done to the batch comes after."""
+ADVANTAGE_ESTIMATORS = {
+    "grpo": "scaled",
+    "dr_grpo": "centred",
+    "rloo": "leave_one_out",
+    "opo": "opo",
+    "grpo_passk": "pass_at_k",
+    "gpg": "gpg",
+    "gdpo": "gdpo",
+    "reinforce_plus_plus": "reinforce_pp",
+    "reinforce_plus_plus_baseline": "reinforce_pp_baseline",
+}
+"""verl's name → advantages."""
 
 
 @dataclass
@@ -61,6 +96,25 @@ class GRPOConfig(PolicyConfig):
     """Reinforcement learning from a reward with groups of responses for a baseline; rows have a `prompt`."""
 
     loss_type: str = key("grpo", f"Variant: {', '.join(VARIANTS)}", group="Loss")
+    adv_estimator: str | None = key(
+        None,
+        f"Advantages: {', '.join(ADVANTAGE_ESTIMATORS)}; by default as the variant does",
+        group="Loss",
+    )
+    mask_flat_groups: bool = key(
+        False, "Groups whose rewards are all equal count neither in the loss's mean nor in its KL", group="Loss"
+    )
+    dynamic_sampling: int = key(
+        0,
+        "Batches more that may be sampled in a step, to put groups with spread in the place of those without (DAPO)",
+        group="Sampling",
+    )
+    overlong_buffer: int | None = key(
+        None,
+        "A response's last tokens up to response_length over which a penalty grows from 0 to overlong_penalty",
+        group="Reward",
+    )
+    overlong_penalty: float = key(1.0, "Taken from the reward of a response of response_length", group="Reward")
     scale_rewards: bool | None = key(
         None, "Divide a group's advantages by their standard deviation; by default as the variant does", group="Loss"
     )
@@ -71,13 +125,40 @@ class GRPOConfig(PolicyConfig):
     )
     kl_coef: float = key(0.04, "Weight of the KL to the reference; 0 needs no reference", group="Loss")
     kl_in: str = key("loss", "Where that KL counts: in the reward or in the loss", group="Loss")
-    kl_estimator: str = key("k3", "Estimator of that KL: k1, k2, k3 or exact (whole vocabulary)", group="Loss")
+    kl_estimator: str = key(
+        "k3",
+        "Estimator of that KL: k1, k2, k3, k3+ (k3 with k2's gradient) or exact (whole vocabulary)",
+        group="Loss",
+    )
 
     def __post_init__(self) -> None:
+        self.loss_type = LOSS_ALIASES.get(self.loss_type, self.loss_type)
         check_choice("loss_type", self.loss_type, tuple(VARIANTS))
+        if self.adv_estimator is not None:
+            check_choice("adv_estimator", self.adv_estimator, tuple(ADVANTAGE_ESTIMATORS))
+            if self.scale_rewards is not None:
+                raise ValueError("scale_rewards must be left out where adv_estimator says it; got both")
+            if self.adv_estimator == "gdpo":
+                self._rewards_alone()
+        if self.overlong_buffer is not None:
+            check_range("overlong_buffer", self.overlong_buffer, 1, self.response_length)
+        check_range("overlong_penalty", self.overlong_penalty, 0)
+        check_range("dynamic_sampling", self.dynamic_sampling, 0)
         if self.num_generations < 2:
             raise ValueError(f"num_generations must be at least 2, to make a group; got {self.num_generations}")
         super().__post_init__()
+
+    def _rewards_alone(self) -> None:
+        """ValueError for what would be added to a sum of rewards, where each of them is standardised by itself."""
+        in_reward = self.kl_in == "reward" and self.kl_coef > 0
+        added = {"kl_in": in_reward, "missing_eos_penalty": self.missing_eos_penalty is not None}
+        added["overlong_buffer"] = self.overlong_buffer is not None
+        for name, there in added.items():
+            if there:
+                value = getattr(self, name)
+                raise ValueError(f"{name} changes a sum of rewards, and adv_estimator=gdpo takes none; got {value!r}")
+        if self.reward_model is not None:
+            raise ValueError("adv_estimator=gdpo standardises several functions (reward_fn); got a reward_model")
 
     @property
     def variant(self) -> Variant:
@@ -87,8 +168,10 @@ class GRPOConfig(PolicyConfig):
             variant = variant._replace(cliprange=self.cliprange, cliprange_high=None)
         if self.cliprange_high is not None:
             variant = variant._replace(cliprange_high=self.cliprange_high)
-        if self.scale_rewards is not None and variant.advantages != "leave_one_out":
+        if self.scale_rewards is not None and variant.advantages in ("scaled", "centred"):
             variant = variant._replace(advantages="scaled" if self.scale_rewards else "centred")
+        if self.adv_estimator is not None:
+            variant = variant._replace(advantages=ADVANTAGE_ESTIMATORS[self.adv_estimator])
         return variant
 
 
@@ -96,6 +179,25 @@ class GRPOTrainer(PolicyTrainer):
     """GRPO and its relatives. Logs what `PPOTrainer` does, but for the value function, and `objective/group_std`."""
 
     args: GRPOConfig
+
+    def roll_out(self, attempt: int = 0) -> list[Episode]:
+        """As `PolicyTrainer.roll_out`; with `dynamic_sampling`, groups of equal scores give way to others (Yu et al.
+        2025, sec. 3.2) as long as there are any."""
+        groups = self._groups(super().roll_out(attempt))
+        self.resampled = 0
+        for again in range(1, self.args.dynamic_sampling + 1):
+            flat = [i for i, group in enumerate(groups) if not _has_spread(group)]
+            if not flat:
+                break
+            found = [group for group in self._groups(super().roll_out(again)) if _has_spread(group)]
+            for i, group in zip(flat, found, strict=False):
+                groups[i] = group
+            self.resampled += min(len(flat), len(found))
+        return [episode for group in groups for episode in group]
+
+    def _groups(self, episodes: Sequence[Episode]) -> list[Sequence[Episode]]:
+        size = self.args.num_generations
+        return [episodes[i : i + size] for i in range(0, len(episodes), size)]
 
     def loss(self) -> PPOLoss:
         args, variant = self.args, self.args.variant
@@ -114,21 +216,72 @@ class GRPOTrainer(PolicyTrainer):
             max_length=1 if summed else args.response_length,
             report_entropy=True,
             temperature=args.temperature,
+            **options_among(variant.kind, args),
         )
 
     def advantages(self, episodes: Sequence[Episode], shaped: rl.ShapedRewards) -> dict[str, float]:
-        size, advantages_of = self.args.num_generations, _ADVANTAGES[self.args.variant.advantages]
-        rewards, applies = shaped.scores + shaped.non_score_rewards, applicable(episodes)
-        advantages = torch.zeros_like(rewards)
+        args, name = self.args, self.args.variant.advantages
+        mask, applies = response_mask(episodes), applicable(episodes)
+        lengths = mask.sum(-1)
+        late = torch.zeros(len(episodes))
+        if args.overlong_buffer is not None:
+            shape = {"max_length": args.response_length, "buffer": args.overlong_buffer}
+            late = args.overlong_penalty * rl.overlong_penalty(lengths, **shape)
+        rewards = shaped.scores + shaped.non_score_rewards + late
+        advantages, has_spread = torch.zeros_like(rewards), torch.zeros(len(rewards), dtype=torch.bool)
         deviations = []
-        for group in torch.arange(len(rewards)).view(-1, size):
+        for group in torch.arange(len(rewards)).view(-1, args.num_generations):
             real = group[applies[group]]  # of a response that the reward does not apply to nothing is learnt
             if len(real) > 1:
-                advantages[real] = advantages_of(rewards[real])
-                deviations.append(float(group_deviation(rewards[real])))
-        for episode, advantage in zip(episodes, advantages, strict=True):
-            episode.advantages = torch.full((len(episode.ids),), float(advantage))
-        return {"objective/group_std": sum(deviations) / max(len(deviations), 1)}
+                if name in _OF_GROUPS:
+                    advantages[real] = _OF_GROUPS[name](rewards[real], lengths[real])
+                deviations.append(group_deviation(rewards[real]))
+                has_spread[group] = deviations[-1] > 0
+        if name == "gpg" and deviations:
+            advantages = advantages * spread_factor(torch.cat(deviations) > 0)
+        if name == "gdpo":
+            advantages, has_spread = self._of_several(episodes, applies)
+        unstack(self._of_tokens(name, advantages, shaped, late, mask & applies[:, None]), episodes, "advantages")
+        if args.mask_flat_groups:
+            for episode, counts in zip(episodes, has_spread.tolist(), strict=True):
+                episode.counts = counts
+        found = {"objective/group_std": float(torch.stack(deviations).mean()) if deviations else 0.0}
+        flat = [float(d) == 0 for d in deviations]
+        found["objective/flat_groups"] = sum(flat) / max(len(flat), 1)
+        return found | ({"objective/resampled_groups": float(self.resampled)} if args.dynamic_sampling else {})
+
+    def _of_several(self, episodes: Sequence[Episode], applies: Tensor) -> tuple[Tensor, Tensor]:
+        """[E] as `rl.gdpo_advantages`, of the groups' responses that each reward function applies to; and [E], True
+        where one of the functions tells a group's responses apart."""
+        parts = torch.tensor([e.parts for e in episodes], dtype=torch.float64)
+        groups = torch.arange(len(episodes)).view(-1, self.args.num_generations)
+        total = torch.zeros(len(episodes), dtype=torch.float64)
+        for column, weight in zip(parts.t(), self.args.reward_weights or [1.0] * parts.shape[1], strict=True):
+            for group in groups:
+                real = group[~column[group].isnan()]
+                if len(real) > 1:
+                    total[real] += weight * rl.grpo_advantages(column[real])
+        advantages = torch.zeros_like(total)
+        if applies.any():
+            advantages[applies] = rl.grpo_advantages(total[applies])
+        has_spread = (total.view(groups.shape) != 0).any(-1, keepdim=True).expand(groups.shape).flatten()
+        return advantages.float(), has_spread
+
+    @staticmethod
+    def _of_tokens(name: str, advantages: Tensor, shaped: rl.ShapedRewards, late: Tensor, real: Tensor) -> Tensor:
+        """[E, R]: every token its response's, or what REINFORCE++ makes of the whole batch."""
+        wide = torch.where(real, advantages[:, None], 0)
+        if name == "reinforce_pp_baseline":
+            return rl.masked_whiten(wide, real, unbiased=True)
+        if name == "reinforce_pp":
+            at_end = torch.where(last_real(real), late[:, None], 0)
+            return rl.reinforce_pp_advantages(shaped.rewards + at_end, real)
+        return wide
+
+
+def _has_spread(group: Sequence[Episode]) -> bool:
+    """Whether there are two scores that differ."""
+    return len({e.score for e in group if not math.isnan(e.score)}) > 1
 
 
 def main(argv: list[str]) -> int:

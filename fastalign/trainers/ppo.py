@@ -25,6 +25,7 @@ import torch
 from .. import rl
 from ..losses.base import check_range, masked_mean
 from ..losses.policy import PPOLoss
+from ..losses.policy_options import KIND_ALIASES, options_among
 from ..models.actor_critic import ActorCritic, with_values
 from ..rl.gae import centred
 from ..utils.checks import check_choice, check_positive
@@ -36,13 +37,18 @@ from .policy.trainer import PolicyTrainer
 from .policy.trust_region import trust_region_updates
 from .policy.update import ValueOptions
 
+_OF_TOKENS = ("cispo", "sapo", "dppo_tv", "dppo_kl", "dro", "clip_cov", "kl_cov")
+"""Kinds of the policy loss whose advantages may be of tokens; see `losses.policy_loss`."""
+
 
 @dataclass
 class PPOConfig(PolicyConfig):
     """Reinforcement learning from a reward with a value function; rows have a `prompt`."""
 
     objective: str = key(
-        "clip", "clip (PPO), penalty (PPO with an adaptive KL to the last policy) or trpo", group="Loss"
+        "clip",
+        f"clip (PPO), penalty (PPO with an adaptive KL to the last policy), trpo, {', '.join(_OF_TOKENS)}",
+        group="Loss",
     )
     penalty_coef: float = key(1.0, "Start of the weight of objective=penalty, which adapts", group="Loss")
     penalty_target: float = key(0.01, "KL per token between policies that it adapts to", group="Loss")
@@ -68,7 +74,8 @@ class PPOConfig(PolicyConfig):
     whiten_advantages: bool = key(True, "Scale advantages to mean 0 and variance 1", group="Value function")
 
     def __post_init__(self) -> None:
-        check_choice("objective", self.objective, ("clip", "penalty", "trpo"))
+        self.objective = KIND_ALIASES.get(self.objective, self.objective)
+        check_choice("objective", self.objective, ("clip", "penalty", "trpo", *_OF_TOKENS))
         check_choice("kl_controller", self.kl_controller, ("fixed", "adaptive"))
         for name in ("penalty_coef", "penalty_target", "trpo_delta", "trpo_cg_iterations", "target", "horizon"):
             check_positive(name, getattr(self, name))
@@ -79,7 +86,7 @@ class PPOConfig(PolicyConfig):
                 check_range(name, getattr(self, name), 0)
         if self.kl_controller == "adaptive" and not (self.init_kl_coef or self.kl_coef):
             raise ValueError("kl_controller=adaptive needs a kl_coef (or init_kl_coef) above 0; got 0")
-        if self.objective != "clip" and self.kl_in == "loss":
+        if self.objective in ("penalty", "trpo") and self.kl_in == "loss":
             raise ValueError(f"kl_in must be reward with objective={self.objective}; got loss")
         if self.objective == "trpo" and self.value_model == "shared":
             raise ValueError("value_model must not be shared with objective=trpo: its fit would move the policy")
@@ -137,6 +144,7 @@ class PPOTrainer(PolicyTrainer):
             entropy_coef=args.entropy_coef,
             report_entropy=True,
             temperature=args.temperature,
+            **options_among(args.objective, args),
         )
 
     def value_options(self) -> ValueOptions:

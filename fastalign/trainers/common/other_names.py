@@ -29,6 +29,15 @@ SAME: dict[str, tuple[str, ...]] = {
     "ref_model_name_or_path": ("ref_model",),
     "lora_r": ("lora_rank",),
     "f_divergence_type": ("f_divergence",),
+    "clip_ratio": ("cliprange",),
+    "clip_ratio_low": ("cliprange",),
+    "clip_ratio_high": ("cliprange_high",),
+    "kl_loss_coef": ("kl_coef",),
+    "kl_loss_type": ("kl_estimator",),
+    "loss_mode": ("loss_type", "objective"),
+    "tau_pos": ("sapo_temperature_pos",),
+    "tau_neg": ("sapo_temperature_neg",),
+    "ppo_kl_coef": ("kl_cov_coef",),
 }
 """Their name → ours of the same meaning; the first that a command has."""
 
@@ -43,8 +52,9 @@ _ANSWERS: dict[str, str] = {
     "{gradient_accumulation_steps} * {num_mini_batches} of each process)": "max_steps",
     "{max_length=N} bounds prompt and completion together": "max_completion_length",
     "{reward_fn=FILE.py:NAME}, or {reward_model=FOLDER}": "reward_funcs",
-    "{reward_fn} names one function: weigh and bound its parts inside it": "reward_weights multi_objective_aggregation "
-    "reward_clip_range",
+    "{reward_fn} names functions: bound their numbers inside them": "reward_clip_range",
+    "{adv_estimator=gdpo} standardises each reward by itself": "multi_objective_aggregation",
+    "rewards are of commands that sample: leave it out": "reward_weights",
     "{dataset=FOLDER:SPLIT} names a split; a configuration is a folder of its own": "dataset_config",
     "{dataset=FOLDER:SPLIT}": "dataset_train_split",
     "{eval_dataset=FOLDER:SPLIT}": "dataset_test_split",

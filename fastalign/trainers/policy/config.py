@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ...losses.base import check_range
+from ...losses.kl import KL_ALIASES, KL_ESTIMATORS
 from ...utils.checks import check_choice, check_positive
 from ..common.arguments import Keys, key
 from ..common.config import CommonConfig, share_prompts_key
+from .kinds import KindConfig
 
 _POSITIVE = (
     "max_prompt_length",
@@ -45,12 +47,15 @@ class EpisodeConfig(Keys):
     reward_model: str | None = key(
         None, "Folder of a sequence-classification model with one output: the reward", group="Reward"
     )
-    reward_fn: str | None = key(
+    reward_fn: str | list[str] | None = key(  # noqa: RUF009 (it makes a dataclasses.field)
         None,
         "Python function as the reward, module:function or file.py:function; it takes the lists prompts (as the rows "
         "have them, text or messages) and completions, and columns of the dataset by their names, and returns a number "
-        "for each",
+        "for each. Several, with commas between: their sum",
         group="Reward",
+    )
+    reward_weights: list[float] | None = key(  # noqa: RUF009
+        None, "What the numbers of several functions are multiplied with; 1 each by default", group="Reward"
     )
     missing_eos_penalty: float | None = key(
         None, "Subtracted from the score of a response that did not end by itself", group="Reward"
@@ -67,7 +72,11 @@ class EpisodeConfig(Keys):
     rollout_batch_size: int = key(64, "Responses sampled and scored at once, per process", group="Sampling")
     kl_coef: float = key(0.05, "Weight of the KL to the reference", group="Loss")
     kl_in: str = key("reward", "Where that KL counts: in the reward or in the loss", group="Loss")
-    kl_estimator: str = key("k1", "Estimator of that KL: k1, k2, k3 or exact (whole vocabulary)", group="Loss")
+    kl_estimator: str = key(
+        "k1",
+        "Estimator of that KL: k1, k2, k3, k3+ (k3 with k2's gradient) or exact (whole vocabulary)",
+        group="Loss",
+    )
     cliprange: float = key(0.2, "How far the policy's ratio may go from 1 before it is cut", group="Loss")
     cliprange_high: float | None = key(None, "The same upwards, where it differs", group="Loss")
     dual_clip: float | None = key(None, "Bound of the loss where the advantage is negative, usually 3", group="Loss")
@@ -79,7 +88,7 @@ class EpisodeConfig(Keys):
 
 
 @dataclass
-class PolicyConfig(CommonConfig, EpisodeConfig):
+class PolicyConfig(CommonConfig, EpisodeConfig, KindConfig):
     """Keys shared by the commands that sample from the policy that they train."""
 
     truncation_modes: ClassVar[tuple[str, ...]] = ("left", "drop", "raise")
@@ -154,12 +163,16 @@ class PolicyConfig(CommonConfig, EpisodeConfig):
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), low, open_low=open_low)
         check_choice("kl_in", self.kl_in, ("reward", "loss"))
-        check_choice("kl_estimator", self.kl_estimator, ("k1", "k2", "k3", "exact"))
+        self.kl_estimator = KL_ALIASES.get(self.kl_estimator, self.kl_estimator)
+        check_choice("kl_estimator", self.kl_estimator, (*KL_ESTIMATORS, "exact"))
+        self.check_kind_options()
+        if self.reward_weights is not None:
+            self.reward_weights = numbers("reward_weights", self.reward_weights)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1]; got {self.top_p}")
         if self.kl_in == "loss" and self.kl_estimator == "k1" and self.kl_coef:
             raise ValueError(
-                "kl_estimator must be k2, k3 or exact with kl_in=loss: as a loss, k1 has no gradient on average"
+                "kl_estimator must be k2, k3, k3+ or exact with kl_in=loss: as a loss, k1 has no gradient on average"
             )
         if self.load_best_model_at_end and self.eval_steps is None:
             raise ValueError("load_best_model_at_end needs eval_steps; got none")
@@ -183,6 +196,17 @@ class PolicyConfig(CommonConfig, EpisodeConfig):
     def needs_reference(self) -> bool:
         """Whether anything holds the policy to a reference; with kl_coef 0 none is loaded and no KL is reported."""
         return self.kl_coef > 0
+
+
+def numbers(name: str, values: Iterable[Any]) -> list[float]:
+    """Them as finite numbers; ValueError naming the key."""
+    try:
+        found = [float(value) for value in values]
+    except (TypeError, ValueError):
+        found = [math.nan]
+    if not all(map(math.isfinite, found)):
+        raise ValueError(f"{name} must be finite numbers; got {values!r}")
+    return found
 
 
 def as_list(names: str | Iterable[str]) -> list:

@@ -24,11 +24,23 @@ __all__ = ["FunctionReward", "ModelReward", "RewardError", "RewardFunction", "lo
 class FunctionReward:
     """The sum of one or more functions (see `reward_functions`) of responses and of their rows' columns.
 
-    TypeError for what is no function, is asynchronous, or takes any number of positional arguments.
+    Args:
+        functions: one or more.
+        key: what gave them, for messages.
+        weights: what each one's numbers are multiplied with; 1 by default.
+
+    Raises:
+        TypeError: what is no function, is asynchronous, or takes any number of positional arguments.
+        ValueError: weights of another number than the functions.
     """
 
-    def __init__(self, *functions: RewardFunction, key: str = "reward_fn") -> None:
+    def __init__(
+        self, *functions: RewardFunction, key: str = "reward_fn", weights: Sequence[float] | None = None
+    ) -> None:
         self.functions = [NamedReward(function, key) for function in functions]
+        if weights is not None and len(weights) != len(functions):
+            raise ValueError(f"reward_weights must be {len(functions)}, one for each function; got {len(weights)}")
+        self.weights = [1.0] * len(functions) if weights is None else [float(w) for w in weights]
 
     @property
     def columns(self) -> list[str]:
@@ -43,13 +55,19 @@ class FunctionReward:
         return list(dict.fromkeys(name for f in self.functions for name in f.optional))
 
     def __call__(self, episodes: Sequence[Episode]) -> Tensor:
-        """[E], float32; NaN for a response that no function applies to. RewardError if one fails or gives no number."""
+        """[E], float32; NaN for a response that no function applies to. RewardError if one fails or gives no number.
+
+        Every episode is told its numbers, one of each function, without weights.
+        """
         names = set.intersection(*(set(e.prompt.columns) for e in episodes))
         known: dict[str, list] = {name: [e.prompt.columns[name] for e in episodes] for name in sorted(names)}
         known |= {"prompts": [e.prompt.told for e in episodes], "completions": [e.text for e in episodes]}
         known |= {"completion_ids": [e.ids for e in episodes]}
         scores = torch.tensor([f(known, len(episodes)) for f in self.functions], dtype=torch.float64)
-        return torch.where(scores.isnan().all(0), torch.nan, scores.nansum(0)).float()
+        for episode, parts in zip(episodes, scores.t().tolist(), strict=True):
+            episode.parts = parts
+        total = (scores * torch.tensor(self.weights, dtype=torch.float64)[:, None]).nansum(0)
+        return torch.where(scores.isnan().all(0), torch.nan, total).float()
 
 
 class ModelReward:
@@ -146,9 +164,12 @@ def load_reward(args: Any, function: Any, device: torch.device) -> FunctionRewar
             f"exactly one reward must be given: reward_model, reward_fn, or in Python reward; got {sum(given)} of them"
         )
     if args.reward_fn is not None:
-        return FunctionReward(load_function(args.reward_fn))
+        names = args.reward_fn.split(",") if isinstance(args.reward_fn, str) else args.reward_fn
+        return FunctionReward(*(load_function(name.strip()) for name in names), weights=args.reward_weights)
     if function is not None and not isinstance(function, str):
         functions = function if isinstance(function, (list, tuple)) else [function]
-        return FunctionReward(*functions, key="reward")
+        return FunctionReward(*functions, key="reward", weights=args.reward_weights)
+    if args.reward_weights is not None:
+        raise ValueError("reward_weights are of functions (reward_fn): a reward model gives one number alone")
     size, path = args.rollout_batch_size, str(args.reward_model or function)
     return ModelReward(path, device=device, dtype=getattr(torch, args.dtype), batch_size=size)

@@ -67,6 +67,8 @@ class Episode:
     ended: bool
     score: float = 0.0
     """NaN where the reward does not apply: nothing is learnt from such a response."""
+    parts: list[float] = field(default_factory=list)
+    """The numbers of several reward functions, NaN where one does not apply; none of a reward model."""
     logps: Tensor = field(default_factory=lambda: torch.zeros(0))
     """By the policy that sampled, at the sampling temperature."""
     entropy: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -76,6 +78,8 @@ class Episode:
     values: Tensor | None = None
     advantages: Tensor = field(default_factory=lambda: torch.zeros(0))
     returns: Tensor | None = None
+    counts: bool = True
+    """False: it is in no loss, and in no count that a loss is divided by."""
 
 
 # ------------------------------------------------------------------------------------------------------------ prompts
@@ -184,11 +188,12 @@ def by_set(
         start += len(prompts)
 
 
-def prompt_order(count: int, start: int, number: int, seed: int) -> list[int]:
+def prompt_order(count: int, start: int, number: int, seed: int, series: int = 0) -> list[int]:
     """Indices of `number` prompts from position `start` of an endless series of shuffles of all of them."""
     wanted = range(start, start + number)
+    other = (series,) if series else ()
     shuffles = {
-        epoch: np.random.default_rng((seed, 1, epoch)).permutation(count)
+        epoch: np.random.default_rng((seed, 1, epoch, *other)).permutation(count)
         for epoch in range(start // count, (start + number - 1) // count + 1)
     }
     return [int(shuffles[i // count][i % count]) for i in wanted]

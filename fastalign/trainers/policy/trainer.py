@@ -239,17 +239,21 @@ class PolicyTrainer(ABC):
                 )
         return scored(self.reward, episodes)
 
-    def roll_out(self) -> list[Episode]:
-        """The responses of this step, those of one prompt side by side; the same list in every process."""
+    def roll_out(self, attempt: int = 0) -> list[Episode]:
+        """The responses of this step, those of one prompt side by side; the same list in every process.
+
+        attempt: above 0 others, to prompts of another shuffle.
+        """
         args, processes = self.args, self.accelerator.num_processes
         each = args.num_generations
         per_process = args.local_batch_size // each
         number = per_process * processes
-        order = prompt_order(len(self.prompts), self.state.global_step * number, number, args.seed)
+        order = prompt_order(len(self.prompts), self.state.global_step * number, number, args.seed, attempt)
         first = self.accelerator.process_index * per_process
         mine = [(i, k) for i in range(first, first + per_process) for k in range(each)]
         prompts = [self.prompts[order[i]] for i, _ in mine]
-        return self._sample(prompts, [(self.state.global_step, i * each + k) for i, k in mine])
+        again = (attempt,) if attempt else ()
+        return self._sample(prompts, [(self.state.global_step, i * each + k, *again) for i, k in mine])
 
     def shape(self, episodes: Sequence[Episode], kl_coef: float) -> rl.ShapedRewards:
         """Token rewards, KL and scores of the responses."""

@@ -126,8 +126,9 @@ class Updater:
 
     def _update(self, chosen: Sequence[Episode], loss: PPOLoss, values: ValueOptions | None) -> Tensor:
         """One optimiser step on one mini-batch; returns the gradient's norm."""
-        tokens = sum(len(e.ids) for e in chosen)
-        items = len(chosen) if loss.config["normalization"] in _SEQUENCE_MEANS else tokens
+        counted = [e for e in chosen if e.counts]
+        tokens = sum(len(e.ids) for e in counted)
+        items = len(counted) if loss.config["normalization"] in _SEQUENCE_MEANS else tokens
         size = self.args.per_device_train_batch_size
         own = sorted(self.mine(chosen), key=lambda e: -len(e.prompt.ids) - len(e.ids))
         if self.grouped:  # side by side, in the order of each group's longest
@@ -148,6 +149,8 @@ class Updater:
             if rows[0] is not None:
                 # On the CPU, where the episodes are: to find the places of a mask is to wait for a GPU.
                 batch[f"rollout_{name}"] = spread(rows, batch["labels"])
+        if not all(e.counts for e in episodes):
+            batch["labels"][torch.tensor([not e.counts for e in episodes])] = IGNORE
         return {name: x.to(self.accelerator.device) for name, x in batch.items()}
 
     def loss(self, batch: Batch, loss: PPOLoss, values: ValueOptions | None, tokens: int, items: int) -> Tensor:
@@ -184,13 +187,14 @@ class Updater:
         mask = batch["labels"] != IGNORE
         old, returns = batch["rollout_values"], batch["rollout_returns"]
         value = value_loss(predicted, old, returns, mask, cliprange_value=values.cliprange_value)
-        share = values.vf_coef * value.loss * (mask.sum() / tokens)
+        share = values.vf_coef * value.loss * (mask.sum() / max(tokens, 1))
         return share, {"loss/value_avg": value.loss.detach(), "val/clipfrac_avg": value.clipfrac}
 
     @staticmethod
     def _metrics(out: PolicyLossOutput, count: Tensor, tokens: int) -> dict[str, Tensor]:
         found = {name: getattr(out, field) for name, field in _POLICY_METRICS.items()}
         # The policy loss is a share of the mini-batch's already; the means below weigh by tokens.
+        count = count.clamp(min=1)  # of none all shares are 0
         return {name: x * tokens / count if name in _PER_ITEM else x for name, x in found.items() if x is not None}
 
     # ------------------------------------------------------------------------------------------------- PPO-ptx
