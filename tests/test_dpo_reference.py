@@ -68,6 +68,20 @@ class TestCache:
         make()
         assert len(stored()) == count
 
+    @pytest.mark.parametrize("options", [{"ld_alpha": 0.25}, {"use_weighting": True}], ids=str)
+    def test_weights_are_alike_precomputed_and_on_the_fly(self, make, options):
+        """Of tokens the reference's sums are weighted too, and kept apart from unweighted ones."""
+        logs = []
+        for precompute in (True, False):
+            trainer = make(precompute_ref_log_probs=precompute, **options)
+            trainer.train()
+            logs.append([line["loss"] for line in read_log(os.path.join(trainer.args.output_dir, LOG_NAME))[:3]])
+        assert logs[0] == pytest.approx(logs[1], rel=1e-5)
+        plain = make()
+        assert len(stored()) == (2 if "ld_alpha" in options else 1)
+        plain.train()
+        assert [line["loss"] for line in read_log(os.path.join(plain.args.output_dir, LOG_NAME))[:3]] != logs[0]
+
     def test_nothing_is_kept_where_it_is_not_wanted(self, make):
         make(cache_ref_log_probs=False)
         assert stored() == []

@@ -59,12 +59,17 @@ def trl_inputs(logits, labels):
     logps = per_token(logits, labels)
     zeros = torch.zeros_like(logps)
     outputs = SimpleNamespace(log_probs=logps, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
+    outputs.log_sum_sq_probs = (2 * logits.log_softmax(-1)).logsumexp(-1)
     inputs = {"input_ids": torch.zeros_like(mask), "attention_mask": mask, "completion_mask": mask}
     return (lambda **_: outputs), inputs
 
 
 def trl_dpo(trl, logits, ref_logits, labels, types, weights=None, **attributes):
-    reference = per_token(ref_logits, labels).sum(-1)
+    reference, real = per_token(ref_logits, labels), labels != -100
+    if attributes.get("ld_alpha") is not None:
+        shared = torch.minimum(*real.sum(-1).chunk(2)).repeat(2)[:, None]
+        reference = torch.where(real.cumsum(-1) > shared, attributes["ld_alpha"] * reference, reference)
+    reference = reference.sum(-1)
     settings = {
         "ld_alpha": None,
         "use_weighting": False,
@@ -99,6 +104,12 @@ TRL_DPO = [
     ({"average": True}, ["sigmoid_norm"], None, {}),
     ({"loss_type": "rpo", "nll_weight": 0.7}, ["sigmoid", "sft"], [1.0, 0.7], {}),
     ({"loss_type": {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}}, ["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0], {}),
+    ({"loss_type": "sigmoid_norm"}, ["sigmoid_norm"], None, {}),
+    ({"loss_type": "aot_pair"}, ["aot"], None, {}),
+    ({"use_weighting": True}, ["sigmoid"], None, {"use_weighting": True}),
+    ({"use_weighting": True, "loss_type": "apo_down"}, ["apo_down"], None, {"use_weighting": True}),
+    ({"ld_alpha": 0.4}, ["sigmoid"], None, {"ld_alpha": 0.4}),
+    ({"ld_alpha": 0.0, "loss_type": "ipo_avg"}, ["ipo"], None, {"ld_alpha": 0.0}),
     ({"f_divergence": "forward_kl"}, ["sigmoid"], None, {"f_divergence_type": "forward_kl"}),
     ({"f_divergence": "js_divergence"}, ["sigmoid"], None, {"f_divergence_type": "js_divergence"}),
     # TRL's coefficient is 1 - alpha of the paper
@@ -152,6 +163,24 @@ def test_trl_cpo(trl, kind, smoothing):
     if kind != "ipo":  # rewards of ipo are of sums here
         torch.testing.assert_close(out.chosen_rewards, won)
         torch.testing.assert_close(out.rejected_rewards, lost)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.5])
+def test_trl_alphapo(trl, alpha):
+    """TRL's CPO trainer with its alpha; its rewards are the shaped ones, ours the log-probabilities as SimPO's."""
+    cpo = pytest.importorskip("trl.experimental.cpo", reason="trl has no CPO trainer", exc_type=ImportError)
+    generator = torch.Generator().manual_seed(1)
+    given = (-5 - torch.rand((2, 6), generator=generator, dtype=torch.float64)).requires_grad_()
+    lengths = torch.randint(1, 9, (2, 6), generator=generator)
+    trainer = trl_trainer(loss_type="simpo", label_smoothing=0.1, simpo_gamma=0.7, alpha=alpha)
+    losses, won, lost = cpo.CPOTrainer.cpo_loss(trainer, given[0] / lengths[0], given[1] / lengths[1])
+    options = {"loss_type": "alphapo", "alphapo_alpha": alpha, "simpo_gamma": 0.7, "label_smoothing": 0.1}
+    sizes = {"chosen_lengths": lengths[0], "rejected_lengths": lengths[1]}
+    out = dpo_loss(given[0], given[1], beta=BETA, **options, **sizes)
+    torch.testing.assert_close(out.loss, losses.mean())
+    assert torch.equal(out.accuracies, (won > lost).to(out.accuracies.dtype))
+    pairs = [torch.autograd.grad(loss, given, retain_graph=True)[0] for loss in (out.loss, losses.mean())]
+    torch.testing.assert_close(*pairs)
 
 
 def test_trl_orpo(trl):

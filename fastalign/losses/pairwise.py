@@ -1,8 +1,6 @@
 """The table of pairwise preference losses: one small function each, from the two sides of every pair to [B] losses.
 
-Notation of the docstrings: w is the chosen response and l the rejected one, h = log pi(y|x) - log pi_ref(y|x) (without
-a reference h = log pi), s = f'(pi / pi_ref) the score of h under the chosen f-divergence (s = h for the reverse KL),
-r = beta h, |y| the number of completion tokens, and z the pairwise logit beta (s_w - s_l) + alpha (|y_w| - |y_l|).
+`pairs` has the notation of the docstrings.
 """
 
 from __future__ import annotations
@@ -10,111 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import check_range, count_of, lookup
-
-_EXP_LIMIT = 30.0  # Above it exp continues along its tangent: gradients stay finite and non-zero where exp would
-# overflow, and with |h| up to 1e4 even the square of such a score (1e34) still is a float32.
-
-
-# ------------------------------------------------------------------------------------------------- what a loss is given
-class Side(NamedTuple):
-    """One side of every pair, [B] each: the chosen or the rejected responses."""
-
-    total: Tensor
-    """Summed log-probability under the policy, as the caller gave it."""
-    logps: Tensor
-    """log pi: the sum, or under `average` the per-token mean."""
-    ref_logps: Tensor
-    """log pi_ref, likewise; zeros without a reference."""
-    lengths: Tensor | None
-    """|y|, at least 1."""
-    score: Tensor
-    """s = f'(pi / pi_ref); h itself for the reverse KL."""
-    averaged: bool
-
-    @property
-    def ratio(self) -> Tensor:
-        """h = log pi - log pi_ref."""
-        return self.logps - self.ref_logps
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean log-probability of a token under the policy."""
-        return self.total / _required(self.lengths)
-
-    @property
-    def mean_score(self) -> Tensor:
-        """s / |y|."""
-        return self.score if self.averaged else self.score / _required(self.lengths)
-
-
-class Pairs(NamedTuple):
-    """A batch of pairs as the functions of the table see it."""
-
-    chosen: Side
-    rejected: Side
-    options: PairwiseOptions
-
-    @property
-    def logit(self) -> Tensor:
-        """z = beta (s_w - s_l) + alpha (|y_w| - |y_l|); `losses.preference.dpo_loss` derives the sign of alpha."""
-        logit = self.options.beta * (self.chosen.score - self.rejected.score)
-        if self.options.length_alpha == 0.0:
-            return logit
-        gap = _required(self.chosen.lengths) - _required(self.rejected.lengths)
-        return logit + self.options.length_alpha * gap
-
-    @property
-    def rewards(self) -> tuple[Tensor, Tensor]:
-        """r_w and r_l."""
-        return self.options.beta * self.chosen.ratio, self.options.beta * self.rejected.ratio
-
-
-def _required(lengths: Tensor | None) -> Tensor:
-    if lengths is None:  # `PairwiseOptions.needs_lengths` is checked before any function runs
-        raise ValueError("chosen_lengths and rejected_lengths are needed here; got None")
-    return lengths
-
-
-# -------------------------------------------------------------------------------------------------------- f-divergences
-def _expm1(x: Tensor) -> Tensor:
-    tangent = math.expm1(_EXP_LIMIT) + (x - _EXP_LIMIT) * math.exp(_EXP_LIMIT)
-    return torch.where(x < _EXP_LIMIT, torch.expm1(x.clamp(max=_EXP_LIMIT)), tangent)
-
-
-def _alpha_score(h: Tensor, alpha: float) -> Tensor:
-    return h if alpha == 0.0 else -_expm1(-alpha * h) / alpha
-
-
-F_DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "reverse_kl": lambda h, alpha: h,
-    "forward_kl": lambda h, alpha: _alpha_score(h, 1.0),
-    "js_divergence": lambda h, alpha: math.log(2) + F.logsigmoid(h),
-    "alpha_divergence": _alpha_score,
-}
-"""f'(u) at u = pi / pi_ref = exp(h), Wang et al. 2024 ("Beyond Reverse KL"): log u; 1 - 1/u;
-log(2u / (1 + u)); (1 - u^-alpha) / alpha, which is the reverse KL at alpha = 0 and the forward KL at alpha = 1."""
-
-
-# ------------------------------------------------------------------------------------------------------------ NLL terms
-NLL_NORMALIZATIONS: dict[str, Callable[[Side], Tensor]] = {
-    "token": lambda w: -w.total * (count_of(w.total) / _required(w.lengths).sum()),
-    "sequence": lambda w: -w.mean,
-    "sum": lambda w: -w.total,
-}
-"""[B] terms whose mean is the chosen responses' NLL: over all tokens, of per-sequence means, of per-sequence sums."""
-
-
-def _with_nll(loss: Tensor, p: Pairs) -> Tensor:
-    """The loss and the weighted NLL of the chosen responses; of weight 0 it is not formed: 0 * inf is NaN."""
-    weight = p.options.nll_weight
-    return loss + weight * NLL_NORMALIZATIONS[p.options.nll_normalization](p.chosen) if weight else loss
+from .base import check_range, lookup
+from .pairs import F_DIVERGENCES, NLL_NORMALIZATIONS, Pairs, alpha_score, with_nll
 
 
 # --------------------------------------------------------------------------------------------------- the loss functions
@@ -172,7 +73,7 @@ def _discopop(p: Pairs) -> Tensor:
 def _rpo(p: Pairs) -> Tensor:
     """NLL-regularised DPO, -log sigmoid(z) + nll_weight NLL(y_w): Pang et al. 2024 ("Iterative reasoning preference
     optimization") with `nll_normalization="sequence"`."""
-    return _with_nll(_smoothed(p.logit, p.options.label_smoothing), p)
+    return with_nll(_smoothed(p.logit, p.options.label_smoothing), p)
 
 
 def _dpop(p: Pairs) -> Tensor:
@@ -235,11 +136,24 @@ def _simpo(p: Pairs) -> Tensor:
     return _smoothed(z, p.options.label_smoothing)
 
 
+def _sigmoid_norm(p: Pairs) -> Tensor:
+    """Length-normalised DPO, -log sigmoid(beta (s_w/|y_w| - s_l/|y_l|)): Lambert et al. 2024 (Tulu 3), sec. 5.1; TRL's
+    name of `sigmoid` with `average`."""
+    return _smoothed(p.options.beta * (p.chosen.mean_score - p.rejected.mean_score), p.options.label_smoothing)
+
+
+def _alphapo(p: Pairs) -> Tensor:
+    """AlphaPO, SimPO with the reward beta (1 - P^-alpha) / alpha of P = exp(log pi(y) / |y|): Gupta et al. 2025,
+    arXiv 2501.03884; alpha = 0 is SimPO. No reference."""
+    won, lost = (alpha_score(side.mean, p.options.alphapo_alpha) for side in (p.chosen, p.rejected))
+    return _smoothed(p.options.beta * (won - lost) - p.options.simpo_gamma, p.options.label_smoothing)
+
+
 def _cpo(p: Pairs) -> Tensor:
     """CPO, -log sigmoid(beta log pi(y_w) - beta log pi(y_l)) + nll_weight NLL(y_w): Xu et al. 2024, eq. 3 (their
     NLL is `nll_normalization="sum"`). No reference."""
     z = p.options.beta * (p.chosen.logps - p.rejected.logps)
-    return _with_nll(_smoothed(z, p.options.label_smoothing), p)
+    return with_nll(_smoothed(z, p.options.label_smoothing), p)
 
 
 def _log_odds(mean_logps: Tensor) -> Tensor:
@@ -253,12 +167,12 @@ def _log_odds(mean_logps: Tensor) -> Tensor:
 def _orpo(p: Pairs) -> Tensor:
     """ORPO, nll_weight NLL(y_w) - beta log sigmoid(log odds(y_w) - log odds(y_l)), where odds(y) = P / (1 - P) and
     P = exp(log pi(y) / |y|): Hong et al. 2024, eq. 7 (beta is their lambda). No reference."""
-    return _with_nll(-p.options.beta * F.logsigmoid(_log_odds(p.chosen.mean) - _log_odds(p.rejected.mean)), p)
+    return with_nll(-p.options.beta * F.logsigmoid(_log_odds(p.chosen.mean) - _log_odds(p.rejected.mean)), p)
 
 
 def _sft(p: Pairs) -> Tensor:
     """NLL of the chosen responses times nll_weight, for weighted sums as MPO's (Wang et al. 2024, arXiv 2411.10442)."""
-    return _with_nll(torch.zeros_like(p.chosen.total), p)
+    return with_nll(torch.zeros_like(p.chosen.total), p)
 
 
 # ------------------------------------------------------------------------------------------------------------ the table
@@ -299,6 +213,8 @@ PAIRWISE: dict[str, Variant] = {
     "apo_down": _row(_apo_down, "reference"),
     "aot": _row(_aot, f"reference {_SMOOTH}", couples=True),
     "aot_unpaired": _row(_aot_unpaired, f"reference {_SMOOTH}", couples=True),
+    "sigmoid_norm": _row(_sigmoid_norm, f"{_DELTA} {_SMOOTH}", lengths=True),
+    "alphapo": _row(_alphapo, _SMOOTH, lengths=True, rewards_per_token=True),
     "simpo": _row(_simpo, _SMOOTH, lengths=True, rewards_per_token=True),
     "cpo": _row(_cpo, _SMOOTH, nll=True),
     "orpo": _row(_orpo, "", lengths=True, nll=True, rewards_per_token=True),
@@ -306,7 +222,7 @@ PAIRWISE: dict[str, Variant] = {
 }
 """Every pairwise loss: `loss_type` of `dpo_loss` and `DPOLoss`."""
 
-ALIASES = {"sppo_hard": "sppo"}
+ALIASES = {"sppo_hard": "sppo", "aot_pair": "aot"}
 """Other libraries' names of rows of the table."""
 
 
@@ -323,6 +239,7 @@ class PairwiseOptions:
     f_divergence: str = "reverse_kl"
     f_alpha: float = 0.5
     simpo_gamma: float = 0.5
+    alphapo_alpha: float = 0.25
     nll_weight: float = 1.0
     nll_normalization: str = "token"
     dpop_lambda: float = 50.0
@@ -341,6 +258,7 @@ class PairwiseOptions:
         check_range("length_alpha", self.length_alpha, -math.inf)
         check_range("f_alpha", self.f_alpha, 0.0, 1.0)
         check_range("simpo_gamma", self.simpo_gamma, -math.inf)
+        check_range("alphapo_alpha", self.alphapo_alpha, -math.inf)
         check_range("nll_weight", self.nll_weight, 0.0)
         check_range("dpop_lambda", self.dpop_lambda, 0.0)
         check_range("discopop_tau", self.discopop_tau, 0.0, 1.0, open_low=True)

@@ -56,7 +56,7 @@ def policy_loss(
     | `luspo` | `gspo` times the sequence's length | arXiv:2602.05261, with normalization="grpo" |
     | `vespo` | -sg[phi(W)] A log pi, W = prod_t rho | Shen et al. 2026, arXiv:2602.10693 |
     | `gmpo` | -A exp(mean_t cut(log rho_t)), cut to [-cliprange, cliprange_high] | Zhao et al. 2025 (0.4 there) |
-    | `dppo_tv` | -sg[rho] A log pi, 0 where pi went too far by total variation | Qi et al. 2026 (cliprange there: 0.15) |
+    | `dppo_tv` | -sg[rho] A log pi, 0 where pi went too far by total variation | Qi et al. 2026 (cliprange 0.15) |
     | `dppo_kl` | the same by the KL of taking the token or not | Qi et al. 2026, arXiv:2602.04879 (0.05) |
     | `dro` | -A log pi + beta/2 (log rho)^2 | Richemond et al. 2024, arXiv:2405.19107 |
     | `gpg` | -A log pi, as `reinforce` | Chu et al. 2025; with `rl.gpg_advantages` |

@@ -1,226 +1,25 @@
-"""Direct preference losses on pairs: `dpo_loss` on log-probabilities, `DPOLoss` on logits.
-
-The formulas are rows of the table in `_pairwise_table`; this file gathers what they need and reports the metrics.
-"""
+"""Direct preference losses on pairs: `DPOLoss` from logits, and `dpo_loss` of `preference_on_sums`."""
 
 from __future__ import annotations
 
 import functools
-import operator
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..head.head import Head
-from ..ops.fused_loss import GROUP, FusedLoss, Grouping, Input
-from ..ops.sequences import sum_tokens
-from .base import Logits, LogitsLoss, check_float, check_logits, mean_of, narrow
+from ..ops.fused_loss import GROUP, TOKEN, FusedLoss, Grouping, Input
+from ..ops.results import TokenStats
+from ..ops.sequences import cut, sum_tokens
+from .base import Logits, LogitsLoss, check_logits, check_range, narrow, stats_of
 from .chunks import Piece, by_parts, known_objective
-from .pairwise import F_DIVERGENCES, NLL_NORMALIZATIONS, PAIRWISE, Pairs, PairwiseOptions, Side
+from .pair_weights import shared_length_weights, wpo_weights
+from .pairs import F_DIVERGENCES, NLL_NORMALIZATIONS
+from .pairwise import PAIRWISE, PairwiseOptions
+from .preference_on_sums import PreferenceOutput, Two, dpo_loss, pairwise_formula, pairwise_loss
 
 __all__ = ["F_DIVERGENCES", "NLL_NORMALIZATIONS", "PAIRWISE", "DPOLoss", "PreferenceOutput", "dpo_loss"]
-
-
-class PreferenceOutput(NamedTuple):
-    """Result of a pairwise loss. All but the loss are [B] and detached; means over the batch are the usual metrics."""
-
-    loss: Tensor
-    """Scalar: the weighted sum of the selected losses, each a mean over the pairs."""
-    chosen_rewards: Tensor
-    """Implicit reward of the chosen responses: beta s (beta times the log-ratio; without the length term of DPO-R)."""
-    rejected_rewards: Tensor
-    """The same of the rejected responses."""
-    margins: Tensor
-    """chosen_rewards - rejected_rewards."""
-    accuracies: Tensor
-    """1 where the chosen reward is above the rejected one (strictly: 0 at the first step), else 0."""
-    chosen_logps: Tensor
-    """Log-probability of the chosen responses under the policy, as given."""
-    rejected_logps: Tensor
-    """The same of the rejected responses."""
-
-
-def dpo_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor | None = None,
-    ref_rejected_logps: Tensor | None = None,
-    *,
-    beta: float = 0.1,
-    loss_type: str | Sequence[str] | Mapping[str, float] = "sigmoid",
-    label_smoothing: float = 0.0,
-    length_alpha: float = 0.0,
-    chosen_lengths: Tensor | None = None,
-    rejected_lengths: Tensor | None = None,
-    average: bool = False,
-    f_divergence: str = "reverse_kl",
-    f_alpha: float = 0.5,
-    simpo_gamma: float = 0.5,
-    nll_weight: float = 1.0,
-    nll_normalization: str = "token",
-    dpop_lambda: float = 50.0,
-    discopop_tau: float = 0.05,
-) -> PreferenceOutput:
-    """Direct preference loss on pairs, by default DPO (Rafailov et al. 2023, eq. 7).
-
-    That is -log sigmoid(beta (h_w - h_l)) with h = log pi(y|x) - log pi_ref(y|x), w chosen and l rejected.
-
-    `loss_type` selects rows of `PAIRWISE`, where each function names its paper and equation: sigmoid, robust, hinge,
-    ipo, ipo_avg, exo_pair, discopop, rpo, dpop, sppo, nca_pair, bco_pair, apo_zero, apo_down, aot, aot_unpaired; and
-    without a reference simpo, cpo, orpo, sft.
-
-    Length regularisation (DPO-R). Maximise E[r(x, y) - alpha |y|] - beta KL(pi || pi_ref): the optimum is
-    `pi*(y) = pi_ref(y) exp((r - alpha |y|) / beta) / Z`, hence `r = beta log(pi* / pi_ref) + alpha |y| + beta log Z`.
-    In the Bradley-Terry likelihood sigmoid(r_w - r_l) that gives
-
-        -log sigmoid(beta (h_w - h_l) + alpha (|y_w| - |y_l|)),
-
-    in which alpha > 0 penalises length: a longer chosen response needs less log-ratio to explain that it was chosen.
-    Park et al. 2024, eq. 9, print this sign; the opposite one is in circulation too, and rewards length.
-
-    f-divergences (Wang et al. 2024) replace h by f'(exp h); `f_alpha` is the paper's alpha: 0 is the reverse and 1 the
-    forward KL (TRL's coefficient is 1 - alpha).
-
-    Args:
-        chosen_logps: [B] summed log-probabilities of the chosen responses under the policy. bfloat16 and float16 are
-            computed in float32.
-        rejected_logps: [B], of the rejected ones.
-        ref_chosen_logps: [B] under the reference, a constant; None (both or neither) is reference-free: h = log pi.
-        ref_rejected_logps: [B].
-        beta: above 0: how strongly the reference holds. IPO's tau, ORPO's lambda.
-        loss_type: a name; a sequence of names, summed; or a mapping of names to weights.
-        label_smoothing: e in [0, 1]: probability that a label is flipped. In sigmoid it gives conservative DPO.
-        length_alpha: alpha of DPO-R, in nats per token; acts on losses of the pairwise logit.
-        chosen_lengths: [B] completion tokens |y_w|; needed by `length_alpha`, `average`, ipo_avg, simpo, orpo and by
-            NLL terms unless they are summed. An empty completion counts as one token.
-        rejected_lengths: [B] |y_l|.
-        average: use per-token means of the log-probabilities, the policy's and the reference's (length-normalised DPO).
-        f_divergence: "reverse_kl", "forward_kl", "js_divergence" or "alpha_divergence".
-        f_alpha: in [0, 1], of "alpha_divergence".
-        simpo_gamma: target margin of SimPO.
-        nll_weight: weight of the NLL of the chosen responses in rpo, cpo, orpo and sft.
-        nll_normalization: "token" (mean over the batch's tokens), "sequence" (mean of per-token means) or "sum".
-        dpop_lambda: weight of DPOP's penalty.
-        discopop_tau: temperature of DiscoPOP, in (0, 1].
-
-    Returns:
-        PreferenceOutput. Rewards are those of the first loss named: per-token means for simpo and orpo.
-
-    Raises:
-        TypeError: log-probabilities that are not floating-point tensors.
-        ValueError: shapes that differ, one reference without the other, lengths missing, a reference or an option that
-            no selected loss uses, a number out of range, an unknown name.
-    """
-    options = _options(
-        loss_type=loss_type,
-        beta=beta,
-        label_smoothing=label_smoothing,
-        length_alpha=length_alpha,
-        average=average,
-        f_divergence=f_divergence,
-        f_alpha=f_alpha,
-        simpo_gamma=simpo_gamma,
-        nll_weight=nll_weight,
-        nll_normalization=nll_normalization,
-        dpop_lambda=dpop_lambda,
-        discopop_tau=discopop_tau,
-    )
-    references = (ref_chosen_logps, ref_rejected_logps)
-    return _pairwise_loss(options, (chosen_logps, rejected_logps), references, (chosen_lengths, rejected_lengths))
-
-
-_remembered = functools.lru_cache(maxsize=64)(PairwiseOptions)
-
-
-def _options(**given: Any) -> PairwiseOptions:
-    """Checked options: checking them takes longer than the loss of a few pairs, so those of earlier calls are kept."""
-    if torch.compiler.is_compiling():
-        return PairwiseOptions(**given)
-    try:
-        return _remembered(**given)
-    except TypeError:  # several loss types, which cannot be remembered; or a wrong type, which is named once more
-        return PairwiseOptions(**given)
-
-
-_Two = tuple[Tensor | None, Tensor | None]
-
-
-def _pairwise_loss(
-    options: PairwiseOptions, logps: tuple[Tensor, Tensor], ref_logps: _Two, lengths: _Two
-) -> PreferenceOutput:
-    _check_inputs(options, logps, ref_logps, lengths)
-    return pairwise_formula(options, logps, ref_logps, lengths)
-
-
-def pairwise_formula(options: PairwiseOptions, logps: Any, ref_logps: Any, lengths: Any) -> PreferenceOutput:
-    """The loss and its metrics from both sides' sums, the reference's and lengths: tensors or symbols."""
-    chosen, rejected = (_side(options, *of_side) for of_side in zip(logps, ref_logps, lengths, strict=True))
-    pairs = Pairs(chosen, rejected, options)
-    # A loss of weight 0 is not formed: 0 times an infinite one would be NaN.
-    formed = [(variant, weight) for variant, weight in options.variants if weight] or options.variants[:1]
-    terms = [_weighted(mean_of(variant.losses(pairs)), weight) for variant, weight in formed]
-    loss = functools.reduce(operator.add, terms)
-    per_token = options.variants[0][0].rewards_per_token
-    won, lost = (options.beta * (side.mean if per_token else side.score).detach() for side in (chosen, rejected))
-    return PreferenceOutput(
-        loss, won, lost, won - lost, (won > lost).to(won.dtype), chosen.total.detach(), rejected.total.detach()
-    )
-
-
-def _check_inputs(options: PairwiseOptions, logps: tuple[Tensor, Tensor], ref_logps: _Two, lengths: _Two) -> None:
-    shape = check_float("chosen_logps", logps[0]).shape
-    if len(shape) != 1:
-        raise ValueError(f"chosen_logps must have shape [B], one number per pair; got {list(shape)}")
-    check_float("rejected_logps", logps[1], shape, "chosen_logps")
-    _check_two("ref_{}_logps", ref_logps, shape)
-    _check_two("{}_lengths", lengths, shape, floats=False)
-    if ref_logps[0] is not None and not options.uses_reference:
-        raise ValueError(f"ref_chosen_logps must be None: loss_type {options.loss_type!r} uses no reference")
-    if lengths[0] is None and options.needs_lengths:
-        raise ValueError(
-            f"chosen_lengths and rejected_lengths are needed by loss_type {options.loss_type!r} with "
-            f"length_alpha={options.length_alpha}, average={options.average} and "
-            f"nll_normalization={options.nll_normalization!r}; got None"
-        )
-
-
-def _check_two(names: str, two: _Two, shape: torch.Size, *, floats: bool = True) -> None:
-    """Both or neither; of the log-probabilities' shape."""
-    if (two[0] is None) != (two[1] is None):
-        first, second = (names.format(side) for side in ("chosen", "rejected"))
-        raise ValueError(f"{first} and {second} must both be given or both be None; got one of them")
-    for side, value in zip(("chosen", "rejected"), two, strict=True):
-        if value is None or (isinstance(value, Tensor) and value.shape == shape and value.is_floating_point()):
-            continue
-        name = names.format(side)
-        if floats:
-            check_float(name, value, shape, "chosen_logps")
-        elif not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
-        elif value.shape != shape:
-            raise ValueError(f"{name} must have shape {list(shape)}, that of chosen_logps; got {list(value.shape)}")
-
-
-def _side(options: PairwiseOptions, total: Tensor, ref: Tensor | None, lengths: Tensor | None) -> Side:
-    """One side of the pairs in the dtype that it is computed in: float64 for float64, else float32."""
-    total = total if total.dtype == torch.float64 else total.float()
-    if ref is None:
-        ref = torch.zeros_like(total)
-    else:  # asked first: an operation that does nothing takes as long as many another
-        ref = ref.detach() if ref.requires_grad else ref
-        ref = ref if ref.dtype == total.dtype else ref.to(total.dtype)
-    lengths = None if lengths is None else lengths.to(total.dtype).clamp(min=1)
-    logps = total
-    if options.average and lengths is not None:
-        logps, ref = total / lengths, ref / lengths
-    score = F_DIVERGENCES[options.f_divergence](logps - ref, options.f_alpha)
-    return Side(total, logps, ref, lengths, score, options.average)
-
-
-def _weighted(term: Tensor, weight: float) -> Tensor:
-    return term if weight == 1.0 else weight * term
 
 
 class DPOLoss(LogitsLoss):
@@ -228,6 +27,9 @@ class DPOLoss(LogitsLoss):
 
     Args:
         options: those of `dpo_loss`: beta, loss_type, label_smoothing, length_alpha, average, f_divergence, ...
+        use_weighting: weigh each pair by `pair_weights.wpo_weights` (WPO); two more reads of the logits.
+        ld_alpha: in [0, 1], weight of the log-probabilities beyond the shorter length of a pair (LD-DPO), the policy's
+            and of `ref_logits`; reference sums that are given must have been taken so. Lengths stay whole.
         ignore_index: labels with this value (prompt, padding) do not count.
         temperature: divides the logits, the reference's too.
         softcap: soft-capping of the logits (Gemma 2), the reference's too.
@@ -244,10 +46,17 @@ class DPOLoss(LogitsLoss):
         temperature: float = 1.0,
         softcap: float | None = None,
         inplace_backward: bool = False,
+        use_weighting: bool = False,
+        ld_alpha: float | None = None,
         **options: Any,
     ) -> None:
         super().__init__(ignore_index, temperature, softcap, inplace_backward)
         self.options = PairwiseOptions(**options)
+        if use_weighting and any(variant.couples for variant, _ in self.options.variants):
+            raise ValueError(f"use_weighting is of single pairs; loss_type {self.options.loss_type!r} sorts them")
+        if ld_alpha is not None:
+            check_range("ld_alpha", ld_alpha, 0, 1)
+        self.use_weighting, self.ld_alpha = use_weighting, ld_alpha
         self.fused = {wide: self._fused_loss(wide) for wide in (True, False)}
 
     def forward(
@@ -279,35 +88,62 @@ class DPOLoss(LogitsLoss):
         shape = check_logits("logits", logits).shape
         if len(shape) != 3 or shape[0] % 2:
             raise ValueError(f"logits must be [2B, T, V], the chosen rows, then the rejected rows; got {list(shape)}")
-        references: _Two = (ref_chosen_logps, ref_rejected_logps)
+        references: Two = (ref_chosen_logps, ref_rejected_logps)
         if ref_logits is not None:
             if ref_chosen_logps is not None or ref_rejected_logps is not None:
                 raise ValueError("give ref_logits or ref_chosen_logps and ref_rejected_logps, not both")
             if not self.options.uses_reference:
                 raise ValueError(f"ref_logits must be None: loss_type {self.options.loss_type!r} uses no reference")
             references = _halves(self.reference_logps(ref_logits, labels, torch.float64))
+        by_pairs = self.options.by_pairs and not self.use_weighting
         head = known_objective(logits, labels, self.ignore_index)
-        if head is not None and self.options.by_pairs:
+        if head is not None and by_pairs:
             return self._by_parts(head, labels, references)
         if head is not None and head.plan == "objective":
             raise ValueError(
                 f"plan 'objective' needs a loss of each pair by itself; loss_type {self.options.loss_type!r} with "
-                f"nll_normalization={self.options.nll_normalization!r} looks at the whole batch"
+                f"nll_normalization={self.options.nll_normalization!r} and use_weighting={self.use_weighting} is none"
             )
         return self._of(logits, labels, references)
 
-    def _of(self, logits: Logits, labels: Tensor, references: _Two) -> PreferenceOutput:
+    @torch.no_grad()
+    def reference_logps(self, ref_logits: Logits, labels: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Sums of the log-probabilities of each row's labels by a reference, as the loss takes the policy's."""
+        logps = stats_of(ref_logits, labels, **self.stats_options).logps
+        weights = self._token_weights(labels)
+        return sum_tokens(logps, dtype) if weights is None else sum_tokens(logps * weights, dtype or logps.dtype)
+
+    def _token_weights(self, labels: Tensor) -> Tensor | None:
+        if self.ld_alpha is None:
+            return None
+        return shared_length_weights(labels.long() != self.ignore_index, self.ld_alpha)
+
+    def _of(self, logits: Logits, labels: Tensor, references: Two) -> PreferenceOutput:
         """The loss of rows whose references are sums."""
-        found = self._fused(logits, labels, references)
+        stats, pair_weights = None, None
+        if self.use_weighting:
+            stats = self.stats(logits, labels, diagnostics=("log_sum_sq_probs",))
+            pair_weights = wpo_weights(stats, labels.long() != self.ignore_index)
+        elif not isinstance(logits, Tensor):
+            stats = self.stats(logits, labels)
+        token_weights = self._token_weights(labels) if isinstance(labels, Tensor) else None
+        found = self._fused(logits, stats, labels, references, pair_weights, token_weights)
         if found is not None:
             return PreferenceOutput(*found)
         # Rounded as given references were, so that a policy that is its reference still has rewards of exactly 0.
         wide = references[0] is None or references[0].dtype == torch.float64
-        (chosen, rejected), dtype = self.sums(logits, labels, 2, torch.float64 if wide else torch.float32)
-        lengths: _Two = (None, None)
+        sum_type = torch.float64 if wide else torch.float32
+        if stats is None and token_weights is None:
+            sums, dtype = self.sums(logits, labels, 2, sum_type)
+        else:
+            logps = self.stats(logits, labels).logps if stats is None else stats.logps
+            weighted = logps if token_weights is None else logps * token_weights
+            sums, dtype = cut(sum_tokens(weighted, sum_type), 2), logps.dtype
+        lengths: Two = (None, None)
         if self.options.needs_lengths:
             lengths = _halves((labels.long() != self.ignore_index).sum(-1))
-        return narrow(_pairwise_loss(self.options, (chosen, rejected), references, lengths), dtype)
+        chosen, rejected = sums
+        return narrow(pairwise_loss(self.options, (chosen, rejected), references, lengths, pair_weights), dtype)
 
     def _fused_loss(self, wide: bool) -> FusedLoss:
         return FusedLoss(functools.partial(self._formula, wide), settings=functools.partial(self._settings, wide))
@@ -318,11 +154,21 @@ class DPOLoss(LogitsLoss):
     def _formula(self, wide: bool, t: Any) -> PreferenceOutput:
         """Of both sides' tokens. A policy that is its reference has rewards of exactly 0: sums are rounded as the
         references were."""
-        sums = sum_tokens(t.logps, torch.float64 if wide else torch.float32).chunk(2)
+        logps = t.logps if t.token_weights is None else t.logps * t.token_weights
+        sums = sum_tokens(logps, torch.float64 if wide else torch.float32).chunk(2)
         lengths = t.mask.sum(-1).chunk(2) if self.options.needs_lengths else (None, None)
-        return pairwise_formula(self.options, sums, (t.ref_chosen_logps, t.ref_rejected_logps), lengths)
+        references = t.ref_chosen_logps, t.ref_rejected_logps
+        return pairwise_formula(self.options, sums, references, lengths, t.pair_weights)
 
-    def _fused(self, logits: Logits, labels: Tensor, references: _Two) -> list[Any] | None:
+    def _fused(
+        self,
+        logits: Logits,
+        stats: TokenStats | None,
+        labels: Tensor,
+        references: Two,
+        pair_weights: Tensor | None,
+        token_weights: Tensor | None,
+    ) -> list[Any] | None:
         """The results where one program serves; else None, and the general path does it or says what is wrong."""
         if not isinstance(labels, Tensor) or labels.dim() < 1:
             return None
@@ -336,12 +182,17 @@ class DPOLoss(LogitsLoss):
             return None
         wide = first is None or first.dtype == torch.float64
         inputs = [Input(f"ref_{s}_logps", x, GROUP) for s, x in zip(("chosen", "rejected"), references, strict=True)]
+        if pair_weights is not None:
+            inputs.append(Input("pair_weights", pair_weights, GROUP))
+        if token_weights is not None:
+            inputs.append(Input("token_weights", token_weights, TOKEN))
         fused, grouping = self.fused[wide], Grouping(2 * pairs)
-        if isinstance(logits, Tensor):
-            return fused.of_logits(self.call(logits, labels), inputs, grouping, self.inplace_backward)
-        return fused.of_statistics(self.stats(logits, labels), labels, inputs, grouping, self.ignore_index)
+        if stats is not None:
+            return fused.of_statistics(stats, labels, inputs, grouping, self.ignore_index)
+        assert isinstance(logits, Tensor)
+        return fused.of_logits(self.call(logits, labels), inputs, grouping, self.inplace_backward)
 
-    def _by_parts(self, head: Head, labels: Tensor, references: _Two) -> PreferenceOutput:
+    def _by_parts(self, head: Head, labels: Tensor, references: Two) -> PreferenceOutput:
         """Some pairs after the other: see `_parts`."""
         count = labels.shape[0] // 2
 

@@ -58,9 +58,14 @@ def smoothed(z: Tensor, e: float = _EPSILON) -> Tensor:
     return -(1 - e) * log_sigmoid(z) - e * log_sigmoid(-z)
 
 
+def mean(logps: Tensor, length: Tensor) -> Tensor:
+    """Geometric mean of the token probabilities."""
+    return torch.exp(logps / length)
+
+
 def odds(logps: Tensor, length: Tensor) -> Tensor:
-    """P / (1 - P) of the geometric mean P of the token probabilities."""
-    p = torch.exp(logps / length)
+    """P / (1 - P) of that mean P."""
+    p = mean(logps, length)
     return p / (1 - p)
 
 
@@ -154,6 +159,11 @@ PAIRS: dict[str, tuple[dict[str, Any], Formula]] = {
     "apo_down": ({}, lambda q: torch.sigmoid(_BETA * q.hw) + 1 - torch.sigmoid(_BETA * (q.hw - q.hl))),
     "aot": ({}, aot),
     "aot_unpaired": ({}, lambda q: -log_sigmoid(_BETA * (torch.sort(q.hw)[0] - torch.sort(q.hl)[0]))),
+    "sigmoid_norm": ({}, lambda q: -log_sigmoid(_BETA * (q.hw / q.nw - q.hl / q.nl))),
+    "alphapo": (
+        {"simpo_gamma": 0.7, "alphapo_alpha": 0.4},
+        lambda q: -log_sigmoid(_BETA * ((1 - mean(q.pw, q.nw) ** -0.4) - (1 - mean(q.pl, q.nl) ** -0.4)) / 0.4 - 0.7),
+    ),
     "simpo": ({"simpo_gamma": 0.7}, lambda q: -log_sigmoid(_BETA * (q.pw / q.nw - q.pl / q.nl) - 0.7)),
     "cpo": ({"nll_normalization": "sum"}, lambda q: -log_sigmoid(_BETA * (q.pw - q.pl)) - q.pw),
     "orpo": (
@@ -162,7 +172,7 @@ PAIRS: dict[str, tuple[dict[str, Any], Formula]] = {
     ),
     "sft": ({"nll_normalization": "sequence"}, lambda q: -q.pw / q.nw),
 }
-_REFERENCE_FREE = ("simpo", "cpo", "orpo", "sft")
+_REFERENCE_FREE = ("simpo", "alphapo", "cpo", "orpo", "sft")
 
 
 def kto(logits: Tensor, ref_logits: Tensor, labels: Tensor, kl_labels: Tensor, desirable: Tensor) -> Tensor:
@@ -224,5 +234,43 @@ def _fused_kto(logits: Tensor, ref_logits: Tensor, labels: Tensor, kl_labels: Te
     return module(logits, labels, desirable, ref_logits=ref_logits, **baseline).loss
 
 
+def _each(logits: Tensor, labels: Tensor) -> list[list[Tensor]]:
+    """Log-probabilities of the whole vocabulary at the real tokens of each row, the label's own first."""
+    rows = []
+    for x, y in zip(torch.log_softmax(logits.double(), -1), labels, strict=True):
+        rows.append([torch.cat([p[label, None], p]) for p, label in zip(x, y, strict=True) if label != _IGNORED])
+    return rows
+
+
+def wpo(logits: Tensor, labels: Tensor, ref_logits: Tensor) -> Tensor:
+    """Zhou et al. 2024, eq. 2: DPO's losses times w(y_w) w(y_l), the aligned probabilities' geometric means."""
+    half = labels.shape[0] // 2
+    weights = []
+    for row in _each(logits, labels):
+        aligned = [p[0] - torch.log((p[1:].exp() ** 2).sum()) for p in row]
+        weights.append(torch.exp(torch.stack(aligned).mean()).detach() if row else torch.ones((), dtype=torch.float64))
+    pairs = torch.stack(weights[:half]) * torch.stack(weights[half:])
+    return (dpo(Quantities(logits.double(), labels, ref_logits.double())) * pairs).mean()
+
+
+def ld(logits: Tensor, labels: Tensor, ref_logits: Tensor) -> Tensor:
+    """Liu et al. 2024 (LD-DPO), alpha = 0.4: beyond the shorter length of a pair a log-probability counts 0.4."""
+    half, ours, theirs = labels.shape[0] // 2, _each(logits, labels), _each(ref_logits, labels)
+    losses = []
+    for w in range(half):
+        shared, h = min(len(ours[w]), len(ours[w + half])), []
+        for row in (w, w + half):
+            terms = [(1 if t < shared else 0.4) * (p[0] - q[0]) for t, (p, q) in enumerate(zip(ours[row], theirs[row]))]  # noqa: B905
+            h.append(torch.stack(terms).sum())
+        losses.append(-log_sigmoid(_BETA * (h[0] - h[1])))
+    return torch.stack(losses).mean()
+
+
+def _own_case(name: str, options: dict[str, Any], formula: Callable[..., Tensor]) -> Case:
+    module = DPOLoss(beta=_BETA, **options)
+    return Case(f"dpo:sigmoid:{name}", lambda **given: module(**given).loss, formula, _pair_inputs)
+
+
 CASES = [_pair_case(name, options, formula) for name, (options, formula) in PAIRS.items()]
+CASES += [_own_case("wpo", {"use_weighting": True}, wpo), _own_case("ld", {"ld_alpha": 0.4}, ld)]
 CASES.append(Case("kto", _fused_kto, kto, _kto_inputs))

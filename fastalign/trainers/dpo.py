@@ -52,10 +52,13 @@ _LOSS_KEYS = (
     "f_divergence",
     "f_alpha",
     "simpo_gamma",
+    "alphapo_alpha",
     "nll_weight",
     "nll_normalization",
     "dpop_lambda",
     "discopop_tau",
+    "use_weighting",
+    "ld_alpha",
 )
 
 
@@ -74,11 +77,18 @@ class DPOConfig(GroupsConfig):
     average: bool = key(False, "Use means per token instead of sums (length-normalised DPO)", group="Loss")
     f_divergence: str = key("reverse_kl", "Divergence that holds the policy to the reference", group="Loss")
     f_alpha: float = key(0.5, "Parameter of the alpha-divergence", group="Loss")
-    simpo_gamma: float = key(0.5, "Target margin of SimPO", group="Loss")
+    simpo_gamma: float = key(0.5, "Target margin of SimPO and AlphaPO", group="Loss")
+    alphapo_alpha: float = key(0.25, "AlphaPO's alpha; 0 is SimPO", group="Loss")
     nll_weight: float = key(1.0, "Weight of the chosen completions' NLL in the losses that have one", group="Loss")
     nll_normalization: str = key("token", "That NLL is averaged over: token, sequence or sum", group="Loss")
     dpop_lambda: float = key(50.0, "Weight of DPO-Positive's penalty", group="Loss")
     discopop_tau: float = key(0.05, "Temperature of DiscoPOP", group="Loss")
+    use_weighting: bool = key(
+        False, "Weigh each pair by how likely the policy would have written it itself (WPO)", group="Loss"
+    )
+    ld_alpha: float | None = key(
+        None, "Weight of log-probabilities beyond the shorter length of a pair (LD-DPO); null: all alike", group="Loss"
+    )
     disable_dropout: bool = key(True, "Train without dropout, so that policy and reference start equal", group="Loss")
     reference_free: bool = key(False, "Take the reference as uniform: no reference model at all", group="Reference")
     ref_model: str | None = key(None, "Folder of the reference model, if not the model itself", group="Reference")
@@ -211,6 +221,8 @@ class DPOTrainer(AlignmentTrainer):
             if any(not all(mask) for name in own for mask in rows[name]):
                 ids += own  # of which it depends as well what a sum is over
             precision = {name: getattr(self.args, name) for name in ("bf16", "fp16", "attn_implementation")}
+            if self.args.ld_alpha is not None:
+                precision["ld_alpha"] = self.args.ld_alpha
             key = ref_cache.key_of(reference, rows, ids, precision)
             columns = ref_cache.cached(key, lambda: self._compute_reference(reference, rows))
         else:
@@ -230,7 +242,7 @@ class DPOTrainer(AlignmentTrainer):
                 batch = self._prepare_inputs(batch)
                 off = adapters_off(reference) if starts_at_base(reference) else contextlib.nullcontext()
                 with evaluating(reference), self.accelerator.autocast(), off:
-                    logps = self.sequence_logps(reference, batch)
+                    logps = self.loss.reference_logps(self.logits(reference, batch), batch["labels"])
                 for column, half in zip(columns, logps.chunk(2), strict=True):
                     column += half.tolist()
         return columns
@@ -246,7 +258,8 @@ class DPOTrainer(AlignmentTrainer):
             if reference is None:
                 stack.enter_context(adapters_off(model))
                 reference = model
-            chosen, rejected = self.sequence_logps(reference, batch).chunk(2)
+            logps = self.loss.reference_logps(self.logits(reference, batch), batch["labels"])
+            chosen, rejected = logps.chunk(2)
         return chosen, rejected
 
 
