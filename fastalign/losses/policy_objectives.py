@@ -195,7 +195,6 @@ def _kl_cov(t: Terms) -> Objective:
 
 KINDS: dict[str, Callable[[Terms], Objective]] = {
     "reinforce": _reinforce,
-    "gpg": _reinforce,  # the paper's own is its advantages: see `rl.gpg_advantages`
     "trpo": _surrogate,
     "penalty": _surrogate,  # plus kl_coef times a KL, which `policy_loss` adds: KL(old, new) unless given a reference
     "clip": _clip,
@@ -209,6 +208,7 @@ KINDS: dict[str, Callable[[Terms], Objective]] = {
     "dppo_tv": _dppo_tv,
     "dppo_kl": _dppo_kl,
     "dro": _dro,
+    "gpg": _reinforce,  # the paper's own is its advantages: see `rl.gpg_advantages`
     "clip_cov": _clip_cov,
     "kl_cov": _kl_cov,
 }

@@ -53,15 +53,15 @@ def policy_loss(
     | `gspo_token` | the same value, token-wise gradient | Zheng et al. 2025 |
     | `cispo` | -sg[clip(rho)] A log pi | MiniMax 2025, eq. 4 (no lower bound: cliprange=1) |
     | `sapo` | -A 4/tau sigmoid(tau (rho - 1)) | Gao et al. 2025, arXiv:2511.20347 |
-    | `luspo` | `gspo` times the sequence's length | arXiv:2602.05261, with normalization="grpo" |
+    | `luspo` | `gspo` times the length, with normalization="grpo" | Liu et al. 2026, arXiv:2602.05261 |
     | `vespo` | -sg[phi(W)] A log pi, W = prod_t rho | Shen et al. 2026, arXiv:2602.10693 |
-    | `gmpo` | -A exp(mean_t cut(log rho_t)), cut to [-cliprange, cliprange_high] | Zhao et al. 2025 (0.4 there) |
-    | `dppo_tv` | -sg[rho] A log pi, 0 where pi went too far by total variation | Qi et al. 2026 (cliprange 0.15) |
-    | `dppo_kl` | the same by the KL of taking the token or not | Qi et al. 2026, arXiv:2602.04879 (0.05) |
+    | `gmpo` | -A exp(mean_t cut(log rho_t)), cut to [-cliprange, cliprange_high] | Zhao et al. 2025, arXiv:2507.20673 |
+    | `dppo_tv` | -sg[rho] A log pi, 0 where pi went too far by total variation | Qi et al. 2026, arXiv:2602.04879 |
+    | `dppo_kl` | the same by the KL of taking the token or not | Qi et al. 2026, arXiv:2602.04879 |
     | `dro` | -A log pi + beta/2 (log rho)^2 | Richemond et al. 2024, arXiv:2405.19107 |
     | `gpg` | -A log pi, as `reinforce` | Chu et al. 2025; with `rl.gpg_advantages` |
     | `clip_cov` | clip, but for some tokens of large covariance of A and log pi | Cui et al. 2025, arXiv:2505.22617 |
-    | `kl_cov` | -A rho, and abs(log rho) at the tokens of the largest such covariance | Cui et al. 2025 |
+    | `kl_cov` | -A rho, + abs(log rho) at tokens of the largest covariance | Cui et al. 2025, arXiv:2505.22617 |
 
     clip(rho) cuts to [1 - cliprange, 1 + cliprange_high]. `vanilla` and `geo_mean` are verl's names of `clip` and
     `gmpo`. The exponent of every exponential of a log-ratio is at most 60, in KLs and importance weights too, since

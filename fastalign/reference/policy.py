@@ -366,7 +366,7 @@ CASES = [
     _case("ppo_clip_kl_exact_entropy", Setting(beta=0.1, kl="exact", entropy=0.01), "ref_logits"),
     _case("ppo_clip_token_weights", Setting(), "sampler_logps"),
     _case("ppo_clip_sequence_weights", Setting(level="sequence", cap=3.0), "sampler_logps"),
-    *(_case(f"ppo_penalty_{kl}", Setting("penalty", beta=0.5, kl=kl)) for kl in ESTIMATORS),
+    *(_case(f"ppo_penalty_{kl.replace('+', '_plus')}", Setting("penalty", beta=0.5, kl=kl)) for kl in ESTIMATORS),
     _case("ppo_penalty_reference", Setting("penalty", beta=0.5), "ref_logps"),
     _case("grpo", _GRPO, "ref_logps"),
     _case("dapo", Setting(high=0.28, average="dapo")),

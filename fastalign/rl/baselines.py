@@ -35,7 +35,7 @@ def opo_advantages(rewards: Tensor, lengths: Tensor) -> Tensor:
 
 
 def passk_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-6) -> Tensor:
-    """What the best of a group adds to its maximum, r_1st - r_2nd, and 0 for all others (arXiv:2503.19595).
+    """What the best of a group adds to its maximum, r_1st - r_2nd; 0 for others (Tang et al. 2025, arXiv:2503.19595).
 
     The gradient of the expected best of K; verl's `grpo_passk`.
 
@@ -82,9 +82,10 @@ def spread_factor(has_spread: Tensor) -> Tensor:
 
 
 def gdpo_advantages(rewards: Tensor, weights: Sequence[float] | None = None, *, eps: float = 1e-4) -> Tensor:
-    """Several rewards, each standardised in its group, then their weighted sum in the batch: GDPO (arXiv:2601.05242).
+    """Several rewards, each standardised in its group, then their weighted sum in the batch: GDPO.
 
-    A reward of wide spread does not hide the others, as it does in a sum that is standardised (Liu et al. 2026).
+    A reward of wide spread does not hide the others, as it does in a sum that is standardised (Liu et al. 2026,
+    arXiv:2601.05242).
 
     Args:
         rewards: [P, K, N], N rewards of each of K samples of P prompts.
@@ -144,7 +145,7 @@ def reinforce_pp_advantages(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0
 
 
 def reinforce_pp_baseline_advantages(rewards: Tensor, mask: Tensor) -> Tensor:
-    """Rewards centred on their group's mean, whitened over the batch's real tokens: REINFORCE++-baseline (ibid.).
+    """Rewards centred on their group's mean, whitened over the batch's real tokens: REINFORCE++-baseline (Hu 2025).
 
     Args:
         rewards: [..., K], K samples of one prompt along the last axis.
