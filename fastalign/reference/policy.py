@@ -351,7 +351,7 @@ _NEWER = {
     "dppo_kl": Setting("dppo_kl", low=5e-4, high=1e-3, average="dr_grpo", options=_DPPO),
     "dro": Setting("dro", options={"dro_beta": 0.3}),
     "gpg": Setting("gpg"),
-    "clip_cov": Setting("clip_cov", options={"clip_cov_ratio": 1.0, "clip_cov_lb": 0.1, "clip_cov_ub": 0.8}),
+    "clip_cov": Setting("clip_cov", options={"clip_cov_ratio": 1.0, "clip_cov_lb": 0.05, "clip_cov_ub": 0.5}),
     "kl_cov": Setting("kl_cov", options={"kl_cov_ratio": 0.3, "kl_cov_coef": 0.7}),
 }
 CASES = [
