@@ -59,12 +59,12 @@ import fastalign
 
 
 @pytest.mark.parametrize("path", ["_C._len_torch_dispatch_stack", "autograd.forward_ad._current_level"])
-def test_a_torch_without_one_is_told_of_at_import(path):
+def test_a_torch_without_one_is_told_of_at_import(path, tmp_path):
     """In one sentence, with torch's version: as a program sees it that imports torch and this package."""
     import torch
 
     assert path in needed()
-    done = subprocess.run([sys.executable, "-c", TAKE_AWAY, path], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", TAKE_AWAY, path], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == (
         f"ImportError: fastalign needs torch.{path}, which is private to torch, and torch {torch.__version__} has none"

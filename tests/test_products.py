@@ -150,10 +150,11 @@ def test_a_processor_without_16_bit_units_takes_float32_logits(monkeypatch):
 
 
 @pytest.mark.parametrize("value", ["16bit", "float32"])
-def test_the_environment_says_it_instead(value):
+def test_the_environment_says_it_instead(value, tmp_path):
     code = "import torch, fastalign as fa; print(fa.head_plan(10, 10, 8, torch.bfloat16).scratch_bytes)"
     found = subprocess.run(
         [sys.executable, "-c", code],
+        cwd=tmp_path,  # a checkout's root would come before the package that was installed
         env={**os.environ, "FASTALIGN_CPU_GEMM": value},
         capture_output=True,
         text=True,
@@ -162,9 +163,10 @@ def test_the_environment_says_it_instead(value):
     assert int(found.stdout) == 100 * (2 if value == "16bit" else 4)
 
 
-def test_the_environment_is_checked():
+def test_the_environment_is_checked(tmp_path):
     found = subprocess.run(
         [sys.executable, "-c", "import fastalign"],
+        cwd=tmp_path,
         env={**os.environ, "FASTALIGN_CPU_GEMM": "fp8"},
         capture_output=True,
         text=True,
