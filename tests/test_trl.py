@@ -25,7 +25,8 @@ CHUNKED = utils._ChunkedLogProbFunction
 @pytest.mark.parametrize("scale", [(None, 1.0), (4.0, 1.5)], ids=["plain", "scaled"])
 def test_the_chunked_function(dtype, outputs, scale):
     g = torch.Generator().manual_seed(0)
-    hidden, weight, bias = (torch.randn(*size, generator=g) for size in ((N, H), (V, H), (V,)))
+    # Inputs that the dtype holds, so that what is exact is exact of them.
+    hidden, weight, bias = (torch.randn(*size, generator=g).to(dtype).float() for size in ((N, H), (V, H), (V,)))
     targets = (hidden @ weight.T + bias).argmax(-1)
     targets[::2] = torch.randint(0, V, (6,), generator=g)
 
