@@ -92,7 +92,7 @@ py::tuple loss_forward(py::handle logits, py::handle labels, const py::tuple& op
     Given numbers;
     if (!fill_if_plain(a, logits, labels, options, inplace) || !fill_reference(a, logits, reference)) return unusual();
     if (!sizes_fit(program, a.rows, sequences, list_size) || !Results::fits(program, dtype)) return unusual();
-    set_sizes(data, program, a.rows, sequences, list_size);
+    data.set(a.rows, sequences, list_size, program.lists());
     if (!numbers.fill(program, given, data)) return unusual();
     const Results results(program, data, dtype);
     const Statistics statistics(program, a);
@@ -124,7 +124,7 @@ py::tuple loss_terms(const py::tuple& statistics, py::handle labels, std::int64_
     LossData data;
     Given numbers;
     if (!sizes_fit(program, a.rows, sequences, list_size)) return nothing;
-    set_sizes(data, program, a.rows, sequences, list_size);
+    data.set(a.rows, sequences, list_size, program.lists());
     for (int k = 0; k < LossProgram::kStatistics; ++k) {
         if (!program.uses(k)) continue;
         const Seen s(statistics[k]);

@@ -86,12 +86,6 @@ inline void fill_slopes(const LossProgram& p, LossData& data, float* slope) {
         if (p.moves(k)) data.slopes[k] = slope, slope += data.tokens;
 }
 
-inline void set_sizes(LossData& data, const LossProgram& p, std::int64_t tokens, std::int64_t sequences,
-                      std::int64_t list_size) {
-    data.tokens = tokens, data.sequences = sequences, data.list_size = list_size;
-    data.groups = p.lists() ? sequences / list_size : sequences / 2;
-}
-
 inline std::vector<uint8_t> real_tokens(const TokenArgs& a) {
     std::vector<uint8_t> real(a.rows);
     for (std::int64_t i = 0; i < a.rows; ++i) real[i] = a.label(i) != a.ignore_index;

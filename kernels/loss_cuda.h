@@ -6,7 +6,7 @@
 
 namespace fastalign::cuda {
 
-struct LossLaunch {
+struct LossLaunch : LossSizes {
     static constexpr int kMaxSteps = 112, kMaxConstants = 24, kMaxInputs = 14, kMaxOutputs = 20, kMaxPasses = 4;
     static constexpr int kMaxListed = 600;  // entries of all passes' lists together
     enum List { kBefore, kForward, kBackward, kSums, kLossSums, kLists };
@@ -36,28 +36,13 @@ struct LossLaunch {
     uint8_t output[kMaxOutputs];
     LossResult results[kMaxOutputs];
 
-    int64_t tokens, sequences, groups, list_size, small;  // small: numbers of all steps of other levels
+    int64_t small;  // numbers of all steps of other levels than tokens
     bool lists, labels64, wanted;
     const void* labels;
     int64_t ignore_index;
     const float* statistics[LossProgram::kStatistics];
     float* slopes[LossProgram::kStatistics];  // [tokens], where wanted and the loss moves with it
     double* scratch;                          // [loss_scratch]
-
-    FA_MEMBER int64_t count(Level level) const {
-        switch (level) {
-            case Level::kToken:
-                return tokens;
-            case Level::kSequence:
-                return sequences;
-            case Level::kComparison:
-                return groups * list_size * list_size;
-            case Level::kGroup:
-                return groups;
-            default:
-                return 1;
-        }
-    }
 };
 static_assert(sizeof(LossLaunch) <= 4096, "what every driver takes as a kernel's parameters");
 

@@ -100,17 +100,17 @@ struct LossResult {
     Kind kind;
 };
 
-// What a program is run on: statistics and given numbers, null where it does not use them.
-struct LossData {
+// How many there are of what a program runs on.
+struct LossSizes {
     int64_t tokens = 0, sequences = 0, groups = 0, list_size = 1;
-    const uint8_t* real = nullptr;  // [tokens], 1 at those that count
-    const float* statistics[LossProgram::kStatistics] = {};
-    std::vector<LossNumbers> inputs;               // by input; of statistics and mask unused
-    float* slopes[LossProgram::kStatistics] = {};  // [tokens], where the loss moves with it; null: not wanted
-    std::vector<LossResult> outputs;               // one per output of the program, of its level's size
-    int threads = 1;
 
-    int64_t count(Level level) const {
+    // `lists`: groups are lists and not pairs.
+    void set(int64_t tokens_, int64_t sequences_, int64_t list_size_, bool lists) {
+        tokens = tokens_, sequences = sequences_, list_size = list_size_;
+        groups = lists ? sequences / list_size : sequences / 2;
+    }
+
+    FA_MEMBER int64_t count(Level level) const {
         switch (level) {
             case Level::kToken:
                 return tokens;
@@ -124,6 +124,16 @@ struct LossData {
                 return 1;
         }
     }
+};
+
+// What a program is run on: statistics and given numbers, null where it does not use them.
+struct LossData : LossSizes {
+    const uint8_t* real = nullptr;  // [tokens], 1 at those that count
+    const float* statistics[LossProgram::kStatistics] = {};
+    std::vector<LossNumbers> inputs;               // by input; of statistics and mask unused
+    float* slopes[LossProgram::kStatistics] = {};  // [tokens], where the loss moves with it; null: not wanted
+    std::vector<LossResult> outputs;               // one per output of the program, of its level's size
+    int threads = 1;
 };
 
 void run_loss(const LossProgram& program, const LossData& data);

@@ -72,8 +72,7 @@ class Filling {
 bool fill_program(const LossProgram& program, LossLaunch& a) { return Filling(program, a).run(); }
 
 void set_sizes(LossLaunch& a, int64_t tokens, int64_t sequences, int64_t list_size) {
-    a.tokens = tokens, a.sequences = sequences, a.list_size = list_size;
-    a.groups = a.lists ? sequences / list_size : sequences / 2;
+    a.set(tokens, sequences, list_size, a.lists);
     a.small = 0;
     for (int i = 0; i < a.steps; ++i) {
         LossLaunch::Step& s = a.step[i];

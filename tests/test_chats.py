@@ -12,9 +12,9 @@ import torch
 pytest.importorskip("transformers", reason="needs transformers (the extra `train`)")
 pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
 
+from chat_rows import REPLY, TOOLS, USER, WHOLE, call, decode, make_encoder
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
-from fastalign.demo.models import train_tokenizer
 from fastalign.evaluation.evaluate import EvalConfig, evaluate
 from fastalign.evaluation.judges import HumanLabels
 from fastalign.evaluation.policy import measure
@@ -23,7 +23,6 @@ from fastalign.evaluation.sampling import Sample, prompt_ids
 from fastalign.models.sampling import Sampling
 from fastalign.trainers.common import arguments
 from fastalign.trainers.data.collate import SFTCollator
-from fastalign.trainers.data.encode import Encoder
 from fastalign.trainers.data.tokenize import tokenize_lists, tokenize_preferences, tokenize_sft
 from fastalign.trainers.policy.rewards import ModelReward
 from fastalign.trainers.policy.rollout import Episode, load_prompts
@@ -34,36 +33,13 @@ PLAIN = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}[assistant]"
     "{% endif %}"
 )
-WHOLE = (
-    "{% for t in tools or [] %}[tool]{{ t.function.name }}{% endfor %}{% if polite %}[polite]{% endif %}"
-    "{% for m in messages %}[{{ m.role }}]{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}"
-    "{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}"
-    "{% endfor %}</s>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
-)
-"""Templates that know nothing but contents, and one that knows all."""
-USER, REPLY = {"role": "user", "content": "is it good"}, {"role": "assistant", "content": "it is great"}
-TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
-
-
-def call(**given):
-    return {"role": "assistant", "content": "so", "tool_calls": [{"function": {"name": "look", "arguments": given}}]}
+"""A template that knows nothing but contents."""
 
 
 @pytest.fixture
-def encoder(tiny_tokenizer):
+def encoder():
     """A function that makes an encoder with a template."""
-    texts = ["the movie is good", "the movie is bad", "a great film and great fun", "a dull film , awful and long"]
-
-    def make(template=WHOLE, **options):
-        tokenizer = train_tokenizer(texts * 3, vocab_size=300)
-        tokenizer.chat_template = template
-        return Encoder(tokenizer, 500, **({"template_options": options} if options else {}))
-
-    return make
-
-
-def decode(encode, ids):
-    return encode.tokenizer.decode(ids)
+    return make_encoder
 
 
 def trained(encode, row):

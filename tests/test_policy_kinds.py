@@ -198,11 +198,9 @@ def test_one_odd_token_leaves_loss_and_gradients_finite(kind, far, dtype):
         assert gradient.isfinite().all(), estimator
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("kind", ["clip", "vespo"])
+@pytest.mark.parametrize(("kind", "level"), [("clip", "token"), ("clip", "sequence"), ("vespo", "token")])
 def test_one_odd_token_of_the_sampler_leaves_them_finite(kind, level):
-    if kind == "vespo" and level == "sequence":
-        pytest.skip("vespo takes weights of tokens alone: it is refused, see test_policy.py")
+    """(vespo takes weights of tokens alone.)"""
     x, y, old, advantages = batch()
     for far in FAR:
         sampler = old.clone()

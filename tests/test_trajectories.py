@@ -11,44 +11,21 @@ import torch
 pytest.importorskip("transformers", reason="needs transformers (the extra `train`)")
 pytest.importorskip("datasets", reason="needs datasets (the extra `train`)")
 
+from chat_rows import REPLY, TOOLS, USER, WHOLE, call, decode, make_encoder
+
 import fastalign as fa
-from fastalign.demo.models import train_tokenizer
 from fastalign.models.logits import model_logits
 from fastalign.trainers.common.callbacks import LOG_NAME, read_log
 from fastalign.trainers.data.collate import ListCollator, PreferenceCollator, SFTCollator
-from fastalign.trainers.data.encode import Encoder
 from fastalign.trainers.data.tokenize import tokenize_lists, tokenize_preferences, tokenize_sft
 from fastalign.trainers.dpo import DPOConfig, DPOTrainer
 from fastalign.utils.batch import IGNORE
-
-TEMPLATE = (
-    "{% for t in tools or [] %}[tool]{{ t.function.name }}{% endfor %}{% for m in messages %}[{{ m.role }}]"
-    "{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}"
-    "{% endfor %}</s>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
-)
-USER, REPLY = {"role": "user", "content": "is it good"}, {"role": "assistant", "content": "it is great"}
-TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
-
-
-def call(**given):
-    return {"role": "assistant", "content": "so", "tool_calls": [{"function": {"name": "look", "arguments": given}}]}
 
 
 @pytest.fixture
 def encoder():
     """A function that makes an encoder with a template."""
-    texts = ["the movie is good", "the movie is bad", "a great film and great fun", "a dull film , awful and long"]
-
-    def make(template=TEMPLATE):
-        tokenizer = train_tokenizer(texts * 3, vocab_size=300)
-        tokenizer.chat_template = template
-        return Encoder(tokenizer, 500)
-
-    return make
-
-
-def decode(encode, ids):
-    return encode.tokenizer.decode(ids)
+    return make_encoder
 
 
 RESULTS = [{"role": "tool", "content": "a film"}, {"role": "tool", "content": "dull and long"}]
@@ -129,7 +106,7 @@ def test_a_template_that_writes_earlier_replies_anew_is_refused(encoder):
     another_end = "{{ '</s>' if loop.last or m.role != 'assistant' else '.' }}{% endfor %}"
     row = {"prompt": [USER], "chosen": [REPLY, USER, BAD], "rejected": [BAD]}
     with pytest.raises(ValueError, match=r"row 0 .*anew .*is no one sequence: give a row for each reply, or anothe"):
-        tokenize_preferences([row], encoder(TEMPLATE.replace("</s>{% endfor %}", another_end)))
+        tokenize_preferences([row], encoder(WHOLE.replace("</s>{% endfor %}", another_end)))
 
 
 def test_sampled_replies_and_judges_take_one_message(encoder):

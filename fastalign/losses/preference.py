@@ -170,7 +170,7 @@ class DPOLoss(LogitsLoss):
         token_weights: Tensor | None,
     ) -> list[Any] | None:
         """The results where one program serves; else None, and the general path does it or says what is wrong."""
-        if not isinstance(labels, Tensor) or labels.dim() < 1:
+        if not isinstance(labels, Tensor) or labels.dim() < 1 or (stats is None and not isinstance(logits, Tensor)):
             return None
         pairs = labels.shape[0] // 2
         if any(x is not None and (not isinstance(x, Tensor) or x.shape != (pairs,)) for x in references):
@@ -187,10 +187,9 @@ class DPOLoss(LogitsLoss):
         if token_weights is not None:
             inputs.append(Input("token_weights", token_weights, TOKEN))
         fused, grouping = self.fused[wide], Grouping(2 * pairs)
-        if stats is not None:
-            return fused.of_statistics(stats, labels, inputs, grouping, self.ignore_index)
-        assert isinstance(logits, Tensor)
-        return fused.of_logits(self.call(logits, labels), inputs, grouping, self.inplace_backward)
+        if isinstance(logits, Tensor) and stats is None:
+            return fused.of_logits(self.call(logits, labels), inputs, grouping, self.inplace_backward)
+        return None if stats is None else fused.of_statistics(stats, labels, inputs, grouping, self.ignore_index)
 
     def _by_parts(self, head: Head, labels: Tensor, references: Two) -> PreferenceOutput:
         """Some pairs after the other: see `_parts`."""
