@@ -106,8 +106,9 @@ def _trusted(t: Token, s: Setting) -> Tensor:
 
 def _left_out(t: Token, s: Setting) -> bool:
     """Clip-Cov's choice (Cui et al. 2025) where it takes every candidate, so that nothing is drawn."""
-    if s.options["clip_cov_ratio"] != 1.0:
-        raise ValueError(f"clip_cov_ratio must be 1: others draw from the candidates; got {s.options['clip_cov_ratio']}")
+    share = s.options["clip_cov_ratio"]
+    if share != 1.0:
+        raise ValueError(f"clip_cov_ratio must be 1: others draw from the candidates; got {share}")
     cut = bool(t.ratio.clip(1 - s.low, 1 + s.high) * t.advantage < t.ratio * t.advantage)
     return not cut and s.options["clip_cov_lb"] < t.covariance < s.options["clip_cov_ub"]
 
