@@ -215,3 +215,8 @@ def test_on_cuda_the_sum_is_added_to_by_the_librarys(monkeypatch):
     assert called["options"]["out_dtype"] == torch.float32
     schema = torch.ops.aten.addmm.dtype_out._schema
     assert {"out_dtype", "out"} <= {argument.name for argument in schema.arguments}
+
+
+def test_a_plan_for_a_device_that_is_not_here():
+    plan = fa.head_plan(100, 1000, 8, torch.bfloat16, device="cuda", chunk_bytes=1 << 30)
+    assert plan.scratch_bytes == 100 * 1000 * 2

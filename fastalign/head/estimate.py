@@ -95,7 +95,7 @@ def _peak(
 ) -> int:
     """Peak of a plan beyond inputs, the gradients included."""
     size, copies = dtype.itemsize, _own_copies(plan, dtype, tokens, vocab)
-    tile, logits = plan.rows * plan.columns, logits_dtype(None, torch.empty(0, dtype=dtype)).itemsize
+    tile, logits = plan.rows * plan.columns, logits_dtype(None, dtype, torch.device("cpu")).itemsize
     forward = copies.logits * tile
     backward = _backward_copies(copies, plan.rows, plan.columns, hidden, frozen)
     peak = plan.scratch_bytes + gradients

@@ -85,7 +85,7 @@ class HeadCall(NamedTuple):
             check_reference(hidden, weight, *reference)
         # s cap' tanh(u / cap') / T with cap' = cap / s: the scale is a temperature.
         scaled = (temperature / logit_scale, cap / logit_scale)
-        dtype = resolved_dtype(logits_dtype, hidden)
+        dtype = resolved_dtype(logits_dtype, hidden.dtype, hidden.device)
         return cls(
             *(hidden, weight, bias, labels, reference, rows, ignore_index), *scaled, label_smoothing, entropy, dtype
         )

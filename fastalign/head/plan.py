@@ -77,7 +77,7 @@ def head_plan(
     if chunk_bytes is not None and chunk_bytes < 1:
         raise ValueError(f"chunk_bytes must be None or a number of bytes above 0; got {chunk_bytes}")
     size = dtype.itemsize
-    logits = resolved_dtype(logits_dtype, torch.empty(0, dtype=dtype, device=torch.device(device)))
+    logits = resolved_dtype(logits_dtype, dtype, torch.device(device))
     per_logit = logits.itemsize * (2 if kl else 1)
     whole = tokens * vocab * per_logit
     budget = _memory_bytes(torch.device(device)) // 8 if chunk_bytes is None else chunk_bytes
@@ -112,7 +112,7 @@ def part_rows(head: Head, tokens: int, trained: bool) -> int:
     """
     vocab, size = head.weight.shape
     hidden = head.hidden
-    per_token = vocab * resolved_dtype(head.logits_dtype, hidden).itemsize
+    per_token = vocab * resolved_dtype(head.logits_dtype, hidden.dtype, hidden.device).itemsize
     if head.plan == "objective":
         return max(1, (_TILE_BYTES if head.chunk_bytes is None else head.chunk_bytes) // per_token)
     plan = head_plan(

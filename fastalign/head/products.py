@@ -105,15 +105,15 @@ def _timed(run: Callable[[], object]) -> float:
     return max(time.thread_time() - start, 1e-9)
 
 
-def logits_dtype(wanted: torch.dtype | None, hidden: Tensor) -> torch.dtype:
+def logits_dtype(wanted: torch.dtype | None, hidden: torch.dtype, device: torch.device) -> torch.dtype:
     """Of a head's logits: as asked for, else that of the hidden states where products of it are quick, else float32.
 
     Raises:
         TypeError: another one than float32 or that of hidden.
     """
     if wanted is None:
-        return hidden.dtype if quick(hidden.dtype, hidden.device) else torch.float32
-    if wanted != hidden.dtype and (wanted != torch.float32 or hidden.dtype.itemsize > 2):
-        other = ", or torch.float32" if hidden.dtype.itemsize == 2 else ""
-        raise TypeError(f"logits_dtype must be None, that of hidden, {hidden.dtype}{other}; got {wanted}")
+        return hidden if quick(hidden, device) else torch.float32
+    if wanted != hidden and (wanted != torch.float32 or hidden.itemsize > 2):
+        other = ", or torch.float32" if hidden.itemsize == 2 else ""
+        raise TypeError(f"logits_dtype must be None, that of hidden, {hidden}{other}; got {wanted}")
     return wanted
