@@ -151,10 +151,8 @@ class ChatTemplate:
         before, head, closing = self._turn(earlier)
         context = before
         if not earlier or not whole.startswith(before):
-            context, fixed = (
-                self._parting(before, whole, head) if earlier else _common(whole, head),
-                self._fixed(earlier),
-            )
+            context = self._parting(before, whole, head) if earlier else _common(whole, head)
+            fixed = self._fixed(earlier)
             if before[len(fixed) :].strip() and context.rstrip() == fixed:
                 raise ValueError(
                     f"the chat template writes a reply without what generation is given before it, "
