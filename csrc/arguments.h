@@ -82,9 +82,9 @@ T* address(const py::tuple& t, std::size_t i) {
     return at<T>(py::cast<Address>(t[i]));
 }
 
-// outputs: logps, lse, entropy, kl, mean, saved.
-inline PerRow<float> outputs_of(const py::tuple& t) {
-    if (t.size() != 6) throw std::invalid_argument("outputs must have 6 fields");
+// outputs: logps, lse, entropy, kl, mean, saved, and for a forward log_sum_sq and argmax.
+inline PerRow<float> outputs_of(const py::tuple& t, std::size_t fields) {
+    if (t.size() != fields) throw std::invalid_argument("outputs have another number of fields");
     return {address<float>(t, 0), address<float>(t, 1), address<float>(t, 2), address<float>(t, 3),
             address<float>(t, 4)};
 }
@@ -92,7 +92,8 @@ inline PerRow<float> outputs_of(const py::tuple& t) {
 inline ForwardArgs forward_args(const py::tuple& tokens, const py::tuple& outputs) {
     ForwardArgs a{};
     fill_tokens(a, tokens);
-    a.out = outputs_of(outputs), a.saved = address<float>(outputs, 5);
+    a.out = outputs_of(outputs, 8), a.saved = address<float>(outputs, 5);
+    a.log_sum_sq = address<float>(outputs, 6), a.argmax = address<std::int64_t>(outputs, 7);
     return a;
 }
 
@@ -146,7 +147,7 @@ inline ObjectiveArgs objective_args(const py::tuple& tokens, const py::bytes& pr
         throw std::invalid_argument("inputs must be the weight and what the program is given");
     a.weight = address<const float>(inputs, 0);
     for (int i = 0; i < a.program.inputs; ++i) a.inputs[i] = address<const float>(inputs, 1 + i);
-    a.out = outputs_of(outputs), a.saved = address<float>(outputs, 5);
+    a.out = outputs_of(outputs, 6), a.saved = address<float>(outputs, 5);
     fill_result(a, tokens, out, out_strides);
     return a;
 }

@@ -129,11 +129,13 @@ def objective_kernel(
         zs, z_edges = xs, x_edges
         if KL:
             zs, z_edges = load_row(z_row, head, V, ALIGNED, R, T, VEC)
-        sums, at, ref_at = sum_registers(xs, zs, head, V, zero, scale, cap, inv_cap, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
+        sums, at, ref_at, _ = sum_registers(
+            xs, zs, head, V, zero, scale, cap, inv_cap, T, VEC, SOFTCAP, ENTROPY, KL, MEAN, False
+        )
     else:
-        sums, at, ref_at = sum_row(
+        sums, at, ref_at, _ = sum_row(
             *(x_row, z_row, x_label, z_label, V, zero, scale, cap, inv_cap),
-            *(R, T, VEC, ALIGNED, SOFTCAP, ENTROPY, KL, MEAN),
+            *(R, T, VEC, ALIGNED, SOFTCAP, ENTROPY, KL, MEAN, False),
         )
     logps, lse, entropy, kl, mean, m, r, ref_m, ref_r = finish(
         sums, at, ref_at, x_label, zero, V, temperature, inv_t, KL

@@ -52,7 +52,13 @@ struct TokenArgs {
 
 struct ForwardArgs : TokenArgs {
     PerRow<float> out;
-    float* saved;  // [rows, 4]: m, r of the policy and of the reference, see token_stats.h
+    float* saved;       // [rows, 4]: m, r of the policy and of the reference, see token_stats.h
+    float* log_sum_sq;  // [rows], and so is the next; both, or null
+    int64_t* argmax;
+
+    FA_MEMBER void write_diagnostics(int64_t row, const Stats& o) const {
+        log_sum_sq[row] = o.log_sum_sq, argmax[row] = o.argmax;
+    }
 };
 
 struct BackwardArgs : TokenArgs {

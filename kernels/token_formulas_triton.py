@@ -77,7 +77,7 @@ def log_sum(at, log_s, temperature, inv_t):
 @triton.jit
 def finish(sums, at, ref_at, label, zero, V, temperature, inv_t, KL: tl.constexpr):
     """Statistics of a row: (logps, lse, entropy, kl, mean, m, r, ref_m, ref_r); see `finish` in token_stats.h."""
-    s, w, total, t, k = sums
+    s, w, total, t, k, _ = sums
     plain = _log(s)
     m, r, log_s = log_sum(at, plain, temperature, inv_t)
     lse = (at[0].to(tl.float64) * inv_t + log_s).to(tl.float32)
@@ -92,6 +92,12 @@ def finish(sums, at, ref_at, label, zero, V, temperature, inv_t, KL: tl.constexp
         ref_m, ref_r, _ = log_sum(ref_at, ref_plain, temperature, inv_t)
         kl = ((k / s).to(tl.float64) * LN2 - plain + ref_plain).to(tl.float32)
     return logps, lse, entropy, kl, mean, m, r, ref_m, ref_r
+
+
+@triton.jit
+def log_sum_of_squares(sums):
+    """log sum_j p_j^2 of a row."""
+    return (_log(sums[5]) - 2 * _log(sums[0])).to(tl.float32)
 
 
 SURE = tl.constexpr(-0.0078125)  # see `is_sure` in token_stats.h

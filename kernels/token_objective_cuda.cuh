@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kMaxThreads, kCap&& kMode == kMoments ? 2 : 3)
     objective_kernel(const __grid_constant__ ObjectiveArgs a, const __grid_constant__ Prepare k, int log_blocks,
                      int span) {
     extern __shared__ __align__(16) char staged[];
-    __shared__ FloatSums parts[kMaxThreads / 32], own;
+    __shared__ SharedSums parts[kMaxThreads / 32], own;
     __shared__ float own_others;
     __shared__ Stats stats;   // the first thread's
     __shared__ float target;  // the prepared logit of a sure row's

@@ -20,6 +20,11 @@ def new_statistics(
     )
 
 
+def new_diagnostics(logps: Tensor) -> tuple[Tensor, Tensor]:
+    """(log_sum_sq, argmax), unfilled: float32 and int64 of their shape."""
+    return torch.empty_like(logps), torch.empty_like(logps, dtype=torch.int64)
+
+
 def new_saved(logps: Tensor) -> Tensor:
     """What the forward keeps for the backward, unfilled: (m, r) of the policy and of the reference, see `Stats`."""
     return logps.new_empty((*logps.shape, 4))

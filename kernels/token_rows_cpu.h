@@ -22,7 +22,7 @@ constexpr int64_t kSegment = 1024;     // elements summed apart from the others,
 constexpr int64_t kPivotSample = 256;  // elements that the pivot is taken from
 // A sum beyond this is done again with an exact pivot. The power 2^32 is known to 1e-6, as its exponent is rounded to
 // 24 bits; entropy and KL are differences of numbers of the size of log(sum), so theirs must stay near the maximum.
-constexpr float kLimit[] = {0x1p32f, 0x1p12f, 0x1p12f};
+constexpr float kLimit[] = {0x1p32f, 0x1p12f, 0x1p12f, 0x1p12f};
 constexpr int64_t kStreamed = 4096;  // bytes of a row that may go past the caches: the fence behind it takes as long
 constexpr int kUnit = 2 * Vec::kWidth;
 
@@ -81,7 +81,7 @@ float maximum(const T* x, int64_t n, const Prepare& k) {
 // ------------------------------------------------------------------------------------------------- forward
 template <Mode kMode>
 struct Lanes {
-    Vec s = set1(0), w = set1(0), k = set1(0), t = set1(0), total = set1(0);
+    Vec s = set1(0), w = set1(0), k = set1(0), t = set1(0), total = set1(0), squares = set1(0), top = set1(-INFINITY);
 };
 
 // `pad` is 0, or -inf in lanes beyond the row's end, whose x and z are 0. It comes after capping, which would undo it.
@@ -89,12 +89,14 @@ struct Lanes {
 // one instruction.
 template <bool kCap, bool kPad, bool kFused, Mode kMode>
 inline Vec accumulate(Lanes<kMode>& acc, Vec x, Vec z, Vec pad, Vec pivot, Vec ref_pivot, const Prepare& k) {
+    if constexpr (kMode == kDiagnostics) acc.top = max(acc.top, kPad ? x + pad : x);
     x = capped<kCap>(x, k);
     if constexpr (kMode != kPlain) acc.total = acc.total + x;
     if constexpr (kPad) x = x + pad;
     const Vec u = kFused ? fma(x, k.scale, pivot) : (x - pivot) * k.scale, e = exp2(u);
     acc.s = acc.s + e;
     if constexpr (kMode != kPlain) acc.w = acc.w + mul_nonzero(e, u);
+    if constexpr (kMode == kDiagnostics) acc.squares = fma(e, e, acc.squares);
     if constexpr (kMode == kReference) {
         z = capped<kCap>(z, k);
         if constexpr (kPad) z = z + pad;
@@ -121,11 +123,15 @@ struct Accumulators {
         const auto sum = [&](Vec Lanes<kMode>::* m) -> double {
             return reduce_add((lanes[0].*m + lanes[1].*m) + (lanes[2].*m + lanes[3].*m));
         };
-        Sums o{pivot, sum(&Lanes<kMode>::s), 0, 0, ref_pivot, 0, 0};
+        Sums o{pivot, sum(&Lanes<kMode>::s), 0, 0, ref_pivot, 0, 0, 0};
         if constexpr (kMode != kPlain) o.w = sum(&Lanes<kMode>::w), o.total = sum(&Lanes<kMode>::total);
         if constexpr (kMode == kReference) o.k = sum(&Lanes<kMode>::k), o.t = sum(&Lanes<kMode>::t);
+        if constexpr (kMode == kDiagnostics) o.squares = sum(&Lanes<kMode>::squares);
         return o;
     }
+
+    // The largest element, not prepared.
+    float top() const { return reduce_max(max(max(lanes[0].top, lanes[1].top), max(lanes[2].top, lanes[3].top))); }
 };
 
 // Adds elements [i, n).
@@ -190,16 +196,32 @@ struct Segment {
         : begin(0 <= label && label < n ? label / kSegment * kSegment : n), end(std::min(n, begin + kSegment)) {}
 };
 
-// Sums over a row or a piece of it, of the target's segment and of all else.
+// Where elements are that have the largest of a row: somewhere in [begin, end), and nowhere before. Of -inf alone there
+// is none.
+struct Largest {
+    float top = -INFINITY;
+    int64_t begin = 0, end = 0;
+
+    void add(const Largest& later) {
+        if (later.top > top) *this = later;
+    }
+    void move(int64_t by) { begin += by, end += by; }
+};
+
+// Sums over a row or a piece of it, of the target's segment and of all else; for diagnostics, its largest element too.
 struct Parted {
     Sums others, segment;
+    Largest largest = {};
 
     double s() const { return others.s + segment.s; }
     double t() const { return others.t + segment.t; }
-    void add(const Parted& b, double scale) { merge(others, b.others, scale), merge(segment, b.segment, scale); }
+    void add(const Parted& b, double scale) {
+        merge(others, b.others, scale), merge(segment, b.segment, scale);
+        largest.add(b.largest);
+    }
 };
 
-inline Sums nothing_at(double pivot, double ref_pivot) { return {pivot, 0, 0, 0, ref_pivot, 0, 0}; }
+inline Sums nothing_at(double pivot, double ref_pivot) { return {pivot, 0, 0, 0, ref_pivot, 0, 0, 0}; }
 
 template <class T, bool kCap, Mode kMode, bool kFused, class Sink>
 Parted sum_piece_at(const T* x, const T* z, int64_t n, int64_t label, float pivot, float ref_pivot, const Sink& sink,
@@ -215,6 +237,7 @@ Parted sum_piece_at(const T* x, const T* z, int64_t n, int64_t label, float pivo
         const Sums part = sums.close(at, ref_pivot);
         if (run == 1) o.segment = part;
         else merge(o.others, part, 1.0);
+        if constexpr (kMode == kDiagnostics) o.largest.add({sums.top(), begin, ends[run]});
     }
     return o;
 }
@@ -248,6 +271,20 @@ template <class T, bool kCap>
     add_some(holed);
     if (whole < n && holed < whole) add_some(whole);
     return reduce_add(s + t);
+}
+
+// The first of n elements that is as large as the largest of them.
+template <class T>
+int64_t find(const T* x, int64_t n, float largest) {
+    const float below = std::nextafter(largest, -INFINITY);
+    Vec a, b, c, d;
+    int64_t i = 0;
+    for (; i + 2 * kUnit <= n; i += 2 * kUnit) {
+        load2(x + i, a, b), load2(x + i + kUnit, c, d);
+        if (any_above(max(max(a, b), max(c, d)), below)) break;
+    }
+    while (i + 1 < n && to_float(x[i]) != largest) ++i;
+    return i;
 }
 
 template <bool kCap>
@@ -287,13 +324,21 @@ struct Row {
         // are exactly 0 for equal logits.
         constexpr bool kFused = kMode == kPlain ? kHasFma : false;
         const int64_t at = label - begin;
-        const Parted o = kFused && may_fuse(pivot, k)
-                             ? sum_piece_at<T, kCap, kMode, kFused>(px, pz, n, at, pivot, ref_pivot, sink, k)
-                             : sum_piece_at<T, kCap, kMode, false>(px, pz, n, at, pivot, ref_pivot, sink, k);
-        if (o.s() < kLimit[kMode] && o.t() < kLimit[kMode]) return o;
+        Parted o = kFused && may_fuse(pivot, k)
+                       ? sum_piece_at<T, kCap, kMode, kFused>(px, pz, n, at, pivot, ref_pivot, sink, k)
+                       : sum_piece_at<T, kCap, kMode, false>(px, pz, n, at, pivot, ref_pivot, sink, k);
+        if (!(o.s() < kLimit[kMode] && o.t() < kLimit[kMode])) o = again(px, pz, n, at, sink, k);
+        if constexpr (kMode == kDiagnostics) o.largest.move(begin);
+        return o;
+    }
+
+    // A piece with its own maximum as the pivot.
+    template <class Sink>
+    [[gnu::noinline]] static Parted again(const T* px, const T* pz, int64_t n, int64_t label, const Sink& sink,
+                                          const Prepare& k) {
         const float exact = finite(maximum<T, kCap>(px, n, k));
         const float ref_exact = pz ? finite(maximum<T, kCap>(pz, n, k)) : 0.0f;
-        return sum_piece_at<T, kCap, kMode, false>(px, pz, n, at, exact, ref_exact, sink.again(), k);
+        return sum_piece_at<T, kCap, kMode, false>(px, pz, n, label, exact, ref_exact, sink.again(), k);
     }
 
     // `neighbours(logit)`: the sum of the powers, relative to the target's prepared logit, of the others in its
@@ -309,6 +354,10 @@ struct Row {
         if (is_sure(o)) {
             const double far = s.others.s != 0 ? s.others.s * std::exp2((s.others.pivot - logit) * scale) : 0;
             make_sure(o, logit, far + neighbours(logit), a.inv_temperature);
+        }
+        if constexpr (kMode == kDiagnostics) {
+            const Largest& l = s.largest;
+            if (std::isfinite(o.lse)) o.argmax = static_cast<int>(l.begin + find(x + l.begin, l.end - l.begin, l.top));
         }
         return o;
     }

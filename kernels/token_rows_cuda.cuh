@@ -12,6 +12,11 @@ namespace fastalign::cuda {
 
 using FloatSums = SumsOf<float>;
 
+// In shared memory, where neighbours' sums lie an odd number of words apart, and so in banks of their own.
+struct SharedSums : FloatSums {
+    float unused;
+};
+
 constexpr int kMaxThreads = 256;
 
 // Vectors that a thread has in flight. A reference brings as many again.
@@ -30,7 +35,7 @@ __device__ constexpr bool by_polynomial(int element) {
     return sizeof(T) == 2 && !kCap && kMode == kPlain && element == 7;
 }
 
-__device__ inline FloatSums no_sums() { return {-FLT_MAX, 0, 0, 0, -FLT_MAX, 0, 0}; }
+__device__ inline FloatSums no_sums() { return {-FLT_MAX, 0, 0, 0, -FLT_MAX, 0, 0, 0}; }
 
 // `floor`: the pivot when its piece has nothing but -inf, so that differences from it are -inf and not NaN.
 template <class T, bool kCap, int kCount>
@@ -39,9 +44,16 @@ __device__ inline float lifted(float pivot, const Pack (&v)[kCount], float headr
     return largest > pivot + headroom ? largest : pivot;
 }
 
+// A thread's largest element, not prepared, for diagnostics, and where the tile begins that had it first.
+struct Largest {
+    float top = -INFINITY;
+    int at = 0;
+};
+
 // A thread's sums, and what its elements' powers are relative to.
 struct ThreadSums : FloatSums {
     Exponent u, v;
+    Largest largest;
 
     __device__ ThreadSums(const FloatSums& sums, const Prepare& k)
         : FloatSums(sums), u(exponent(pivot, k.scale)), v(exponent(ref_pivot, k.scale)) {}
@@ -50,7 +62,7 @@ struct ThreadSums : FloatSums {
     template <Mode kMode>
     __device__ void lift(float to, float ref_to, float scale) {
         const Exponent next = exponent(to, scale), ref_next = kMode == kReference ? exponent(ref_to, scale) : v;
-        move_sums<kMode != kPlain, kMode == kReference>(
+        move_sums<kMode != kPlain, kMode == kReference, kMode == kDiagnostics>(
             static_cast<FloatSums&>(*this), to, ref_to, pivot == to ? 0 : exponent_move(u, next),
             kMode != kReference || ref_pivot == ref_to ? 0 : exponent_move(v, ref_next));
         u = next, v = ref_next;
@@ -79,7 +91,7 @@ __device__ inline void add_powers(ThreadSums& a, const Pack (&v)[kCount], const 
     constexpr bool kClamps = kTaken == kHoles || kTaken == kEdge;
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
-        float x[kWidth<T>], y[kWidth<T>], s, w = 0, kl = 0, t;
+        float x[kWidth<T>], y[kWidth<T>], s, w = 0, squares = 0, kl = 0, t;
         unpack<T>(v[u], x);
         if constexpr (kMode == kReference) unpack<T>(z[u], y);
         const auto add = [](float& sum, float x, int i) { sum = i == 0 ? x : sum + x; };
@@ -95,6 +107,7 @@ __device__ inline void add_powers(ThreadSums& a, const Pack (&v)[kCount], const 
                 const float e = power_of_two(p);
                 add(s, e, i);
                 w = fmaf(e, p, w);
+                if constexpr (kMode == kDiagnostics) squares = fmaf(e, e, squares);
                 if constexpr (kMode == kReference) {
                     const float ref = power_in_sum<kCap, kTaken == kNear>(y[i], a.v, k);
                     const float q = kCap && !real ? -INFINITY : ref;
@@ -105,6 +118,7 @@ __device__ inline void add_powers(ThreadSums& a, const Pack (&v)[kCount], const 
         }
         a.s += s;
         if constexpr (kMode != kPlain) a.w += w;
+        if constexpr (kMode == kDiagnostics) a.squares += squares;
         if constexpr (kMode == kReference) a.k += kl, a.t += t;
     }
 }
@@ -131,6 +145,10 @@ template <class T, bool kCap, Mode kMode, bool kAtEdge, bool kPolynomial, int kC
 __device__ inline void add_tile(ThreadSums& a, const Pack (&v)[kCount], const Pack (&z)[kCount], int at, int length,
                                 const Prepare& k) {
     if (kMode != kPlain && k.mean) a.total += total_of<T, kCap>(v, at, length, k);
+    if constexpr (kMode == kDiagnostics) {
+        const float top = maximum<T>(v);
+        if (top > a.largest.top) a.largest = {top, at};
+    }
     const auto add = [&](auto taken) { add_powers<T, kCap, kMode, taken.value, kPolynomial>(a, v, z, at, length, k); };
     if (!(kCap && kMode == kPlain && k.centred)) {
         const float headroom = kHeadroom<kMode> * k.inv_scale;
@@ -177,7 +195,7 @@ __device__ inline void for_tiles(const Rows& x, const Rows& z, const Inner& inne
 // The sums of a thread over its tiles of a row. `Rows` is a Source or a Staged. `kPolynomial`: where the logits are
 // only read, and the special-function unit would be the next to run out.
 template <class Team, class T, bool kCap, Mode kMode, bool kPolynomial, class Rows>
-__device__ inline FloatSums thread_sums(const Rows& x, const Rows& z, const Prepare& k) {
+__device__ inline ThreadSums thread_sums(const Rows& x, const Rows& z, const Prepare& k) {
     constexpr int kCount = kTile<kMode>;
     constexpr bool kReads = kMode == kReference;
     constexpr bool kPaddingShows = kCap || kMode != kPlain;  // a plain sum takes -inf for what it is
@@ -232,11 +250,12 @@ __device__ inline FloatSums warp_sums(FloatSums a, float scale) {
     const auto move = [&](float from, float to) {
         return from == to ? 0 : exponent_move(exponent(from, scale), exponent(to, scale));
     };
-    move_sums<kMode != kPlain, kMode == kReference>(a, pivot, ref_pivot, move(a.pivot, pivot),
-                                                    move(a.ref_pivot, ref_pivot));
+    move_sums<kMode != kPlain, kMode == kReference, kMode == kDiagnostics>(a, pivot, ref_pivot, move(a.pivot, pivot),
+                                                                           move(a.ref_pivot, ref_pivot));
     a.s = warp_add(a.s);
     if constexpr (kMode != kPlain) a.w = warp_add(a.w), a.total = warp_add(a.total);
     if constexpr (kMode == kReference) a.k = warp_add(a.k), a.t = warp_add(a.t);
+    if constexpr (kMode == kDiagnostics) a.squares = warp_add(a.squares);
     return a;
 }
 
@@ -265,6 +284,7 @@ __device__ inline void keep_sums(FloatSums& to, const FloatSums& a) {
     to.pivot = a.pivot, to.s = a.s;
     if constexpr (kMode != kPlain) to.w = a.w, to.total = a.total;
     if constexpr (kMode == kReference) to.k = a.k, to.ref_pivot = a.ref_pivot, to.t = a.t;
+    if constexpr (kMode == kDiagnostics) to.squares = a.squares;
 }
 
 template <Mode kMode>
@@ -276,7 +296,7 @@ __device__ inline FloatSums kept_sums(const FloatSums& from) {
 
 // The first warp's lanes get the sum over the block. `parts` is shared, one place per warp.
 template <Mode kMode>
-__device__ inline FloatSums block_sums(FloatSums a, FloatSums* parts, float scale) {
+__device__ inline FloatSums block_sums(FloatSums a, SharedSums* parts, float scale) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     a = warp_sums<kMode>(a, scale);
     if (warps == 1) return a;
@@ -290,7 +310,7 @@ __device__ inline FloatSums block_sums(FloatSums a, FloatSums* parts, float scal
 template <bool kCap, Mode kMode, class Args>
 __device__ inline Stats row_stats(const Args& a, const FloatSums& s, float logit, const Prepare& k) {
     const ExactPivot exact = k.exact();
-    const Sums sums{exact(s.pivot), s.s, s.w, s.k, exact(s.ref_pivot), s.t, s.total};
+    const Sums sums{exact(s.pivot), s.s, s.w, s.k, exact(s.ref_pivot), s.t, s.total, s.squares};
     return finish(sums, capped<kCap>(logit, k), a.temperature, a.inv_temperature, static_cast<double>(a.vocab), kMode);
 }
 
@@ -299,6 +319,30 @@ template <class T, bool kCap, Mode kMode, class Args>
 __device__ inline Stats stats_of(const Args& a, int64_t row, int64_t label, const FloatSums& s, const Prepare& k) {
     const float logit = row_of<T>(a.logits, a.layout, row, a.vocab).at(static_cast<int>(label));
     return row_stats<kCap, kMode>(a, s, logit, k);
+}
+
+// The row's first element that is as large as any: in one of the tiles that its threads know, read once more. For the
+// first thread of the block; `tops` and `places` are shared, one of each per warp.
+template <class T, class Rows>
+__device__ inline int first_largest(const Rows& x, const Largest& mine, float* tops, int* places) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    const float of_warp = warp_max(mine.top);
+    if (lane == 0) tops[warp] = of_warp;
+    __syncthreads();  // every warp's largest is written before any thread reads them
+    const float top = warp_max(lane < warps ? tops[lane] : -INFINITY);
+    unsigned first = x.length;
+    if (mine.top == top) {
+        const int count = kTile<kDiagnostics> * kWidth<T>;
+        for (int i = 0; i < count && first == x.length; ++i) {
+            const int at = mine.at + i / kWidth<T> * 32 * kWidth<T> + i % kWidth<T>;
+            if (at >= 0 && at < x.length && x.at(at) == top) first = at;
+        }
+    }
+    first = __reduce_min_sync(kAllLanes, first);
+    if (lane == 0) places[warp] = static_cast<int>(first);
+    __syncthreads();  // as above
+    return static_cast<int>(
+        __reduce_min_sync(kAllLanes, static_cast<unsigned>(lane < warps ? places[lane] : x.length)));
 }
 
 // ------------------------------------------------------------------------------------------------- sure rows
@@ -329,7 +373,7 @@ __device__ inline float thread_others(const FloatSums& mine, const Rows& x, int 
 
 // The first warp's lanes get the sum over the team. `parts` is shared, one place per warp.
 template <class Team>
-__device__ inline float team_add(float x, FloatSums* parts) {
+__device__ inline float team_add(float x, SharedSums* parts) {
     const int warp = Team::thread() / 32, lane = threadIdx.x % 32, warps = Team::threads() / 32;
     x = warp_add(x);
     if (warps == 1) return x;
@@ -342,7 +386,7 @@ __device__ inline float team_add(float x, FloatSums* parts) {
 // Writes what a sure row has otherwise than from its sums. Called by the whole team.
 template <class Team, class T, bool kCap, Mode kMode>
 __device__ inline void finish_sure(const ForwardArgs& a, int64_t row, const FloatSums& mine, const Source<T>& x,
-                                   FloatSums* parts, const Prepare& k) {
+                                   SharedSums* parts, const Prepare& k) {
     const int label = static_cast<int>(a.label(row));
     const float logit = capped<kCap>(x.at(label), k);
     const float others = team_add<Team>(thread_others<Team, T, kCap, kMode>(mine, x, label, logit, k), parts);

@@ -22,7 +22,7 @@ struct ShortRows {
 template <class T, bool kCap, Mode kMode, bool kOneTile>
 __global__ void __launch_bounds__(kMaxThreads, 4)
     short_forward_kernel(const __grid_constant__ ForwardArgs a, const __grid_constant__ Prepare k) {
-    __shared__ FloatSums parts[kMaxThreads / 32];
+    __shared__ SharedSums parts[kMaxThreads / 32];
     __shared__ bool sure[kMaxThreads / 32];
     for (ShortRows at; at.first < a.rows; at.next()) {
         FloatSums mine;
@@ -151,7 +151,7 @@ template <class T, bool kCap, Mode kMode, bool kOneTile>
 __global__ void __launch_bounds__(kMaxThreads, 3)
     short_objective_kernel(const __grid_constant__ ObjectiveArgs a, const __grid_constant__ Prepare k, int span) {
     extern __shared__ __align__(16) char staged[];
-    __shared__ FloatSums parts[kMaxThreads / 32];
+    __shared__ SharedSums parts[kMaxThreads / 32];
     __shared__ ShortSlope slopes[kMaxThreads / 32];
     __shared__ float others[kMaxThreads / 32];
     __shared__ bool sure[kMaxThreads / 32];

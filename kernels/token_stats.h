@@ -6,6 +6,7 @@
 //
 //     u_j = (raw_j - pivot) * log2(e) / T          s = sum 2^u_j      w = sum 2^u_j u_j      total = sum raw_j
 //     v_j likewise for the reference               t = sum 2^v_j      k = sum 2^u_j (u_j - v_j)
+//                                                  squares = sum 4^u_j
 //
 // Such sums merge over pieces of the vocabulary (blocks of a row, shards of a tensor-parallel head). From them come the
 // statistics, and the pair (m, r) with m / T + r = lse, m = T lse rounded to float32: with it the backward knows each
@@ -26,7 +27,7 @@ namespace fastalign {
 // Sums over a piece of the vocabulary. A piece of nothing but -inf has sums of 0 and a pivot below all others.
 template <class Real>
 struct SumsOf {
-    Real pivot, s, w, k, ref_pivot, t, total;
+    Real pivot, s, w, k, ref_pivot, t, total, squares;
 };
 using Sums = SumsOf<double>;
 
@@ -48,12 +49,13 @@ FA_HD float exponent_move(const Exponent& from, const Exponent& to) {
 
 // Carries the sums to other pivots, not below their own: 2^u shrinks by 2^du, u grows by du. Of the sums only those
 // that a mode has.
-template <bool kMoments = true, bool kReference = true, class Real>
+template <bool kMoments = true, bool kReference = true, bool kSquares = true, class Real>
 FA_HD void move_sums(SumsOf<Real>& a, Real pivot, Real ref_pivot, Real du, Real dv) {
     const Real f = power_of_two(du);
     if (a.s != 0) {  // an empty piece stays empty: 0 * inf is NaN
         if (kMoments) a.w = (a.w + du * a.s) * f;
         if (kReference) a.k = (a.k + (du - dv) * a.s) * f;
+        if (kSquares) a.squares *= f * f;
         a.s *= f;
     }
     if (kReference && a.t != 0) a.t *= power_of_two(dv);
@@ -74,7 +76,7 @@ FA_HD void merge(SumsOf<Real>& a, SumsOf<Real> b, Real scale) {
         rebase(a, pivot, ref_pivot, scale);
         rebase(b, pivot, ref_pivot, scale);
     }
-    a.s += b.s, a.w += b.w, a.k += b.k, a.t += b.t, a.total += b.total;
+    a.s += b.s, a.w += b.w, a.k += b.k, a.t += b.t, a.total += b.total, a.squares += b.squares;
 }
 
 // The logarithm of a row's sum in two numbers, m in the logits' own units and what is left beside it: nothing where
@@ -89,13 +91,17 @@ FA_HD LogSum log_sum(double pivot, double log_s, double temperature, double inv_
     return {m, m == -INFINITY ? 0 : static_cast<float>((pivot - m) * inv_t + log_s)};
 }
 
-// What the forward returns for a row.
+// What the forward returns for a row. `argmax`: its first element that is as large as any; -1 for a row that is ignored
+// or has no softmax.
 struct Stats {
     float logps, lse, entropy, kl, mean, m, r, ref_m, ref_r;
+    float log_sum_sq = 0;
+    int argmax = -1;
 };
 
-// What the caller wants of a row decides the inner loop: plain (logps, lse), moments (entropy, mean), or a reference.
-enum Mode { kPlain, kMoments, kReference };
+// What the caller wants of a row decides the inner loop: plain (logps, lse), moments (entropy, mean), a reference, or
+// diagnostics, which have the moments too.
+enum Mode { kPlain, kMoments, kReference, kDiagnostics };
 
 // Statistics of a row from its merged sums; `label` is the prepared but untempered logit of the target. What the mode
 // has no sums for is 0.
@@ -109,7 +115,8 @@ FA_HD Stats finish(const Sums& a, double label, double temperature, double inv_t
     if (mode == kPlain) return o;
     o.entropy = static_cast<float>(log_s - kLn2 * a.w / a.s);
     o.mean = static_cast<float>(a.total * inv_t / vocab);
-    if (mode == kMoments) return o;
+    if (mode == kDiagnostics) o.log_sum_sq = static_cast<float>(natural_log(a.squares) - 2 * log_s);
+    if (mode != kReference) return o;
     const double ref_log_s = natural_log(a.t);
     const LogSum z = log_sum(a.ref_pivot, ref_log_s, temperature, inv_t);
     o.ref_m = z.m, o.ref_r = z.r;

@@ -58,7 +58,10 @@ struct Forward {
     static void run(const ForwardArgs& a) {
         const Prepare k(a);
         const Plan plan(a);
-        const auto write = [&](int64_t row, const Stats& o) { write_row(a.out, a.saved, row, o); };
+        const auto write = [&](int64_t row, const Stats& o) {
+            write_row(a.out, a.saved, row, o);
+            if constexpr (kMode == kDiagnostics) a.write_diagnostics(row, o);
+        };
         if (plan.shared) return shared_stats<T, kCap, kMode>(a, plan.pieces, k, write);
         parallel_for(a.rows, plan.grain(a), a.threads, [&](int64_t row) {
             const bool live = a.label(row) != a.ignore_index;
@@ -147,7 +150,12 @@ void with_dtype(const Args& a, Mode mode) {
     return with_mode<Kernel, Half>(a, mode);
 }
 
+template <class T, bool kCap, Mode>
+struct Diagnose : Forward<T, kCap, kDiagnostics> {};
+
 void forward(const ForwardArgs& a) {
+    if (a.log_sum_sq) with_dtype<Diagnose>(a, kPlain);
+    if (a.log_sum_sq && !a.ref_logits) return;  // a KL has a loop of its own
     with_dtype<Forward>(a, a.ref_logits ? kReference : a.out.entropy || a.out.mean ? kMoments : kPlain);
 }
 

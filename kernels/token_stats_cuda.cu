@@ -17,21 +17,34 @@ namespace fastalign::cuda {
 template <class T, bool kCap, Mode kMode>
 __global__ void __launch_bounds__(kMaxThreads, kMode == kReference ? 3 : 4)
     forward_kernel(const __grid_constant__ ForwardArgs a, const __grid_constant__ Prepare k) {
-    __shared__ FloatSums parts[kMaxThreads / 32];
+    __shared__ SharedSums parts[kMaxThreads / 32];
     for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
         const int64_t label = a.label(row);
         const Row kind = row_kind(a, label);
         if (kind != Row::kLive) {
-            if (threadIdx.x == 0) write_row(a.out, a.saved, row, empty_stats(kind));
+            if (threadIdx.x == 0) {
+                write_row(a.out, a.saved, row, empty_stats(kind));
+                if constexpr (kMode == kDiagnostics) a.write_diagnostics(row, empty_stats(kind));
+            }
             continue;
         }
         const Source<T> x = row_of<T>(a.logits, a.layout, row, a.vocab), z = reference_of<T, kMode>(a, row);
         const float logit = threadIdx.x == 0 ? x.at(static_cast<int>(label)) : 0.0f;
-        const FloatSums mine = thread_sums<BlockTeam, T, kCap, kMode, true>(x, z, k);
+        const auto mine = thread_sums<BlockTeam, T, kCap, kMode, true>(x, z, k);
         const FloatSums sums = block_sums<kMode>(mine, parts, k.scale);
         bool sure = false;
+        int best = -1;
+        if constexpr (kMode == kDiagnostics) {
+            __shared__ float tops[kMaxThreads / 32];
+            __shared__ int places[kMaxThreads / 32];
+            best = first_largest<T>(x, mine.largest, tops, places);
+        }
         if (threadIdx.x == 0) {
-            const Stats o = row_stats<kCap, kMode>(a, sums, logit, k);
+            Stats o = row_stats<kCap, kMode>(a, sums, logit, k);
+            if constexpr (kMode == kDiagnostics) {
+                if (isfinite(o.lse)) o.argmax = best;
+                a.write_diagnostics(row, o);
+            }
             write_row(a.out, a.saved, row, o, kMode);
             sure = is_sure(o);
         }
@@ -134,6 +147,18 @@ void with_variant(const TokenArgs& a, Mode mode, const Run& run) {
     return with_mode<Half>(a, mode, run);
 }
 
+// The same for the mode that only a forward has.
+template <class Run>
+void with_diagnostics(const TokenArgs& a, const Run& run) {
+    const auto with_cap = [&](auto element) {
+        using T = decltype(element);
+        return a.softcap != 0 ? run(Variant<T, true, kDiagnostics>{}) : run(Variant<T, false, kDiagnostics>{});
+    };
+    if (a.dtype == DType::kFloat32) return with_cap(float{});
+    if (a.dtype == DType::kBFloat16) return with_cap(BFloat16{});
+    return with_cap(Half{});
+}
+
 // A block's threads for a row: enough for all its vectors at once, as far as there are so many. By the vocabulary
 // alone, so that a row's numbers do not depend on how many rows there are.
 int threads_for(int64_t elements, int size, int tile) {
@@ -202,6 +227,14 @@ void forward(const ForwardArgs& a, const Place& place) {
     constexpr const char* kName = "fastalign token_stats forward";
     if (a.rows == 0) return;
     const OnDevice guard(kName, place);
+    if (a.log_sum_sq) {
+        with_diagnostics(a, [&](auto v) {
+            using V = decltype(v);
+            const Shape shape{a.rows, threads_for(a.vocab, element_size(a), kTile<V::kMode>)};
+            launch(kName, forward_kernel<typename V::T, V::kCap, V::kMode>, shape, place, a, prepare(a, a.out.mean));
+        });
+        if (!a.ref_logits) return;  // a KL has a loop of its own
+    }
     with_variant(a,
                  a.ref_logits                  ? kReference
                  : a.out.entropy || a.out.mean ? kMoments

@@ -73,9 +73,13 @@ def _target(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward(
-    call: TokenCall, want_entropy: bool, want_mean: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """(logps, lse, entropy, kl, mean [...] each, saved [..., 4]); None where not asked for; 0 at ignored tokens."""
+    call: TokenCall, want_entropy: bool, want_mean: bool, want_diagnostics: bool = False
+) -> tuple[Tensor | None, ...]:
+    """(logps, lse, entropy, kl, mean [...] each, saved [..., 4]); None where not asked for; 0 at ignored tokens.
+
+    `want_diagnostics`: log_sum_sq and argmax [...] follow: log sum_j p_j^2 = log sum_j exp(2 x_j) - 2 r, and the first
+    element that is as large as any, int64, -1 at ignored tokens and in rows without a softmax.
+    """
     logits, labels, ref_logits, ignore_index, temperature, softcap = call
     live, index = _live(labels, ignore_index)
     x, m = _shifted(_prepare(logits, live, softcap), temperature)
@@ -98,7 +102,13 @@ def forward(
         saved += [ref_m, ref_r]
     else:
         saved += [torch.zeros_like(m), torch.zeros_like(r)]
-    return masked(logps), masked(_tempered(m, temperature) + r), entropy, kl, mean, torch.cat(saved, -1)
+    lse = masked(_tempered(m, temperature) + r)
+    results = (masked(logps), lse, entropy, kl, mean, torch.cat(saved, -1))
+    if not want_diagnostics:
+        return results
+    log_sum_sq = masked((2 * x).exp().sum(-1, keepdim=True).log() - 2 * r)
+    best = torch.where(live.squeeze(-1) & lse.isfinite(), logits.argmax(-1), -1)
+    return *results, log_sum_sq, best
 
 
 def coefficients(

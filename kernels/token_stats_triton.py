@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .token_call import TokenCall
-from .token_formulas_triton import SURE, coefficients, finish, make_sure
+from .token_formulas_triton import SURE, coefficients, finish, log_sum_of_squares, make_sure
 from .token_gradient_triton import label_gradient, write_gradient, write_label_gradient, write_zeros
 from .token_layout_triton import (
     LOG2E,
@@ -26,7 +26,7 @@ from .token_layout_triton import (
     sum_tile,
     tile,
 )
-from .token_results import new_saved, new_statistics
+from .token_results import new_diagnostics, new_saved, new_statistics
 from .token_sums_triton import sum_others, sum_registers
 from .token_walk_triton import sum_row
 
@@ -35,7 +35,7 @@ _SCALARS = ("x_outer", "x_inner", "z_outer", "z_inner", "out_outer", "out_inner"
 _POINTERS = tuple(
     f"{name}_ptr"
     for name in (
-        *("x", "z", "out", "labels", "logps", "lse", "entropy", "kl", "mean", "saved"),
+        *("x", "z", "out", "labels", "logps", "lse", "entropy", "kl", "mean", "saved", "log_sum_sq", "argmax"),
         *("g_logps", "g_lse", "g_entropy", "g_kl", "g_mean", "weight", *(f"input{i}" for i in range(8))),
     )
 )
@@ -103,6 +103,8 @@ def forward_kernel(
     kl_ptr,
     mean_ptr,
     saved_ptr,
+    log_sum_sq_ptr,
+    argmax_ptr,
     inner: tl.int32,
     V: tl.int32,
     ignore_index: tl.int64,
@@ -124,6 +126,9 @@ def forward_kernel(
     if label == ignore_index:
         store_statistics(logps_ptr, lse_ptr, entropy_ptr, kl_ptr, mean_ptr, row, none, none, none, none, none)
         tl.store(saved_ptr + row.to(tl.int64) * 4 + tl.arange(0, 4), tl.zeros([4], tl.float32))
+        if log_sum_sq_ptr is not None:
+            tl.store(log_sum_sq_ptr + row, none)
+            tl.store(argmax_ptr + row, tl.full((), -1, tl.int64))
         return
     x_row = row_pointer(x_ptr, row, inner, x_outer, x_inner)
     z_row = x_row
@@ -132,6 +137,7 @@ def forward_kernel(
     KL: tl.constexpr = z_ptr is not None
     ENTROPY: tl.constexpr = entropy_ptr is not None
     MEAN: tl.constexpr = mean_ptr is not None
+    SQUARES: tl.constexpr = log_sum_sq_ptr is not None
     x_label = label_logit(x_row, label, V, cap, inv_cap, SOFTCAP)
     zero = finite(x_label)
     if FITS:
@@ -140,18 +146,23 @@ def forward_kernel(
         zs = xs
         if KL:
             zs, _ = load_row(z_row, head, V, ALIGNED, R, T, VEC)
-        sums, at, ref_at = sum_registers(xs, zs, head, V, zero, scale, cap, inv_cap, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
+        sums, at, ref_at, best = sum_registers(
+            *(xs, zs, head, V, zero, scale, cap, inv_cap), *(T, VEC, SOFTCAP, ENTROPY, KL, MEAN, SQUARES)
+        )
     else:
         z_label = x_label
         if KL:
             z_label = label_logit(z_row, label, V, cap, inv_cap, SOFTCAP)
-        sums, at, ref_at = sum_row(
+        sums, at, ref_at, best = sum_row(
             *(x_row, z_row, x_label, z_label, V, zero, scale, cap, inv_cap),
-            *(R, T, VEC, ALIGNED, SOFTCAP, ENTROPY, KL, MEAN),
+            *(R, T, VEC, ALIGNED, SOFTCAP, ENTROPY, KL, MEAN, SQUARES),
         )
     logps, lse, entropy, kl, mean, m, r, ref_m, ref_r = finish(
         sums, at, ref_at, x_label, zero, V, temperature, inv_t, KL
     )
+    if SQUARES:
+        tl.store(log_sum_sq_ptr + row, log_sum_of_squares(sums))
+        tl.store(argmax_ptr + row, tl.where(tl.abs(lse) < float("inf"), best, -1).to(tl.int64))
     # `row`, by two ways, and `V`, which the compiler does not see through: it would keep what it has made of them at
     # hand while the row is summed.
     there = tl.where(V >= 0, row, 0)
@@ -340,6 +351,7 @@ def forward(
     call: TokenCall,
     want_entropy: bool,
     want_mean: bool,
+    want_diagnostics: bool = False,
     *,
     lanes: int | None = None,
 ) -> tuple[list[Launch], tuple]:
@@ -348,13 +360,14 @@ def forward(
     `lanes`: threads of a warp; None: of the logits' device.
     """
     logits, labels, reference = call[:3]
-    names = ("logps", "lse", "entropy", "kl", "mean", "saved")
+    names = ("logps", "lse", "entropy", "kl", "mean", "saved", "log_sum_sq", "argmax")
     found = new_statistics(labels, want_entropy, reference is not None, want_mean)
-    results = (*found, new_saved(found[0]))
+    more = new_diagnostics(found[0]) if want_diagnostics else ()
+    results = (*found, new_saved(found[0]), *more)
     planned = launches(
         forward_kernel,
         {"x": logits, "z": reference},
-        {"labels": labels.contiguous(), **dict(zip(names, results, strict=True))},
+        {"labels": labels.contiguous(), **dict(zip(names, (*results, None, None)[:8], strict=True))},
         scalars(call),
         sum_tile(logits.shape[-1], logits.dtype, reference is not None, lanes or lanes_of(logits.device)),
     )

@@ -25,6 +25,7 @@ from .token_layout_triton import (
     in_row,
     nothing,
     pieces,
+    places,
     prepare,
 )
 
@@ -32,14 +33,16 @@ from .token_layout_triton import (
 # ---------------------------------------------------------------------------------------------------------------- sums
 @triton.jit
 def no_sums(T: tl.constexpr, VEC: tl.constexpr):
-    """Sums of nothing: (s, w, total, t, k) of every bin."""
+    """Sums of nothing: (s, w, total, t, k, squares) of every bin."""
     none = tl.zeros([T, VEC], tl.float32)
-    return none, none, none, none, none
+    return none, none, none, none, none, none
 
 
 @triton.jit
-def terms(x, z, live, at, ref_at, zero, ENTROPY: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr):
-    """What prepared logits (and the reference's), -inf where not `live`, add to the five sums.
+def terms(
+    x, z, live, at, ref_at, zero, ENTROPY: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr, SQUARES: tl.constexpr
+):
+    """What prepared logits (and the reference's), -inf where not `live`, add to the six sums.
 
     `total` sums differences to `zero`, a number of the logits' size: the sum of logits around 1e4 would lose digits.
     """
@@ -57,13 +60,13 @@ def terms(x, z, live, at, ref_at, zero, ENTROPY: tl.constexpr, KL: tl.constexpr,
         v = tl.fma(z, ref_at[1], -ref_at[2])
         q = tl.exp2(v)
         k = tl.where(p == 0, 0.0, p * (u - v))
-    return p, w, d, q, k
+    return p, w, d, q, k, p * p
 
 
 @triton.jit
-def add(a, b, ENTROPY: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr):
-    """The sum of two lots of five; what was not asked for is left alone."""
-    s, w, total, t, k = a
+def add(a, b, ENTROPY: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr, SQUARES: tl.constexpr):
+    """The sum of two lots of six; what was not asked for is left alone."""
+    s, w, total, t, k, squares = a
     if ENTROPY:
         w += b[1]
     if MEAN:
@@ -71,7 +74,9 @@ def add(a, b, ENTROPY: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr):
     if KL:
         t += b[3]
         k += b[4]
-    return s + b[0], w, total, t, k
+    if SQUARES:
+        squares += b[5]
+    return s + b[0], w, total, t, k, squares
 
 
 @triton.jit
@@ -96,10 +101,18 @@ def total_of(bins, T: tl.constexpr, VEC: tl.constexpr):
 
 @triton.jit
 def totals(
-    sums, head, V, T: tl.constexpr, VEC: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr
+    sums,
+    head,
+    V,
+    T: tl.constexpr,
+    VEC: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    KL: tl.constexpr,
+    MEAN: tl.constexpr,
+    SQUARES: tl.constexpr,
 ):
-    """The five sums of the whole row, scalars."""
-    s, w, total, t, k = sums
+    """The six sums of the whole row, scalars."""
+    s, w, total, t, k, squares = sums
     if head > 0:
         _, length, _ = pieces(V, T, VEC)
         own_head = tl.minimum(head, length)
@@ -111,10 +124,13 @@ def totals(
         if KL:
             t = realigned(t, own_head, T, VEC)
             k = realigned(k, own_head, T, VEC)
+        if SQUARES:
+            squares = realigned(squares, own_head, T, VEC)
     row_w = nothing()
     row_total = nothing()
     row_t = nothing()
     row_k = nothing()
+    row_squares = nothing()
     if ENTROPY:
         row_w = total_of(w, T, VEC)
     if MEAN:
@@ -122,7 +138,9 @@ def totals(
     if KL:
         row_t = total_of(t, T, VEC)
         row_k = total_of(k, T, VEC)
-    return total_of(s, T, VEC), row_w, row_total, row_t, row_k
+    if SQUARES:
+        row_squares = total_of(squares, T, VEC)
+    return total_of(s, T, VEC), row_w, row_total, row_t, row_k, row_squares
 
 
 @triton.jit
@@ -143,12 +161,35 @@ def sum_others(x_row, label, x_label, V, scale, cap, inv_cap, T: tl.constexpr, S
 
 # ---------------------------------------------------------------------------------------------------------- whole rows
 @triton.jit
-def largest(stripes, cap, inv_cap, SOFTCAP: tl.constexpr):
-    """The prepared maximum of a row in registers; soft-capping keeps the order."""
+def raw_largest(stripes):
+    """The maximum of a row in registers."""
     top = tl.max(stripes[0], 1)
     for r in tl.static_range(1, len(stripes)):
         top = tl.maximum(top, tl.max(stripes[r], 1))
-    return prepare(tl.max(top, 0), True, cap, inv_cap, SOFTCAP)
+    return tl.max(top, 0)
+
+
+@triton.jit
+def largest(stripes, cap, inv_cap, SOFTCAP: tl.constexpr):
+    """The same, prepared; soft-capping keeps the order."""
+    return prepare(raw_largest(stripes), True, cap, inv_cap, SOFTCAP)
+
+
+@triton.jit
+def first_largest(stripes, head, V, T: tl.constexpr, VEC: tl.constexpr):
+    """The first element of a row in registers that is as large as any."""
+    R: tl.constexpr = len(stripes)
+    ring: tl.constexpr = R * TEAM * VEC
+    top = raw_largest(stripes)
+    begin, length, _ = pieces(V, T, VEC)
+    own_head = tl.minimum(head, length)
+    first = tl.zeros([T], tl.int32) + V
+    for r in tl.static_range(R):
+        element = places(r, T, VEC) + own_head
+        element = begin + tl.where(element >= ring, element - ring, element)
+        here = (stripes[r] == top) & in_row(r, head, V, R, T, VEC)
+        first = tl.minimum(first, tl.min(tl.where(here, element, V), 1))
+    return tl.min(first, 0)
 
 
 @triton.jit
@@ -169,17 +210,18 @@ def sum_pair(
     ENTROPY: tl.constexpr,
     KL: tl.constexpr,
     MEAN: tl.constexpr,
+    SQUARES: tl.constexpr,
 ):
     """Stripe r and the one half the row further on."""
     R: tl.constexpr = len(xs)
     live = in_row(r, head, V, R, T, VEC)
     x = prepare(xs[r], live, cap, inv_cap, SOFTCAP)
     z = prepare(zs[r], live, cap, inv_cap, SOFTCAP)
-    a = terms(x, z, live, at, ref_at, zero, ENTROPY, KL, MEAN)
+    a = terms(x, z, live, at, ref_at, zero, ENTROPY, KL, MEAN, SQUARES)
     live = in_row(r + R // 2, head, V, R, T, VEC)
     x = prepare(xs[r + R // 2], live, cap, inv_cap, SOFTCAP)
     z = prepare(zs[r + R // 2], live, cap, inv_cap, SOFTCAP)
-    return add(a, terms(x, z, live, at, ref_at, zero, ENTROPY, KL, MEAN), ENTROPY, KL, MEAN)
+    return add(a, terms(x, z, live, at, ref_at, zero, ENTROPY, KL, MEAN, SQUARES), ENTROPY, KL, MEAN, SQUARES)
 
 
 @triton.jit
@@ -199,21 +241,22 @@ def sum_stripes(
     ENTROPY: tl.constexpr,
     KL: tl.constexpr,
     MEAN: tl.constexpr,
+    SQUARES: tl.constexpr,
 ):
-    """The five sums of a row in registers, 2, 4 or 8 stripes `xs` and `zs`.
+    """The six sums of a row in registers, 2, 4 or 8 stripes `xs` and `zs`.
 
     Stripes are added in halves too (see `total_of`): then a row's place rotates all of its elements, and no sum.
     """
     here = (xs, zs, head, V, at, ref_at, zero, cap, inv_cap)
-    sums = sum_pair(0, *here, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
+    sums = sum_pair(0, *here, T, VEC, SOFTCAP, ENTROPY, KL, MEAN, SQUARES)
     if len(xs) == 8:
-        sums = add(sums, sum_pair(2, *here, T, VEC, SOFTCAP, ENTROPY, KL, MEAN), ENTROPY, KL, MEAN)
+        sums = add(sums, sum_pair(2, *here, T, VEC, SOFTCAP, ENTROPY, KL, MEAN, SQUARES), ENTROPY, KL, MEAN, SQUARES)
     if len(xs) > 2:
-        odd = sum_pair(1, *here, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
+        odd = sum_pair(1, *here, T, VEC, SOFTCAP, ENTROPY, KL, MEAN, SQUARES)
         if len(xs) == 8:
-            odd = add(odd, sum_pair(3, *here, T, VEC, SOFTCAP, ENTROPY, KL, MEAN), ENTROPY, KL, MEAN)
-        sums = add(sums, odd, ENTROPY, KL, MEAN)
-    return totals(sums, head, V, T, VEC, ENTROPY, KL, MEAN)
+            odd = add(odd, sum_pair(3, *here, T, VEC, SOFTCAP, ENTROPY, KL, MEAN, SQUARES), ENTROPY, KL, MEAN, SQUARES)
+        sums = add(sums, odd, ENTROPY, KL, MEAN, SQUARES)
+    return totals(sums, head, V, T, VEC, ENTROPY, KL, MEAN, SQUARES)
 
 
 @triton.jit
@@ -232,8 +275,9 @@ def sum_registers(
     ENTROPY: tl.constexpr,
     KL: tl.constexpr,
     MEAN: tl.constexpr,
+    SQUARES: tl.constexpr,
 ):
-    """(the five sums, pivot, the reference's pivot) of a row in registers.
+    """(the six sums, pivot, the reference's pivot, the first largest element if SQUARES) of a row in registers.
 
     Of a short row, the pivot of a plain sum is `zero`, the target: the sum is then one over the target's probability,
     and rarely too large. Only there is the maximum looked for, for which all elements would have to meet beforehand. (A
@@ -246,10 +290,13 @@ def sum_registers(
     if KL:
         ref_at = pivot_at(largest(zs, cap, inv_cap, SOFTCAP), scale)
     row = (xs, zs, head, V)
-    sums = sum_stripes(*row, at, ref_at, zero, cap, inv_cap, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
+    sums = sum_stripes(*row, at, ref_at, zero, cap, inv_cap, T, VEC, SOFTCAP, ENTROPY, KL, MEAN, SQUARES)
     if BY_TARGET:
         if lost(sums[0]):
             at = pivot_at(largest(xs, cap, inv_cap, SOFTCAP), scale)
-            sums = sum_stripes(*row, at, at, zero, cap, inv_cap, T, VEC, SOFTCAP, ENTROPY, KL, MEAN)
+            sums = sum_stripes(*row, at, at, zero, cap, inv_cap, T, VEC, SOFTCAP, ENTROPY, KL, MEAN, SQUARES)
         ref_at = at
-    return sums, at, ref_at
+    best = head
+    if SQUARES:
+        best = first_largest(xs, head, V, T, VEC)
+    return sums, at, ref_at, best

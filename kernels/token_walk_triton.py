@@ -43,8 +43,9 @@ def add_edge(
     ENTROPY: tl.constexpr,
     KL: tl.constexpr,
     MEAN: tl.constexpr,
+    SQUARES: tl.constexpr,
 ):
-    """Adds the elements before the pieces' bodies, or after them: (sums, raw maxima of x and z)."""
+    """Adds the elements before the pieces' bodies, or after them: (sums, what `higher` keeps)."""
     begin, length, _ = pieces(V, T, VEC)
     own_head = tl.minimum(head, length)
     vectors = (length - own_head) // VEC
@@ -61,18 +62,33 @@ def add_edge(
         raw_z = tl.load(z_row + (begin + at_edge), live, other=float("-inf"))
     x = prepare(raw_x, live, cap, inv_cap, SOFTCAP)
     z = prepare(raw_z, live, cap, inv_cap, SOFTCAP)
-    sums = add(sums, terms(x, z, live, at, ref_at, zero, ENTROPY, KL, MEAN), ENTROPY, KL, MEAN)
-    return sums, higher(tops, raw_x, raw_z, KL)
+    sums = add(sums, terms(x, z, live, at, ref_at, zero, ENTROPY, KL, MEAN, SQUARES), ENTROPY, KL, MEAN, SQUARES)
+    return sums, higher(tops, raw_x, raw_z, tl.max(begin + at_edge, 1) - (VEC - 1), KL, SQUARES)
 
 
 @triton.jit
-def higher(tops, raw_x, raw_z, KL: tl.constexpr):
-    """[T] maxima of raw logits and the reference's, raised by a stripe."""
-    top, ref_top = tops
-    top = tl.maximum(top, tl.max(raw_x.to(tl.float32), 1))
+def higher(tops, raw_x, raw_z, first, KL: tl.constexpr, SQUARES: tl.constexpr):
+    """[T] maxima of raw logits and the reference's, raised by a stripe, and the first element, `first` [T], of the
+    vector that had the former."""
+    top, ref_top, at = tops
+    here = tl.max(raw_x.to(tl.float32), 1)
+    if SQUARES:
+        at = tl.where(here > top, first, at)
+    top = tl.maximum(top, here)
     if KL:
         ref_top = tl.maximum(ref_top, tl.max(raw_z.to(tl.float32), 1))
-    return top, ref_top
+    return top, ref_top, at
+
+
+@triton.jit
+def first_of(x_row, tops, V, VEC: tl.constexpr):
+    """The row's first element that is as large as any: in one of the vectors at hand, which are read once more."""
+    top, _, at = tops
+    most = tl.max(top, 0)
+    element = at[:, None] + tl.arange(0, VEC)[None, :]
+    there = (top == most)[:, None] & (element >= 0) & (element < V)
+    x = tl.load(x_row + element, there, other=float("-inf")).to(tl.float32)
+    return tl.min(tl.min(tl.where(there & (x == most), element, V), 1), 0)
 
 
 @triton.jit
@@ -101,15 +117,16 @@ def walk(
     ENTROPY: tl.constexpr,
     KL: tl.constexpr,
     MEAN: tl.constexpr,
+    SQUARES: tl.constexpr,
 ):
-    """(the sums of the bins, the raw maximum, the reference's) of a row of any length, in one read. The next R stripes
-    are on their way while R stripes are added."""
+    """(the sums of the bins, the raw maximum, the reference's, the first largest element if SQUARES) of a row of any
+    length, in one read. The next R stripes are on their way while R stripes are added."""
     head = row_head(x_row, V, VEC)
     edges = has_edges(head, V, VEC)
     _, _, span = pieces(V, T, VEC)
     sums = no_sums(T, VEC)
     low = tl.full([T], float("-inf"), tl.float32)
-    tops = (low, low)
+    tops = (low, low, tl.zeros([T], tl.int32))
     xs, vectors = body_pointers(x_row, head, V, True, T, VEC)
     next_x = load_stripes(xs, vectors, R, T, VEC)
     if KL:
@@ -118,9 +135,11 @@ def walk(
     if edges:
         sums, tops = add_edge(
             *(sums, tops, head, V, x_row, z_row, at, ref_at, zero, cap, inv_cap),
-            *(False, T, VEC, SOFTCAP, ENTROPY, KL, MEAN),
+            *(False, T, VEC, SOFTCAP, ENTROPY, KL, MEAN, SQUARES),
         )
     slot = team_slots(T)
+    begin, length, _ = pieces(V, T, VEC)
+    body = tl.max(begin + tl.minimum(head, length) + slot * VEC, 1)
     for start in range(0, (span - head) // VEC, R * TEAM):
         raw_x = next_x
         raw_z = raw_x
@@ -134,14 +153,19 @@ def walk(
             live = slot + r * TEAM < vectors - start
             x = prepare(raw_x[r], live, cap, inv_cap, SOFTCAP)
             z = prepare(raw_z[r], live, cap, inv_cap, SOFTCAP)
-            tops = higher(tops, raw_x[r], raw_z[r], KL)
-            sums = add(sums, terms(x, z, live, at, ref_at, zero, ENTROPY, KL, MEAN), ENTROPY, KL, MEAN)
+            tops = higher(tops, raw_x[r], raw_z[r], body + (start + r * TEAM) * VEC, KL, SQUARES)
+            sums = add(
+                sums, terms(x, z, live, at, ref_at, zero, ENTROPY, KL, MEAN, SQUARES), ENTROPY, KL, MEAN, SQUARES
+            )
     if edges:
         sums, tops = add_edge(
             *(sums, tops, head, V, x_row, z_row, at, ref_at, zero, cap, inv_cap),
-            *(True, T, VEC, SOFTCAP, ENTROPY, KL, MEAN),
+            *(True, T, VEC, SOFTCAP, ENTROPY, KL, MEAN, SQUARES),
         )
-    return sums, tl.max(tops[0], 0), tl.max(tops[1], 0)
+    best = head
+    if SQUARES:
+        best = first_of(x_row, tops, V, VEC)
+    return sums, tl.max(tops[0], 0), tl.max(tops[1], 0), best
 
 
 @triton.jit
@@ -163,8 +187,10 @@ def sum_row(
     ENTROPY: tl.constexpr,
     KL: tl.constexpr,
     MEAN: tl.constexpr,
+    SQUARES: tl.constexpr,
 ):
-    """(the five sums, pivot, the reference's pivot) of a row of any length, in one read unless the pivot was missed."""
+    """(the six sums, pivot, the reference's pivot, the first largest element if SQUARES) of a row of any length, in one
+    read unless the pivot was missed."""
     at = pivot_at(sample_top(x_row, V, x_label, cap, inv_cap, T, SOFTCAP), scale)
     ref_at = at
     if KL:
@@ -173,10 +199,11 @@ def sum_row(
     sums = no_sums(T, VEC)
     again = V > 0
     length = V
+    best = V
     while again:
-        sums, top, ref_top = walk(
+        sums, top, ref_top, best = walk(
             *(x_row, z_row, length, at, ref_at, zero, cap, inv_cap),
-            *(R, T, VEC, ALIGNED, SOFTCAP, ENTROPY, KL, MEAN),
+            *(R, T, VEC, ALIGNED, SOFTCAP, ENTROPY, KL, MEAN, SQUARES),
         )
         top = prepare(top, True, cap, inv_cap, SOFTCAP)
         again = missed(at, top, FAR_OFF)
@@ -188,4 +215,4 @@ def sum_row(
             at = pivot_at(top, scale)
             if KL:
                 ref_at = pivot_at(ref_top, scale)
-    return totals(sums, row_head(x_row, V, VEC), V, T, VEC, ENTROPY, KL, MEAN), at, ref_at
+    return totals(sums, row_head(x_row, V, VEC), V, T, VEC, ENTROPY, KL, MEAN, SQUARES), at, ref_at, best

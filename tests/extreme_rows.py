@@ -31,6 +31,60 @@ def exact_statistics(x, z, labels):
     return logp.gather(-1, labels.unsqueeze(-1)).squeeze(-1), -(p * logp).sum(-1), (p * (logp - logq)).sum(-1)
 
 
+# ------------------------------------------------------------------------------------------------------- diagnostics
+DIAGNOSTICS = ("log_sum_sq_probs", "mean_logits", "is_top1", "argmax")
+
+
+def exact_diagnostics(x, labels, temperature=1.0, softcap=None):
+    """By torch's own operations in float64; a row without a softmax has no argmax."""
+    wide = x.double()
+    wide = (wide if softcap is None else softcap * torch.tanh(wide / softcap)) / temperature
+    live = labels != -100
+    best = torch.where(live & wide.logsumexp(-1).isfinite(), x.argmax(-1), -1)
+    return {
+        "log_sum_sq_probs": torch.where(live, (2 * wide.log_softmax(-1)).logsumexp(-1), 0),
+        "mean_logits": torch.where(live, torch.where(best < 0, torch.nan, wide.mean(-1)), 0),
+        "is_top1": best == torch.where(live, labels, -2),
+        "argmax": best,
+    }
+
+
+def diagnostics(dtype, vocab, offset=0, **options):
+    """Of ordinary rows, rows with equal maxima at their ends, ignored ones, a sure one, and rows without a softmax."""
+    g = torch.Generator().manual_seed(vocab)
+    storage = torch.empty(9 * vocab + offset, dtype=dtype)
+    x = storage[offset:].view(9, vocab)
+    x.copy_(3 * torch.randn(9, vocab, generator=g))
+    most = 20.0
+    x[1, vocab // 2 :: max(1, vocab // 7)] = most  # of equal ones the first
+    x[2, 0] = x[2, -1] = most
+    x[3, -1] = most + 20
+    x[4, vocab // 3], x[5, 0], x[6] = torch.nan, torch.inf, -torch.inf
+    x[7, 1:] = -torch.inf
+    labels = x.argmax(-1)
+    labels[0] = vocab // 4
+    labels[8] = -100
+    wanted = exact_diagnostics(x, labels, **options)
+    leaf = x.detach().requires_grad_()
+    for names in (DIAGNOSTICS, DIAGNOSTICS[::2]):
+        stats = fa.token_stats(leaf, labels, diagnostics=names, **options)
+        for name in names:
+            found = getattr(stats, name)
+            assert not found.requires_grad
+            if found.is_floating_point():
+                found = torch.where(wanted[name].isnan(), torch.nan, found) if name == "mean_logits" else found
+                close(name, found, wanted[name], torch.float64 if dtype == torch.float64 else torch.float32)
+            else:
+                assert torch.equal(found, wanted[name]), (name, found, wanted[name])
+    reference = torch.roll(x.detach(), 1, -1)
+    both = fa.token_stats(leaf, labels, ref_logits=reference, kl=True, entropy=True, diagnostics=DIAGNOSTICS, **options)
+    alone = fa.token_stats(leaf, labels, ref_logits=reference, kl=True, entropy=True, **options)
+    for ours, other in zip(both[:4], alone, strict=True):
+        close("beside a KL", ours, other.double(), torch.float32)
+    assert torch.equal(both.argmax, wanted["argmax"])
+    close("log_sum_sq_probs", both.log_sum_sq_probs, wanted["log_sum_sq_probs"], torch.float32)
+
+
 # ------------------------------------------------------------------------------------------------------ nothing there
 def rows_of_nothing(dtype, vocab):
     """A row of nothing but -inf among others keeps to itself: its log-probability is NaN, as torch's is, its lse -inf,
@@ -39,7 +93,7 @@ def rows_of_nothing(dtype, vocab):
     x, z = ((2 * torch.randn(3, vocab, generator=g)).to(dtype) for _ in range(2))
     x[1] = -torch.inf
     labels = torch.tensor([0, vocab // 2, vocab - 1])
-    saved = torch.ops.fastalign.token_stats(x, labels, z, -100, 1.0, 0.0, True, False, False)[-1]
+    saved = torch.ops.fastalign.token_stats(x, labels, z, -100, 1.0, 0.0, True, False, False)[5]
     assert (saved[1, 0] + saved[1, 1]).item() == -torch.inf
     assert torch.isfinite(saved[[0, 2]]).all()
     leaf = x.clone().requires_grad_()

@@ -291,6 +291,13 @@ def test_rows_and_tiles_of_nothing(extreme_rows, dtype):
 
 
 @each_dtype
+def test_diagnostics(extreme_rows, dtype):
+    for vocab, offset in ((1, 0), (5, 3), (4099, 5)):
+        extreme_rows.diagnostics(dtype, vocab, offset)
+    extreme_rows.diagnostics(dtype, 17001, 3, temperature=0.7, softcap=30.0)
+
+
+@each_dtype
 def test_targets_that_lead(extreme_rows, dtype):
     """In registers and in a walk; at the row's ends and within."""
     for vocab, places in ((2, (0, 1)), (37, (32,)), (1301, (700,))):

@@ -122,3 +122,17 @@ def test_two_reads_give_the_same_gradient(cuda_simulator):
         assert (s is None) == (t is None)
         assert s is None or torch.allclose(s, t, rtol=1e-6, atol=2e-6)
     assert torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-9)
+
+
+@pytest.mark.parametrize("vocab", [1001, 50257, 128256])
+def test_diagnostics_come_with_the_one_read(cuda_simulator, vocab):
+    x = (2 * torch.randn(ROWS, vocab, generator=torch.Generator().manual_seed(vocab))).bfloat16()
+    labels = torch.arange(ROWS)
+    call = TokenCall(x, labels, None, -100, 1.0, 0.0)
+    with cuda_simulator() as launches, cuda_simulator.raising():
+        *_, found, best = cuda.forward(call, True, True, True)
+    assert len(launches) == 1
+    assert 0.999 <= passes(launches, x, "read_bytes") <= 1.05  # the tile of the largest is looked at once more
+    assert torch.equal(best, x.argmax(-1))
+    exact = (2 * x.double().log_softmax(-1)).logsumexp(-1)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)

@@ -36,7 +36,7 @@ def test_opcheck(dtype, with_ref):
     args = (x, labels, ref, -100, 0.9, 4.0, True, True, False)
     torch.library.opcheck(OPS.token_stats, args)
     with torch.no_grad():
-        logps, _, entropy, kl, _, saved = OPS.token_stats(*args)
+        logps, _, entropy, kl, _, saved, *_ = OPS.token_stats(*args)
     g = torch.ones_like(logps)
     backward = (x.detach(), labels, ref, saved, entropy, kl if with_ref else None, g, g, g, g if with_ref else None, g)
     torch.library.opcheck(OPS.token_stats_backward, (*backward, -100, 0.9, 4.0))

@@ -113,7 +113,7 @@ def test_no_spills_and_16_byte_accesses(arch, dtype):
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_no_spills_with_everything_asked_for(arch, dtype):
-    """Entropy, exact KL, label smoothing, soft-cap: the largest kernels."""
+    """Entropy, exact KL, label smoothing, soft-cap, diagnostics: the largest kernels."""
     from fastalign.kernels import objectives_triton, token_stats_triton
 
     def inputs(vocab):
@@ -124,8 +124,8 @@ def test_no_spills_with_everything_asked_for(arch, dtype):
     x, labels, w = inputs(16000)
     half, call = x[:, :8000], TokenCall(x, labels, x, *options)
     launches = [
-        *token_stats_triton.forward(TokenCall(half, labels, half, *options), True, True, lanes=lanes)[0],
-        *token_stats_triton.forward(call, True, True, lanes=lanes)[0],
+        *token_stats_triton.forward(TokenCall(half, labels, half, *options), True, True, True, lanes=lanes)[0],
+        *token_stats_triton.forward(call, True, True, True, lanes=lanes)[0],
         *token_stats_triton.backward(call, torch.zeros(2, 4), w, w, (w,) * 5, x),
     ]
     for vocab in (8000, 32000):  # in registers, and read twice
@@ -191,6 +191,29 @@ def test_traffic_margin_and_numbers(vocab):
             assert stats.write_passes("x_ptr") == 0
 
 
+@pytest.mark.parametrize("vocab", [1001, 40001])
+def test_diagnostics_in_the_compiled_code(vocab):
+    """In the one read of the others, in registers and in a walk; of equal logits the first, wherever a row starts."""
+    pytest.importorskip("ptxsim", reason="needs the PTX simulator ptxsim")
+    from fastalign.kernels import token_stats_triton
+
+    x = (2 * torch.randn(32, vocab, generator=torch.Generator().manual_seed(vocab))).bfloat16()
+    x[8:, vocab // 3 :: 50] = 11.0
+    x[3, 7], x[5] = torch.nan, -torch.inf
+    labels = torch.arange(32)
+    labels[1] = -100
+    call = TokenCall(x, labels, None, -100, 1.0, 0.0)
+    launches, (*_, found, best) = token_stats_triton.forward(call, True, False, True)
+    for launch in launches:
+        stats = static().simulated(launch, static().compiled(launch, "sm_90"))
+    assert stats.read_passes("x_ptr") <= 1.05
+    rows = torch.tensor([i for i in range(32) if i not in (1, 3, 5)])
+    assert best[[1, 3, 5]].tolist() == [-1] * 3
+    assert torch.equal(best[rows], x[rows].argmax(-1))
+    exact_numbers = (2 * x[rows].double().log_softmax(-1)).logsumexp(-1)
+    torch.testing.assert_close(found[rows].double(), exact_numbers, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_every_statistic_in_the_compiled_code(dtype):
     """What the interpreter cannot show: the compiler's contractions, NaN and -inf, odd rows, in place, a masked row."""
@@ -245,7 +268,7 @@ def test_a_row_knows_nothing_of_its_place_in_the_compiled_code(dtype, everything
     program, given = everything_program(w) if everything else (static().SFT, ())
     outs = torch.empty_like(x), torch.empty_like(x)
     call = TokenCall(x, labels, ref, *options)
-    forward, found = token_stats_triton.forward(call, everything, everything)
+    forward, found = token_stats_triton.forward(call, everything, everything, everything)
     grads = (w, w, more, more, None)
     back = token_stats_triton.backward(call, found[5], found[2], found[3], grads, outs[0])
     one, again = objectives_triton.objective(call, program, w, given, everything, outs[1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,8 +19,9 @@ DTYPES = {
 Statistics = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 """logps, lse, entropy, kl, mean: None where not asked for."""
 
-Forward = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]
-"""These, and `saved`: what the backward needs; see `kernels.token_stats_eager` for their meaning."""
+Forward = tuple[Any, ...]
+"""These, and `saved`: what the backward needs; see `kernels.token_stats_eager` for their meaning. Where diagnostics are
+asked for, `log_sum_sq` (of the others' dtype) and `argmax` (int64) follow."""
 
 
 class TokenProgram(NamedTuple):
@@ -51,7 +52,7 @@ class Backend(Protocol):
     def serves(self, tensor: Tensor, job: str) -> str:
         """Why the backend cannot do the job (a key of DTYPES) on such a tensor, as the end of a sentence; or ""."""
 
-    def forward(self, call: TokenCall, want_entropy: bool, want_mean: bool) -> Forward:
+    def forward(self, call: TokenCall, want_entropy: bool, want_mean: bool, want_diagnostics: bool = False) -> Forward:
         """The statistics, and what the backward needs.
 
         Raises ValueError, before any logit is read, for a label that is neither in [0, V) nor `ignore_index`, where

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.token_call import TokenCall
-from ..kernels.token_results import new_saved, new_statistics
+from ..kernels.token_results import new_diagnostics, new_saved, new_statistics
 from ..utils import environment
 from ._interface import DTYPES, Forward, Statistics, TokenProgram, bad_label
 
@@ -112,17 +112,18 @@ def tokens(call: TokenCall, labels: Tensor) -> tuple[Any, ...]:
     )
 
 
-def forward(call: TokenCall, want_entropy: bool, want_mean: bool) -> Forward:
+def forward(call: TokenCall, want_entropy: bool, want_mean: bool, want_diagnostics: bool = False) -> Forward:
     labels = call.labels.contiguous()
     found = new_statistics(labels, want_entropy, call.reference is not None, want_mean)
     saved = new_saved(found[0])
+    more = new_diagnostics(found[0]) if want_diagnostics else ()
     live = _C.token_stats_forward(
         tokens(call, labels),
-        tuple(map(_address, (*found, saved))),
+        tuple(map(_address, (*found, saved, *(more or (None, None))))),
     )
     if live < 0:
         raise bad_label(labels, -1 - live, call.ignore_index, call.logits.shape[-1])
-    return (*found, saved)
+    return (*found, saved, *more)
 
 
 def backward(

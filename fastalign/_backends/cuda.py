@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.token_call import TokenCall
-from ..kernels.token_results import new_saved, new_statistics
+from ..kernels.token_results import new_diagnostics, new_saved, new_statistics
 from ._interface import DTYPES, Forward, Statistics, TokenProgram
 
 try:
@@ -94,16 +94,17 @@ def _tokens(call: TokenCall, labels: Tensor) -> tuple[Any, ...]:
     )
 
 
-def forward(call: TokenCall, want_entropy: bool, want_mean: bool) -> Forward:
+def forward(call: TokenCall, want_entropy: bool, want_mean: bool, want_diagnostics: bool = False) -> Forward:
     labels = call.labels.contiguous()
     found = new_statistics(labels, want_entropy, call.reference is not None, want_mean)
     saved = new_saved(found[0])
+    more = new_diagnostics(found[0]) if want_diagnostics else ()
     _cuda.token_stats_forward(
         _tokens(call, labels),
-        _addresses(*found, saved),
+        _addresses(*found, saved, *(more or (None, None))),
         *_place(call.logits),
     )
-    return (*found, saved)
+    return (*found, saved, *more)
 
 
 def backward(

@@ -19,9 +19,9 @@ def serves(tensor: Tensor, job: str) -> str:
     return ""
 
 
-def forward(call: TokenCall, want_entropy: bool, want_mean: bool) -> Forward:
+def forward(call: TokenCall, want_entropy: bool, want_mean: bool, want_diagnostics: bool = False) -> Forward:
     check_labels(call.labels, call.ignore_index, call.logits.shape[-1])
-    return token_stats_eager.forward(call, want_entropy, want_mean)
+    return token_stats_eager.forward(call, want_entropy, want_mean, want_diagnostics)
 
 
 def backward(

@@ -64,9 +64,9 @@ def _run(launches: Iterable[Any], device: torch.device) -> None:
             launch.run()
 
 
-def forward(call: TokenCall, want_entropy: bool, want_mean: bool) -> Forward:
+def forward(call: TokenCall, want_entropy: bool, want_mean: bool, want_diagnostics: bool = False) -> Forward:
     check_labels(call.labels, call.ignore_index, call.logits.shape[-1])
-    launches, results = _kernels()[0].forward(call, want_entropy, want_mean)
+    launches, results = _kernels()[0].forward(call, want_entropy, want_mean, want_diagnostics)
     _run(launches, call.logits.device)
     return results
 

@@ -22,13 +22,14 @@ pairs, lists or sequences after the other, so that one part's logits are all the
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops.diagnostics import Diagnostics, asked_for
+from ..ops.diagnostics import asked_for, beyond_mean, named
 from ..ops.statistics import TokenStats
 from ..ops.transforms import batched, transformed
 from ..ops.uncompiled import uncompiled
@@ -150,17 +151,18 @@ class _HeadStats(torch.autograd.Function):
             stats, ctx.projected = _project(problem, plan.rows)
         else:
             stats = forward(problem, plan.rows, plan.columns, problem.buffers(plan.rows, plan.columns))
-        ctx.stats = stats
-        if problem.diagnostics is not None:
-            problem.found = problem.diagnostics.results(problem.labels, stats.mean, stats.saved, problem.temperature)
-        return stats.logps, stats.lse, stats.entropy, stats.kl, stats.mean
+        ctx.stats, diagnostics = stats, (stats.log_sum_sq, stats.argmax)
+        if problem.diagnostics:
+            ctx.stats = replace(stats, log_sum_sq=None, argmax=None)
+            ctx.mark_non_differentiable(*diagnostics)
+        return stats.logps, stats.lse, stats.entropy, stats.kl, stats.mean, *diagnostics
 
     @staticmethod
     @once_differentiable
     @uncompiled
     def backward(ctx, *grads):
         tensors = ctx.saved_tensors  # raises where one was changed
-        problem, plan, stats = ctx.problem, ctx.plan, ctx.stats
+        problem, plan, stats, grads = ctx.problem, ctx.plan, ctx.stats, grads[:5]
         if batched(*grads):  # a kernel cannot see them
             return None, None, *pulled(problem, tensors, grads)
         only_logps = all(g is None for g in grads[1:])
@@ -281,13 +283,15 @@ def head_token_stats(
     if transformed(hidden, weight, bias):
         return transformed_stats(call, diagnostics)
     live = live_problem(call)
-    if diagnostics:
-        live.problem.mean |= "mean_logits" in diagnostics
-        live.problem.diagnostics = Diagnostics(diagnostics, live.tokens.shape[0], weight.device)
+    live.problem.mean |= "mean_logits" in diagnostics
+    live.problem.diagnostics = beyond_mean(diagnostics)
     chosen = _plan_of(live.problem, live.tokens, weight, bias, chunk_bytes, plan)
-    stats = live.spread(*_HeadStats.apply(live.problem, chosen, live.tokens, weight, bias))
-    found = live.problem.found
-    return stats.with_diagnostics({name: live.place(t) for name, t in found.items()}) if found else stats
+    *found, mean, log_sum_sq, argmax = _HeadStats.apply(live.problem, chosen, live.tokens, weight, bias)
+    stats = live.spread(*found, mean)
+    if not diagnostics:
+        return stats
+    more = named(diagnostics, live.problem.labels, mean, log_sum_sq, argmax)
+    return stats.with_diagnostics({name: live.place(t, -1 if name == "argmax" else 0) for name, t in more.items()})
 
 
 def _plan_of(

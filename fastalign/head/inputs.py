@@ -111,11 +111,11 @@ class Live(NamedTuple):
             logps = smoothed(logps, lse, mean, self.label_smoothing)
         return TokenStats(*map(self.place, (logps, lse, entropy, kl)))  # type: ignore[arg-type]
 
-    def place(self, t: Tensor | None) -> Tensor | None:
-        """Of the labels' shape, from one number for each live token."""
+    def place(self, t: Tensor | None, ignored: int = 0) -> Tensor | None:
+        """Of the labels' shape, from one number for each live token; `ignored`: that of the others."""
         if t is None or self.places is None:
             return None if t is None else t.view(self.shape)
-        return t.new_zeros(self.shape.numel()).index_copy(0, self.places, t).view(self.shape)
+        return t.new_full((self.shape.numel(),), ignored).index_copy(0, self.places, t).view(self.shape)
 
 
 def live_problem(call: HeadCall) -> Live:

@@ -7,14 +7,13 @@ gradient on a part needs nothing but the merged ones. So a tile may have any sha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .. import _backends
 from ..ops.call import TokenCall
-from ..ops.diagnostics import Diagnostics
 from .products import add_product, product, quick
 
 _NO_LABEL = -100  # rows of a tile are all live; this value occurs nowhere among their labels
@@ -61,6 +60,8 @@ class RowStats:
     kl: Tensor | None
     mean: Tensor | None
     saved: Tensor  # [M, 4]: see kernels/token_stats.h
+    log_sum_sq: Tensor | None = None  # and the next: where diagnostics are asked for
+    argmax: Tensor | None = None
 
     def rows(self, at: slice) -> RowStats:
         if at.start == 0 and at.stop == self.logps.shape[0]:
@@ -80,8 +81,7 @@ class Problem:
     mean: bool
     dtype: torch.dtype
     """Of the logits."""
-    diagnostics: Diagnostics | None = None  # sees every tile once
-    found: dict[str, Tensor] = field(default_factory=dict)  # what it made of them
+    diagnostics: bool = False
 
     @property
     def vocab(self) -> int:
@@ -124,9 +124,7 @@ class Problem:
         """Statistics of a tile as if its part of the vocabulary were all of it."""
         local, _ = self.local(rows, columns)
         call = self.call(logits, local, reference)
-        if self.diagnostics is not None:
-            self.diagnostics.add(rows, columns, call)
-        return RowStats(*_backends.pick(logits).forward(call, self.entropy, self.mean))
+        return RowStats(*_backends.pick(logits).forward(call, self.entropy, self.mean, self.diagnostics))
 
     def gradient(
         self, rows: slice, columns: slice, logits: Tensor, reference: Tensor | None, stats: RowStats, grads: Grads
@@ -148,6 +146,33 @@ class Problem:
         return logits
 
 
+class _MergedDiagnostics:
+    """Of parts of the vocabulary from left to right, whose sums of squares add, and whose largest logits compete."""
+
+    def __init__(self) -> None:
+        self._log_sq: Tensor | None = None  # log sum exp(2 x), float64
+        self._largest = self._at = torch.empty(0)
+        self._dtype = torch.float32
+
+    def add(self, lse: Tensor, log_sum_sq: Tensor, argmax: Tensor, start: int, logits: Tensor) -> None:
+        self._dtype = log_sum_sq.dtype
+        log_sq = torch.where(lse == -torch.inf, lse, log_sum_sq + 2 * lse)
+        here = logits.gather(-1, argmax.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        here = torch.where(argmax >= 0, here, -torch.inf)
+        at = torch.where(argmax >= 0, argmax + start, -1)
+        if self._log_sq is None:
+            self._log_sq, self._largest, self._at = log_sq, here, at
+            return
+        self._log_sq = torch.logaddexp(self._log_sq, log_sq)
+        self._at = torch.where(here > self._largest, at, self._at)
+        self._largest = torch.maximum(self._largest, here)
+
+    def merged(self, lse: Tensor) -> tuple[Tensor | None, Tensor]:
+        """`lse`: of the whole rows, float64. A part that had no softmax leaves none to its row."""
+        found = None if self._log_sq is None else (self._log_sq - 2 * lse).to(self._dtype)
+        return found, torch.where(lse.isfinite(), self._at, -1)
+
+
 class _Merger:
     """Collects the statistics of parts of the vocabulary. In float64: entropy and KL are differences of merged sums.
 
@@ -158,8 +183,9 @@ class _Merger:
     def __init__(self, problem: Problem):
         self._problem = problem
         self._parts: list[tuple[Tensor, ...]] = []
+        self._diagnostics = _MergedDiagnostics()
 
-    def add(self, rows: slice, columns: slice, part: RowStats) -> None:
+    def add(self, rows: slice, columns: slice, part: RowStats, logits: Tensor) -> None:
         m, r, ref_m, ref_r = part.saved.double().unbind(-1)
         lse, ref_lse = m / self._problem.temperature + r, ref_m / self._problem.temperature + ref_r
         inside = self._problem.local(rows, columns)[1]
@@ -179,6 +205,8 @@ class _Merger:
             mean_gap = torch.where(ref_lse == -torch.inf, torch.inf, mean_gap)
         total = zero if part.mean is None else part.mean * float(columns.stop - columns.start)
         self._parts.append((lse, ref_lse, target, others, sure, label, mean_x, mean_gap, total))
+        if part.log_sum_sq is not None and part.argmax is not None:
+            self._diagnostics.add(lse, part.log_sum_sq, part.argmax, columns.start, logits)
 
     def merged(self, dtype: torch.dtype) -> RowStats:
         problem = self._problem
@@ -209,7 +237,8 @@ class _Merger:
         none = torch.zeros_like(m)
         saved = torch.stack([m, r, *(split(ref_lse) if has_kl else (none, none))], -1)
         entropy, kl, mean = (None if t is None else t.to(dtype) for t in (entropy, kl, mean))
-        return RowStats(logps.to(dtype), lse.to(dtype), entropy, kl, mean, saved)
+        more = self._diagnostics.merged(lse) if problem.diagnostics else (None, None)
+        return RowStats(logps.to(dtype), lse.to(dtype), entropy, kl, mean, saved, *more)
 
 
 def forward(problem: Problem, rows: int, columns: int, buffers: list[Tensor]) -> RowStats:
@@ -222,10 +251,11 @@ def forward(problem: Problem, rows: int, columns: int, buffers: list[Tensor]) ->
         merger = _Merger(problem)
         for c in range(0, problem.vocab, columns):
             part = slice(c, min(c + columns, problem.vocab))
-            stats = problem.stats(at, part, *problem.logits(at, part, buffers))
+            logits, reference = problem.logits(at, part, buffers)
+            stats = problem.stats(at, part, logits, reference)
             if columns >= problem.vocab:
                 break
-            merger.add(at, part, stats)
+            merger.add(at, part, stats, logits)
         else:
             stats = merger.merged(dtype)
         blocks.append(stats)
@@ -246,6 +276,8 @@ def joined(blocks: list[RowStats]) -> RowStats:
         optional([b.kl for b in blocks]),
         optional([b.mean for b in blocks]),
         torch.cat([b.saved for b in blocks]),
+        optional([b.log_sum_sq for b in blocks]),
+        optional([b.argmax for b in blocks]),
     )
 
 

@@ -37,7 +37,8 @@ __all__ = [
 VERSIONS = ("1.16",)
 """Versions of TRL that `patch` knows."""
 
-_OUTPUTS = ("entropy", *DIAGNOSTICS)
+_DIAGNOSTICS = DIAGNOSTICS[:3]  # those that TRL knows
+_OUTPUTS = ("entropy", *_DIAGNOSTICS)
 _TOKENS = 4096  # rows of TRL's own tile: with its chunk_size they bound the memory for logits
 
 
@@ -90,7 +91,7 @@ class ChunkedLogProbFunction:
             softcap=final_logit_softcapping,
             logit_scale=logit_scale,
             entropy="entropy" in outputs,
-            diagnostics=[name for name in DIAGNOSTICS if name in outputs],
+            diagnostics=[name for name in _DIAGNOSTICS if name in outputs],
             chunk_bytes=_TOKENS * chunk_size * size,
         )
         return stats.logps, stats.entropy, stats.log_sum_sq_probs, stats.mean_logits, stats.is_top1

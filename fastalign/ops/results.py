@@ -7,17 +7,17 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-DIAGNOSTICS = ("log_sum_sq_probs", "mean_logits", "is_top1")
+DIAGNOSTICS = ("log_sum_sq_probs", "mean_logits", "is_top1", "argmax")
 """Statistics for the log, in the order in which they follow the others; constants, through which no gradient flows."""
 
 
 class TokenStats(tuple[Tensor, Tensor, Tensor | None, Tensor | None]):
     """Per-token statistics of the labels' shape; float32, or float64 for float64 logits; None where not asked for.
 
-    All are 0 where the label is `ignore_index`.
+    All are 0 where the label is `ignore_index`, but for the argmax, which is -1 there.
 
     A tuple of four: `logps, lse, entropy, kl = token_stats(...)`. Only where diagnostics were asked for do they follow,
-    as items five to seven; as attributes, None where not asked for, they are always there. They are items, and not mere
+    as items five to eight; as attributes, None where not asked for, they are always there. They are items, and not mere
     attributes of a tuple of four, because much that stands around a model's forward (torch's pytrees and with them its
     transforms, FSDP, accelerate's mixed precision) takes tuples apart and makes them anew of their items: attributes
     would be gone without a word.
@@ -60,7 +60,7 @@ class TokenStats(tuple[Tensor, Tensor, Tensor | None, Tensor | None]):
 
     @property
     def log_sum_sq_probs(self) -> Tensor | None:
-        """log sum_j p_j^2; a constant, as are the next two."""
+        """log sum_j p_j^2; a constant, as are the next three."""
         return _item(self, 4)
 
     @property
@@ -72,6 +72,12 @@ class TokenStats(tuple[Tensor, Tensor, Tensor | None, Tensor | None]):
     def is_top1(self) -> Tensor | None:
         """Boolean: the label is the most likely token (of equally likely ones the first); False where ignored."""
         return _item(self, 6)
+
+    @property
+    def argmax(self) -> Tensor | None:
+        """int64: the most likely token, of equally likely ones the first; -1 where ignored, and where NaN, inf or
+        nothing but -inf among the logits leaves no softmax."""
+        return _item(self, 7)
 
     def with_diagnostics(self, found: Mapping[str, Tensor | None]) -> TokenStats:
         """With further statistics, by their names in `DIAGNOSTICS`; none: as they are."""

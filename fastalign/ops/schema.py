@@ -24,7 +24,8 @@ _STATS = "Tensor saved, Tensor? entropy, Tensor? kl, "
 _GRADS = "Tensor? g_logps, Tensor? g_lse, Tensor? g_entropy, Tensor? g_kl, Tensor? g_mean, "
 library.define(
     "token_stats(Tensor logits, Tensor labels, Tensor? ref_logits, int ignore_index, float temperature, float softcap, "
-    "bool entropy, bool mean, bool inplace_backward) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool entropy, bool mean, bool inplace_backward, bool diagnostics=False) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 library.define(
@@ -51,6 +52,7 @@ class _ForwardArguments(NamedTuple):
     entropy: bool
     mean: bool
     inplace_backward: bool
+    diagnostics: bool = False  # the dispatcher leaves out what is as by default
 
     @property
     def call(self) -> TokenCall:
@@ -80,22 +82,26 @@ class _BackwardArguments(NamedTuple):
         return TokenCall(*self[:3], *self[11:])
 
 
-def kernel_forward(call: TokenCall, entropy: bool, mean: bool) -> Forward:
+def kernel_forward(call: TokenCall, entropy: bool, mean: bool, diagnostics: bool = False) -> Forward:
     """The statistics of a call that was checked."""
     call = dense(call)
-    return _backends.pick(call.logits).forward(call, entropy, mean)
+    return _backends.pick(call.logits).forward(call, entropy, mean, diagnostics)
 
 
-def checked_forward(call: TokenCall, entropy: bool, mean: bool, inplace_backward: bool) -> Forward:
+def checked_forward(
+    call: TokenCall, entropy: bool, mean: bool, inplace_backward: bool, diagnostics: bool = False
+) -> Forward:
     check_call(call, inplace_backward)
-    return kernel_forward(call, entropy, mean)
+    return kernel_forward(call, entropy, mean, diagnostics)
 
 
 def _forward(*flat: Any) -> tuple[Tensor, ...]:
     """As an operator, which must return tensors: empty ones for what was not asked for."""
     args = _ForwardArguments(*flat)
-    outputs = checked_forward(args.call, args.entropy, args.mean, args.inplace_backward)
-    return tuple(args.logits.new_empty(0, dtype=outputs[0].dtype) if t is None else t for t in outputs)
+    outputs = checked_forward(args.call, args.entropy, args.mean, args.inplace_backward, args.diagnostics)
+    dtype, new = outputs[0].dtype, args.logits.new_empty
+    more = outputs[6:] or (new(0, dtype=dtype), new(0, dtype=torch.int64))
+    return *(new(0, dtype=dtype) if t is None else t for t in outputs[:6]), *more
 
 
 def _forward_fake(*flat: Any) -> tuple[Tensor, ...]:
@@ -105,7 +111,7 @@ def _forward_fake(*flat: Any) -> tuple[Tensor, ...]:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     rows = logits.shape[:-1]
 
-    def out(wanted: bool) -> Tensor:
+    def out(wanted: bool, dtype: torch.dtype = dtype) -> Tensor:
         return logits.new_empty(rows if wanted else (0,), dtype=dtype)
 
     return (
@@ -115,6 +121,8 @@ def _forward_fake(*flat: Any) -> tuple[Tensor, ...]:
         out(args.ref_logits is not None),
         out(args.mean),
         logits.new_empty((*rows, 4), dtype=dtype),
+        out(args.diagnostics),
+        out(args.diagnostics, torch.int64),
     )
 
 

@@ -18,7 +18,7 @@ from ..utils import private
 from ..utils.private import below_autograd, dual_levels
 from . import transforms
 from .call import TokenCall, as_saved, check_kl, check_smoothing, token_call
-from .diagnostics import asked_for, of_logits
+from .diagnostics import asked_for, beyond_mean, named
 from .results import TokenStats, smoothed
 from .schema import Grads, check_backward, checked_forward, kernel_backward, library, room_for_gradient, written
 
@@ -29,7 +29,7 @@ _Made = tuple[Tensor, Tensor, bytes]
 # Plain autograd.Functions, one on the Autograd key and one for calls that nobody watches:
 # `torch.library.register_autograd` does the same for 40 us a call more.
 def _save(ctx: Any, call: TokenCall, want_entropy: bool, inplace: bool, outputs: Forward) -> None:
-    _, _, entropy, kl, _, saved = outputs
+    _, _, entropy, kl, _, saved = outputs[:6]
     logits, labels, reference = call[:3]
     entropy, kl = entropy if want_entropy else None, kl if reference is not None else None
     ctx.set_materialize_grads(False)
@@ -78,25 +78,26 @@ class _TokenStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *flat: Any) -> Any:
         outputs = _redispatch(*flat)
-        ctx.mark_non_differentiable(outputs[-1])
-        *call, entropy, _, inplace = flat
-        _save(ctx, TokenCall(*call), entropy, inplace, outputs)
+        ctx.mark_non_differentiable(*outputs[5:])
+        entropy, _, inplace = flat[6:9]
+        _save(ctx, TokenCall(*flat[:6]), entropy, inplace, outputs)
+        ctx.constants = len(flat) - 1
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return _gradient(ctx, *grads[:-1]), *[None] * 8
+        return _gradient(ctx, *grads[:5]), *[None] * ctx.constants
 
 
 class _PlainStats(torch.autograd.Function):
     """The same without what autograd charges for: arguments one by one, results that nobody asked for.
 
-    `call`: that of the logits; `want`: entropy, mean, gradient in place; `made`: logps, lse and what was kept of them
-    (`cpu.logps`), where they are there already.
+    `call`: that of the logits; `want`: entropy, mean, gradient in place, diagnostics; `made`: logps, lse and what was
+    kept of them (`cpu.logps`), where they are there already.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, call: TokenCall, want: tuple[bool, bool, bool], made: _Made | None) -> Any:
+    def forward(ctx: Any, logits: Tensor, call: TokenCall, want: tuple[bool, ...], made: _Made | None) -> Any:
         if made is not None:
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(logits, call.labels)
@@ -105,13 +106,16 @@ class _PlainStats(torch.autograd.Function):
         ctx.kept = None
         outputs = checked_forward(call, *want)
         _save(ctx, call, want[0], want[2], outputs)
+        if want[3]:
+            ctx.mark_non_differentiable(*outputs[6:])
+            return *outputs[:5], *outputs[6:]
         if outputs[2] is outputs[3] is outputs[4] is None:
             return outputs[:2]
         return outputs[:5]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        found = _gradient(ctx, *grads) if ctx.kept is None else _kept_gradient(ctx, *grads)
+        found = _gradient(ctx, *grads[:5]) if ctx.kept is None else _kept_gradient(ctx, *grads)
         return found, None, None, None
 
 
@@ -202,18 +206,18 @@ def _redispatch(*flat: Any) -> Any:
 _plain_node = node_of(_PlainStats)
 
 
-def _call_plain(call: TokenCall, entropy: bool, mean: bool, inplace: bool) -> Any:
+def _call_plain(call: TokenCall, entropy: bool, mean: bool, inplace: bool, diagnostics: bool) -> Any:
     """The operator's work for a call that nobody watches; None in place of what was not asked for."""
     logits, made = call.logits, None
     cpu = _backends.direct(logits)
-    if cpu is not None and call.reference is None and not entropy and not mean:
+    if cpu is not None and call.reference is None and not (entropy or mean or diagnostics):
         made = cpu.logps(logits, call.labels, call[3:], inplace)
     if logits.requires_grad and torch.is_grad_enabled():
-        outputs = _plain_node(logits, call, (entropy, mean, inplace), made)
+        outputs = _plain_node(logits, call, (entropy, mean, inplace, diagnostics), made)
         return outputs if len(outputs) > 2 else (*outputs, None, None, None)
     if made is not None:
         return (*made[:2], None, None, None)
-    return checked_forward(call, entropy, mean, inplace)
+    return checked_forward(call, entropy, mean, inplace, diagnostics)
 
 
 def _stats_autograd(logits: Tensor, *rest: Any) -> Any:
@@ -256,8 +260,9 @@ def token_stats(
             sec. 7), so that `-logps` is the smoothed cross-entropy.
         entropy: return the entropy of the distribution.
         kl: return KL(p || q) over the whole vocabulary.
-        diagnostics: which of "log_sum_sq_probs" (two reads more), "mean_logits" (none), "is_top1" (one) to return too;
-            constants. As the entropy does, the mean may change the last bits of the other statistics.
+        diagnostics: which of "log_sum_sq_probs", "mean_logits", "is_top1" and "argmax" to return too: constants, made
+            in the same read (beside `kl`, all but the mean take a second one on cpu and cuda). As the entropy does,
+            they may change the last bits of the other statistics.
         inplace_backward: the backward writes the gradient over `logits`, saving one buffer of their size. Their version
             counter rises, so that a later use of the old values by autograd raises. Ignored under `torch.compile`.
         extras: the former name of diagnostics.
@@ -265,7 +270,7 @@ def token_stats(
     Returns:
         TokenStats(logps, lse, entropy, kl): float32 [...] each (float64 for float64), differentiable in `logits` once.
         Under transforms of `torch.func` and with forward-mode tangents, plain torch operations take the kernels' place.
-        Diagnostics are attributes by their names, None where not asked for, and with one of them items five to seven.
+        Diagnostics are attributes by their names, None where not asked for, and with one of them items five to eight.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -285,15 +290,15 @@ def token_stats(
         (logps, lse, ent, div, mean), found = transforms.statistics(asked, diagnostics)
         logps = smoothed(logps, lse, mean, label_smoothing)
         return TokenStats(logps, lse, ent if entropy else None, div).with_diagnostics(found)
-    inplace = inplace_backward and not torch.compiler.is_compiling()
+    inplace, more = inplace_backward and not torch.compiler.is_compiling(), beyond_mean(diagnostics)
     if alone(logits, labels):
-        logps, lse, ent, div, mean, *_ = _call_plain(asked, entropy, want_mean, inplace)
+        logps, lse, ent, div, mean, *rest = _call_plain(asked, entropy, want_mean, inplace, more)
     else:
-        logps, lse, ent, div, mean, *_ = torch.ops.fastalign.token_stats(*asked, entropy, want_mean, inplace)
+        logps, lse, ent, div, mean, *rest = torch.ops.fastalign.token_stats(*asked, entropy, want_mean, inplace, more)
     if smooth:
         logps = smoothed(logps, lse, mean, label_smoothing)
     stats = TokenStats(logps, lse, ent if entropy else None, div if kl else None)
-    return stats.with_diagnostics(of_logits(diagnostics, asked, mean)) if diagnostics else stats
+    return stats.with_diagnostics(named(diagnostics, labels, mean, *rest[-2:])) if diagnostics else stats
 
 
 def token_logps(logits: Tensor, labels: Tensor, **options) -> Tensor:

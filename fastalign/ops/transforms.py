@@ -70,16 +70,23 @@ def statistics(
         logq = torch.log_softmax(scaled(reference).detach(), -1)
         kl = (p * torch.where(p == 0, 0, finite - logq)).sum(-1)
     found = (logp.gather(-1, target).squeeze(-1), lse, -(p * finite).sum(-1), kl, x.mean(-1))
+
+    def best() -> Tensor:
+        return torch.where(live & lse.isfinite(), logits.argmax(-1), -1)
+
     more = {
         "log_sum_sq_probs": lambda: (2 * logp).logsumexp(-1),
         "mean_logits": lambda: x.mean(-1),
-        "is_top1": lambda: (logits.argmax(-1) == target.squeeze(-1)) & live,
+        "is_top1": lambda: (best() == target.squeeze(-1)) & live,
+        "argmax": best,
     }
 
     def shown(t: Any) -> Any:
         return None if t is None else torch.where(live, t, torch.zeros((), dtype=t.dtype, device=t.device))
 
-    return tuple(map(shown, found)), {name: shown(more[name]()).detach() for name in diagnostics}  # type: ignore[return-value]
+    constants = {name: more[name]().detach() for name in diagnostics}
+    shown_too = {name: t if name == "argmax" else shown(t) for name, t in constants.items()}
+    return tuple(map(shown, found)), shown_too  # type: ignore[return-value]
 
 
 def batched(*grads: Tensor | None) -> bool:
