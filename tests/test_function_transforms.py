@@ -203,7 +203,7 @@ def test_what_is_hidden_or_excluded_makes_no_nan_under_a_transform(backend):
 
 
 def test_diagnostics_are_there_under_a_transform_too():
-    names = ["log_sum_sq_probs", "mean_logits", "is_top1"]
+    names = ["log_sum_sq_probs", "mean_logits", "is_top1", "argmax"]
     x = logits_of(X)
     wanted = fa.token_stats(x, LABELS, diagnostics=names)
     found = func.vmap(lambda x, y: fa.token_stats(x, y, diagnostics=names)[4:])(x, LABELS)
