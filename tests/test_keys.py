@@ -28,6 +28,8 @@ from fastalign.trainers.common import arguments
 from fastalign.trainers.common.other_names import OURS, SAME, answer
 from fastalign.trainers.dpo import DPOConfig, DPOTrainer
 from fastalign.trainers.grpo import GRPOConfig, GRPOTrainer
+from fastalign.trainers.kto import KTOConfig, KTOTrainer
+from fastalign.trainers.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from fastalign.trainers.ppo import PPOConfig, PPOTrainer
 from fastalign.trainers.pro import PROConfig, PROTrainer
 from fastalign.trainers.reward import RewardConfig, RewardTrainer
@@ -124,6 +126,8 @@ def test_a_configurations_signature_is_its_keys():
 TRL = {
     "sft": [("sft_config", "SFTConfig")],
     "dpo": [("dpo_config", "DPOConfig")],
+    "kto": [("kto_config", "KTOConfig")],
+    "online-dpo": [("../experimental/online_dpo/online_dpo_config", "OnlineDPOConfig")],
     "grpo": [("grpo_config", "GRPOConfig"), ("rloo_config", "RLOOConfig")],
     "reward": [("reward_config", "RewardConfig")],
 }
@@ -179,7 +183,8 @@ ROWS = [
     {"prompt": "the movie", "chosen": f" is good {i}", "rejected": " is bad", "completion": " is fun"} for i in range(4)
 ]
 TRAINERS = {SFTTrainer: SFTConfig, DPOTrainer: DPOConfig, PROTrainer: PROConfig, RewardTrainer: RewardConfig}
-POLICIES = {PPOTrainer: PPOConfig, GRPOTrainer: GRPOConfig}
+TRAINERS |= {KTOTrainer: KTOConfig}
+POLICIES = {PPOTrainer: PPOConfig, GRPOTrainer: GRPOConfig, OnlineDPOTrainer: OnlineDPOConfig}
 BOTH = {**TRAINERS, **POLICIES}
 
 
