@@ -29,6 +29,7 @@ from fastalign.trainers.ppo import PPOConfig
 from fastalign.trainers.pro import PROConfig
 from fastalign.trainers.reward import RewardConfig
 from fastalign.trainers.sft import SFTConfig
+from fastalign.trainers.tpo import TPOConfig
 
 
 def attributes_read(source: str) -> set[str]:
@@ -51,7 +52,7 @@ def attributes_read(source: str) -> set[str]:
 
 
 CONFIGS = (SFTConfig, DPOConfig, RewardConfig, PROConfig, DemoConfig, SampleConfig, EvalConfig, DoctorConfig)
-CONFIGS += (PPOConfig, GRPOConfig, KTOConfig, OnlineDPOConfig)
+CONFIGS += (PPOConfig, GRPOConfig, KTOConfig, TPOConfig, OnlineDPOConfig)
 
 
 def files_used(module: str) -> set[Path]:

@@ -34,6 +34,7 @@ from fastalign.trainers.ppo import PPOConfig, PPOTrainer
 from fastalign.trainers.pro import PROConfig, PROTrainer
 from fastalign.trainers.reward import RewardConfig, RewardTrainer
 from fastalign.trainers.sft import SFTConfig, SFTTrainer
+from fastalign.trainers.tpo import TPOConfig, TPOTrainer
 
 
 @pytest.mark.parametrize("command", keys.CONFIGS)
@@ -127,6 +128,7 @@ TRL = {
     "sft": [("sft_config", "SFTConfig")],
     "dpo": [("dpo_config", "DPOConfig")],
     "kto": [("kto_config", "KTOConfig")],
+    "tpo": [("../experimental/tpo/tpo_config", "TPOConfig")],
     "online-dpo": [("../experimental/online_dpo/online_dpo_config", "OnlineDPOConfig")],
     "grpo": [("grpo_config", "GRPOConfig"), ("rloo_config", "RLOOConfig")],
     "reward": [("reward_config", "RewardConfig")],
@@ -180,10 +182,17 @@ def test_every_answer_names_keys_that_there_are():
 
 # ---------------------------------------------------------------------------------------------------- from Python
 ROWS = [
-    {"prompt": "the movie", "chosen": f" is good {i}", "rejected": " is bad", "completion": " is fun"} for i in range(4)
+    {
+        "prompt": "the movie",
+        "chosen": f" is good {i}",
+        "rejected": " is bad",
+        "completion": " is fun",
+        "reference": " ok",
+    }
+    for i in range(4)
 ]
 TRAINERS = {SFTTrainer: SFTConfig, DPOTrainer: DPOConfig, PROTrainer: PROConfig, RewardTrainer: RewardConfig}
-TRAINERS |= {KTOTrainer: KTOConfig}
+TRAINERS |= {KTOTrainer: KTOConfig, TPOTrainer: TPOConfig}
 POLICIES = {PPOTrainer: PPOConfig, GRPOTrainer: GRPOConfig, OnlineDPOTrainer: OnlineDPOConfig}
 BOTH = {**TRAINERS, **POLICIES}
 

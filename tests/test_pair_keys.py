@@ -40,7 +40,7 @@ def test_every_loss_type_of_trl_is_one_here():
         ("kto_pair", "is of single completions, not of pairs: `fastalign kto` trains it"),
         ("apo_zero_unpaired", "is of single completions, not of pairs"),
         ("bco", "is of single completions, and not among ours; bco_pair"),
-        ("tpo-l", "third completion"),
+        ("tpo-l", "is of triples, with a gold completion of each prompt: `fastalign tpo`"),
         ("sigmoid_nrom", "loss_type must be one of"),
     ],
 )

@@ -38,6 +38,12 @@ def _kto(argv: list[str]) -> int:
     return kto.main(argv)
 
 
+def _tpo(argv: list[str]) -> int:
+    from ..trainers import tpo
+
+    return tpo.main(argv)
+
+
 def _online_dpo(argv: list[str]) -> int:
     from ..trainers import online_dpo
 
@@ -144,6 +150,7 @@ COMMANDS: dict[str, Command] = {
     "sft": Command("supervised fine-tuning on prompts and completions", _sft),
     "dpo": Command("direct preference optimisation on pairs of completions", _dpo),
     "kto": Command("learning from single completions marked desirable or undesirable", _kto),
+    "tpo": Command("pairs and a gold completion of each prompt in one step: TPO", _tpo),
     "online-dpo": Command("DPO on pairs of the model's own samples, told apart by a reward or a judge", _online_dpo),
     "ppo": Command("reinforcement learning from a reward: PPO, its KL-penalty form, TRPO", _ppo),
     "grpo": Command("reinforcement learning without a value function: GRPO, RLOO, Dr. GRPO, DAPO, GSPO", _grpo),

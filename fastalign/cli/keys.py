@@ -16,6 +16,7 @@ CONFIGS = {
     "sft": ("trainers.sft", "SFTConfig"),
     "dpo": ("trainers.dpo", "DPOConfig"),
     "kto": ("trainers.kto", "KTOConfig"),
+    "tpo": ("trainers.tpo", "TPOConfig"),
     "online-dpo": ("trainers.online_dpo", "OnlineDPOConfig"),
     "ppo": ("trainers.ppo", "PPOConfig"),
     "grpo": ("trainers.grpo", "GRPOConfig"),

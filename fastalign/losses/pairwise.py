@@ -229,7 +229,7 @@ _UNPAIRED = "is of single completions, not of pairs: `fastalign kto` trains it, 
 _ELSEWHERE = {
     **dict.fromkeys(("kto", "kto_pair", "apo_zero_unpaired"), _UNPAIRED),
     "bco": "is of single completions, and not among ours; bco_pair is its form for pairs",
-    "tpo-l": "has a third completion of each row, and is not among ours; simpo is the same without that one's NLL",
+    "tpo-l": "is of triples, with a gold completion of each prompt: `fastalign tpo` trains it, TPOLoss is it",
 }
 """Names by which other libraries know a loss that is none of the table's, and what there is instead."""
 

@@ -129,6 +129,20 @@ class PreferenceCollator:
 
 
 @dataclass(frozen=True)
+class TripleCollator:
+    """Rows of B triples to one padded batch of 3B sequences: the chosen ones, the rejected ones, then the gold ones."""
+
+    pad_token_id: int
+    padding_side: str = "right"
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        ends = ("chosen", "rejected", "gold")
+        sequences = [(r["prompt_ids"], r[f"{end}_ids"]) for end in ends for r in rows]
+        own = [r.get(f"{end}_own") for end in ends for r in rows]
+        return pad(sequences, self.pad_token_id, self.padding_side, own)
+
+
+@dataclass(frozen=True)
 class UnpairedCollator:
     """Rows of `prompt_ids`, `completion_ids` and `label` to one padded batch of B sequences, as `SFTCollator`'s.
 
