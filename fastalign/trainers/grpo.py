@@ -164,6 +164,10 @@ class GRPOConfig(PolicyConfig, KindConfig):
             raise ValueError("adv_estimator=gdpo standardises several functions (reward_fn); got a reward_model")
 
     @property
+    def needs_energy(self) -> bool:
+        return self.variant.advantages == "otb"
+
+    @property
     def variant(self) -> Variant:
         """The loss_type's choices under the user's own."""
         variant = VARIANTS[self.loss_type]
@@ -282,10 +286,6 @@ class GRPOTrainer(PolicyTrainer):
         given = (rewards, real, stacked(episodes, "logps"), stacked(episodes, "log_sum_sq_probs"))
         groups = (x.unflatten(0, (-1, self.args.num_generations)) for x in given)
         return rl.otb_advantages(*groups).flatten(0, 1)
-
-    @property
-    def needs_energy(self) -> bool:
-        return self.args.variant.advantages == "otb"
 
     @staticmethod
     def _of_tokens(name: str, advantages: Tensor, shaped: rl.ShapedRewards, late: Tensor, real: Tensor) -> Tensor:

@@ -33,7 +33,8 @@ def cached(key: str, compute: Callable[[], Columns], names: Sequence[str]) -> Co
     handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
     with writing(str(path), partial):
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, **dict(zip(names, map(np.array, columns), strict=True)))
+            arrays: dict[str, Any] = dict(zip(names, map(np.array, columns), strict=True))
+            np.savez(file, **arrays)
         os.replace(partial, path)
     return columns
 

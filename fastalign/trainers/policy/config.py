@@ -195,6 +195,11 @@ class PolicyConfig(CommonConfig, EpisodeConfig):
         """Whether anything holds the policy to a reference; with kl_coef 0 none is loaded and no KL is reported."""
         return self.kl_coef > 0
 
+    @property
+    def needs_energy(self) -> bool:
+        """Whether anything asks for the sum of squared probabilities of each token's distribution."""
+        return False
+
 
 def numbers(name: str, values: Iterable[Any]) -> list[float]:
     """Them as finite numbers; ValueError naming the key."""

@@ -71,7 +71,6 @@ class PolicyTrainer(ABC):
     """
 
     updater_class: type[Updater] = Updater
-    needs_energy: bool = False  # each token's sum of squared probabilities
 
     def __init__(
         self,
@@ -240,7 +239,7 @@ class PolicyTrainer(ABC):
                     device=self.accelerator.device,
                     temperature=self.args.temperature,
                     exact_kl=self.args.kl_estimator == "exact",
-                    energy=self.needs_energy,
+                    energy=self.args.needs_energy,
                     batch_size=self.args.rollout_batch_size,
                     grouped=self._grouped,
                 )
