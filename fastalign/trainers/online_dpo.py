@@ -118,11 +118,12 @@ class PairUpdater(Updater):
     def share(self, pairs: Sequence[Pair], loss: DPOLoss, count: int, total: int) -> Tensor:
         """The loss of `count` pairs of the mini-batch's `total`; notes its metrics. Of none: zero times that of any."""
         episodes = [p.chosen for p in pairs] + [p.rejected for p in pairs]
-        batch = {
-            n: x.to(self.accelerator.device) for n, x in collate(episodes, self.fill, grouped=self.grouped).items()
-        }
+        batch, device = collate(episodes, self.fill, grouped=self.grouped), self.accelerator.device
+        # On the CPU, where the episodes are: to find the places of a mask is to wait for a GPU.
+        references = self._reference(episodes, batch["labels"]) if self.args.uses_reference else (None, None)
+        chosen, rejected = (None if x is None else x.to(device) for x in references)
+        batch = {name: x.to(device) for name, x in batch.items()}
         labels = batch["labels"]
-        chosen, rejected = self._reference(episodes, labels) if self.args.uses_reference else (None, None)
         out = loss(self.logits(batch), labels, ref_chosen_logps=chosen, ref_rejected_logps=rejected)
         lengths = (labels != IGNORE).sum(-1).float().chunk(2)
         metrics = {name: getattr(out, field).mean() for name, field in PAIR_METRICS.items()}
