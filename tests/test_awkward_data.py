@@ -32,10 +32,11 @@ POLICY = "--model m --use_cpu --disable_tqdm --reward_fn reward.py:score --respo
 COMMANDS = {
     **dict.fromkeys(("sft", "pro", "reward"), f"{COMMON} --save_strategy no"),
     "dpo": f"{COMMON} --save_strategy no --reference_free",
+    "kto": f"{COMMON} --save_strategy no --loss_type apo_zero_unpaired",
     "ppo": f"{POLICY} --per_device_train_batch_size 2 --total_episodes 2 --num_ppo_epochs 1",
     "grpo": f"{POLICY} --per_device_train_batch_size 2 --total_episodes 2 --num_generations 2 --kl_coef 0",
 }
-SFT, PAIRS, PROMPTS, ALL = ("sft",), ("dpo", "pro", "reward"), ("ppo", "grpo"), tuple(COMMANDS)
+SFT, PAIRS, PROMPTS, ALL = ("sft",), ("dpo", "kto", "pro", "reward"), ("ppo", "grpo"), tuple(COMMANDS)
 
 
 class Awkward(NamedTuple):

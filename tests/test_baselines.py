@@ -34,6 +34,44 @@ def test_opo_of_equal_lengths_is_dr_grpos():
     )
 
 
+TOKENS = torch.arange(8) < LENGTHS.unsqueeze(-1)
+LOGPS = -torch.rand(TOKENS.shape, generator=DRAW, dtype=torch.float64)
+ENERGIES = (2 * LOGPS).exp() + 0.1 * torch.rand(TOKENS.shape, generator=DRAW, dtype=torch.float64)
+
+
+def test_otb():
+    rewards = torch.where(TOKENS, torch.randn(TOKENS.shape, generator=DRAW, dtype=torch.float64), torch.nan)
+    logps, energies = (torch.where(TOKENS, x, torch.nan) for x in (LOGPS, ENERGIES))
+    got = rl.otb_advantages(rewards, TOKENS, logps, energies.log())
+    assert (got[~TOKENS] == 0).all()
+    for k in range(5):
+        want = oracle.otb(*(ragged(x[k], TOKENS[k]) for x in (rewards, logps, energies)))
+        for mine, theirs in zip(ragged(got[k], TOKENS[k]), want, strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-9, abs=1e-12)
+    alone = TOKENS & (TOKENS.sum(1, keepdim=True) == 1)
+    assert alone.any()
+    assert (got[alone] == 0).all()
+
+
+def test_otb_of_equal_weights_is_the_groups_mean():
+    """Tokens of one and the same distribution: every baseline is the mean over the responses that have the token."""
+    whole = torch.ones(5, 4, 3, dtype=torch.bool)
+    rewards = torch.zeros(5, 4, 3, dtype=torch.float64)
+    rewards[..., -1] = REWARDS
+    same = torch.full_like(rewards, -0.7)
+    got = rl.otb_advantages(rewards, whole, same, torch.full_like(rewards, -1.0))
+    torch.testing.assert_close(got, rl.grpo_advantages(REWARDS, scale=False)[..., None].expand(got.shape))
+
+
+def test_otb_weighs_returns_by_the_gradients_norm_so_far():
+    """The baseline of least variance: of all constants b at a place, the sum of W (G - b)^2 is least at this one."""
+    rewards = torch.randn(TOKENS.shape, generator=DRAW, dtype=torch.float64) * TOKENS
+    got = rl.otb_advantages(rewards, TOKENS, LOGPS, ENERGIES.log())
+    weights = ((1 - 2 * LOGPS.exp() + ENERGIES) * TOKENS).cumsum(-1) * TOKENS
+    for shift in (-0.1, 0.1):
+        assert ((weights * (got + shift) ** 2).sum(1) + 1e-12 >= (weights * got**2).sum(1)).all()
+
+
 def test_passk():
     want = [oracle.passk(g, 1e-6) for g in GROUPS]
     want[1] = want[2] = [0.0] * 4
@@ -99,6 +137,10 @@ def test_equal_rewards_are_no_advantage_at_all(size):
     assert (rl.gpg_advantages(rewards) == 0).all()
     assert (rl.gdpo_advantages(torch.stack([rewards, 2 * rewards], -1), eps=0.0) == 0).all()
     assert (rl.reinforce_pp_baseline_advantages(rewards, mask) == 0).all()
+    at_end = torch.zeros(mask.shape)
+    at_end[..., -1] = rewards
+    logps = -torch.rand(mask.shape, generator=DRAW)
+    assert (rl.otb_advantages(at_end, mask, logps, logps) == 0).all()
 
 
 def test_overlong_penalty():
@@ -114,6 +156,7 @@ def test_all_are_constants():
     mask = torch.ones(5, 4, 3, dtype=torch.bool)
     for found in (
         rl.opo_advantages(rewards, LENGTHS),
+        rl.otb_advantages(rewards[..., None] * TOKENS, TOKENS, LOGPS, ENERGIES.log()),
         rl.passk_advantages(rewards),
         rl.gpg_advantages(rewards),
         rl.gdpo_advantages(rewards[..., None]),
@@ -129,6 +172,8 @@ def test_all_are_constants():
     ("call", "error", "message"),
     [
         (lambda: rl.opo_advantages(REWARDS, LENGTHS[:2]), ValueError, r"lengths must have shape \[5, 4\], that of rew"),
+        (lambda: rl.otb_advantages(LOGPS, TOKENS[:2], LOGPS, LOGPS), ValueError, "mask must have shape"),
+        (lambda: rl.otb_advantages(LOGPS, TOKENS, LOGPS[:2], LOGPS), ValueError, "logps must have shape"),
         (lambda: rl.passk_advantages(REWARDS[:, :1]), ValueError, r"rewards must be \[..., K\] with K of 2 or more"),
         (lambda: rl.passk_advantages(REWARDS, eps=-1.0), ValueError, r"eps must be in \[0"),
         (lambda: rl.gpg_advantages(LENGTHS), TypeError, "rewards must be a floating-point tensor; got torch.int64"),

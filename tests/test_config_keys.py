@@ -22,11 +22,14 @@ from fastalign.evaluation.evaluate import EvalConfig
 from fastalign.evaluation.sample import SampleConfig
 from fastalign.trainers.dpo import DPOConfig
 from fastalign.trainers.grpo import GRPOConfig
+from fastalign.trainers.kto import KTOConfig
+from fastalign.trainers.online_dpo import OnlineDPOConfig
 from fastalign.trainers.policy.config import PolicyConfig
 from fastalign.trainers.ppo import PPOConfig
 from fastalign.trainers.pro import PROConfig
 from fastalign.trainers.reward import RewardConfig
 from fastalign.trainers.sft import SFTConfig
+from fastalign.trainers.tpo import TPOConfig
 
 
 def attributes_read(source: str) -> set[str]:
@@ -49,7 +52,7 @@ def attributes_read(source: str) -> set[str]:
 
 
 CONFIGS = (SFTConfig, DPOConfig, RewardConfig, PROConfig, DemoConfig, SampleConfig, EvalConfig, DoctorConfig)
-CONFIGS += (PPOConfig, GRPOConfig)
+CONFIGS += (PPOConfig, GRPOConfig, KTOConfig, TPOConfig, OnlineDPOConfig)
 
 
 def files_used(module: str) -> set[Path]:
@@ -76,9 +79,10 @@ def test_every_key_of_ours_is_read_by_its_command(config):
     start = f"fastalign.{STARTS[config]}" if config in STARTS else config.__module__
     importlib.import_module(start)
     read = set().union(*(attributes_read(path.read_text(encoding="utf-8")) for path in files_used(start)))
-    unread = {f.name for f in fields(config)} - {f.name for f in fields(TrainingArguments)} - read
+    given = {f.name for f in fields(config) if f.init}
+    unread = given - {f.name for f in fields(TrainingArguments)} - read
     if issubclass(config, PolicyConfig):  # no TrainingArguments: nothing but what the trainers read has an effect
-        unread |= {f.name for f in fields(config)} - read
+        unread |= given - read
     assert not unread
 
 

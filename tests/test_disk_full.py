@@ -29,6 +29,7 @@ PAIRS = [
 COMMANDS = {
     "sft": "",
     "dpo": "",
+    "kto": "--sync_ref_model true --per_device_train_batch_size 2",
     "pro": "",
     "reward": "",
     "ppo": "--reward_fn {place}/reward.py:score",
@@ -110,7 +111,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
         with pytest.raises(OSError, match=r"x\.json could not be written: .*too large.* GB free there"):
             checkpoints.write_json(tmp_path / "x.json", ["long"] * 1000)
         with pytest.raises(OSError, match=r"a\.npz could not be written: "):
-            ref_cache.cached("a", lambda: ([0.1 * i for i in range(4000)], [0.0] * 4000))
+            ref_cache.cached("a", lambda: [[0.1 * i for i in range(4000)]], ["chosen"])
     assert json.loads((tmp_path / "x.json").read_text()) == [1]
     assert not partials(tmp_path)
 

@@ -30,13 +30,16 @@ from fastalign.cli import commands as cli
 from fastalign.trainers.common.callbacks import LOG_NAME, read_log
 from fastalign.trainers.dpo import DPOConfig, DPOTrainer
 from fastalign.trainers.grpo import GRPOConfig, GRPOTrainer
+from fastalign.trainers.kto import KTOConfig, KTOTrainer
+from fastalign.trainers.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from fastalign.trainers.policy.rewards import FunctionReward
 from fastalign.trainers.ppo import PPOConfig, PPOTrainer
 from fastalign.trainers.sft import SFTConfig, SFTTrainer
 
 ADAPTED = ("continue", "stack")
-SUPERVISED = ("sft", "dpo", "lora", *ADAPTED)
-PARTS = (*SUPERVISED, "ppo", "grpo")
+SUPERVISED = ("sft", "dpo", "kto", "moving", "lora", *ADAPTED)
+PARTS = (*SUPERVISED, "ppo", "grpo", "online")
+SHARDED = tuple(part for part in PARTS if part != "moving")  # which mixes whole weights
 WORDS = ["the", "movie", "is", "good", "bad", "great", "dull", "film", "fun", "awful", "long", "and"]
 
 
@@ -47,6 +50,7 @@ def text(i: int, words: int) -> str:
 # Five rows and batches of four: the second batch has one row, which leaves a second process without any.
 SFT_ROWS = [{"prompt": "the movie", "completion": text(i, 1 + i % 5)} for i in range(5)]
 PAIRS = [{"prompt": "a film", "chosen": text(i, 1 + i % 4), "rejected": text(i + 3, 2 + i % 3)} for i in range(5)]
+LABELLED = [{"prompt": text(i, 2), "completion": text(i + 1, 1 + i % 4), "label": i % 2 == 0} for i in range(5)]
 PROMPTS = [{"prompt": text(i, 1 + i % 3).strip()} for i in range(5)]
 
 
@@ -55,12 +59,18 @@ def lengths(completions):
 
 
 def supervised(out: Path, part: str, processes: int, **extra):
-    """The trainer of `sft`, `dpo`, or DPO of adapters (new ones; those of a folder; new ones on those): four rows an
-    update, however many processes."""
-    config, trainer, rows = {"sft": (SFTConfig, SFTTrainer, SFT_ROWS)}.get(part, (DPOConfig, DPOTrainer, PAIRS))
+    """The trainer of `sft`, `dpo`, `kto`, DPO with a reference that moves, or DPO of adapters (new ones; those of a
+    folder; new ones on those): four rows an update, however many processes."""
+    others = {"sft": (SFTConfig, SFTTrainer, SFT_ROWS), "kto": (KTOConfig, KTOTrainer, LABELLED)}
+    config, trainer, rows = others.get(part, (DPOConfig, DPOTrainer, PAIRS))
     options = {"output_dir": str(out / part), "use_cpu": True, "learning_rate": 0.05, "lr_scheduler_type": "constant"}
     options |= {"per_device_train_batch_size": 4 // processes, "per_device_eval_batch_size": 2, "logging_steps": 1}
     options |= {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "disable_tqdm": True, "optim": "sgd"}
+    if part == "kto":
+        # Its gradient is at most a quarter of beta; its baseline is a batch's, of all processes, in evaluations too.
+        options |= {"learning_rate": 0.5, "per_device_eval_batch_size": 4 // processes}
+    if part == "moving":
+        options |= {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.3}
     if part == "lora":  # whose second matrices start at zero, so that the first updates move little
         options |= {"lora_rank": 2, "lora_merge": False, "learning_rate": 1.0}
     if part in ADAPTED:
@@ -71,7 +81,7 @@ def supervised(out: Path, part: str, processes: int, **extra):
 
 
 def policy(out: Path, part: str, processes: int, **extra):
-    """The trainer of `ppo` or `grpo`: eight responses a step in two updates."""
+    """The trainer of `ppo`, `grpo` or online DPO: eight responses a step in two updates."""
     config, trainer, more = {
         "ppo": (
             PPOConfig,
@@ -79,6 +89,7 @@ def policy(out: Path, part: str, processes: int, **extra):
             {"ptx_dataset": SFT_ROWS, "ptx_batch_size": 3, "kl_controller": "adaptive", "target": 0.1},
         ),
         "grpo": (GRPOConfig, GRPOTrainer, {"num_generations": 4}),
+        "online": (OnlineDPOConfig, OnlineDPOTrainer, {"num_generations": 2}),
     }[part]
     options = {"output_dir": str(out / part), "use_cpu": True, "disable_tqdm": True, "learning_rate": 1e-2}
     options |= {"per_device_train_batch_size": 4 // processes, "num_mini_batches": 2, "num_ppo_epochs": 2}
@@ -232,7 +243,7 @@ FSDP2 |= {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOA
 @pytest.fixture(scope="module")
 def sharded_runs(runs) -> Path:
     """The same folder with every part run by two processes that hold half of the weights each."""
-    start_two(str(runs), "sharded", *PARTS, env=FSDP2)
+    start_two(str(runs), "sharded", *SHARDED, env=FSDP2)
     return runs
 
 
@@ -266,7 +277,7 @@ class TestTwoProcesses:
         torch.testing.assert_close(weights(out / part), weights(runs / "one" / part), rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", SHARDED)
 class TestShardedWeights:
     def test_every_logged_number_and_the_weights_are_those_of_one(self, sharded_runs, part):
         runs = sharded_runs

@@ -21,6 +21,16 @@ def weights(trainer) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in trainer.inner.parameters()])
 
 
+def sum_of_squares(trainer, episodes) -> torch.Tensor:
+    """[E, R] of each token's distribution, from whole logits of one response at a time; 1 beyond its end."""
+    found = torch.ones(len(episodes), max(len(e.ids) for e in episodes))
+    for row, e in zip(found, episodes, strict=True):
+        with torch.no_grad():
+            logits = trainer.inner.policy(torch.tensor([e.prompt.ids + e.ids])).logits[0, len(e.prompt.ids) - 1 : -1]
+        row[: len(e.ids)] = (logits / trainer.args.temperature).softmax(-1).square().sum(-1)
+    return found
+
+
 @pytest.mark.parametrize("name", list(ADVANTAGE_ESTIMATORS))
 def test_every_estimator_of_advantages(make, name):
     """As `rl` computes it, at every token of a response; the run that they make is finite."""
@@ -35,6 +45,10 @@ def test_every_estimator_of_advantages(make, name):
         "dr_grpo": lambda: rl.grpo_advantages(rewards, scale=False),
         "rloo": lambda: rl.rloo_advantages(rewards),
         "opo": lambda: rl.opo_advantages(rewards, lengths),
+        "optimal_token_baseline": lambda: rl.otb_advantages(
+            *(x.unflatten(0, (-1, 4)) for x in (shaped.rewards, mask, rollout.stacked(episodes, "logps"))),
+            sum_of_squares(trainer, episodes).log().unflatten(0, (-1, 4)),
+        ),
         "grpo_passk": lambda: rl.passk_advantages(rewards),
         "gpg": lambda: rl.gpg_advantages(rewards),
         "gdpo": lambda: rl.gdpo_advantages(rewards[..., None]),

@@ -28,10 +28,13 @@ from fastalign.trainers.common import arguments
 from fastalign.trainers.common.other_names import OURS, SAME, answer
 from fastalign.trainers.dpo import DPOConfig, DPOTrainer
 from fastalign.trainers.grpo import GRPOConfig, GRPOTrainer
+from fastalign.trainers.kto import KTOConfig, KTOTrainer
+from fastalign.trainers.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from fastalign.trainers.ppo import PPOConfig, PPOTrainer
 from fastalign.trainers.pro import PROConfig, PROTrainer
 from fastalign.trainers.reward import RewardConfig, RewardTrainer
 from fastalign.trainers.sft import SFTConfig, SFTTrainer
+from fastalign.trainers.tpo import TPOConfig, TPOTrainer
 
 
 @pytest.mark.parametrize("command", keys.CONFIGS)
@@ -124,6 +127,9 @@ def test_a_configurations_signature_is_its_keys():
 TRL = {
     "sft": [("sft_config", "SFTConfig")],
     "dpo": [("dpo_config", "DPOConfig")],
+    "kto": [("kto_config", "KTOConfig")],
+    "tpo": [("../experimental/tpo/tpo_config", "TPOConfig")],
+    "online-dpo": [("../experimental/online_dpo/online_dpo_config", "OnlineDPOConfig")],
     "grpo": [("grpo_config", "GRPOConfig"), ("rloo_config", "RLOOConfig")],
     "reward": [("reward_config", "RewardConfig")],
 }
@@ -176,10 +182,18 @@ def test_every_answer_names_keys_that_there_are():
 
 # ---------------------------------------------------------------------------------------------------- from Python
 ROWS = [
-    {"prompt": "the movie", "chosen": f" is good {i}", "rejected": " is bad", "completion": " is fun"} for i in range(4)
+    {
+        "prompt": "the movie",
+        "chosen": f" is good {i}",
+        "rejected": " is bad",
+        "completion": " is fun",
+        "reference": " ok",
+    }
+    for i in range(4)
 ]
 TRAINERS = {SFTTrainer: SFTConfig, DPOTrainer: DPOConfig, PROTrainer: PROConfig, RewardTrainer: RewardConfig}
-POLICIES = {PPOTrainer: PPOConfig, GRPOTrainer: GRPOConfig}
+TRAINERS |= {KTOTrainer: KTOConfig, TPOTrainer: TPOConfig}
+POLICIES = {PPOTrainer: PPOConfig, GRPOTrainer: GRPOConfig, OnlineDPOTrainer: OnlineDPOConfig}
 BOTH = {**TRAINERS, **POLICIES}
 
 

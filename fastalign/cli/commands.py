@@ -32,6 +32,24 @@ def _dpo(argv: list[str]) -> int:
     return dpo.main(argv)
 
 
+def _kto(argv: list[str]) -> int:
+    from ..trainers import kto
+
+    return kto.main(argv)
+
+
+def _tpo(argv: list[str]) -> int:
+    from ..trainers import tpo
+
+    return tpo.main(argv)
+
+
+def _online_dpo(argv: list[str]) -> int:
+    from ..trainers import online_dpo
+
+    return online_dpo.main(argv)
+
+
 def _ppo(argv: list[str]) -> int:
     from ..trainers import ppo
 
@@ -131,6 +149,9 @@ COMMANDS: dict[str, Command] = {
     "demo": Command("align a small language model on human-rated movie reviews, start to end, in minutes", _demo),
     "sft": Command("supervised fine-tuning on prompts and completions", _sft),
     "dpo": Command("direct preference optimisation on pairs of completions", _dpo),
+    "kto": Command("learning from single completions marked desirable or undesirable", _kto),
+    "tpo": Command("pairs and a gold completion of each prompt in one step: TPO", _tpo),
+    "online-dpo": Command("DPO on pairs of the model's own samples, told apart by a reward or a judge", _online_dpo),
     "ppo": Command("reinforcement learning from a reward: PPO, its KL-penalty form, TRPO", _ppo),
     "grpo": Command("reinforcement learning without a value function: GRPO, RLOO, Dr. GRPO, DAPO, GSPO", _grpo),
     "pro": Command("preference ranking optimization on ranked lists of completions", _pro),

@@ -15,6 +15,9 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 CONFIGS = {
     "sft": ("trainers.sft", "SFTConfig"),
     "dpo": ("trainers.dpo", "DPOConfig"),
+    "kto": ("trainers.kto", "KTOConfig"),
+    "tpo": ("trainers.tpo", "TPOConfig"),
+    "online-dpo": ("trainers.online_dpo", "OnlineDPOConfig"),
     "ppo": ("trainers.ppo", "PPOConfig"),
     "grpo": ("trainers.grpo", "GRPOConfig"),
     "pro": ("trainers.pro", "PROConfig"),

@@ -15,7 +15,8 @@ from scipy import stats
 
 from ..trainers.data.chat import content_of, is_chat, template_options
 from ..trainers.data.encode import Encoder
-from ..trainers.data.tokenize import LIST_FORMS, PAIR_FORMS, SFT_FORMS
+from ..trainers.data.targets import label_of
+from ..trainers.data.tokenize import LIST_FORMS, PAIR_FORMS, SFT_FORMS, UNPAIRED_FORM
 from ..trainers.policy.config import PolicyConfig
 from .rows import PROMPTS, Walk, first_words, not_numbers, ratings, walk
 
@@ -117,6 +118,30 @@ def rated(p: Patient) -> list[Finding]:
         level = "error" if len(tied) == len(p.rows) else "warning"
         out.append(Finding(level, f"{_rows(tied)}: all completions have one rating: nothing is learned from the list"))
     return out
+
+
+def labelled(p: Patient) -> list[Finding]:
+    """Labels of single completions: what is none, and whether the two classes weigh alike."""
+    if not set(UNPAIRED_FORM) <= set(p.rows.column_names):
+        return []
+    bad, good = [], 0
+    for i, value in enumerate(p.rows["label"]):
+        try:
+            good += label_of(value)
+        except ValueError:
+            bad.append(i)
+    if bad:
+        return [Finding("error", f"{_rows(bad)}: column 'label' must hold true or false")]
+    total = len(p.rows)
+    if good in (0, total):
+        said = f"every label is {str(good > 0).lower()}: kto learns from both desirable and undesirable completions"
+        return [Finding("error", said)]
+    ratio = good / (total - good)
+    if 1 <= ratio <= 1.5:  # what the paper keeps the weights times the numbers within: see `losses.kto_loss`
+        return []
+    name, low, high = ("undesirable", ratio / 1.5, ratio) if ratio > 1 else ("desirable", 1 / ratio, 1.5 / ratio)
+    said = f"{good} of {total} rows are desirable; kto's classes weigh alike with a {name}_weight from {low:.3g} to "
+    return [Finding("warning", f"{said}{high:.3g}")]
 
 
 def boundaries(p: Patient) -> list[Finding]:
@@ -327,6 +352,7 @@ def _written_out(p: Patient) -> list[Finding]:
 DATA_CHECKS: dict[str, Callable[[Patient], list[Finding]]] = {
     "rows": refused,
     "ratings": rated,
+    "labels": labelled,
     "boundaries": boundaries,
     "padding": padding,
     "empty completions": empty,

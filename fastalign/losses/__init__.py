@@ -7,6 +7,7 @@ from .policy import PolicyLossOutput, PPOLoss, policy_loss
 from .preference import DPOLoss, PreferenceOutput, dpo_loss
 from .reward import RewardOutput, best_of_k_loss, kwise_reward_loss, last_token_scores, reward_loss
 from .sft import SFTLoss, SFTOutput, sft_loss
+from .triple import TPOLoss, TPOOutput, tpo_loss
 from .unpaired import KTOLoss, KTOOutput, kto_loss
 from .value import ValueLossOutput, ptx_loss, value_loss
 
@@ -25,6 +26,8 @@ __all__ = [
     "RewardOutput",
     "SFTLoss",
     "SFTOutput",
+    "TPOLoss",
+    "TPOOutput",
     "TokenLoss",
     "ValueLossOutput",
     "best_of_k_loss",
@@ -40,5 +43,6 @@ __all__ = [
     "ptx_loss",
     "reward_loss",
     "sft_loss",
+    "tpo_loss",
     "value_loss",
 ]

@@ -225,6 +225,14 @@ PAIRWISE: dict[str, Variant] = {
 ALIASES = {"sppo_hard": "sppo", "aot_pair": "aot"}
 """Other libraries' names of rows of the table."""
 
+_UNPAIRED = "is of single completions, not of pairs: `fastalign kto` trains it, KTOLoss is it"
+_ELSEWHERE = {
+    **dict.fromkeys(("kto", "kto_pair", "apo_zero_unpaired"), _UNPAIRED),
+    "bco": "is of single completions, and not among ours; bco_pair is its form for pairs",
+    "tpo-l": "is of triples, with a gold completion of each prompt: `fastalign tpo` trains it, TPOLoss is it",
+}
+"""Names by which other libraries know a loss that is none of the table's, and what there is instead."""
+
 
 # -------------------------------------------------------------------------------------------------------------- options
 @dataclass(frozen=True)
@@ -310,6 +318,8 @@ def _weights(loss_type: str | Sequence[str] | Mapping[str, float]) -> dict[str, 
     if not loss_type:
         raise ValueError("loss_type must name at least one loss; got none")
     for name, weight in loss_type.items():
+        if name in _ELSEWHERE:
+            raise ValueError(f"loss_type {name!r} {_ELSEWHERE[name]}")
         lookup("loss_type", PAIRWISE, ALIASES.get(name, name))
         check_range(f"the weight of loss_type {name!r}", weight, -math.inf)
     return {ALIASES.get(name, name): float(weight) for name, weight in loss_type.items()}

@@ -43,6 +43,24 @@ def opo(rewards: Group, lengths: Group) -> Group:
     return [r - baseline for r in rewards]
 
 
+def otb(rewards: list[Group], logps: list[Group], energies: list[Group]) -> list[Group]:
+    """Li et al. 2026 (arXiv:2602.07078), ragged responses of one prompt: G_t - sum W_t G_t / sum W_t over those that
+    have a token t, W_t = sum_{j <= t} (1 - 2 pi_j + sum pi^2); energies are sum pi^2."""
+    totals = [[math.fsum(row[t:]) for t in range(len(row))] for row in rewards]
+    norms = [
+        [1 - 2 * math.exp(p) + e for p, e in zip(*both, strict=True)] for both in zip(logps, energies, strict=True)
+    ]
+    weights = [[math.fsum(row[: t + 1]) for t in range(len(row))] for row in norms]
+    found: list[Group] = [[] for _ in rewards]
+    for t in range(max(map(len, rewards))):
+        there = [i for i, row in enumerate(rewards) if len(row) > t]
+        over = math.fsum(weights[i][t] for i in there)
+        baseline = math.fsum(weights[i][t] * totals[i][t] for i in there) / over
+        for i in there:
+            found[i].append(totals[i][t] - baseline)
+    return found
+
+
 def passk(rewards: Group, eps: float | None = None) -> Group:
     """arXiv:2503.19595: the best moves E max, by what it adds to the second; over the deviation plus eps."""
     first, second = sorted(rewards, reverse=True)[:2]
@@ -51,7 +69,7 @@ def passk(rewards: Group, eps: float | None = None) -> Group:
 
 
 def gpg(groups: list[Group]) -> list[Group]:
-    """Chu et al. 2025: alpha (r - mean), alpha = groups over groups that have a gradient."""
+    """Chu et al. 2025 (arXiv:2504.02546): alpha (r - mean), alpha = groups over groups that have a gradient."""
     alpha = len(groups) / max(sum(len(set(g)) > 1 for g in groups), 1)
     return [[alpha * (r - _mean(g)) for r in g] for g in groups]
 

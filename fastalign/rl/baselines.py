@@ -1,4 +1,5 @@
-"""Advantages with other baselines than a group's mean or its others': OPO, pass@k, GPG, GDPO, ReMax, REINFORCE++."""
+"""Advantages with other baselines than a group's mean or its others': OPO, OTB, pass@k, GPG, GDPO, ReMax,
+REINFORCE++."""
 
 from __future__ import annotations
 
@@ -34,6 +35,44 @@ def opo_advantages(rewards: Tensor, lengths: Tensor) -> Tensor:
     return off - (weights * off).sum(-1, keepdim=True) / weights.sum(-1, keepdim=True).clamp(min=1)
 
 
+def otb_advantages(rewards: Tensor, mask: Tensor, logps: Tensor, log_sum_sq_probs: Tensor) -> Tensor:
+    """Each token's return minus the baseline of least variance at its place: OTB (Li et al. 2026, arXiv:2602.07078).
+
+    The baseline at t is sum_i W_t G_t / sum_i W_t over the group's responses that have a token there, with the return
+    G_t and W_t = sum_{j <= t} (1 - 2 pi_j + sum_v pi(v)^2), the squared norm of the gradient of the tokens'
+    log-probabilities so far by their logits: the paper's logit-gradient proxy. verl's `optimal_token_baseline`.
+
+    Args:
+        rewards: [..., K, T], of each token of K samples of one prompt, as `shape_rewards` makes them.
+        mask: [..., K, T], boolean, True = real.
+        logps: [..., K, T], log-probabilities of the tokens under the policy that sampled them.
+        log_sum_sq_probs: [..., K, T], log sum_v pi(v)^2 of its distribution at each token: a diagnostic of
+            `token_stats`.
+
+    Returns:
+        [..., K, T], constants, 0 where hidden; exactly 0 where all responses with a token have one return, or where
+        one of them alone has a token.
+
+    Raises:
+        TypeError: not floating-point tensors, or a mask that is not boolean. ValueError: shapes that differ.
+    """
+    shape = check_float("rewards", rewards).shape
+    if len(shape) < 2:
+        raise ValueError(f"rewards must be [..., K, T]; got shape {list(shape)}")
+    check_mask("mask", mask, shape, "rewards")
+    check_float("logps", logps, shape, "rewards")
+    check_float("log_sum_sq_probs", log_sum_sq_probs, shape, "rewards")
+    returns = discounted_returns(rewards.detach(), mask, gamma=1.0)
+    norms = 1 - 2 * logps.detach().exp() + log_sum_sq_probs.detach().exp()
+    weights = torch.where(mask, torch.where(mask, norms, 0).cumsum(-1), 0).to(returns.dtype)
+    # Against the first response that has a token there, so that equal returns are exactly 0 whatever the weights.
+    first = returns.gather(-2, mask.to(torch.uint8).argmax(-2, keepdim=True))
+    off = torch.where(mask, returns - first, 0)
+    total = weights.sum(-2, keepdim=True)
+    baseline = (weights * off).sum(-2, keepdim=True) / total.clamp(min=torch.finfo(total.dtype).tiny)
+    return torch.where(mask, off - baseline, 0)
+
+
 def passk_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-6) -> Tensor:
     """What the best of a group adds to its maximum, r_1st - r_2nd; 0 for others (Tang et al. 2025, arXiv:2503.19595).
 
@@ -58,9 +97,9 @@ def passk_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-6) 
 
 
 def gpg_advantages(rewards: Tensor) -> Tensor:
-    """Rewards centred on their group's mean, times groups over groups with spread: GPG (Chu et al. 2025).
+    """Rewards centred on their group's mean, times groups over groups with spread: GPG (arXiv:2504.02546).
 
-    Groups of equal rewards have no gradient, but count in the loss's mean: the factor undoes that.
+    Chu et al. 2025. Groups of equal rewards have no gradient, but count in the loss's mean: the factor undoes that.
 
     Args:
         rewards: [P, K], K samples of each of P prompts.

@@ -31,7 +31,8 @@ from ..rl.rewards import last_real
 from ..utils.checks import check_choice
 from .common.arguments import key
 from .policy.config import PolicyConfig
-from .policy.rollout import Episode, applicable, response_mask, unstack
+from .policy.kinds import KindConfig
+from .policy.rollout import Episode, applicable, response_mask, stacked, unstack
 from .policy.run import run_policy
 from .policy.trainer import PolicyTrainer
 
@@ -83,6 +84,7 @@ ADVANTAGE_ESTIMATORS = {
     "rloo": "leave_one_out",
     "opo": "opo",
     "grpo_passk": "pass_at_k",
+    "optimal_token_baseline": "otb",
     "gpg": "gpg",
     "gdpo": "gdpo",
     "reinforce_plus_plus": "reinforce_pp",
@@ -92,7 +94,7 @@ ADVANTAGE_ESTIMATORS = {
 
 
 @dataclass
-class GRPOConfig(PolicyConfig):
+class GRPOConfig(PolicyConfig, KindConfig):
     """Reinforcement learning from a reward with groups of responses for a baseline; rows have a `prompt`."""
 
     loss_type: str = key("grpo", f"Variant: {', '.join(VARIANTS)}", group="Loss")
@@ -146,6 +148,7 @@ class GRPOConfig(PolicyConfig):
         check_range("dynamic_sampling", self.dynamic_sampling, 0)
         if self.num_generations < 2:
             raise ValueError(f"num_generations must be at least 2, to make a group; got {self.num_generations}")
+        self.check_kind_options()
         super().__post_init__()
 
     def _rewards_alone(self) -> None:
@@ -159,6 +162,10 @@ class GRPOConfig(PolicyConfig):
                 raise ValueError(f"{name} changes a sum of rewards, and adv_estimator=gdpo takes none; got {value!r}")
         if self.reward_model is not None:
             raise ValueError("adv_estimator=gdpo standardises several functions (reward_fn); got a reward_model")
+
+    @property
+    def needs_energy(self) -> bool:
+        return self.variant.advantages == "otb"
 
     @property
     def variant(self) -> Variant:
@@ -241,7 +248,11 @@ class GRPOTrainer(PolicyTrainer):
             advantages = advantages * spread_factor(torch.cat(deviations) > 0)
         if name == "gdpo":
             advantages, has_spread = self._of_several(episodes, applies)
-        unstack(self._of_tokens(name, advantages, shaped, late, mask & applies[:, None]), episodes, "advantages")
+        real = mask & applies[:, None]
+        if name == "otb":
+            unstack(self._of_least_variance(episodes, shaped, late, real), episodes, "advantages")
+        else:
+            unstack(self._of_tokens(name, advantages, shaped, late, real), episodes, "advantages")
         if args.mask_flat_groups:
             for episode, counts in zip(episodes, has_spread.tolist(), strict=True):
                 episode.counts = counts
@@ -266,6 +277,15 @@ class GRPOTrainer(PolicyTrainer):
             advantages[applies] = rl.grpo_advantages(total[applies])
         has_spread = (total.view(groups.shape) != 0).any(-1, keepdim=True).expand(groups.shape).flatten()
         return advantages.float(), has_spread
+
+    def _of_least_variance(
+        self, episodes: Sequence[Episode], shaped: rl.ShapedRewards, late: Tensor, real: Tensor
+    ) -> Tensor:
+        """[E, R], as `rl.otb_advantages`."""
+        rewards = shaped.rewards + torch.where(last_real(real), late[:, None], 0)
+        given = (rewards, real, stacked(episodes, "logps"), stacked(episodes, "log_sum_sq_probs"))
+        groups = (x.unflatten(0, (-1, self.args.num_generations)) for x in given)
+        return rl.otb_advantages(*groups).flatten(0, 1)
 
     @staticmethod
     def _of_tokens(name: str, advantages: Tensor, shaped: rl.ShapedRewards, late: Tensor, real: Tensor) -> Tensor:

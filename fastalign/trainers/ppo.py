@@ -31,6 +31,7 @@ from ..rl.gae import centred
 from ..utils.checks import check_choice, check_positive
 from .common.arguments import key
 from .policy.config import PolicyConfig
+from .policy.kinds import KindConfig
 from .policy.rollout import Episode, applicable, response_mask, stacked, unstack
 from .policy.run import run_policy
 from .policy.trainer import PolicyTrainer
@@ -42,7 +43,7 @@ _OF_TOKENS = ("cispo", "sapo", "dppo_tv", "dppo_kl", "dro", "clip_cov", "kl_cov"
 
 
 @dataclass
-class PPOConfig(PolicyConfig):
+class PPOConfig(PolicyConfig, KindConfig):
     """Reinforcement learning from a reward with a value function; rows have a `prompt`."""
 
     objective: str = key(
@@ -92,6 +93,7 @@ class PPOConfig(PolicyConfig):
             raise ValueError("value_model must not be shared with objective=trpo: its fit would move the policy")
         if self.objective == "trpo" and (self.ptx_dataset or self.lora_rank):
             raise ValueError("objective=trpo goes with neither ptx_dataset nor lora_rank")
+        self.check_kind_options()
         super().__post_init__()
 
     @property

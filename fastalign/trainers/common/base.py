@@ -222,6 +222,10 @@ class AlignmentTrainer(CheckedUpdates, ABC):
     def batch_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         """The batch's mean loss, and metrics that are means over the same items (or say over how many others)."""
 
+    def complete(self, means: dict[str, float]) -> dict[str, float]:
+        """The means of a log line or an evaluation, with what follows from them."""
+        return means
+
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> ModelLogits:
         """What stands for the logits [B, T, V] of a padded batch in a loss."""
         groups = self.groups(batch) if self._share_prompts else None
@@ -315,14 +319,14 @@ class AlignmentTrainer(CheckedUpdates, ABC):
         """Transformers' loop; loss and metrics are exact means over the items, however the batches fall."""
         self._means["eval"] = Means()
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-        means = self._means["eval"].pop(self._sum)
+        means = self.complete(self._means["eval"].pop(self._sum))
         means_by_key = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return output._replace(metrics={**(output.metrics or {}), **means_by_key})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics gathered since the last log line, and the tokens seen so far."""
         if "loss" in logs:
-            logs.update(self._means["train"].pop(self._sum))
+            logs.update(self.complete(self._means["train"].pop(self._sum)))
             logs["num_tokens"] = self.state.num_input_tokens_seen
         super().log(logs, start_time)
 

@@ -51,6 +51,7 @@ _ANSWERS: dict[str, str] = {
     "{total_episodes=N} ends a run after N responses (a step takes {per_device_train_batch_size} * "
     "{gradient_accumulation_steps} * {num_mini_batches} of each process)": "max_steps",
     "{max_length=N} bounds prompt and completion together": "max_completion_length",
+    "{max_prompt_length=N} bounds the prompt, {response_length=N} the completion": "max_length",
     "{reward_fn=FILE.py:NAME}, or {reward_model=FOLDER}": "reward_funcs",
     "{reward_fn} names functions: bound their numbers inside them": "reward_clip_range",
     "{adv_estimator=gdpo} standardises each reward by itself": "multi_objective_aggregation",
@@ -66,8 +67,7 @@ _ANSWERS: dict[str, str] = {
     "batches of like lengths hold little padding, and sft has {packing}: leave it out": "padding_free",
     "rows come in a new order in every pass: leave it out": "shuffle_dataset",
     "{loss_type=rpo} {nll_weight=W}": "rpo_alpha",
-    "{loss_type} takes names with their weights, as a mapping": "loss_weights",
-    "the command has one loss, with the keys that its --help lists": "loss_type",
+    "the command has one loss, with the keys that its --help lists": "loss_type loss_weights",
     "{f_alpha=A}, where A is 1 - f_alpha_divergence_coef": "f_alpha_divergence_coef",
     "{loss_type=gspo} takes ratios of whole responses": "importance_sampling_level",
     "{loss_type} names the variants that there are": "sapo_temperature_neg sapo_temperature_pos vespo_k_pos "

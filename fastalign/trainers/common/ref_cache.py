@@ -17,22 +17,24 @@ from ...models.lora import starts_at_base
 from ...utils.environment import reference_cache_dir
 from .checkpoints import writing
 
-Columns = tuple[list[float], list[float]]
-"""Summed log-probabilities of the chosen and of the rejected completions, in the rows' order."""
+Columns = list[list[float]]
+"""Summed log-probabilities in the rows' order: of the chosen and of the rejected completions, say."""
 
 
-def cached(key: str, compute: Callable[[], Columns]) -> Columns:
-    """What is stored under the key, or what `compute` returns, which is then stored (whole or not at all)."""
+def cached(key: str, compute: Callable[[], Columns], names: Sequence[str]) -> Columns:
+    """What is stored under the key, a column for each name, or what `compute` returns, which is then stored (whole or
+    not at all)."""
     path = reference_cache_dir() / f"{key}.npz"
     if path.exists():
         with np.load(path) as stored:
-            return stored["chosen"].tolist(), stored["rejected"].tolist()
+            return [stored[name].tolist() for name in names]
     columns = compute()
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
     with writing(str(path), partial):
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, chosen=np.array(columns[0]), rejected=np.array(columns[1]))
+            arrays: dict[str, Any] = dict(zip(names, map(np.array, columns), strict=True))
+            np.savez(file, **arrays)
         os.replace(partial, path)
     return columns
 

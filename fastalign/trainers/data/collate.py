@@ -129,6 +129,49 @@ class PreferenceCollator:
 
 
 @dataclass(frozen=True)
+class TripleCollator:
+    """Rows of B triples to one padded batch of 3B sequences: the chosen ones, the rejected ones, then the gold ones."""
+
+    pad_token_id: int
+    padding_side: str = "right"
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        ends = ("chosen", "rejected", "gold")
+        sequences = [(r["prompt_ids"], r[f"{end}_ids"]) for end in ends for r in rows]
+        own = [r.get(f"{end}_own") for end in ends for r in rows]
+        return pad(sequences, self.pad_token_id, self.padding_side, own)
+
+
+@dataclass(frozen=True)
+class UnpairedCollator:
+    """Rows of `prompt_ids`, `completion_ids` and `label` to one padded batch of B sequences, as `SFTCollator`'s.
+
+    `desirable`, [B], boolean, are the labels. Where rows have `kl_ids`, another row's completion, the same prompts with
+    these make `kl_input_ids`, `kl_attention_mask`, `kl_position_ids` and `kl_labels`. Sums of the reference, where the
+    rows carry them, become `ref_logps` and `ref_kl_logps`, [B].
+    """
+
+    pad_token_id: int
+    padding_side: str = "right"
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        batch = self._padded(rows, "completion_ids", "own")
+        batch["desirable"] = torch.tensor([bool(r["label"]) for r in rows])
+        if "kl_ids" in rows[0]:
+            # On the right: a batch's padding is moved there by columns that it has, and these have other lengths.
+            others = UnpairedCollator(self.pad_token_id)._padded(rows, "kl_ids", "kl_own")
+            batch.update({f"kl_{name}": value for name, value in others.items()})
+        for name in ("ref_logps", "ref_kl_logps"):
+            if name in rows[0]:
+                batch[name] = torch.tensor([r[name] for r in rows], dtype=torch.float32)
+        return batch
+
+    def _padded(self, rows: Sequence[Mapping[str, Any]], ids: str, own: str) -> Batch:
+        sequences = [(r["prompt_ids"], r[ids]) for r in rows]
+        return pad(sequences, self.pad_token_id, self.padding_side, [r.get(own) for r in rows])
+
+
+@dataclass(frozen=True)
 class ListCollator:
     """Ranked lists of any lengths to one padded batch of all their completions, N sequences.
 

@@ -5,18 +5,22 @@ What cannot be converted is counted and told: ratings that are all alike make no
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from datasets import Dataset
 
 from .chat import is_chat
-from .forms import number_of
+from .forms import number_of, pair_of
 from .mixed import from_rows
 from .problems import Problems, Tally, report
 from .rowwise import Row, map_rows
 
 T = TypeVar("T")
+
+_BESIDE = ("tools", "chat_template_kwargs")
+"""Columns that go with every row that is made of one."""
 
 _RATINGS = ("label", "helpfulness")
 """Columns that rate one completion: KTO's and HelpSteer's."""
@@ -30,7 +34,7 @@ def as_completions(rows: Dataset, skip_bad_rows: bool = False) -> Dataset:
     """
     names = set(rows.column_names)
     if {"prompt", "completion", "label"} <= names and "messages" not in names:
-        labels = _of_each(rows, ["label"], lambda row: _label(row["label"]), skip_bad_rows)
+        labels = _of_each(rows, ["label"], lambda row: label_of(row["label"]), skip_bad_rows)
         good = [i for i, label in labels.items() if label]
         if not good:
             raise ValueError("dataset must have a row whose label is true")
@@ -92,6 +96,35 @@ def as_pairs(rows: Dataset, skip_bad_rows: bool = False) -> Dataset:
     return map_rows(rows.select(differ), _ends, _list_columns(rows), skip_bad_rows=skip_bad_rows, desc="pairs of lists")
 
 
+def as_unpaired(rows: Dataset, skip_bad_rows: bool = False) -> Dataset:
+    """For single completions with a `label`: of each pair the chosen one with true, then the rejected one with false.
+
+    Raises:
+        ValueError: rows with neither labels nor pairs (nor lists, which make pairs); a row that is no pair.
+    """
+    if {"prompt", "completion", "label"} <= set(rows.column_names):
+        return rows
+    rows = as_pairs(rows, skip_bad_rows)
+    if not {"chosen", "rejected"} <= set(rows.column_names):
+        raise ValueError(
+            "dataset needs the columns prompt, completion and label, or pairs (chosen, rejected); it has "
+            f"{', '.join(rows.column_names)}"
+        )
+    more = [name for name in _BESIDE if name in rows.column_names]
+    numbers = itertools.count()
+    columns = [name for name in ("prompt", "chosen", "rejected") if name in rows.column_names]
+    pairs = _of_each(rows, columns, lambda row: pair_of(row, next(numbers)), skip_bad_rows)
+    found = []
+    for i, (prompt, ends) in pairs.items():
+        beside = {name: rows[i][name] for name in more}
+        found += [
+            {"prompt": prompt, "completion": end, "label": label, **beside}
+            for end, label in zip(ends, (True, False), strict=True)
+        ]
+    report(Tally(said=[f"of {len(pairs)} pairs both sides are rows of their own: chosen is true, rejected false"]))
+    return from_rows(found)
+
+
 def as_prompts(rows: Dataset, skip_bad_rows: bool = False) -> Dataset:
     """For sampling: of a conversation what stands before its last reply."""
     if "prompt" in rows.column_names or "messages" not in rows.column_names:
@@ -150,7 +183,8 @@ def _before_reply(row: Row, index: int) -> dict[str, Any]:
     return {"prompt": list(messages[:last])}
 
 
-def _label(value: Any) -> bool:
+def label_of(value: Any) -> bool:
+    """A label as it may be written: true, 1, "True". ValueError if it is none."""
     known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
     if str(value).lower() not in known:
         raise ValueError(f"column 'label' must hold true or false; got {value!r}")
@@ -158,4 +192,4 @@ def _label(value: Any) -> bool:
 
 
 def _rating(value: Any, column: str) -> float:
-    return float(_label(value)) if column == "label" else number_of(value, column)
+    return float(label_of(value)) if column == "label" else number_of(value, column)

@@ -6,6 +6,8 @@
 | text alone | `text`, or `completion` |
 | conversation | `messages` |
 | pair | `prompt`, `chosen`, `rejected`; or `chosen`, `rejected` that begin alike: what they share is the prompt |
+| triple | `prompt`, `chosen`, `rejected`, `reference` (gold) |
+| rated completion | `prompt`, `completion`, `label` (true or false) |
 | ranked list | `prompt`, `completions`, and `rewards` (high is good) or `ranks` (0 is best); without them best first |
 
 Beside pairs may stand `margin`, and both of `ref_chosen_logps`, `ref_rejected_logps`; beside pairs and lists `labeler`.
@@ -34,11 +36,13 @@ from .files import Rows, read_rows, together
 from .forms import pair_of
 from .problems import Tally, report
 from .rowwise import map_rows
-from .targets import as_completions, as_lists, as_pairs
+from .targets import as_completions, as_lists, as_pairs, as_unpaired, label_of
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 SFT_FORMS = (("messages",), ("prompt", "completion"), ("text",), ("completion",))
 PAIR_FORMS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
+TRIPLE_FORM = ("prompt", "chosen", "rejected", "reference")
+UNPAIRED_FORM = ("prompt", "completion", "label")
 LIST_FORMS = (("prompt", "completions"), *PAIR_FORMS)
 
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
@@ -72,6 +76,26 @@ def tokenize_preferences(source: Rows, encode: Encoder) -> Dataset:
     """
     rows = as_pairs(read_rows(source), encode.skip_bad_rows)
     return _map(rows, _pair, _form(rows, PAIR_FORMS), encode, keep=together(rows, REFERENCE_COLUMNS, source))
+
+
+def tokenize_triples(source: Rows, encode: Encoder) -> Dataset:
+    """Rows of `prompt`, `chosen`, `rejected`, `reference` (gold) to `prompt_ids`, `chosen_ids`, `rejected_ids`,
+    `gold_ids`, as many `*_own` (which ids are the assistant's) and `length`.
+
+    Raises ValueError naming the row if a completion is empty.
+    """
+    rows = read_rows(source)
+    return _map(rows, _triple, _form(rows, (TRIPLE_FORM,)), encode)
+
+
+def tokenize_unpaired(source: Rows, encode: Encoder) -> Dataset:
+    """Rows of `prompt`, `completion` and `label`, or pairs, to `prompt_ids`, `completion_ids`, `own` (which ids are the
+    assistant's), `label` and `length`.
+
+    Raises ValueError naming the row if a completion is empty or a label neither true nor false.
+    """
+    rows = as_unpaired(read_rows(source), encode.skip_bad_rows)
+    return _map(rows, _labelled, UNPAIRED_FORM, encode)
 
 
 def tokenize_lists(source: Rows, encode: Encoder) -> Dataset:
@@ -204,6 +228,25 @@ def _pair(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
     length = len(prompt_ids) + max(len(chosen), len(rejected))
     found = {"prompt_ids": prompt_ids, "chosen_ids": chosen, "rejected_ids": rejected, "length": length}
     return {**found, "chosen_own": own[0], "rejected_own": own[1]}
+
+
+def _triple(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
+    prompt, (chosen, rejected) = pair_of(row, index)
+    gold = cell(row, "reference", index, may_be_empty=False)
+    prompt_ids, ids, own = encode.trajectories(prompt, [chosen, rejected, gold], template_options(row))
+    found = {"prompt_ids": prompt_ids, "length": len(prompt_ids) + max(map(len, ids))}
+    for name, end, mask in zip(("chosen", "rejected", "gold"), ids, own, strict=True):
+        found |= {f"{name}_ids": end, f"{name}_own": mask}
+    return found
+
+
+def _labelled(row: Row, index: int, encode: Encoder) -> dict[str, Any]:
+    label = label_of(row["label"])
+    prompt = cell(row, "prompt", index, may_be_empty=True)
+    completion = cell(row, "completion", index, may_be_empty=False)
+    prompt_ids, (ids,), (own,) = encode.trajectories(prompt, [completion], template_options(row))
+    found = {"prompt_ids": prompt_ids, "completion_ids": ids, "own": own, "length": len(prompt_ids) + len(ids)}
+    return {**found, "label": label}
 
 
 def _pair_as_list(row: Row, index: int, encode: Encoder) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from ...losses.kl import KL_ALIASES, KL_ESTIMATORS
 from ...utils.checks import check_choice, check_positive
 from ..common.arguments import Keys, key
 from ..common.config import CommonConfig, share_prompts_key
-from .kinds import KindConfig
 
 _POSITIVE = (
     "max_prompt_length",
@@ -88,7 +87,7 @@ class EpisodeConfig(Keys):
 
 
 @dataclass
-class PolicyConfig(CommonConfig, EpisodeConfig, KindConfig):
+class PolicyConfig(CommonConfig, EpisodeConfig):
     """Keys shared by the commands that sample from the policy that they train."""
 
     truncation_modes: ClassVar[tuple[str, ...]] = ("left", "drop", "raise")
@@ -165,7 +164,6 @@ class PolicyConfig(CommonConfig, EpisodeConfig, KindConfig):
         check_choice("kl_in", self.kl_in, ("reward", "loss"))
         self.kl_estimator = KL_ALIASES.get(self.kl_estimator, self.kl_estimator)
         check_choice("kl_estimator", self.kl_estimator, (*KL_ESTIMATORS, "exact"))
-        self.check_kind_options()
         if self.reward_weights is not None:
             self.reward_weights = numbers("reward_weights", self.reward_weights)
         if not 0 < self.top_p <= 1:
@@ -196,6 +194,11 @@ class PolicyConfig(CommonConfig, EpisodeConfig, KindConfig):
     def needs_reference(self) -> bool:
         """Whether anything holds the policy to a reference; with kl_coef 0 none is loaded and no KL is reported."""
         return self.kl_coef > 0
+
+    @property
+    def needs_energy(self) -> bool:
+        """Whether anything asks for the sum of squared probabilities of each token's distribution."""
+        return False
 
 
 def numbers(name: str, values: Iterable[Any]) -> list[float]:

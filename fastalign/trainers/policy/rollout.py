@@ -72,6 +72,8 @@ class Episode:
     logps: Tensor = field(default_factory=lambda: torch.zeros(0))
     """By the policy that sampled, at the sampling temperature."""
     entropy: Tensor = field(default_factory=lambda: torch.zeros(0))
+    log_sum_sq_probs: Tensor | None = None
+    """Logarithm of the sum of the squared probabilities of each token's distribution."""
     ref_logps: Tensor | None = None
     kl: Tensor | None = None
     """Exact KL to the reference of each token's distribution."""
@@ -270,6 +272,7 @@ def fill_in(
     device: torch.device,
     temperature: float = 1.0,
     exact_kl: bool = False,
+    energy: bool = False,
     batch_size: int = 64,
     grouped: bool = False,
 ) -> None:
@@ -277,6 +280,7 @@ def fill_in(
 
     policy, reference: a padded batch to what stands for logits [B, T, V]; after its statistics the policy's `answer`
         holds the values. With exact_kl both distributions are compared whole.
+    energy: also the sum of the squared probabilities, by two reads more of the logits.
     grouped: run a prompt once for all of its responses in a batch.
     """
     order = sorted(range(len(episodes)), key=lambda i: len(episodes[i].prompt.ids) + len(episodes[i].ids))
@@ -289,9 +293,12 @@ def fill_in(
         options: dict[str, Any] = {"temperature": temperature, "entropy": True}
         if ref_logits is not None and exact_kl:
             options |= {"kl": True, "ref_logits": ref_logits}
+        if energy:
+            options["diagnostics"] = ("log_sum_sq_probs",)
         stats = logits.stats(labels, **options)
         found: dict[str, Tensor | None] = {"logps": stats.logps, "entropy": stats.entropy, "kl": stats.kl}
         found["values"] = logits.answer.values
+        found["log_sum_sq_probs"] = stats.log_sum_sq_probs if energy else None
         if ref_logits is not None and not exact_kl:
             found["ref_logps"] = ref_logits.stats(labels, temperature=temperature).logps
         for name, x in found.items():

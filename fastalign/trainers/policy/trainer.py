@@ -25,7 +25,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from ... import rl
-from ...losses.policy import PPOLoss
 from ...models.actor_critic import ActorCritic, policy_logits
 from ...models.adapters import join_with_base
 from ...models.loading import disable_dropout, load_model, load_tokenizer, pad_id
@@ -71,6 +70,8 @@ class PolicyTrainer(ABC):
     Raises TypeError for args of another kind, and for arguments of other libraries' trainers, with what to use instead.
     """
 
+    updater_class: type[Updater] = Updater
+
     def __init__(
         self,
         model: Any,
@@ -109,7 +110,7 @@ class PolicyTrainer(ABC):
         use_template(self.processing_class, args.chat_template_path)
         self.fill = pad_id(self.processing_class)
         self.state = RunState(is_world_process_zero=self.accelerator.is_main_process)
-        self.reward = load_reward(args, reward, self.accelerator.device)
+        self.reward = self.load_reward(reward)
         self.data_counts: dict[str, int] = {}
         self.prompts, self.eval_prompts, self.eval_sets = rollout.all_prompts(
             train_dataset, eval_dataset, self.processing_class, args, self.reward, self.data_counts
@@ -137,13 +138,17 @@ class PolicyTrainer(ABC):
         """The module to train."""
         return ActorCritic(policy)
 
+    def load_reward(self, given: Any) -> Any:
+        """What scores the responses; `given` is what Python gave."""
+        return load_reward(self.args, given, self.accelerator.device)
+
     @abstractmethod
     def advantages(self, episodes: Sequence[Episode], shaped: rl.ShapedRewards) -> dict[str, float]:
         """Sets every episode's advantages (and returns); returns metrics."""
 
     @abstractmethod
-    def loss(self) -> PPOLoss:
-        """The policy loss of this step."""
+    def loss(self) -> Any:
+        """The loss of this step, as the updater takes it."""
 
     def value_options(self) -> ValueOptions | None:
         """What the value loss needs; None without a value function."""
@@ -194,7 +199,7 @@ class PolicyTrainer(ABC):
         self.scheduler = make_scheduler(args, self.optimizer.optimizer, updates)
         reference = self.reference_logits if args.needs_reference else None
         run = (self.model, self.optimizer, self.scheduler)
-        self.updater = Updater(args, self.accelerator, *run, reference, self.fill, self._ptx, self._grouped)
+        self.updater = self.updater_class(args, self.accelerator, *run, reference, self.fill, self._ptx, self._grouped)
         if checkpoint is not None:
             load_training_state(self, checkpoint)
         return self.updater
@@ -234,6 +239,7 @@ class PolicyTrainer(ABC):
                     device=self.accelerator.device,
                     temperature=self.args.temperature,
                     exact_kl=self.args.kl_estimator == "exact",
+                    energy=self.args.needs_energy,
                     batch_size=self.args.rollout_batch_size,
                     grouped=self._grouped,
                 )
