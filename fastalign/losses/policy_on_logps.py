@@ -59,7 +59,7 @@ def policy_loss(
     | `dppo_tv` | -sg[rho] A log pi, 0 where pi went too far by total variation | Qi et al. 2026, arXiv:2602.04879 |
     | `dppo_kl` | the same by the KL of taking the token or not | Qi et al. 2026, arXiv:2602.04879 |
     | `dro` | -A log pi + beta/2 (log rho)^2 | Richemond et al. 2024, arXiv:2405.19107 |
-    | `gpg` | -A log pi, as `reinforce` | Chu et al. 2025; with `rl.gpg_advantages` |
+    | `gpg` | -A log pi, as `reinforce` | Chu et al. 2025 (arXiv:2504.02546); with `rl.gpg_advantages` |
     | `clip_cov` | clip, but for some tokens of large covariance of A and log pi | Cui et al. 2025, arXiv:2505.22617 |
     | `kl_cov` | -A rho, + abs(log rho) at tokens of the largest covariance | Cui et al. 2025, arXiv:2505.22617 |
 

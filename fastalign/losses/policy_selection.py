@@ -17,7 +17,7 @@ from .policy_objectives import KINDS, Terms
 
 
 def _covariance(t: Terms) -> Tensor:
-    """(A - mean A) (log pi - mean log pi) of each token, means over the batch's real tokens (Cui et al. 2025, eq. 9).
+    """(A - mean A) (log pi - mean log pi) of each token, means over the batch's real tokens (Cui et al. 2025).
 
     Its mean is how fast the policy's entropy falls.
     """
