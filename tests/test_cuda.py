@@ -45,7 +45,7 @@ def name_of(mangled):
 def test_no_kernel_spills_or_outgrows_its_registers(usage, arch):
     recorded = json.loads((TESTS / "cuda_registers.json").read_text())[arch]
     kernels = usage[arch]
-    # forward, backward and objective in 3 modes, and the forward in that of diagnostics, with and without a soft-cap, for
+    # forward, backward and objective in 3 modes, and the forward of diagnostics, with and without a soft-cap, for
     # 3 dtypes; those for short rows, of one tile and of several, for 3 dtypes; scale in 3; gae in 2; loss
     assert len(kernels) == (3 * 3 + 1) * 2 * 3 + 3 * 2 * 3 + 3 + 2 + 1
     found = {}
