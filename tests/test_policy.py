@@ -252,7 +252,7 @@ def test_every_kind_and_normalization_has_an_oracle():
 
 
 def test_the_module_offers_every_option_of_the_function():
-    tensors = {"ref_logps", "kl", "entropy", "sampler_logps", "num_items"}
+    tensors = {"ref_logps", "kl", "entropy", "sampler_logps", "num_items", "importance_weights"}
     options = {p.name for p in inspect.signature(losses.policy_loss).parameters.values() if p.kind == p.KEYWORD_ONLY}
     assert options - tensors <= set(inspect.signature(losses.PPOLoss).parameters)
 

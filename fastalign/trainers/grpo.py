@@ -210,7 +210,7 @@ class GRPOTrainer(PolicyTrainer):
             dual_clip=args.dual_clip,
             kl_coef=self.kl.value if in_loss else 0.0,
             kl_estimator=args.kl_estimator if in_loss else "k1",
-            entropy_coef=args.entropy_coef,
+            entropy_coef=args.entropy_coef if self.entropy is None else self.entropy.value,
             # A sum over the tokens of each response is dr_grpo's constant divisor at 1.
             normalization="dr_grpo" if summed else variant.normalization,
             max_length=1 if summed else args.response_length,

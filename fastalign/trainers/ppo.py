@@ -92,6 +92,10 @@ class PPOConfig(PolicyConfig):
             raise ValueError("value_model must not be shared with objective=trpo: its fit would move the policy")
         if self.objective == "trpo" and (self.ptx_dataset or self.lora_rank):
             raise ValueError("objective=trpo goes with neither ptx_dataset nor lora_rank")
+        if self.objective == "trpo":
+            for name in ("off_policy_mask_threshold", "top_entropy_quantile", "use_adaptive_entropy"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(f"{name} must be left out with objective=trpo; got {getattr(self, name)}")
         super().__post_init__()
 
     @property
@@ -127,7 +131,7 @@ class PPOTrainer(PolicyTrainer):
             self._penalty = rl.SchulmanKL(self.args.penalty_coef, target=self.args.penalty_target)
         return self._penalty
 
-    def controllers(self) -> dict[str, rl.FixedKL]:
+    def controllers(self) -> dict[str, rl.FixedKL | rl.AdaptiveEntropy]:
         more = {"penalty_coef": self.penalty} if self.args.objective == "penalty" else {}
         return {**super().controllers(), **more}
 
@@ -141,7 +145,7 @@ class PPOTrainer(PolicyTrainer):
             dual_clip=args.dual_clip,
             kl_coef=self.penalty.value if penalty else self.kl.value if in_loss else 0.0,
             kl_estimator="k3" if penalty else args.kl_estimator if in_loss else "k1",
-            entropy_coef=args.entropy_coef,
+            entropy_coef=args.entropy_coef if self.entropy is None else self.entropy.value,
             report_entropy=True,
             temperature=args.temperature,
             **options_among(args.objective, args),

@@ -12,6 +12,7 @@ from ...losses.kl import KL_ALIASES, KL_ESTIMATORS
 from ...utils.checks import check_choice, check_positive
 from ..common.arguments import Keys, key
 from ..common.config import CommonConfig, share_prompts_key
+from .correction import CorrectionConfig
 from .kinds import KindConfig
 
 _POSITIVE = (
@@ -63,7 +64,9 @@ class EpisodeConfig(Keys):
     response_length: int = key(64, "Tokens sampled per response, at most", group="Sampling")
     temperature: float = key(1.0, "Temperature of sampling, and of every log-probability", group="Sampling")
     top_k: int = key(
-        0, "Sample from the k likeliest tokens only; 0 for all. Log-probabilities stay those of all", group="Sampling"
+        0,
+        "Sample from the k likeliest tokens only; 0 for all. The policy stays that of all: see rollout_is",
+        group="Sampling",
     )
     top_p: float = key(
         1.0, "Sample from the likeliest tokens of this total probability only; as top_k", group="Sampling"
@@ -88,7 +91,7 @@ class EpisodeConfig(Keys):
 
 
 @dataclass
-class PolicyConfig(CommonConfig, EpisodeConfig, KindConfig):
+class PolicyConfig(CommonConfig, EpisodeConfig, KindConfig, CorrectionConfig):
     """Keys shared by the commands that sample from the policy that they train."""
 
     truncation_modes: ClassVar[tuple[str, ...]] = ("left", "drop", "raise")
@@ -166,6 +169,7 @@ class PolicyConfig(CommonConfig, EpisodeConfig, KindConfig):
         self.kl_estimator = KL_ALIASES.get(self.kl_estimator, self.kl_estimator)
         check_choice("kl_estimator", self.kl_estimator, (*KL_ESTIMATORS, "exact"))
         self.check_kind_options()
+        self.check_corrections(self)
         if self.reward_weights is not None:
             self.reward_weights = numbers("reward_weights", self.reward_weights)
         if not 0 < self.top_p <= 1:
