@@ -116,6 +116,8 @@ def _compare(batch, peer_options, **ours):
          {"kind": "gspo", "cliprange": 0.03, "cliprange_high": 0.04, "normalization": "grpo"}),
         ({"loss_type": "cispo", "high": 1.2, "num_items": 31},
          {"kind": "cispo", "cliprange": 1.0, "cliprange_high": 0.2, "normalization": "dapo", "num_items": 31}),
+        ({"loss_type": "cispo", "high": 0.8, "num_items": 31},
+         {"kind": "cispo", "cliprange": 1.0, "cliprange_high": -0.2, "normalization": "dapo", "num_items": 31}),
         ({"loss_type": "sapo"}, {"kind": "sapo", "normalization": "grpo", **_of("sapo")}),
         ({"loss_type": "luspo", "level": "sequence", "low": 0.03, "high": 0.04},
          {"kind": "luspo", "cliprange": 0.03, "cliprange_high": 0.04, "normalization": "grpo"}),
@@ -124,7 +126,7 @@ def _compare(batch, peer_options, **ours):
         ({"loss_type": "gmpo", "low": 0.2, "high": 0.3},
          {"kind": "gmpo", "cliprange": 0.2, "cliprange_high": 0.3, "normalization": "grpo"}),
     ],
-    ids=["grpo", "bnpo", "two-sided", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "luspo", "vespo", "gmpo"],
+    ids=["grpo", "bnpo", "two-sided", "dr_grpo", "dapo", "gspo", "cispo", "cispo below 1", "sapo", "luspo", "vespo", "gmpo"],
 )  # fmt: skip
 def test_grpo_family_matches_trl(peer, ours):
     output, metrics = _compare(_batch(), peer, **ours)

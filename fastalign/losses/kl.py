@@ -34,7 +34,18 @@ def _k3_plus(log_ratio: Tensor) -> Tensor:
     return as_loss - as_loss.detach() + _k3(log_ratio).detach()
 
 
-KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": _k1, "k2": _k2, "k3": _k3, "k3+": _k3_plus}
+def _k3_clamped(log_ratio: Tensor) -> Tensor:
+    return _k3(log_ratio.clamp(-20.0, 20.0)).clamp(max=10.0)
+
+
+KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "k1": _k1,
+    "k2": _k2,
+    "k3": _k3,
+    "k3+": _k3_plus,
+    "k3_clamped": _k3_clamped,
+    "abs": torch.abs,
+}
 KL_ALIASES = {"kl": "k1", "mse": "k2", "low_var_kl": "k3", "low_var_kl+": "k3+", "full": "exact"}
 """verl's spelling → ours."""
 
@@ -49,6 +60,8 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, *, kind: str = "k1") -> Tensor
 
     With d = logps - ref_logps: `k1` = d (unbiased, of either sign), `k2` = d^2 / 2 (biased, low variance),
     `k3` = exp(-d) - 1 + d (unbiased, never negative; the exponent is at most 60), `k3+` = k3 with the gradient of k2.
+    Bounded ones, for losses that one odd token shall not rule: `k3_clamped` = min(k3(d), 10) with d in [-20, 20], and
+    no gradient beyond these; `abs` = |d|, whose gradient is a sign (verl's `low_var_kl` and `abs`).
 
     Unbiased in value is not unbiased in gradient. Differentiated as a loss over pi's samples, k1 has gradient
     E[grad log pi] = 0: it regularises nothing, and belongs in the reward. k2 has the gradient of KL(pi, pi_ref), k3
@@ -56,7 +69,8 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, *, kind: str = "k1") -> Tensor
 
     Args:
         logps, ref_logps: log-probabilities of any one shape, floating point.
-        kind: "k1", "k2", "k3" or "k3+", or verl's names of them: "kl", "mse", "low_var_kl", "low_var_kl+".
+        kind: "k1", "k2", "k3", "k3+", "k3_clamped" or "abs"; "kl", "mse", "low_var_kl" and "low_var_kl+" are k1, k2, k3
+            and k3+.
 
     Returns:
         Estimates of that shape, in nats.

@@ -18,9 +18,12 @@ def check_config(config: dict[str, Any]) -> None:
     lookup("kind", KINDS, config["kind"])
     lookup("kl_estimator", {**KL_ESTIMATORS, "exact": None}, config["kl_estimator"])
     lookup("normalization", NORMALIZATIONS, config["normalization"])
-    for name in ("cliprange", "cliprange_high", "kl_coef"):
-        if config[name] is not None:
-            check_range(name, config[name], 0)
+    for name in ("cliprange", "kl_coef"):
+        check_range(name, config[name], 0)
+    if config["cliprange_high"] is not None:  # CISPO's cut is of a weight alone, and may be below 1
+        check_range(
+            "cliprange_high", config["cliprange_high"], -config["cliprange"] if config["kind"] == "cispo" else 0
+        )
     if config["dual_clip"] is not None:
         check_range("dual_clip", config["dual_clip"], 1, open_low=True)
     check_options(config["options"])

@@ -81,12 +81,14 @@ def policy_loss(
         mask: [..., T], boolean, True = real. What it hides may hold anything, NaN too, and changes nothing.
         kind: the objective, a row of the table above.
         cliprange: epsilon; how far below 1 (and above, unless `cliprange_high` is given) the ratio may go.
-        cliprange_high: upper epsilon, where it differs (clip-higher: Yu et al. 2025, eq. 10).
+        cliprange_high: upper epsilon, where it differs (clip-higher: Yu et al. 2025, eq. 10); of `cispo` from
+            -cliprange on, so that its weight may stay below 1.
         dual_clip: c > 1, usually 3: the loss of a token with A < 0 is at most -c A (Ye et al. 2020).
         ref_logps: [..., T], by the reference policy, for the KL.
         kl: [..., T], exact KL of each token's distribution, `token_stats(..., kl=True).kl`; with kl_estimator="exact".
         kl_coef: beta >= 0, weight of the KL in the loss.
-        kl_estimator: "k1", "k2", "k3", "k3+" (k3 with k2's gradient; see `kl_estimate`) or "exact".
+        kl_estimator: "k1", "k2", "k3", "k3+" (k3 with k2's gradient), "k3_clamped", "abs" (see `kl_estimate`) or
+            "exact".
         entropy: [..., T], `token_stats(..., entropy=True).entropy`, in nats.
         entropy_coef: weight of the entropy bonus, which is subtracted from the loss.
         sampler_logps: [..., T], log-probabilities that the sampling engine reported: the policy term is weighted by

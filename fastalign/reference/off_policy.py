@@ -1,4 +1,4 @@
-"""What policy losses do about tokens that another policy sampled, and how they choose among tokens, in float64.
+"""Distances of policies at tokens that one of them sampled, what losses do by them, and how they choose among tokens.
 
 A place is (b, t), token t of response b; `rows` lists the real tokens of every response.
 """
@@ -6,6 +6,7 @@ A place is (b, t), token t of response b; `rows` lists the real tokens of every 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,16 @@ from torch import Tensor
 
 Place = tuple[int, int]
 Rows = list[list[int]]
+
+ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "k1": lambda r: -torch.log(r),
+    "k2": lambda r: torch.log(r) ** 2 / 2,
+    "k3": lambda r: (r - 1) - torch.log(r),
+    "k3_clamped": lambda r: (r.clip(math.exp(-20), math.exp(20)) - 1 - torch.log(r).clip(-20, 20)).clip(max=10),
+    "abs": lambda r: torch.log(r).abs(),
+    "k3+": lambda r: ((r - 1) - torch.log(r)).detach() + (torch.log(r) ** 2 - torch.log(r.detach()) ** 2) / 2,
+}
+"""Of KL(q, p) from samples of q, with r = p / q (Schulman 2020). k3+, k3 in value, has k2's gradient."""
 
 
 def weights(rows: Rows, old: Tensor, sampler: Tensor | None, s: Any) -> dict[Place, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..losses import PPOLoss, ptx_loss, value_loss
 from ..losses.base import stats_of
 from .case import Case, Sizes
-from .off_policy import covariances_of, left_out, of_little_entropy, weights
+from .off_policy import ESTIMATORS, covariances_of, left_out, of_little_entropy, weights
 
 
 @dataclass(frozen=True)
@@ -149,14 +149,6 @@ OBJECTIVES: dict[str, Callable[[Token, Setting], Tensor]] = {
     ),
 }
 """What a token adds to the objective that is maximised."""
-
-ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
-    "k1": lambda r: -torch.log(r),
-    "k2": lambda r: torch.log(r) ** 2 / 2,
-    "k3": lambda r: (r - 1) - torch.log(r),
-    "k3+": lambda r: ((r - 1) - torch.log(r)).detach() + (torch.log(r) ** 2 - torch.log(r.detach()) ** 2) / 2,
-}
-"""Of KL(q, p) from samples of q, with r = p / q (Schulman 2020). k3+, k3 in value, has k2's gradient."""
 
 AVERAGES: dict[str, Callable[[list[list[Tensor]], Setting], Tensor]] = {
     "token": lambda rows, s: _total(map(_total, rows)) / sum(map(len, rows)),
@@ -380,6 +372,7 @@ CASES = [
     _case("gspo", Setting("gspo", low=3e-2, high=4e-2, average="grpo")),
     _case("gspo_token", Setting("gspo_token", low=3e-2, high=4e-2, average="grpo")),
     _case("cispo", Setting("cispo", low=1.0, high=0.28, average="dapo")),
+    _case("cispo_below_1", Setting("cispo", low=1.0, high=-0.2)),
     _case("cispo_token", Setting("cispo")),
     *(_case(name, setting) for name, setting in _NEWER.items()),
     _case("vespo_sampler", replace(_NEWER["vespo"], cap=1.2), "sampler_logps"),

@@ -175,11 +175,24 @@ PAIRS: dict[str, tuple[dict[str, Any], Formula]] = {
 _REFERENCE_FREE = ("simpo", "alphapo", "cpo", "orpo", "sft")
 
 
-def kto(logits: Tensor, ref_logits: Tensor, labels: Tensor, kl_labels: Tensor, desirable: Tensor) -> Tensor:
+def kto(
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    kl_labels: Tensor,
+    desirable: Tensor,
+    *,
+    average: bool = False,
+    clamp_kl: bool = True,
+) -> Tensor:
     """Ethayarajh et al. 2024, with weights 1.5 and 0.5; the baseline from mismatched completions."""
-    h = sums(logits, labels)[0] - sums(ref_logits, labels)[0]
-    mismatched = sums(logits, kl_labels)[0] - sums(ref_logits, kl_labels)[0]
-    z0 = torch.clamp(mismatched.mean(), min=0).detach()
+
+    def ratio(y: Tensor) -> Tensor:
+        (own, lengths), (theirs, _) = sums(logits, y), sums(ref_logits, y)
+        return (own - theirs) / (lengths if average else 1)
+
+    h, z0 = ratio(labels), ratio(kl_labels).mean().detach()
+    z0 = torch.clamp(z0, min=0) if clamp_kl else z0
     won, lost = 1.5 * (1 - torch.sigmoid(_BETA * (h - z0))), 0.5 * (1 - torch.sigmoid(_BETA * (z0 - h)))
     return torch.where(desirable, won, lost).mean()
 
@@ -224,14 +237,20 @@ def _pair_case(name: str, options: dict[str, Any], formula: Formula) -> Case:
     )
 
 
-def _fused_kto(logits: Tensor, ref_logits: Tensor, labels: Tensor, kl_labels: Tensor, desirable: Tensor) -> Tensor:
-    module = KTOLoss(beta=_BETA, desirable_weight=1.5, undesirable_weight=0.5)
+def _fused_kto(
+    module: KTOLoss, logits: Tensor, ref_logits: Tensor, labels: Tensor, kl_labels: Tensor, desirable: Tensor
+) -> Tensor:
     with torch.no_grad():
         baseline = {
-            "kl_logps": sequence_logps(logits, kl_labels),
-            "ref_kl_logps": sequence_logps(ref_logits, kl_labels),
+            "kl_logps": sequence_logps(logits, kl_labels, average=module.average),
+            "ref_kl_logps": sequence_logps(ref_logits, kl_labels, average=module.average),
         }
     return module(logits, labels, desirable, ref_logits=ref_logits, **baseline).loss
+
+
+def _kto_case(name: str, **options: bool) -> Case:
+    module = KTOLoss(beta=_BETA, desirable_weight=1.5, undesirable_weight=0.5, **options)
+    return Case(name, lambda **given: _fused_kto(module, **given), lambda **given: kto(**given, **options), _kto_inputs)
 
 
 def _each(logits: Tensor, labels: Tensor) -> list[list[Tensor]]:
@@ -273,4 +292,4 @@ def _own_case(name: str, options: dict[str, Any], formula: Callable[..., Tensor]
 
 CASES = [_pair_case(name, options, formula) for name, (options, formula) in PAIRS.items()]
 CASES += [_own_case("wpo", {"use_weighting": True}, wpo), _own_case("ld", {"ld_alpha": 0.4}, ld)]
-CASES.append(Case("kto", _fused_kto, kto, _kto_inputs))
+CASES += [_kto_case("kto"), _kto_case("kto:average", average=True), _kto_case("kto:unclamped", clamp_kl=False)]

@@ -127,7 +127,7 @@ class GRPOConfig(PolicyConfig):
     kl_in: str = key("loss", "Where that KL counts: in the reward or in the loss", group="Loss")
     kl_estimator: str = key(
         "k3",
-        "Estimator of that KL: k1, k2, k3, k3+ (k3 with k2's gradient) or exact (whole vocabulary)",
+        "Estimator of that KL: k1, k2, k3, k3+ (k3 with k2's gradient), k3_clamped, abs or exact (whole vocabulary)",
         group="Loss",
     )
 
