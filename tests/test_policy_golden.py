@@ -126,7 +126,7 @@ def _compare(batch, peer_options, **ours):
         ({"loss_type": "gmpo", "low": 0.2, "high": 0.3},
          {"kind": "gmpo", "cliprange": 0.2, "cliprange_high": 0.3, "normalization": "grpo"}),
     ],
-    ids=["grpo", "bnpo", "two-sided", "dr_grpo", "dapo", "gspo", "cispo", "cispo below 1", "sapo", "luspo", "vespo", "gmpo"],
+    ids=["grpo", "bnpo", "delta", "dr_grpo", "dapo", "gspo", "cispo", "cispo-low", "sapo", "luspo", "vespo", "gmpo"],
 )  # fmt: skip
 def test_grpo_family_matches_trl(peer, ours):
     output, metrics = _compare(_batch(), peer, **ours)
