@@ -285,6 +285,23 @@ def ld(logits: Tensor, labels: Tensor, ref_logits: Tensor) -> Tensor:
     return torch.stack(losses).mean()
 
 
+def prompt_nll(logits: Tensor, labels: Tensor, nll_labels: Tensor) -> Tensor:
+    """Hong et al. 2024, eq. 7, with the likelihood of whole texts, prompt and chosen response (lambda = beta)."""
+    q = Quantities(logits, labels)
+    total, count = sums(logits[: len(nll_labels)], nll_labels)
+    odds_ratio = torch.log(odds(q.pw, q.nw) / odds(q.pl, q.nl))
+    return 0.5 * -total.sum() / count.sum() - _BETA * log_sigmoid(odds_ratio).mean()
+
+
+def _prompt_nll_inputs(sizes: Sizes, generator: torch.Generator) -> dict[str, Tensor]:
+    """Targets where the chosen rows have none, but for some."""
+    made = _free_inputs(sizes, generator)
+    chosen = made["labels"][: sizes.batch]
+    others = torch.randint(0, sizes.vocab, chosen.shape, generator=generator)
+    others = others.masked_fill(torch.rand(chosen.shape, generator=generator) < 0.3, _IGNORED)
+    return made | {"nll_labels": torch.where(chosen == _IGNORED, others, chosen)}
+
+
 def _own_case(name: str, options: dict[str, Any], formula: Callable[..., Tensor]) -> Case:
     module = DPOLoss(beta=_BETA, **options)
     return Case(f"dpo:sigmoid:{name}", lambda **given: module(**given).loss, formula, _pair_inputs)
@@ -292,4 +309,6 @@ def _own_case(name: str, options: dict[str, Any], formula: Callable[..., Tensor]
 
 CASES = [_pair_case(name, options, formula) for name, (options, formula) in PAIRS.items()]
 CASES += [_own_case("wpo", {"use_weighting": True}, wpo), _own_case("ld", {"ld_alpha": 0.4}, ld)]
+_ORPO = DPOLoss(loss_type="orpo", beta=_BETA, nll_weight=0.5)
+CASES.append(Case("dpo:orpo:prompt_nll", lambda **given: _ORPO(**given).loss, prompt_nll, _prompt_nll_inputs))
 CASES += [_kto_case("kto"), _kto_case("kto:average", average=True), _kto_case("kto:unclamped", clamp_kl=False)]
