@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-Output = TypeVar("Output", bound=tuple[Tensor | None, ...])
+Output = TypeVar("Output", bound=tuple[Any, ...])
 
 
 Logits = Tensor | tuple[Any, ...] | LogitsSource
@@ -166,7 +166,8 @@ def narrow(output: Output, dtype: torch.dtype) -> Output:
     """A loss's NamedTuple of tensors, all of one dtype, in the given one."""
     if output[0] is None or output[0].dtype == dtype:
         return output
-    return type(output)(*(None if field is None else field.to(dtype) for field in output))
+    fields: list[Any] = [None if field is None else field.to(dtype) for field in output]
+    return type(output)(*fields)
 
 
 def hide(x: Tensor, mask: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def cross_entropy(
     check_range("label_smoothing", label_smoothing, 0.0, 1.0)
     check_range("z_loss", z_loss, 0.0)
     live = target.long() != ignore_index
-    options = {"ignore_index": ignore_index, "softcap": softcap}
+    options: dict[str, Any] = {"ignore_index": ignore_index, "softcap": softcap}
     if label_smoothing and weight is not None:  # two terms reach the logits: their gradients are added, then rounded
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     try:

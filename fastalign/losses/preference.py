@@ -272,7 +272,8 @@ class DPOLoss(LogitsLoss):
         pairs = torch.arange(2 * count, device=labels.device).view(2, count).t()
         loss, parts = by_parts(head, labels, self.ignore_index, pairs, run, by_place=True)
         _, *fields = zip(*parts, strict=True)
-        return PreferenceOutput(loss, *(None if x[0] is None else torch.cat(x) for x in fields))
+        joined: list[Any] = [None if x[0] is None else torch.cat(x) for x in fields]
+        return PreferenceOutput(loss, *joined)
 
     def extra_repr(self) -> str:
         return repr(self.options)

@@ -248,7 +248,7 @@ def _fused_kto(
     return module(logits, labels, desirable, ref_logits=ref_logits, **baseline).loss
 
 
-def _kto_case(name: str, **options: bool) -> Case:
+def _kto_case(name: str, **options: Any) -> Case:
     module = KTOLoss(beta=_BETA, desirable_weight=1.5, undesirable_weight=0.5, **options)
     return Case(name, lambda **given: _fused_kto(module, **given), lambda **given: kto(**given, **options), _kto_inputs)
 
