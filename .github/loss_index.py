@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fastalign import losses, rl
+from fastalign import cross_entropy, losses, rl
 from fastalign.losses.base import LogitsLoss
 from fastalign.losses.pairwise import PAIRWISE
 from fastalign.losses.policy_objectives import KINDS
@@ -34,7 +34,7 @@ PAPER = re.compile(
 """A citation as docstrings have them: authors, year, and after it arXiv's number, equation or section, title."""
 
 FAMILIES: dict[str, tuple[tuple[str, ...], ...]] = {
-    "Supervised": (("sft_loss", "SFTLoss"),),
+    "Supervised": (("sft_loss", "SFTLoss"), ("cross_entropy",)),
     "Triples": (("tpo_loss", "TPOLoss"),),
     "Unpaired": (("kto_loss", "KTOLoss"),),
     "Ranked lists": (("pro_loss", "PROLoss"), ("plackett_luce_loss",)),
@@ -42,7 +42,9 @@ FAMILIES: dict[str, tuple[tuple[str, ...], ...]] = {
     "Beside the policy's loss": (("value_loss",), ("ptx_loss",), ("kl_estimate",), ("importance_weights",)),
     "Of your own": (("TokenLoss",), ("PairLoss",)),
 }
-"""Heading → the names of `fastalign.losses` that are no rows of a table of theirs: function and module in one."""
+"""Heading → the names of `PUBLIC` that are no rows of a table of theirs: function and module in one."""
+
+PUBLIC = {name: getattr(losses, name) for name in losses.__all__} | {"cross_entropy": cross_entropy}
 
 
 # -------------------------------------------------------------------------------------------------------- of docstrings
@@ -93,7 +95,7 @@ def _within(function: Callable[..., Any]) -> Iterator[Any]:
 
 def losses_of(case: Case) -> set[str]:
     """The names that a case checks: of `fastalign.losses`, and as `PPOLoss:kind` and `DPOLoss:loss_type`."""
-    public = {id(getattr(losses, name)): name for name in losses.__all__}
+    public = {id(one): name for name, one in PUBLIC.items()}
     found = {public[id(one)] for one in _within(case.fused) if id(one) in public}
     for module in (one for one in _within(case.fused) if isinstance(one, LogitsLoss)):
         found.add(type(module).__name__)
@@ -141,7 +143,7 @@ def normalizations() -> str:
 def others() -> str:
     parts = []
     for heading, names in FAMILIES.items():
-        rows = [_row(", ".join(f"`{n}`" for n in both), getattr(losses, both[0]), *both) for both in names]
+        rows = [_row(", ".join(f"`{n}`" for n in both), PUBLIC[both[0]], *both) for both in names]
         parts += [f"## {heading}", table(("loss", *_HEAD), rows)]
     return "\n\n".join(parts)
 

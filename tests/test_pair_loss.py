@@ -39,7 +39,7 @@ def references(kind, x, y):
 
 def outcome(options, x, y, given, scale=1.0):
     out = DPOLoss(**options)(x, y, **given)
-    return [t.detach() for t in out], torch.autograd.grad(scale * out.loss, x)[0]
+    return [t.detach() for t in out if t is not None], torch.autograd.grad(scale * out.loss, x)[0]
 
 
 def by_the_table(programs, *args):
@@ -102,7 +102,7 @@ def test_without_gradients():
         out = DPOLoss()(x, y)
     assert not out.loss.requires_grad
     expected, _ = outcome({}, x, y, {})
-    for got, want in zip(out, expected, strict=True):
+    for got, want in zip(filter(torch.is_tensor, out), expected, strict=True):
         assert torch.equal(got, want)
 
 
@@ -110,7 +110,7 @@ def test_metrics_are_no_part_of_the_graph_and_of_their_own():
     x, y = problem()
     out = DPOLoss()(x, y)
     assert out.loss.requires_grad
-    assert not any(t.requires_grad for t in out[1:])
+    assert not any(t.requires_grad for t in out[1:] if t is not None)
     rewards = out.rejected_rewards.clone()
     out.chosen_rewards.add_(1)
     assert torch.equal(out.rejected_rewards, rewards)

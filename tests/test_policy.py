@@ -252,7 +252,7 @@ def test_every_kind_and_normalization_has_an_oracle():
 
 
 def test_the_module_offers_every_option_of_the_function():
-    tensors = {"ref_logps", "kl", "entropy", "sampler_logps", "num_items"}
+    tensors = {"ref_logps", "kl", "entropy", "sampler_logps", "num_items", "importance_weights"}
     options = {p.name for p in inspect.signature(losses.policy_loss).parameters.values() if p.kind == p.KEYWORD_ONLY}
     assert options - tensors <= set(inspect.signature(losses.PPOLoss).parameters)
 
@@ -270,7 +270,7 @@ def test_the_module_offers_every_option_of_the_function():
         ({"beta": 1.0}, TypeError, "there is no argument 'beta'; options of kinds are sapo_temperature_pos"),
         ({"kind": "vespo", "importance_level": "sequence"}, ValueError, "importance_level must be 'token' with kind="),
         ({"normalization": "mean"}, ValueError, "normalization must be one of bnpo"),
-        ({"kl_estimator": "k4"}, ValueError, "kl_estimator must be one of exact, k1"),
+        ({"kl_estimator": "k4"}, ValueError, "kl_estimator must be one of abs, exact, k1"),
         ({"importance_level": "all", "sampler_logps": torch.zeros(3, 6)}, ValueError, "importance_level must be one"),
         ({"normalization": "dapo"}, ValueError, "dapo' needs num_items"),
         ({"normalization": "dr_grpo"}, ValueError, "dr_grpo' needs max_length"),
@@ -300,7 +300,7 @@ def test_bad_input(change, error, message):
 
 def test_bad_input_elsewhere():
     x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
-    with pytest.raises(ValueError, match="kind must be one of k1, k2, k3, k3\\+; got 'k0'"):
+    with pytest.raises(ValueError, match="kind must be one of abs, k1, k2, k3, k3\\+, k3_clamped; got 'k0'"):
         losses.kl_estimate(x, x, kind="k0")
     with pytest.raises(ValueError, match="returns must have shape"):
         losses.value_loss(x, x, x[:1], mask)

@@ -50,7 +50,8 @@ def _trl_loss(batch, logps, *, loss_type, level="token", beta=0.0, low=0.2, high
     trainer = base
     if loss_type == "gmpo":
         trainer = pytest.importorskip("trl.experimental.gmpo", reason="this trl has no GMPO").GMPOTrainer
-    accelerator = SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1)
+    same = {"gather": lambda x: x, "pad_across_processes": lambda x, **_: x, "reduce": lambda x, reduction: x}
+    accelerator = SimpleNamespace(**same, num_processes=1)
     stub = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *args, **kwargs: (logps, batch.entropy, None),
         _metrics={"eval": defaultdict(list)},
@@ -58,8 +59,10 @@ def _trl_loss(batch, logps, *, loss_type, level="token", beta=0.0, low=0.2, high
         entropy_coef=more.get("entropy_coef", 0.0),
         use_adaptive_entropy=False,
         accelerator=accelerator,
-        args=SimpleNamespace(use_bias_correction_kl=False, delta=delta, **OPTIONS),
+        args=SimpleNamespace(use_bias_correction_kl=more.get("bias_correction", False), delta=delta, **OPTIONS),
         get_gamma_weights=base.get_gamma_weights,
+        get_off_policy_mask=base.get_off_policy_mask,
+        get_high_entropy_mask=lambda *given: base.get_high_entropy_mask(stub, *given),
         aux_loss_enabled=False,
         beta=beta,
         epsilon_low=low,
@@ -68,8 +71,8 @@ def _trl_loss(batch, logps, *, loss_type, level="token", beta=0.0, low=0.2, high
         loss_type=loss_type,
         max_completion_length=more.get("max_length"),
         model=SimpleNamespace(training=False),
-        off_policy_mask_threshold=None,
-        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=more.get("off_policy"),
+        top_entropy_quantile=more.get("top_entropy", 1.0),
         use_vllm="weights" in more,
         vllm_importance_sampling_correction=True,
     )
@@ -83,6 +86,7 @@ def _trl_loss(batch, logps, *, loss_type, level="token", beta=0.0, low=0.2, high
         "old_per_token_logps": batch.old,
         "ref_per_token_logps": batch.ref,
         "importance_sampling_ratio": more.get("weights"),
+        "sampling_per_token_logps": batch.sampler,
         "num_items_in_batch": torch.tensor(float(more.get("num_items", 0))),
     }
     return trainer._compute_loss(stub, None, inputs), {k: v[0] for k, v in stub._metrics["eval"].items()}
@@ -112,6 +116,8 @@ def _compare(batch, peer_options, **ours):
          {"kind": "gspo", "cliprange": 0.03, "cliprange_high": 0.04, "normalization": "grpo"}),
         ({"loss_type": "cispo", "high": 1.2, "num_items": 31},
          {"kind": "cispo", "cliprange": 1.0, "cliprange_high": 0.2, "normalization": "dapo", "num_items": 31}),
+        ({"loss_type": "cispo", "high": 0.8, "num_items": 31},
+         {"kind": "cispo", "cliprange": 1.0, "cliprange_high": -0.2, "normalization": "dapo", "num_items": 31}),
         ({"loss_type": "sapo"}, {"kind": "sapo", "normalization": "grpo", **_of("sapo")}),
         ({"loss_type": "luspo", "level": "sequence", "low": 0.03, "high": 0.04},
          {"kind": "luspo", "cliprange": 0.03, "cliprange_high": 0.04, "normalization": "grpo"}),
@@ -120,7 +126,7 @@ def _compare(batch, peer_options, **ours):
         ({"loss_type": "gmpo", "low": 0.2, "high": 0.3},
          {"kind": "gmpo", "cliprange": 0.2, "cliprange_high": 0.3, "normalization": "grpo"}),
     ],
-    ids=["grpo", "bnpo", "two-sided", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "luspo", "vespo", "gmpo"],
+    ids=["grpo", "bnpo", "delta", "dr_grpo", "dapo", "gspo", "cispo", "cispo-low", "sapo", "luspo", "vespo", "gmpo"],
 )  # fmt: skip
 def test_grpo_family_matches_trl(peer, ours):
     output, metrics = _compare(_batch(), peer, **ours)
@@ -196,6 +202,38 @@ def test_sampler_correction_matches_trl(level):
         kl_coef=0.1,
         kl_estimator="k3",
     )
+
+
+@pytest.mark.parametrize("beside", [0.0, 0.05, 0.3])
+def test_off_policy_sequence_mask_matches_trl(beside):
+    """DeepSeek-V3.2's, against the sampler; without one against the old policy. The KL is left alone by it."""
+    batch = _batch()
+    drift = ((batch.sampler - batch.logps) * batch.mask).sum(-1) / batch.mask.sum(-1)
+    drops = (drift > beside) & (batch.advantages < 0)
+    options = {"ref_logps": batch.ref, "kl_coef": 0.1, "kl_estimator": "k3", "off_policy_mask_threshold": beside}
+    peer = {"loss_type": "bnpo", "off_policy": beside, "beta": 0.1, "weights": torch.ones(B, T)}
+    _compare(batch, peer, sampler_logps=batch.sampler, importance_weights=torch.ones(B, T), **options)
+    batch.sampler = batch.old
+    _compare(batch, peer, **options)
+    if beside == 0.0:
+        assert 0 < drops.sum() < B
+
+
+def test_unbiased_kl_matches_trl():
+    batch = _batch()
+    peer = {"loss_type": "grpo", "beta": 0.3, "bias_correction": True}
+    given = {"ref_logps": batch.ref, "kl_coef": 0.3, "kl_estimator": "k3"}
+    output, metrics = _compare(batch, peer, normalization="grpo", use_bias_correction_kl=True, **given)
+    assert output.kl.item() == pytest.approx(metrics["kl"])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.77])
+def test_policy_term_of_the_top_entropies_matches_trl(share):
+    batch = _batch()
+    batch.entropy = batch.entropy.float().double()  # which TRL rounds before it compares
+    peer = {"loss_type": "bnpo", "top_entropy": share, "beta": 0.1}
+    given = {"ref_logps": batch.ref, "kl_coef": 0.1, "kl_estimator": "k3", "entropy": batch.entropy}
+    _compare(batch, peer, top_entropy_quantile=share, **given)
 
 
 def test_rloo_matches_trl():

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..losses import kl_estimate
 from ..models.loading import pad_id
 from ..models.logits import logits_of
-from ..models.sampling import Sampling, Tail, continuations
+from ..models.sampling import Drawn, Sampling, continuations
 from ..trainers.data.chat import Messages
 from ..trainers.data.collate import pad
 from ..trainers.data.encode import Encoder
@@ -99,7 +99,7 @@ def sample(
     return out
 
 
-def _sample(start: list[int], tail: Tail, tokenizer: PreTrainedTokenizerBase) -> Sample:
+def _sample(start: list[int], tail: Drawn, tokenizer: PreTrainedTokenizerBase) -> Sample:
     text = str(tokenizer.decode(tail.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
     return Sample(start, tail.ids, text, tail.finished)
 

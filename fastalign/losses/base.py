@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-Output = TypeVar("Output", bound=tuple[Tensor, ...])
+Output = TypeVar("Output", bound=tuple[Any, ...])
 
 
 Logits = Tensor | tuple[Any, ...] | LogitsSource
@@ -164,7 +164,10 @@ def renamed(name: str, value: T, old: str, given: T | None) -> T:
 
 def narrow(output: Output, dtype: torch.dtype) -> Output:
     """A loss's NamedTuple of tensors, all of one dtype, in the given one."""
-    return output if output[0].dtype == dtype else type(output)(*(field.to(dtype) for field in output))
+    if output[0] is None or output[0].dtype == dtype:
+        return output
+    fields: list[Any] = [None if field is None else field.to(dtype) for field in output]
+    return type(output)(*fields)
 
 
 def hide(x: Tensor, mask: Tensor) -> Tensor:

@@ -41,8 +41,16 @@ class Piece:
         """That of their logits."""
         return self._head.shape
 
-    def stats(self, labels: Tensor, *, ref_logits: Any = None, kl: bool = False, **options: Any) -> TokenStats:
-        """As `Head.stats`, once; `finish` then takes what became of them."""
+    def stats(
+        self,
+        labels: Tensor,
+        *,
+        ref_logits: Any = None,
+        kl: bool = False,
+        diagnostics: tuple[str, ...] = (),
+        **options: Any,
+    ) -> TokenStats:
+        """As `Head.stats`, once; `finish` then takes what became of them. Of the diagnostics the mean logits alone."""
         head, reference = self._head, None
         if ref_logits is not None:
             other = as_head("ref_logits", ref_logits)
@@ -50,6 +58,7 @@ class Piece:
         given = (head.hidden, head.weight, head.bias, labels, reference, head.rows)
         live = live_problem(HeadCall.of(*given, **head.of_its_own(options)))
         self._live, problem = live, live.problem
+        problem.mean |= "mean_logits" in diagnostics
         self._all = slice(0, problem.labels.shape[0]), slice(0, problem.vocab)
         self._logits = problem.logits(*self._all)
         self._stats = problem.stats(*self._all, *self._logits)
@@ -57,7 +66,10 @@ class Piece:
         self._leaves = [
             t if t is None else t.detach().requires_grad_() for t in (s.logps, s.lse, s.entropy, s.kl, s.mean)
         ]
-        return live.spread(*self._leaves)  # type: ignore[arg-type]
+        found = live.spread(*self._leaves)  # type: ignore[arg-type]
+        if not diagnostics or s.mean is None:
+            return found
+        return found.with_diagnostics({"mean_logits": live.place(s.mean)})
 
     def finish(self, share: Tensor) -> None:
         """Adds the gradients of the batch's loss, of which `share` is this piece's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.call import TokenCall, autocast_dtype, check_ignore_index
+from ..ops.call import TokenCall, as_softcap, autocast_dtype, check_ignore_index
 from ..ops.fused_loss import FusedLoss, Grouping
 from ..ops.results import TokenStats
 from .base import check_float, check_range, hide, lookup, stats_of, total
@@ -45,6 +46,9 @@ def cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """`torch.nn.functional.cross_entropy` for class indices, in one read of the logits forward and one backward.
 
@@ -58,6 +62,9 @@ def cross_entropy(
         ignore_index: targets with this value do not count; their logits are not read.
         reduction: "none", "sum" or "mean" (weighted by the targets' weights; NaN where no target counts, as in torch).
         label_smoothing: e in [0, 1] (Szegedy et al. 2016, sec. 7).
+        softcap: soft-capping of the logits, softcap * tanh(x / softcap) (Gemma 2).
+        z_loss: weight of lse^2 of each target that counts (Chowdhery et al. 2022, sec. 5), which class weights do not
+            weigh: of the reductions "mean" adds its mean over these targets.
 
     Returns:
         The loss in the dtype of input (under autocast float32, as torch's), computed in float32 or float64.
@@ -68,7 +75,7 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _legacy(size_average, reduce)
-    if weight is None and label_smoothing == 0.0 and reduction in _PLAIN:
+    if weight is None and label_smoothing == 0.0 and reduction in _PLAIN and softcap is None and z_loss == 0.0:
         found = _fused(input, target, ignore_index, _PLAIN[reduction])
         if found is not None:
             return found
@@ -76,18 +83,35 @@ def cross_entropy(
     logits, target = _checked(input, target)
     reducer = lookup("reduction", REDUCTIONS, reduction)
     check_range("label_smoothing", label_smoothing, 0.0, 1.0)
+    check_range("z_loss", z_loss, 0.0)
     live = target.long() != ignore_index
+    options: dict[str, Any] = {"ignore_index": ignore_index, "softcap": softcap}
+    if label_smoothing and weight is not None:  # two terms reach the logits: their gradients are added, then rounded
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     try:
-        if weight is None:
-            losses = -stats_of(logits, target, ignore_index=ignore_index, label_smoothing=label_smoothing).logps
-            weights = live.to(losses.dtype)
-        else:
-            losses, weights = _weighted(logits, target, live, weight, ignore_index, label_smoothing)
+        stats = stats_of(logits, target, label_smoothing=label_smoothing if weight is None else 0.0, **options)
     except ValueError:
         check_classes(target, ignore_index, logits.shape[-1])
         raise
+    losses, weights = -stats.logps, live.to(stats.logps.dtype)
+    if weight is not None:
+        check_float("weight", weight, logits.shape[-1:], "a class")
+        summed = functools.partial(_summed, logits, weight.to(stats.logps.dtype), softcap)
+        losses, weights = weighted(stats, summed, target, live, weight, label_smoothing)
+    found = with_z_loss(reducer(losses, weights), reducer, stats, live, z_loss)
     wide = input.dtype == torch.float64 or autocast_dtype(input.device) is None
-    return reducer(losses, weights).to(input.dtype if wide else torch.float32)
+    return found.to(input.dtype if wide else torch.float32)
+
+
+def with_z_loss(found: Tensor, reducer: Callable[..., Tensor], stats: TokenStats, live: Tensor, z: float) -> Tensor:
+    """What losses were reduced to, and z lse^2 by the same reduction without class weights."""
+    return found + reducer(z * stats.lse.square(), live.to(stats.lse.dtype)) if z else found
+
+
+def _summed(logits: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
+    """sum_c w_c x_c of each target's logits as the losses see them."""
+    cap = as_softcap(softcap)
+    return (cap * torch.tanh(logits / cap) if cap else logits).to(weight.dtype) @ weight
 
 
 def _legacy(size_average: bool | None, reduce: bool | None) -> str:
@@ -152,16 +176,6 @@ def _fused(input: object, target: object, ignore_index: int, loss: FusedLoss) ->
         check_classes(target, ignore_index, logits.shape[-1])
         raise
     return None if found is None else found[0]
-
-
-def _weighted(
-    logits: Tensor, target: Tensor, live: Tensor, weight: Tensor, ignore_index: int, smoothing: float
-) -> tuple[Tensor, Tensor]:
-    check_float("weight", weight, logits.shape[-1:], "a class")
-    if smoothing:  # two terms reach the logits: their gradients are added before they are rounded
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    stats = stats_of(logits, target, ignore_index=ignore_index)
-    return weighted(stats, lambda: logits @ weight.to(stats.logps.dtype), target, live, weight, smoothing)
 
 
 def weighted(

@@ -11,7 +11,7 @@ from ..head.head import Head, head_token_stats
 from ..ops.call import autocast_dtype, check_ignore_index
 from ..ops.results import TokenStats
 from .base import check_float, check_range, lookup
-from .cross_entropy import REDUCTIONS, check_classes, check_target, weighted
+from .cross_entropy import REDUCTIONS, check_classes, check_target, weighted, with_z_loss
 from .sft import SFTLoss
 
 
@@ -29,6 +29,8 @@ def linear_cross_entropy(
     chunk_bytes: int | None = None,
     plan: str | None = None,
     logits_dtype: torch.dtype | None = None,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """`torch.nn.functional.linear_cross_entropy` (torch 2.13) for class indices: cross_entropy(linear(input), target).
 
@@ -45,6 +47,7 @@ def linear_cross_entropy(
         options: torch's `LinearCrossEntropyOptions`, which say how torch cuts the batch. Here the plan does: they are
             taken, so that a call need not be changed, and change nothing.
         chunk_bytes, plan, logits_dtype: as in `Head`; plan "objective" for "sum" and "mean" without class weights.
+        softcap, z_loss: as in `fastalign.cross_entropy`; soft-capping not with class weights under label smoothing.
 
     Returns:
         The loss in the dtype of input (under autocast float32), computed in float32 or float64. Differentiable in
@@ -53,9 +56,12 @@ def linear_cross_entropy(
     Raises:
         TypeError: class probabilities as target, unsupported dtypes, an ignore_index that is not an int.
         ValueError: shapes that do not match, a weight of more than two dimensions, an unknown reduction, a target
-            outside [0, C) (checked on CPU).
+            outside [0, C) (checked on CPU), soft-capping under label smoothing of weighted classes.
     """
     reducer = lookup("reduction", REDUCTIONS, reduction)
+    check_range("z_loss", z_loss, 0.0)
+    if softcap is not None and weight is not None and label_smoothing:
+        raise ValueError("softcap must be None with both weight and label_smoothing: their sum would need all logits")
     check_range("label_smoothing", label_smoothing, 0.0, 1.0)
     ignore_index = check_ignore_index(-100 if ignore_index is None else ignore_index)
     _check_linear(input, linear_weight)
@@ -64,7 +70,8 @@ def linear_cross_entropy(
     try:
         if weight is None and reduction != "none":
             head = Head(input.reshape(-1, 1, input.shape[-1]), linear_weight, linear_bias, **choice)
-            loss = _reduced(head, target.reshape(-1, 1), reduction, ignore_index, label_smoothing)
+            options = {"label_smoothing": label_smoothing, "softcap": softcap, "z_loss": z_loss}
+            loss = _reduced(head, target.reshape(-1, 1), reduction, ignore_index, options)
         else:
             smoothing = label_smoothing if weight is None else 0.0
             stats = head_token_stats(
@@ -74,6 +81,7 @@ def linear_cross_entropy(
                 bias=linear_bias,
                 ignore_index=ignore_index,
                 label_smoothing=smoothing,
+                softcap=softcap,
                 **choice,
             )
             live = target.long() != ignore_index
@@ -82,7 +90,7 @@ def linear_cross_entropy(
                 losses, weights = _class_weighted(
                     stats, (input, linear_weight, linear_bias), target, live, weight, label_smoothing
                 )
-            loss = reducer(losses, weights)
+            loss = with_z_loss(reducer(losses, weights), reducer, stats, live, z_loss)
     except ValueError:
         check_classes(target, ignore_index, linear_weight.shape[0])
         raise
@@ -102,9 +110,9 @@ def _check_linear(input: Any, linear_weight: Any) -> None:
         raise ValueError(f"input must be [..., {linear_weight.shape[1]}] as linear_weight; got {list(input.shape)}")
 
 
-def _reduced(head: Head, target: Tensor, reduction: str, ignore_index: int, smoothing: float) -> Tensor:
+def _reduced(head: Head, target: Tensor, reduction: str, ignore_index: int, options: dict[str, Any]) -> Tensor:
     """The sum or mean, by every plan of the head."""
-    module = SFTLoss(ignore_index=ignore_index, label_smoothing=smoothing)
+    module = SFTLoss(ignore_index=ignore_index, **options)
     found = module(head, target, num_items=1 if reduction == "sum" else None)
     return found.loss if reduction == "sum" else torch.where(found.num_tokens > 0, found.loss, torch.nan)
 

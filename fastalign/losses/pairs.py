@@ -62,6 +62,8 @@ class Pairs(NamedTuple):
     chosen: Side
     rejected: Side
     options: PairwiseOptions
+    nll: Side | None = None
+    """What the NLL is of, where that is not the chosen responses' own tokens."""
 
     @property
     def logit(self) -> Tensor:
@@ -113,7 +115,12 @@ NLL_NORMALIZATIONS: dict[str, Callable[[Side], Tensor]] = {
 """[B] terms whose mean is the chosen responses' NLL: over all tokens, of per-sequence means, of per-sequence sums."""
 
 
+def nll_of(p: Pairs) -> Tensor:
+    """[B] terms of the NLL."""
+    return NLL_NORMALIZATIONS[p.options.nll_normalization](p.chosen if p.nll is None else p.nll)
+
+
 def with_nll(loss: Tensor, p: Pairs) -> Tensor:
     """The loss and the weighted NLL of the chosen responses; of weight 0 it is not formed: 0 * inf is NaN."""
     weight = p.options.nll_weight
-    return loss + weight * NLL_NORMALIZATIONS[p.options.nll_normalization](p.chosen) if weight else loss
+    return loss + weight * nll_of(p) if weight else loss

@@ -22,10 +22,20 @@ from ..ops.results import TokenStats
 from .base import Logits, LogitsLoss, renamed, trains
 from .chunks import Piece, by_parts, known_objective, take
 from .policy_checks import check_compared, check_config, is_sound, token_advantages
-from .policy_formula import PolicyLossOutput, policy_formula, selected_tokens, token_inputs, token_program
+from .policy_formula import (
+    PolicyLossOutput,
+    chooses,
+    chosen_tokens,
+    policy_formula,
+    token_inputs,
+    token_program,
+    weighted_once,
+)
 from .policy_on_logps import configured_loss, policy_config, policy_loss
-from .policy_selection import SELECTIONS
 from .reductions import NORMALIZATIONS, Count, token_weights
+
+_GIVEN = ("old_logps", "advantages", "ref_logps", "importance_weights")
+"""What the program of a token may be given."""
 
 __all__ = ["NORMALIZATIONS", "PPOLoss", "PolicyLossOutput", "policy_loss"]
 
@@ -48,8 +58,9 @@ class PPOLoss(LogitsLoss):
             sampler's, and the old, reference and sampler log-probabilities must have been taken at the same one.
         fuse_backward: compute loss and gradient in one visit to the logits (`fastalign.token_objective`): one read and
             one write of them instead of two reads and a write. For kinds whose tokens are independent (not "gspo",
-            "gspo_token", "luspo", "vespo", "gmpo", "clip_cov", "kl_cov"); the gradient can then be used once, and
-            inplace_backward overwrites in the forward already.
+            "gspo_token", "luspo", "vespo", "gmpo", "clip_cov", "kl_cov") and without off_policy_mask_threshold and
+            top_entropy_quantile; the gradient can then be used once, and inplace_backward overwrites in the forward
+            already.
         one_launch: deprecated name of fuse_backward.
 
     Raises:
@@ -79,7 +90,7 @@ class PPOLoss(LogitsLoss):
         inplace_backward: bool = False,
         fuse_backward: bool = False,
         one_launch: bool | None = None,
-        **options: float,
+        **options: Any,
     ) -> None:
         super().__init__(ignore_index, temperature, softcap, inplace_backward)
         self.config = policy_config(
@@ -96,18 +107,19 @@ class PPOLoss(LogitsLoss):
             normalization=normalization,
             max_length=max_length,
         )
-        self.want_entropy = report_entropy or entropy_coef != 0.0
+        # What is chosen among a batch's tokens is chosen by their statistics: these come first there.
+        self._chooses = chooses(self.config)
+        by_entropy = self.config["general"].top_entropy_quantile < 1.0
+        self.want_entropy = report_entropy or entropy_coef != 0.0 or by_entropy
         self.fuse_backward = renamed("fuse_backward", fuse_backward, "one_launch", one_launch)
         self._sound = is_sound(self.config)
-        # What is chosen among a batch's tokens is chosen by their statistics: these come first there.
-        self._chooses = self.config["kind"] in SELECTIONS
-        self._one_call = not self.fuse_backward and not self._chooses
+        self._one_call = not self.fuse_backward and self._chooses is None
         exact = self.config["kl_estimator"] == "exact"
         statistics = ["logps"] + self.want_entropy * ["entropy"] + exact * ["kl"]
         self.fused = FusedLoss(self._formula, statistics, settings=self._settings)
         if self.fuse_backward:
             try:
-                token_program(tuple(self.config.items()), ("old_logps", "advantages", "ref_logps", "importance"))
+                token_program(tuple(self.config.items()), _GIVEN)
             except NotTraced as reason:
                 raise ValueError(f"fuse_backward is for losses of single tokens; got kind={kind!r}: {reason}") from None
 
@@ -131,6 +143,7 @@ class PPOLoss(LogitsLoss):
         ref_logits: Logits | None = None,
         sampler_logps: Tensor | None = None,
         num_items: Count | None = None,
+        importance_weights: Tensor | None = None,
     ) -> PolicyLossOutput:
         """PolicyLossOutput of a batch of sampled responses.
 
@@ -139,7 +152,7 @@ class PPOLoss(LogitsLoss):
                 or tuple (hidden, weight) in their place (always in two steps).
             labels: [B, T], the sampled tokens, `ignore_index` at prompt and padding.
             old_logps: [B, T]; advantages: [B, T] or [B].
-            ref_logps, sampler_logps: [B, T]; num_items: all as in `policy_loss`.
+            ref_logps, sampler_logps, importance_weights: [B, T]; num_items: all as in `policy_loss`.
             ref_logits: [B, T, V] of logits' dtype (or a head), the reference's; with and only with
                 kl_estimator="exact".
 
@@ -150,7 +163,7 @@ class PPOLoss(LogitsLoss):
         if exact != (ref_logits is not None):
             got = f"{'None' if ref_logits is None else 'ref_logits'} with kl_estimator={self.config['kl_estimator']!r}"
             raise ValueError(f"ref_logits go with kl_estimator='exact', and with no other; got {got}")
-        given = {"ref_logps": ref_logps, "sampler_logps": sampler_logps}
+        given = {"ref_logps": ref_logps, "sampler_logps": sampler_logps, "importance_weights": importance_weights}
         if isinstance(logits, Tensor) and isinstance(ref_logits, (Tensor, NoneType)) and self._one_call:
             inputs = self._inputs(labels, old_logps, advantages, given, num_items)
             call, found = self.call(logits, labels, ref_logits), None
@@ -159,10 +172,10 @@ class PPOLoss(LogitsLoss):
             if found is not None:
                 return PolicyLossOutput(*found)
         head = known_objective(logits, labels, self.ignore_index)
-        if head is not None and self._chooses:
+        if head is not None and self._chooses is not None:
             if head.plan == "objective":
-                kind = self.config["kind"]
-                raise ValueError(f"plan 'objective' forms a loss part by part, and kind={kind!r} needs the whole batch")
+                why = f"{self._chooses} needs the whole batch"
+                raise ValueError(f"plan 'objective' forms a loss part by part, and {why}")
             head = None
         if head is not None:
             return self._by_parts(head, ref_logits, labels, old_logps, advantages, given, num_items)
@@ -182,17 +195,17 @@ class PPOLoss(LogitsLoss):
         given: dict[str, Tensor | None],
         num_items: Count | None,
     ) -> PolicyLossOutput:
-        inputs, selected = self._inputs(labels, old_logps, advantages, given, num_items), None
+        inputs, chosen = self._inputs(labels, old_logps, advantages, given, num_items), None
         if inputs is not None:
-            if self._chooses:
+            if self._chooses is not None:
                 per_token = token_advantages(advantages, mask)
-                selected = selected_tokens(self.config, mask, stats.logps, old_logps, per_token)
-                inputs.append(Input("selected", selected, TOKEN))
+                chosen = chosen_tokens(self.config, mask, stats.logps, stats.entropy, old_logps, per_token)
+                inputs += [Input(name, x, TOKEN) for name, x in chosen.items()]
             found = self.fused.of_statistics(stats, labels, inputs, _grouping(labels), self.ignore_index)
             if found is not None:
                 return PolicyLossOutput(*found)
         of_tokens = {"logps": stats.logps, "kl": stats.kl, "entropy": stats.entropy}
-        return configured_loss(self.config, of_tokens, old_logps, advantages, mask, given, num_items, selected)
+        return configured_loss(self.config, of_tokens, old_logps, advantages, mask, given, num_items, chosen)
 
     def _inputs(
         self,
@@ -240,7 +253,7 @@ class PPOLoss(LogitsLoss):
         check_config(config)
         check_compared(config, given["ref_logps"] is not None)
         weight = token_weights(labels, self.ignore_index, config["normalization"], num_items, config["max_length"])
-        inputs = token_inputs(config, mask, old_logps, token_advantages(advantages, mask), **given)
+        inputs = token_inputs(config, mask, old_logps, token_advantages(advantages, mask), given)
         stats, _, gradient = fused_gradient(
             logits,
             labels,
@@ -271,6 +284,8 @@ class PPOLoss(LogitsLoss):
         total = num_items
         if total is None and self.config["normalization"] != "dapo":
             total = mask.any(-1).sum() if per_sequence else mask.sum()
+        if self.config["general"].importance_normalize:  # by the mean over all of them
+            given = weighted_once(self.config, mask, old_logps, given)
 
         def run(piece: Piece, which: Tensor, rows: Tensor) -> tuple[list[Tensor | None], Tensor]:
             more: dict[str, Any] = {name: None if x is None else x[rows] for name, x in given.items()}

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .base import check_float, check_range, lookup
-from .kl import IMPORTANCE_LEVELS, KL_ESTIMATORS
+from .kl import KL_ESTIMATORS
 from .policy_objectives import KINDS, WEIGHS_ITSELF
-from .policy_options import check_options
+from .policy_options import check_general, check_options
 from .reductions import NORMALIZATIONS, as_real, check_normalization
 
 
@@ -18,13 +18,16 @@ def check_config(config: dict[str, Any]) -> None:
     lookup("kind", KINDS, config["kind"])
     lookup("kl_estimator", {**KL_ESTIMATORS, "exact": None}, config["kl_estimator"])
     lookup("normalization", NORMALIZATIONS, config["normalization"])
-    lookup("importance_level", IMPORTANCE_LEVELS, config["importance_level"])
-    for name in ("cliprange", "cliprange_high", "kl_coef", "importance_cap"):
-        if config[name] is not None:
-            check_range(name, config[name], 0)
+    for name in ("cliprange", "kl_coef"):
+        check_range(name, config[name], 0)
+    if config["cliprange_high"] is not None:  # CISPO's cut is of a weight alone, and may be below 1
+        check_range(
+            "cliprange_high", config["cliprange_high"], -config["cliprange"] if config["kind"] == "cispo" else 0
+        )
     if config["dual_clip"] is not None:
         check_range("dual_clip", config["dual_clip"], 1, open_low=True)
     check_options(config["options"])
+    check_general(config)
     if config["kind"] in WEIGHS_ITSELF and config["importance_level"] != "token":
         raise ValueError(
             f"importance_level must be 'token' with kind={config['kind']!r}, which weighs whole sequences by the "
@@ -52,6 +55,8 @@ def check_given(config: dict[str, Any], mask: Tensor, kl: Any, entropy: Any, giv
     check_compared(config, given["ref_logps"] is not None)
     if config["entropy_coef"] != 0.0 and entropy is None:
         raise ValueError("entropy_coef other than 0 needs entropy, that of each token; got None")
+    if config["general"].top_entropy_quantile < 1.0 and entropy is None:
+        raise ValueError("top_entropy_quantile below 1 needs entropy, that of each token; got None")
 
 
 def check_compared(config: dict[str, Any], has_reference: bool) -> None:

@@ -11,9 +11,9 @@ from ..ops.fused_loss import BATCH, TOKEN, Input, Values
 from .base import check_float, check_mask, lookup, resolve
 from .kl import estimator_name
 from .policy_checks import check_config, check_given, token_advantages
-from .policy_formula import PolicyLossOutput, policy_formula, selected_tokens
+from .policy_formula import PolicyLossOutput, chosen_tokens, policy_formula
 from .policy_objectives import KINDS
-from .policy_options import KIND_ALIASES, kind_options
+from .policy_options import KIND_ALIASES, named_options
 from .reductions import NORMALIZATIONS, Count, check_normalization
 
 
@@ -39,7 +39,8 @@ def policy_loss(
     normalization: str = "token",
     num_items: Count | None = None,
     max_length: int | None = None,
-    **options: float,
+    importance_weights: Tensor | None = None,
+    **options: Any,
 ) -> PolicyLossOutput:
     """Policy loss with KL and entropy terms. With rho = exp(logps - old_logps) and A the advantage, per token:
 
@@ -80,22 +81,32 @@ def policy_loss(
         mask: [..., T], boolean, True = real. What it hides may hold anything, NaN too, and changes nothing.
         kind: the objective, a row of the table above.
         cliprange: epsilon; how far below 1 (and above, unless `cliprange_high` is given) the ratio may go.
-        cliprange_high: upper epsilon, where it differs (clip-higher: Yu et al. 2025, eq. 10).
+        cliprange_high: upper epsilon, where it differs (clip-higher: Yu et al. 2025, eq. 10); of `cispo` from
+            -cliprange on, so that its weight may stay below 1.
         dual_clip: c > 1, usually 3: the loss of a token with A < 0 is at most -c A (Ye et al. 2020).
         ref_logps: [..., T], by the reference policy, for the KL.
         kl: [..., T], exact KL of each token's distribution, `token_stats(..., kl=True).kl`; with kl_estimator="exact".
         kl_coef: beta >= 0, weight of the KL in the loss.
-        kl_estimator: "k1", "k2", "k3", "k3+" (k3 with k2's gradient; see `kl_estimate`) or "exact".
+        kl_estimator: "k1", "k2", "k3", "k3+" (k3 with k2's gradient), "k3_clamped", "abs" (see `kl_estimate`) or
+            "exact".
         entropy: [..., T], `token_stats(..., entropy=True).entropy`, in nats.
         entropy_coef: weight of the entropy bonus, which is subtracted from the loss.
         sampler_logps: [..., T], log-probabilities that the sampling engine reported: the policy term is weighted by
-            `importance_weights(old_logps, sampler_logps, mask, level=importance_level, cap=importance_cap)`.
+            `importance_weights(old_logps, sampler_logps, mask, level=importance_level, cap=importance_cap, ...)`.
         importance_level, importance_cap: see `importance_weights`.
         normalization: "token" (= "bnpo"), "grpo", "dapo" or "dr_grpo"; applies to all terms alike.
         num_items: count to divide by in place of this call's: real tokens, for "grpo" and "dr_grpo" sequences, over
             all microbatches and processes. "dapo" needs it.
         max_length: tokens that a completion may have; "dr_grpo" needs it.
-        options: of the kind, by name: sapo_temperature_pos, sapo_temperature_neg; vespo_k_pos, vespo_lambda_pos,
+        importance_weights: [..., T], made already, of a larger batch for instance, in place of those of sampler_logps.
+        options: of every kind, by name: importance_mode, importance_floor, importance_normalize, see
+            `importance_weights`; off_policy_mask_threshold, delta: no policy term of tokens with A < 0 in a sequence
+            whose mean log(pi_sampler / pi) is above it, pi_old for a sampler that is not given (DeepSeek-AI 2025,
+            arXiv:2512.02556, eq. 9); use_bias_correction_kl: the KL to the reference times pi / pi_old, at most e^20,
+            which makes its gradient that of KL(pi, pi_ref) off the policy too (eq. 7 there, with k3);
+            top_entropy_quantile: the policy term is of that share of the real tokens of this call, those of the
+            largest `entropy` (Wang et al. 2025, arXiv:2506.01939), averaged as if the others had a loss of 0.
+            Of the kind: sapo_temperature_pos, sapo_temperature_neg; vespo_k_pos, vespo_lambda_pos,
             vespo_k_neg, vespo_lambda_neg; dppo_ratio_cap (rho is cut to it); dro_beta; clip_cov_ratio (share of the
             real tokens), clip_cov_lb, clip_cov_ub; kl_cov_ratio, kl_cov_coef. `policy_options` has the defaults.
 
@@ -122,16 +133,17 @@ def policy_loss(
         max_length=max_length,
     )
     stats = {"logps": logps, "kl": kl, "entropy": entropy}
-    given = {"ref_logps": ref_logps, "sampler_logps": sampler_logps}
+    given = {"ref_logps": ref_logps, "sampler_logps": sampler_logps, "importance_weights": importance_weights}
     return configured_loss(config, stats, old_logps, advantages, mask, given, num_items)
 
 
-def policy_config(options: Mapping[str, float], **given: Any) -> dict[str, Any]:
+def policy_config(options: Mapping[str, Any], **given: Any) -> dict[str, Any]:
     """Everything that a policy loss can be told, under our own names. Numbers are checked where it runs."""
     given["kind"] = resolve("kind", KINDS, KIND_ALIASES, given["kind"])
     given["kl_estimator"] = estimator_name("kl_estimator", given["kl_estimator"])
     lookup("normalization", NORMALIZATIONS, given["normalization"])
-    return given | {"options": kind_options(given["kind"], options)}
+    own, general = named_options(given["kind"], options)
+    return given | {"options": own, "general": general}
 
 
 def configured_loss(
@@ -142,10 +154,10 @@ def configured_loss(
     mask: Tensor,
     given: dict[str, Tensor | None],
     num_items: Count | None,
-    selected: Tensor | None = None,
+    chosen: dict[str, Tensor] | None = None,
 ) -> PolicyLossOutput:
-    """`policy_loss` of what `policy_config` made. stats: logps, kl and entropy; given: ref_logps and sampler_logps;
-    selected: the tokens that the kind treats apart, where they were chosen already."""
+    """`policy_loss` of what `policy_config` made. stats: logps, kl and entropy; given: ref_logps, sampler_logps and
+    importance_weights; chosen: what `chosen_tokens` found, if that was done already."""
     logps = stats["logps"]
     check_config(config)
     check_float("logps", logps)
@@ -155,8 +167,8 @@ def configured_loss(
     advantages = token_advantages(advantages, mask)
     of_tokens: dict[str, Tensor | None] = {"advantages": advantages, **given}
     check_given(config, mask, stats["kl"], stats["entropy"], of_tokens)
-    if selected is None:
-        selected = selected_tokens(config, mask, logps, old_logps, advantages)
-    of_tokens |= {"old_logps": old_logps, "selected": selected}
+    if chosen is None:
+        chosen = chosen_tokens(config, mask, logps, stats["entropy"], old_logps, advantages)
+    of_tokens |= {"old_logps": old_logps, **chosen}
     inputs = [Input(name, x, TOKEN) for name, x in of_tokens.items() if x is not None]
     return policy_formula(Values(mask, stats, [*inputs, Input("num_items", num_items, BATCH)]), config)

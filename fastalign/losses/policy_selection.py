@@ -1,4 +1,4 @@
-"""Which tokens of a batch a policy objective treats apart: those whose covariance of A and log pi is large.
+"""Which tokens of a batch a policy loss treats apart: of large covariance of A and log pi, or of large entropy.
 
 No gradient goes through a choice, so it is made from the statistics before the loss is formed, and given to it. What a
 micro-batch or a process sees is a batch of its own.
@@ -45,3 +45,15 @@ def _kl_cov(t: Terms) -> Tensor:
 
 SELECTIONS: dict[str, Callable[[Terms], Tensor]] = {"clip_cov": _clip_cov, "kl_cov": _kl_cov}
 """Kind → the tokens that it treats apart, boolean [..., T]."""
+
+
+def high_entropy(entropy: Tensor, mask: Tensor, share: float) -> Tensor:
+    """True at the real tokens whose entropy is at least the quantile 1 - share of all of them (Wang et al. 2025,
+    arXiv:2506.01939); interpolated as `torch.quantile` does, without a limit of the number of tokens."""
+    ordered = entropy.masked_fill(~mask, torch.inf).flatten().sort().values
+    if not len(ordered):
+        return mask
+    place = (mask.sum() - 1).clamp(min=0).to(wide_dtype(entropy)) * (1 - share)
+    low = place.floor()
+    below, above = (ordered[at.long().view(1)] for at in (low, place.ceil()))
+    return (entropy >= below.lerp(above, (place - low).to(entropy.dtype))) & mask

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .base import check_float, mean_of
-from .pairs import F_DIVERGENCES, Pairs, Side
+from .pairs import F_DIVERGENCES, Pairs, Side, nll_of
 from .pairwise import PairwiseOptions
 
 
@@ -34,6 +34,12 @@ class PreferenceOutput(NamedTuple):
     chosen_logps: Tensor
     """Log-probability of the chosen responses under the policy, as given."""
     rejected_logps: Tensor
+    """The same of the rejected responses."""
+    nll: Tensor | None = None
+    """Terms of the chosen responses' NLL, unweighted: their mean is what nll_weight weighs. None in losses without."""
+    chosen_logits: Tensor | None = None
+    """Mean of the logits over the vocabulary and the chosen response's tokens; None where not asked for."""
+    rejected_logits: Tensor | None = None
     """The same of the rejected responses."""
 
 
@@ -152,16 +158,19 @@ def pairwise_loss(
     lengths: Two,
     pair_weights: Tensor | None = None,
 ) -> PreferenceOutput:
-    _check_inputs(options, logps, ref_logps, lengths)
+    check_inputs(options, logps, ref_logps, lengths)
     return pairwise_formula(options, logps, ref_logps, lengths, pair_weights)
 
 
 def pairwise_formula(
-    options: PairwiseOptions, logps: Any, ref_logps: Any, lengths: Any, pair_weights: Any = None
+    options: PairwiseOptions, logps: Any, ref_logps: Any, lengths: Any, pair_weights: Any = None, nll: Any = None
 ) -> PreferenceOutput:
-    """The loss and its metrics from both sides' sums, the reference's, lengths and weights: tensors or symbols."""
+    """The loss and its metrics from both sides' sums, the reference's, lengths and weights: tensors or symbols.
+
+    nll: (sums, lengths) of what the NLL is of, if that is not the chosen sums.
+    """
     chosen, rejected = (_side(options, *of_side) for of_side in zip(logps, ref_logps, lengths, strict=True))
-    pairs = Pairs(chosen, rejected, options)
+    pairs = Pairs(chosen, rejected, options, None if nll is None else _side(options, nll[0], None, nll[1]))
     # A loss of weight 0 is not formed: 0 times an infinite one would be NaN.
     formed = [(variant, weight) for variant, weight in options.variants if weight] or options.variants[:1]
     losses = [(variant.losses(pairs), weight) for variant, weight in formed]
@@ -171,12 +180,12 @@ def pairwise_formula(
     loss = functools.reduce(operator.add, terms)
     per_token = options.variants[0][0].rewards_per_token
     won, lost = (options.beta * (side.mean if per_token else side.score).detach() for side in (chosen, rejected))
-    return PreferenceOutput(
-        loss, won, lost, won - lost, (won > lost).to(won.dtype), chosen.total.detach(), rejected.total.detach()
-    )
+    own = nll_of(pairs).detach() if any(variant.nll for variant, _ in options.variants) else None
+    more = chosen.total.detach(), rejected.total.detach(), own
+    return PreferenceOutput(loss, won, lost, won - lost, (won > lost).to(won.dtype), *more)
 
 
-def _check_inputs(options: PairwiseOptions, logps: tuple[Tensor, Tensor], ref_logps: Two, lengths: Two) -> None:
+def check_inputs(options: PairwiseOptions, logps: tuple[Tensor, Tensor], ref_logps: Two, lengths: Two) -> None:
     shape = check_float("chosen_logps", logps[0]).shape
     if len(shape) != 1:
         raise ValueError(f"chosen_logps must have shape [B], one number per pair; got {list(shape)}")

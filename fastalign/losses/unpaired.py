@@ -58,6 +58,9 @@ def kto_loss(
     ref_kl_logps: Tensor | None = None,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
+    lengths: Tensor | None = None,
+    average: bool = False,
+    clamp_kl: bool = True,
 ) -> KTOOutput:
     """KTO (Ethayarajh et al. 2024): mean of lambda_D (1 - sigmoid(beta (h - z_0))) over desirable responses and
     lambda_U (1 - sigmoid(beta (z_0 - h))) over undesirable ones, h = log pi(y|x) - log pi_ref(y|x).
@@ -65,8 +68,8 @@ def kto_loss(
     The baseline z_0 estimates KL(pi || pi_ref) and carries no gradient. It comes from one of
 
     - `kl_logps` and `ref_kl_logps`: sums of completions that belong to other prompts of the batch (the paper's
-      mismatched pairs (x_i, y_j)); z_0 = max(0, their mean log-ratio);
-    - `kl`: a number already estimated, over several devices for instance; z_0 = max(0, its mean);
+      mismatched pairs (x_i, y_j)); z_0 = max(0, their mean log-ratio), without clamp_kl that mean itself;
+    - `kl`: a number already estimated, over several devices for instance; z_0 = max(0, its mean) likewise;
     - none: z_0 = 0, which is APO-zero on unpaired data (D'Oosterlinck et al. 2024, eq. 7).
 
     Args:
@@ -79,6 +82,10 @@ def kto_loss(
         ref_kl_logps: [M] under the reference.
         desirable_weight: lambda_D.
         undesirable_weight: lambda_U. The paper keeps lambda_D n_D / (lambda_U n_U) within [1, 3/2].
+        lengths: [B] completion tokens |y|; needed by, and only by, `average`. An empty completion counts as one token.
+        average: h is a mean over the response's tokens, (log pi - log pi_ref) / |y|; a baseline must be of such means
+            (`sequence_logps(..., average=True)`).
+        clamp_kl: z_0 is at least 0, as the divergence that it estimates.
 
     Returns:
         KTOOutput.
@@ -97,15 +104,27 @@ def kto_loss(
     logps = logps if logps.dtype == torch.float64 else logps.float()
     if ref_logps is not None:
         ref_logps = check_float("ref_logps", ref_logps, shape, "logps").detach()
-    baseline = _baseline(kl, kl_logps, ref_kl_logps, logps)
-    return kto_formula(logps, desirable, ref_logps, baseline, beta, desirable_weight, undesirable_weight)
+    if average != (lengths is not None):
+        raise ValueError(f"lengths go with average=True, and only there; got average={average}, lengths={lengths}")
+    if lengths is not None and (not isinstance(lengths, Tensor) or lengths.shape != shape):
+        raise ValueError(f"lengths must have shape {list(shape)}, that of logps; got {lengths}")
+    baseline = _baseline(kl, kl_logps, ref_kl_logps, logps, clamp_kl)
+    return kto_formula(logps, desirable, ref_logps, baseline, beta, desirable_weight, undesirable_weight, lengths)
 
 
 def kto_formula(
-    logps: Any, desirable: Any, ref_logps: Any, baseline: Any, beta: float, wanted: float, unwanted: float
+    logps: Any,
+    desirable: Any,
+    ref_logps: Any,
+    baseline: Any,
+    beta: float,
+    wanted: float,
+    unwanted: float,
+    lengths: Any = None,
 ) -> KTOOutput:
-    """The loss and its metrics from responses' sums: tensors [B] or symbols."""
+    """The loss and its metrics from responses' sums: tensors [B] or symbols. lengths: take means over these."""
     ratio = logps if ref_logps is None else logps - ref_logps
+    ratio = ratio if lengths is None else ratio / lengths.clamp(min=1).to(ratio.dtype)
     signed = torch.where(desirable, ratio - baseline, baseline - ratio)
     weight = torch.where(desirable, torch.full_like(ratio, wanted), torch.full_like(ratio, unwanted))
     # 1 - sigmoid(z) = sigmoid(-z), which does not cancel for large z
@@ -115,7 +134,9 @@ def kto_formula(
     return KTOOutput(loss, rewards, won, lost, won - lost, baseline, logps.detach())
 
 
-def _baseline(kl: Tensor | float | None, kl_logps: Tensor | None, ref_kl_logps: Tensor | None, like: Tensor) -> Tensor:
+def _baseline(
+    kl: Tensor | float | None, kl_logps: Tensor | None, ref_kl_logps: Tensor | None, like: Tensor, clamp: bool
+) -> Tensor:
     """z_0 as a scalar without gradient, in the dtype of `like`."""
     if (kl_logps is None) != (ref_kl_logps is None):
         raise ValueError("kl_logps and ref_kl_logps must both be given or both be None; got one of them")
@@ -127,14 +148,15 @@ def _baseline(kl: Tensor | float | None, kl_logps: Tensor | None, ref_kl_logps: 
     if kl is None:
         return like.new_zeros(())
     estimate = torch.as_tensor(kl, dtype=like.dtype, device=like.device).detach()
-    return (estimate.sum() / max(estimate.numel(), 1)).clamp(min=0)
+    mean = estimate.sum() / max(estimate.numel(), 1)
+    return mean.clamp(min=0) if clamp else mean
 
 
 class KTOLoss(LogitsLoss):
     """`kto_loss` from logits.
 
     Args:
-        beta, desirable_weight, undesirable_weight: as in `kto_loss`.
+        beta, desirable_weight, undesirable_weight, average, clamp_kl: as in `kto_loss`.
         ignore_index: labels with this value (prompt, padding) do not count.
         temperature: divides all logits.
         softcap: soft-capping of all logits (Gemma 2).
@@ -147,6 +169,8 @@ class KTOLoss(LogitsLoss):
         beta: float = 0.1,
         desirable_weight: float = 1.0,
         undesirable_weight: float = 1.0,
+        average: bool = False,
+        clamp_kl: bool = True,
         ignore_index: int = -100,
         temperature: float = 1.0,
         softcap: float | None = None,
@@ -156,6 +180,7 @@ class KTOLoss(LogitsLoss):
         self.beta = check_range("beta", beta, 0.0, open_low=True)
         self.desirable_weight = check_range("desirable_weight", desirable_weight, 0.0)
         self.undesirable_weight = check_range("undesirable_weight", undesirable_weight, 0.0)
+        self.average, self.clamp_kl = average, clamp_kl
         self.fused = FusedLoss(self._formula, settings=self._settings)
 
     def forward(
@@ -215,6 +240,9 @@ class KTOLoss(LogitsLoss):
             beta=self.beta,
             desirable_weight=self.desirable_weight,
             undesirable_weight=self.undesirable_weight,
+            lengths=(labels.long() != self.ignore_index).sum(-1) if self.average else None,
+            average=self.average,
+            clamp_kl=self.clamp_kl,
         )
 
     def _by_parts(
@@ -225,7 +253,8 @@ class KTOLoss(LogitsLoss):
         if ref_logps is not None:
             check_float("ref_logps", ref_logps, labels.shape[:1], "logps")
         dtype = torch.float64 if head.hidden.dtype == torch.float64 else torch.float32
-        known = (_baseline(*baseline, torch.zeros((), dtype=dtype, device=labels.device)), None, None)
+        like = torch.zeros((), dtype=dtype, device=labels.device)
+        known = (_baseline(*baseline, like, self.clamp_kl), None, None)
 
         def run(piece: Piece, which: Tensor, at: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
             out = self._of(piece, labels[at], desirable[at], None if ref_logps is None else ref_logps[at], known)
@@ -238,11 +267,12 @@ class KTOLoss(LogitsLoss):
         return KTOOutput(loss, rewards, won, lost, won - lost, parts[0][2], logps)
 
     def _settings(self) -> tuple[Any, ...]:
-        return "kto", self.beta, self.desirable_weight, self.undesirable_weight
+        return "kto", self.beta, self.desirable_weight, self.undesirable_weight, self.average
 
     def _formula(self, t: Any) -> KTOOutput:
-        weights = (self.desirable_weight, self.undesirable_weight)
-        return kto_formula(sum_tokens(t.logps), t.desirable > 0, t.ref_logps, t.baseline, self.beta, *weights)
+        of_both = (self.beta, self.desirable_weight, self.undesirable_weight)
+        lengths = t.mask.sum(-1) if self.average else None
+        return kto_formula(sum_tokens(t.logps), t.desirable > 0, t.ref_logps, t.baseline, *of_both, lengths)
 
     def _fused(
         self, logits: Logits, labels: Any, desirable: Any, ref_logps: Any, baseline: _Baseline
@@ -256,7 +286,7 @@ class KTOLoss(LogitsLoss):
             or desirable.dtype != torch.bool
         ):
             return None
-        zero = _baseline(*baseline, torch.zeros((), device=labels.device))
+        zero = _baseline(*baseline, torch.zeros((), device=labels.device), self.clamp_kl)
         inputs = [
             Input("desirable", desirable.float(), SEQUENCE),
             Input("ref_logps", ref_logps, SEQUENCE),
@@ -269,4 +299,4 @@ class KTOLoss(LogitsLoss):
 
     def extra_repr(self) -> str:
         weights = f"desirable_weight={self.desirable_weight}, undesirable_weight={self.undesirable_weight}"
-        return f"beta={self.beta}, {weights}"
+        return f"beta={self.beta}, {weights}, average={self.average}, clamp_kl={self.clamp_kl}"

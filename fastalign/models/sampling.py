@@ -62,18 +62,24 @@ class Draw(LogitsProcessor):
     Args:
         uniforms: [B, steps] float64 in [0, 1): one for each token to come.
         prompt_length: tokens before the first of them.
+
+    Attributes:
+        logps: [B] float32 for each token drawn so far: its log-probability among what could be drawn.
     """
 
     def __init__(self, uniforms: Tensor, prompt_length: int) -> None:
         self.uniforms, self.prompt_length = uniforms, prompt_length
+        self.logps: list[Tensor] = []
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         # In float64: with float32 sums, a vocabulary's rare tokens would drown in rounding.
-        cumulative = scores.double().softmax(-1).cumsum(-1)
+        probabilities = scores.double().softmax(-1)
+        cumulative = probabilities.cumsum(-1)
         total = cumulative[:, -1:]
         at = self.uniforms[:, input_ids.shape[1] - self.prompt_length, None] * total
         below = torch.nextafter(total, torch.zeros_like(total))
         token = torch.searchsorted(cumulative, torch.minimum(at, below), right=True)
+        self.logps.append(probabilities.gather(1, token).log().float().squeeze(1))
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 
@@ -121,6 +127,16 @@ class Tail(NamedTuple):
     finished: bool
 
 
+class Drawn(NamedTuple):
+    """A tail, and what was known of it where it was drawn."""
+
+    ids: list[int]
+    finished: bool
+    logps: Tensor | None = None
+    """[tokens] float32 on the CPU: the log-probability of each, of the distribution that it was drawn from, at the
+    temperature and among what top_k and top_p leave. None at temperature 0."""
+
+
 def up_to_end(ids: Sequence[int], ends: Sequence[int]) -> Tail:
     """The tokens up to and with the first that ends a text; what follows is padding."""
     end = next((i for i, token in enumerate(ids) if token in ends), None)
@@ -134,7 +150,7 @@ def continuations(
     batch: dict[str, Tensor],
     uniforms: Tensor,
     how: Sampling,
-) -> list[Tail]:
+) -> list[Drawn]:
     """What follows each prompt, to the first of `end_ids`. No other option of generation applies.
 
     Args:
@@ -148,11 +164,12 @@ def continuations(
     """
     width, ends = batch["input_ids"].shape[1], end_ids(model, tokenizer)
     processors: list[Any] = []
-    if how.temperature:
+    draw = Draw(uniforms.to(model.device), width) if how.temperature else None
+    if draw is not None:
         processors += [TemperatureLogitsWarper(float(how.temperature))] if how.temperature != 1 else []
         processors += [TopKLogitsWarper(how.top_k)] if how.top_k else []
         processors += [TopPLogitsWarper(how.top_p)] if how.top_p < 1 else []
-        processors.append(Draw(uniforms.to(model.device), width))
+        processors.append(draw)
     config = GenerationConfig(
         max_new_tokens=how.max_new_tokens,
         do_sample=False,
@@ -177,4 +194,8 @@ def continuations(
             f"prompt and continuation must fit in the model's {positions} positions; got a prompt of {width} tokens "
             f"and up to {how.max_new_tokens} new ones"
         ) from error
-    return [up_to_end(ids, ends) for ids in out[:, width:].tolist()]
+    tails = [up_to_end(ids, ends) for ids in out[:, width:].tolist()]
+    if draw is None or not draw.logps:
+        return [Drawn(*tail) for tail in tails]
+    logps = torch.stack(draw.logps, 1).cpu()
+    return [Drawn(*tail, row[: len(tail.ids)].clone()) for tail, row in zip(tails, logps, strict=True)]

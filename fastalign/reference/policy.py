@@ -13,11 +13,12 @@ from torch import Tensor
 from ..losses import PPOLoss, ptx_loss, value_loss
 from ..losses.base import stats_of
 from .case import Case, Sizes
+from .off_policy import ESTIMATORS, covariances_of, left_out, of_little_entropy, weights
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The choices of one row: `low`, `high` are the clip's epsilons, `beta` weighs the KL, `cap` bounds ratios."""
+    """The choices of one row: `low`, `high` are the clip's epsilons, `beta` weighs the KL; see `off_policy`."""
 
     kind: str = "clip"
     low: float = 0.2
@@ -29,6 +30,12 @@ class Setting:
     average: str = "token"
     level: str = "token"
     cap: float = 2.0
+    mode: str = "truncate"
+    floor: float = 0.0
+    normalize: bool = False
+    delta: float = math.inf
+    unbiased: bool = False
+    top: float = 1.0
     num_items: int = 40
     max_length: int = 9
     options: dict[str, Any] = field(default_factory=dict)
@@ -143,14 +150,6 @@ OBJECTIVES: dict[str, Callable[[Token, Setting], Tensor]] = {
 }
 """What a token adds to the objective that is maximised."""
 
-ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
-    "k1": lambda r: -torch.log(r),
-    "k2": lambda r: torch.log(r) ** 2 / 2,
-    "k3": lambda r: (r - 1) - torch.log(r),
-    "k3+": lambda r: ((r - 1) - torch.log(r)).detach() + (torch.log(r) ** 2 - torch.log(r.detach()) ** 2) / 2,
-}
-"""Of KL(q, p) from samples of q, with r = p / q (Schulman 2020). k3+, k3 in value, has k2's gradient."""
-
 AVERAGES: dict[str, Callable[[list[list[Tensor]], Setting], Tensor]] = {
     "token": lambda rows, s: _total(map(_total, rows)) / sum(map(len, rows)),
     "bnpo": lambda rows, s: _total(map(_total, rows)) / sum(map(len, rows)),
@@ -178,46 +177,32 @@ def policy(
     real = [[t for t in range(labels.shape[1]) if labels[b, t] != -100] for b in range(labels.shape[0])]
     places = [(b, t) for b, row in enumerate(real) for t in row]
     chosen = {(b, t): logps[b, t, labels[b, t]] for b, t in places}
-    likely = {at: float(chosen[at].detach()) for at in places}
-    covariances = _covariances({at: float(advantages[at]) for at in places}, likely)
+    covariances = covariances_of({at: float(advantages[at]) for at in places}, chosen)
     ranks = {at: n for n, at in enumerate(sorted(places, key=lambda at: -covariances[at]))}
+    importance = weights(real, old_logps, sampler_logps, s)
+    entropies = {(b, t): -(logps[b, t].exp() * logps[b, t]).sum() for b, t in places}
+    behaviour = old_logps if sampler_logps is None else sampler_logps
+    dropped = left_out(real, chosen, behaviour, advantages, s) | of_little_entropy(entropies, s)
     for b, row in enumerate(real):
         if not row:
             continue
         old = {t: old_logps[b, t].double() for t in row}
-        weight = {t: _weight(b, t, row, old, sampler_logps, s) for t in row}
         advantage = {t: advantages[b, t].double() for t in row}
         ratio = {t: (chosen[b, t] - old[t]).exp() for t in row}
-        sequence = [(ratio[t], advantage[t], weight[t]) for t in row]
+        sequence = [(ratio[t], advantage[t], importance[b, t]) for t in row]
         geometric_mean = (_total(chosen[b, t] - old[t] for t in row) / len(row)).exp()
         terms = []
         for t in row:
             place = (ranks[b, t], covariances[b, t], len(places))
             token = Token(chosen[b, t], ratio[t], geometric_mean, advantage[t], old[t], sequence, *place)
             term = OBJECTIVES[s.kind](token, s)
-            term = term if s.kind == "vespo" else term * weight[t]  # VESPO's are within its own
-            term = term - s.beta * _kl(b, t, logps[b, t], chosen[b, t], old[t], ref_logps, ref_logits, s)
-            terms.append(term + s.entropy * -(logps[b, t].exp() * logps[b, t]).sum())
+            term = term if s.kind == "vespo" else term * importance[b, t]  # VESPO's are within its own
+            term = torch.zeros_like(term) if (b, t) in dropped else term
+            kl = _kl(b, t, logps[b, t], chosen[b, t], old[t], ref_logps, ref_logits, s)
+            term = term - s.beta * (ratio[t] * kl if s.unbiased else kl)  # DeepSeek-V3.2, eq. 7
+            terms.append(term + s.entropy * entropies[b, t])
         rows.append(terms)
     return -AVERAGES[s.average](rows, s)
-
-
-Place = tuple[int, int]
-
-
-def _covariances(advantages: dict[Place, float], logps: dict[Place, float]) -> dict[Place, float]:
-    """(A - mean A) (log pi - mean log pi) of each token (Cui et al. 2025)."""
-    a, p = (math.fsum(x.values()) / len(x) for x in (advantages, logps))
-    return {at: (advantages[at] - a) * (logps[at] - p) for at in advantages}
-
-
-def _weight(b: int, t: int, real: list[int], old: dict[int, Tensor], sampler: Tensor | None, s: Setting) -> Tensor:
-    """min(pi_old / pi_sampler, cap), of the token or of its whole sequence."""
-    if sampler is None:
-        return torch.ones((), dtype=torch.float64)
-    tokens = [t] if s.level == "token" else real
-    ratio = math.prod(float((old[u] - sampler[b, u].double()).exp()) for u in tokens)
-    return torch.tensor(min(ratio, s.cap), dtype=torch.float64)
 
 
 def _kl(
@@ -301,6 +286,12 @@ def _case(name: str, setting: Setting, *extra: str) -> Case:
         importance_cap=setting.cap,
         normalization=setting.average,
         max_length=setting.max_length if setting.average == "dr_grpo" else None,
+        importance_mode=setting.mode,
+        importance_floor=setting.floor,
+        importance_normalize=setting.normalize,
+        off_policy_mask_threshold=None if math.isinf(setting.delta) else setting.delta,
+        use_bias_correction_kl=setting.unbiased,
+        top_entropy_quantile=setting.top,
         **setting.options,
     )
     options: dict[str, Any] = {"num_items": setting.num_items} if setting.average == "dapo" else {}
@@ -333,12 +324,12 @@ def _ptx_fused(logits: Tensor, labels: Tensor, old_logps: Tensor, advantages: Te
 
 def _ptx_reference(logits: Tensor, labels: Tensor, old_logps: Tensor, advantages: Tensor) -> Tensor:
     """Ouyang et al. 2022, eq. 2, with the batch itself as the pretraining text."""
-    ones = torch.ones_like(advantages)
-    likelihood = policy(logits, labels, old_logps, ones, setting=Setting(kind="reinforce"))
+    likelihood = policy(logits, labels, old_logps, torch.ones_like(advantages), setting=Setting(kind="reinforce"))
     return policy(logits, labels, old_logps, advantages, setting=Setting()) + 0.7 * likelihood
 
 
 _GRPO = Setting(average="grpo", kl="k3", beta=0.04)
+_MIS = Setting(level="sequence", mode="mask", floor=0.1, cap=3.0)
 _DPPO = {"dppo_ratio_cap": 1.5}
 _NEWER = {
     "sapo": Setting("sapo", average="grpo", options={"sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05}),
@@ -368,6 +359,11 @@ CASES = [
     _case("ppo_clip_kl_exact_entropy", Setting(beta=0.1, kl="exact", entropy=0.01), "ref_logits"),
     _case("ppo_clip_token_weights", Setting(), "sampler_logps"),
     _case("ppo_clip_sequence_weights", Setting(level="sequence", cap=3.0), "sampler_logps"),
+    _case("ppo_clip_geometric_weights", Setting(level="geometric", floor=0.9, cap=1.2), "sampler_logps"),
+    _case("ppo_clip_icepop", Setting(mode="mask", floor=0.7, cap=1.5), "sampler_logps"),
+    _case("ppo_clip_mis_normalized", replace(_MIS, normalize=True), "sampler_logps"),
+    _case("ppo_clip_high_entropy", Setting(top=0.4)),
+    _case("grpo_off_policy", replace(_GRPO, delta=0.05, unbiased=True), "ref_logps", "sampler_logps"),
     *(_case(f"ppo_penalty_{kl.replace('+', '_plus')}", Setting("penalty", beta=0.5, kl=kl)) for kl in ESTIMATORS),
     _case("ppo_penalty_reference", Setting("penalty", beta=0.5), "ref_logps"),
     _case("grpo", _GRPO, "ref_logps"),
@@ -376,6 +372,7 @@ CASES = [
     _case("gspo", Setting("gspo", low=3e-2, high=4e-2, average="grpo")),
     _case("gspo_token", Setting("gspo_token", low=3e-2, high=4e-2, average="grpo")),
     _case("cispo", Setting("cispo", low=1.0, high=0.28, average="dapo")),
+    _case("cispo_below_1", Setting("cispo", low=1.0, high=-0.2)),
     _case("cispo_token", Setting("cispo")),
     *(_case(name, setting) for name, setting in _NEWER.items()),
     _case("vespo_sampler", replace(_NEWER["vespo"], cap=1.2), "sampler_logps"),

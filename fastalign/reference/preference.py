@@ -175,11 +175,24 @@ PAIRS: dict[str, tuple[dict[str, Any], Formula]] = {
 _REFERENCE_FREE = ("simpo", "alphapo", "cpo", "orpo", "sft")
 
 
-def kto(logits: Tensor, ref_logits: Tensor, labels: Tensor, kl_labels: Tensor, desirable: Tensor) -> Tensor:
+def kto(
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    kl_labels: Tensor,
+    desirable: Tensor,
+    *,
+    average: bool = False,
+    clamp_kl: bool = True,
+) -> Tensor:
     """Ethayarajh et al. 2024, with weights 1.5 and 0.5; the baseline from mismatched completions."""
-    h = sums(logits, labels)[0] - sums(ref_logits, labels)[0]
-    mismatched = sums(logits, kl_labels)[0] - sums(ref_logits, kl_labels)[0]
-    z0 = torch.clamp(mismatched.mean(), min=0).detach()
+
+    def ratio(y: Tensor) -> Tensor:
+        (own, lengths), (theirs, _) = sums(logits, y), sums(ref_logits, y)
+        return (own - theirs) / (lengths if average else 1)
+
+    h, z0 = ratio(labels), ratio(kl_labels).mean().detach()
+    z0 = torch.clamp(z0, min=0) if clamp_kl else z0
     won, lost = 1.5 * (1 - torch.sigmoid(_BETA * (h - z0))), 0.5 * (1 - torch.sigmoid(_BETA * (z0 - h)))
     return torch.where(desirable, won, lost).mean()
 
@@ -224,14 +237,20 @@ def _pair_case(name: str, options: dict[str, Any], formula: Formula) -> Case:
     )
 
 
-def _fused_kto(logits: Tensor, ref_logits: Tensor, labels: Tensor, kl_labels: Tensor, desirable: Tensor) -> Tensor:
-    module = KTOLoss(beta=_BETA, desirable_weight=1.5, undesirable_weight=0.5)
+def _fused_kto(
+    module: KTOLoss, logits: Tensor, ref_logits: Tensor, labels: Tensor, kl_labels: Tensor, desirable: Tensor
+) -> Tensor:
     with torch.no_grad():
         baseline = {
-            "kl_logps": sequence_logps(logits, kl_labels),
-            "ref_kl_logps": sequence_logps(ref_logits, kl_labels),
+            "kl_logps": sequence_logps(logits, kl_labels, average=module.average),
+            "ref_kl_logps": sequence_logps(ref_logits, kl_labels, average=module.average),
         }
     return module(logits, labels, desirable, ref_logits=ref_logits, **baseline).loss
+
+
+def _kto_case(name: str, **options: Any) -> Case:
+    module = KTOLoss(beta=_BETA, desirable_weight=1.5, undesirable_weight=0.5, **options)
+    return Case(name, lambda **given: _fused_kto(module, **given), lambda **given: kto(**given, **options), _kto_inputs)
 
 
 def _each(logits: Tensor, labels: Tensor) -> list[list[Tensor]]:
@@ -266,6 +285,23 @@ def ld(logits: Tensor, labels: Tensor, ref_logits: Tensor) -> Tensor:
     return torch.stack(losses).mean()
 
 
+def prompt_nll(logits: Tensor, labels: Tensor, nll_labels: Tensor) -> Tensor:
+    """Hong et al. 2024, eq. 7, with the likelihood of whole texts, prompt and chosen response (lambda = beta)."""
+    q = Quantities(logits, labels)
+    total, count = sums(logits[: len(nll_labels)], nll_labels)
+    odds_ratio = torch.log(odds(q.pw, q.nw) / odds(q.pl, q.nl))
+    return 0.5 * -total.sum() / count.sum() - _BETA * log_sigmoid(odds_ratio).mean()
+
+
+def _prompt_nll_inputs(sizes: Sizes, generator: torch.Generator) -> dict[str, Tensor]:
+    """Targets where the chosen rows have none, but for some."""
+    made = _free_inputs(sizes, generator)
+    chosen = made["labels"][: sizes.batch]
+    others = torch.randint(0, sizes.vocab, chosen.shape, generator=generator)
+    others = others.masked_fill(torch.rand(chosen.shape, generator=generator) < 0.3, _IGNORED)
+    return made | {"nll_labels": torch.where(chosen == _IGNORED, others, chosen)}
+
+
 def _own_case(name: str, options: dict[str, Any], formula: Callable[..., Tensor]) -> Case:
     module = DPOLoss(beta=_BETA, **options)
     return Case(f"dpo:sigmoid:{name}", lambda **given: module(**given).loss, formula, _pair_inputs)
@@ -273,4 +309,6 @@ def _own_case(name: str, options: dict[str, Any], formula: Callable[..., Tensor]
 
 CASES = [_pair_case(name, options, formula) for name, (options, formula) in PAIRS.items()]
 CASES += [_own_case("wpo", {"use_weighting": True}, wpo), _own_case("ld", {"ld_alpha": 0.4}, ld)]
-CASES.append(Case("kto", _fused_kto, kto, _kto_inputs))
+_ORPO = DPOLoss(loss_type="orpo", beta=_BETA, nll_weight=0.5)
+CASES.append(Case("dpo:orpo:prompt_nll", lambda **given: _ORPO(**given).loss, prompt_nll, _prompt_nll_inputs))
+CASES += [_kto_case("kto"), _kto_case("kto:average", average=True), _kto_case("kto:unclamped", clamp_kl=False)]

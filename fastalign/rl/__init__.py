@@ -10,14 +10,18 @@ from .baselines import (
     reinforce_pp_baseline_advantages,
     remax_advantages,
 )
+from .entropy import AdaptiveEntropy
 from .gae import discounted_returns, gae, grpo_advantages, masked_whiten, rloo_advantages
 from .kl import AdaptiveKL, FixedKL, SchulmanKL
+from .off_policy import OffPolicyMetrics, off_policy_metrics, rejection_mask
 from .rewards import ShapedRewards, overlong_penalty, shape_rewards
 from .trust_region import TrustRegion, TrustRegionStep, conjugate_gradient, exact_kl, sampled_kl
 
 __all__ = [
+    "AdaptiveEntropy",
     "AdaptiveKL",
     "FixedKL",
+    "OffPolicyMetrics",
     "SchulmanKL",
     "ShapedRewards",
     "TrustRegion",
@@ -30,12 +34,14 @@ __all__ = [
     "gpg_advantages",
     "grpo_advantages",
     "masked_whiten",
+    "off_policy_metrics",
     "opo_advantages",
     "otb_advantages",
     "overlong_penalty",
     "passk_advantages",
     "reinforce_pp_advantages",
     "reinforce_pp_baseline_advantages",
+    "rejection_mask",
     "remax_advantages",
     "rloo_advantages",
     "sampled_kl",

@@ -31,6 +31,7 @@ from ..rl.rewards import last_real
 from ..utils.checks import check_choice
 from .common.arguments import key
 from .policy.config import PolicyConfig
+from .policy.correction import CorrectionConfig
 from .policy.kinds import KindConfig
 from .policy.rollout import Episode, applicable, response_mask, stacked, unstack
 from .policy.run import run_policy
@@ -94,7 +95,7 @@ ADVANTAGE_ESTIMATORS = {
 
 
 @dataclass
-class GRPOConfig(PolicyConfig, KindConfig):
+class GRPOConfig(PolicyConfig, KindConfig, CorrectionConfig):
     """Reinforcement learning from a reward with groups of responses for a baseline; rows have a `prompt`."""
 
     loss_type: str = key("grpo", f"Variant: {', '.join(VARIANTS)}", group="Loss")
@@ -129,7 +130,7 @@ class GRPOConfig(PolicyConfig, KindConfig):
     kl_in: str = key("loss", "Where that KL counts: in the reward or in the loss", group="Loss")
     kl_estimator: str = key(
         "k3",
-        "Estimator of that KL: k1, k2, k3, k3+ (k3 with k2's gradient) or exact (whole vocabulary)",
+        "Estimator of that KL: k1, k2, k3, k3+ (k3 with k2's gradient), k3_clamped, abs or exact (whole vocabulary)",
         group="Loss",
     )
 
@@ -150,6 +151,7 @@ class GRPOConfig(PolicyConfig, KindConfig):
             raise ValueError(f"num_generations must be at least 2, to make a group; got {self.num_generations}")
         self.check_kind_options()
         super().__post_init__()
+        self.check_corrections(self)
 
     def _rewards_alone(self) -> None:
         """ValueError for what would be added to a sum of rewards, where each of them is standardised by itself."""
@@ -217,7 +219,7 @@ class GRPOTrainer(PolicyTrainer):
             dual_clip=args.dual_clip,
             kl_coef=self.kl.value if in_loss else 0.0,
             kl_estimator=args.kl_estimator if in_loss else "k1",
-            entropy_coef=args.entropy_coef,
+            entropy_coef=args.entropy_coef if self.entropy is None else self.entropy.value,
             # A sum over the tokens of each response is dr_grpo's constant divisor at 1.
             normalization="dr_grpo" if summed else variant.normalization,
             max_length=1 if summed else args.response_length,

@@ -31,6 +31,7 @@ from ..rl.gae import centred
 from ..utils.checks import check_choice, check_positive
 from .common.arguments import key
 from .policy.config import PolicyConfig
+from .policy.correction import CorrectionConfig
 from .policy.kinds import KindConfig
 from .policy.rollout import Episode, applicable, response_mask, stacked, unstack
 from .policy.run import run_policy
@@ -43,7 +44,7 @@ _OF_TOKENS = ("cispo", "sapo", "dppo_tv", "dppo_kl", "dro", "clip_cov", "kl_cov"
 
 
 @dataclass
-class PPOConfig(PolicyConfig, KindConfig):
+class PPOConfig(PolicyConfig, KindConfig, CorrectionConfig):
     """Reinforcement learning from a reward with a value function; rows have a `prompt`."""
 
     objective: str = key(
@@ -94,7 +95,12 @@ class PPOConfig(PolicyConfig, KindConfig):
         if self.objective == "trpo" and (self.ptx_dataset or self.lora_rank):
             raise ValueError("objective=trpo goes with neither ptx_dataset nor lora_rank")
         self.check_kind_options()
+        if self.objective == "trpo":
+            for name in ("off_policy_mask_threshold", "top_entropy_quantile", "use_adaptive_entropy"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(f"{name} must be left out with objective=trpo; got {getattr(self, name)}")
         super().__post_init__()
+        self.check_corrections(self)
 
     @property
     def needs_reference(self) -> bool:
@@ -129,7 +135,7 @@ class PPOTrainer(PolicyTrainer):
             self._penalty = rl.SchulmanKL(self.args.penalty_coef, target=self.args.penalty_target)
         return self._penalty
 
-    def controllers(self) -> dict[str, rl.FixedKL]:
+    def controllers(self) -> dict[str, rl.FixedKL | rl.AdaptiveEntropy]:
         more = {"penalty_coef": self.penalty} if self.args.objective == "penalty" else {}
         return {**super().controllers(), **more}
 
@@ -143,7 +149,7 @@ class PPOTrainer(PolicyTrainer):
             dual_clip=args.dual_clip,
             kl_coef=self.penalty.value if penalty else self.kl.value if in_loss else 0.0,
             kl_estimator="k3" if penalty else args.kl_estimator if in_loss else "k1",
-            entropy_coef=args.entropy_coef,
+            entropy_coef=args.entropy_coef if self.entropy is None else self.entropy.value,
             report_entropy=True,
             temperature=args.temperature,
             **options_among(args.objective, args),

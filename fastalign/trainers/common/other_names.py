@@ -38,6 +38,9 @@ SAME: dict[str, tuple[str, ...]] = {
     "tau_pos": ("sapo_temperature_pos",),
     "tau_neg": ("sapo_temperature_neg",),
     "ppo_kl_coef": ("kl_cov_coef",),
+    "vllm_importance_sampling_clip_max": ("rollout_is_threshold",),
+    "vllm_importance_sampling_cap": ("rollout_is_threshold",),
+    "vllm_importance_sampling_clip_min": ("rollout_is_threshold_lower",),
 }
 """Their name → ours of the same meaning; the first that a command has."""
 
@@ -71,10 +74,7 @@ _ANSWERS: dict[str, str] = {
     "{f_alpha=A}, where A is 1 - f_alpha_divergence_coef": "f_alpha_divergence_coef",
     "{loss_type=gspo} takes ratios of whole responses": "importance_sampling_level",
     "{loss_type} names the variants that there are": "sapo_temperature_neg sapo_temperature_pos vespo_k_pos "
-    "vespo_k_neg vespo_lambda_pos vespo_lambda_neg top_entropy_quantile off_policy_mask_threshold "
-    "use_bias_correction_kl use_weighting ld_alpha",
-    "{entropy_coef=C} is constant": "use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta "
-    "entropy_target",
+    "vespo_k_neg vespo_lambda_pos vespo_lambda_neg use_weighting ld_alpha",
     "{scale_rewards=true} divides a group's advantages by their deviation (not rloo's)": "normalize_advantages",
     "{missing_eos_penalty=P} is subtracted from the score of a response that did not end": "mask_truncated_completions",
     "policies train without dropout, other models with their configuration's: leave it out": "disable_dropout "
@@ -82,10 +82,12 @@ _ANSWERS: dict[str, str] = {
     "responses are sampled by the trainer itself: leave it out": "use_vllm vllm_mode vllm_model_impl "
     "vllm_enable_sleep_mode vllm_structured_outputs_regex vllm_server_base_url vllm_server_host vllm_server_port "
     "vllm_server_timeout vllm_group_port vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size "
-    "vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_clip_max "
-    "vllm_importance_sampling_clip_min vllm_importance_sampling_cap use_transformers_paged cache_implementation "
+    "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min vllm_importance_sampling_cap "
+    "use_transformers_paged cache_implementation "
     "use_transformers_continuous_batching transformers_continuous_batching_config ds3_gather_for_generation "
     "max_tool_calling_iterations",
+    "{rollout_is=token} and {rollout_is_mode=truncate} weigh samples, {rollout_is=null} does not": "vllm_importance_"
+    "sampling_correction vllm_importance_sampling_mode",
     "{temperature}, {top_k} and {top_p} are how responses are drawn": "min_p repetition_penalty generation_kwargs",
     "one response to each prompt is drawn in an evaluation": "num_generations_eval",
     "{num_mini_batches=N} makes N updates of each batch of responses": "steps_per_generation",

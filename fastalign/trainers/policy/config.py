@@ -31,7 +31,6 @@ _NOT_NEGATIVE = ("top_k", "warmup_steps", "weight_decay", "max_grad_norm", "kl_c
 _EVERY = ("total_episodes", "eval_steps", "save_steps", "save_total_limit", "ptx_batch_size")
 _RANGES: dict[str, tuple[float, bool]] = {
     "cliprange": (0, False),
-    "cliprange_high": (0, False),
     "dual_clip": (1, True),
     "missing_eos_penalty": (0, False),
     "ptx_coef": (0, False),
@@ -62,7 +61,9 @@ class EpisodeConfig(Keys):
     response_length: int = key(64, "Tokens sampled per response, at most", group="Sampling")
     temperature: float = key(1.0, "Temperature of sampling, and of every log-probability", group="Sampling")
     top_k: int = key(
-        0, "Sample from the k likeliest tokens only; 0 for all. Log-probabilities stay those of all", group="Sampling"
+        0,
+        "Sample from the k likeliest tokens only; 0 for all. The policy stays that of all: see rollout_is",
+        group="Sampling",
     )
     top_p: float = key(
         1.0, "Sample from the likeliest tokens of this total probability only; as top_k", group="Sampling"
@@ -73,7 +74,7 @@ class EpisodeConfig(Keys):
     kl_in: str = key("reward", "Where that KL counts: in the reward or in the loss", group="Loss")
     kl_estimator: str = key(
         "k1",
-        "Estimator of that KL: k1, k2, k3, k3+ (k3 with k2's gradient) or exact (whole vocabulary)",
+        "Estimator of that KL: k1, k2, k3, k3+ (k3 with k2's gradient), k3_clamped, abs or exact (whole vocabulary)",
         group="Loss",
     )
     cliprange: float = key(0.2, "How far the policy's ratio may go from 1 before it is cut", group="Loss")
@@ -161,6 +162,10 @@ class PolicyConfig(CommonConfig, EpisodeConfig):
         for name, (low, open_low) in _RANGES.items():
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), low, open_low=open_low)
+        if self.cliprange_high is not None:  # CISPO's weight may stay below 1
+            cispo = "cispo" in (getattr(self, "loss_type", None), getattr(self, "objective", None))
+            below = 1.0 if self.cliprange is None else self.cliprange
+            check_range("cliprange_high", self.cliprange_high, -below if cispo else 0)
         check_choice("kl_in", self.kl_in, ("reward", "loss"))
         self.kl_estimator = KL_ALIASES.get(self.kl_estimator, self.kl_estimator)
         check_choice("kl_estimator", self.kl_estimator, (*KL_ESTIMATORS, "exact"))
@@ -170,7 +175,7 @@ class PolicyConfig(CommonConfig, EpisodeConfig):
             raise ValueError(f"top_p must be in (0, 1]; got {self.top_p}")
         if self.kl_in == "loss" and self.kl_estimator == "k1" and self.kl_coef:
             raise ValueError(
-                "kl_estimator must be k2, k3, k3+ or exact with kl_in=loss: as a loss, k1 has no gradient on average"
+                "kl_estimator must be other than k1 with kl_in=loss: as a loss, k1 has no gradient on average"
             )
         if self.load_best_model_at_end and self.eval_steps is None:
             raise ValueError("load_best_model_at_end needs eval_steps; got none")

@@ -1,8 +1,9 @@
 """Rollouts: prompts in; sampled responses out, with the log-probabilities, values and scores that an update needs.
 
 Two rules keep sampler and trainer in step. The sampler's options are those declared here and no others (a model's own
-generation settings, repetition penalties among them, are set aside), and every log-probability is computed by the
-trainer's forward pass under the sampling temperature, never taken from the sampler.
+generation settings, repetition penalties among them, are set aside), and every log-probability of the policy is
+computed by the trainer's forward pass under the sampling temperature; what the sampler says of its draws is for
+`correction`.
 
 A response depends on the seed, the step and its own number, not on the batch or the process that it was sampled in:
 each token is drawn by inverting the distribution at a uniform number that belongs to that response and position.
@@ -24,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...models.loading import pad_id
 from ...models.logits import GROUPS, ModelLogits
-from ...models.sampling import Sampling, Tail, continuations
+from ...models.sampling import Drawn, Sampling, continuations
 from ...rl.rewards import ShapedRewards
 from ...utils.batch import IGNORE, Batch
 from ..data.cells import cell
@@ -71,6 +72,11 @@ class Episode:
     """The numbers of several reward functions, NaN where one does not apply; none of a reward model."""
     logps: Tensor = field(default_factory=lambda: torch.zeros(0))
     """By the policy that sampled, at the sampling temperature."""
+    sampler_logps: Tensor | None = None
+    """As the sampler drew: in its precision, and among what top_k and top_p leave."""
+    importance_weights: Tensor | None = None
+    kept: Tensor | None = None
+    """Boolean: the tokens that are near enough to their sampler to be in a loss."""
     entropy: Tensor = field(default_factory=lambda: torch.zeros(0))
     log_sum_sq_probs: Tensor | None = None
     """Logarithm of the sum of the squared probabilities of each token's distribution."""
@@ -82,6 +88,11 @@ class Episode:
     returns: Tensor | None = None
     counts: bool = True
     """False: it is in no loss, and in no count that a loss is divided by."""
+
+    @property
+    def counted(self) -> int:
+        """Tokens that are in the loss."""
+        return 0 if not self.counts else len(self.ids) if self.kept is None else int(self.kept.sum())
 
 
 # ------------------------------------------------------------------------------------------------------------ prompts
@@ -228,9 +239,9 @@ def generate(
     return [episodes[i] for i in range(len(prompts))]
 
 
-def _episode(prompt: Prompt, tail: Tail, tokenizer: PreTrainedTokenizerBase) -> Episode:
+def _episode(prompt: Prompt, tail: Drawn, tokenizer: PreTrainedTokenizerBase) -> Episode:
     text = str(tokenizer.decode(tail.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-    return Episode(prompt, tail.ids, text, tail.finished)
+    return Episode(prompt, tail.ids, text, tail.finished, sampler_logps=tail.logps)
 
 
 # ------------------------------------------------------------------------------------------------------------ scoring

@@ -42,6 +42,7 @@ from ..data.template import use_template
 from . import rollout
 from .checkpoint import RunState, load_training_state, save_policy, save_whole
 from .config import PolicyConfig
+from .correction import CorrectionConfig, correct, entropy_control
 from .keep import kept
 from .reference import frozen_reference
 from .rewards import RewardFunction, load_reward, scored
@@ -158,16 +159,19 @@ class PolicyTrainer(ABC):
         """Changes the policy by the episodes; returns metrics."""
         return self._ready().run(episodes, self.loss(), self.value_options(), self.state.global_step)
 
-    def controllers(self) -> dict[str, rl.FixedKL]:
+    def controllers(self) -> dict[str, rl.FixedKL | rl.AdaptiveEntropy]:
         """Coefficients that change while training, by name. `kl_coef` is the weight of the KL to the reference."""
-        return {"kl_coef": self.kl}
+        return {"kl_coef": self.kl} if self.entropy is None else {"kl_coef": self.kl, "entropy_coef": self.entropy}
 
-    @property
+    @functools.cached_property
     def kl(self) -> rl.FixedKL:
         """The controller of the KL to the reference."""
-        if not hasattr(self, "_kl"):
-            self._kl = self.kl_controller()
-        return self._kl
+        return self.kl_controller()
+
+    @functools.cached_property
+    def entropy(self) -> rl.AdaptiveEntropy | None:
+        """The controller of the entropy bonus; None for a constant one."""
+        return entropy_control(self.args) if isinstance(self.args, CorrectionConfig) else None
 
     def kl_controller(self) -> rl.FixedKL:
         """A fresh controller of the KL to the reference."""
@@ -312,8 +316,12 @@ class PolicyTrainer(ABC):
         shaped = self.shape(episodes, self.kl.value if self.args.kl_in == "reward" else 0.0)
         coefficients = {f"objective/{name}": c.value for name, c in self.controllers().items()}
         metrics = {**describe(episodes, shaped), **coefficients, **self.advantages(episodes, shaped)}
+        if isinstance(self.args, CorrectionConfig):
+            metrics |= correct(self.args, episodes)
         metrics |= self.update(episodes)
         self.kl.update(metrics["objective/kl"], len(episodes))
+        if self.entropy is not None:
+            self.entropy.update(metrics["policy/entropy_avg"])
         self.state.global_step += 1
         self.state.episodes += len(episodes)
         self.state.num_tokens += sum(len(e.prompt.ids) + len(e.ids) for e in episodes)

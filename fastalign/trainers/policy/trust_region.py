@@ -62,7 +62,9 @@ def trust_region_updates(trainer: Any, episodes: Sequence[Episode]) -> dict[str,
 
 def _surrogate(trainer: Any, measure: PPOLoss, batch: Batch) -> PolicyLossOutput:
     logits = policy_logits(trainer.inner, batch, values=False, args=trainer.args)
-    return measure(logits, batch["labels"], batch["rollout_logps"], batch["rollout_advantages"])
+    weights = batch.get("rollout_importance_weights")
+    given = (batch["labels"], batch["rollout_logps"], batch["rollout_advantages"])
+    return measure(logits, *given, importance_weights=weights)
 
 
 def _surrogate_loss(trainer: Any, measure: PPOLoss, batch: Batch) -> Tensor:
@@ -79,7 +81,7 @@ def _kl_to_now(trainer: Any, batch: Batch) -> Any:
 
 def _fit_values(trainer: Any, updater: Any, chosen: Sequence[Episode], options: Any) -> None:
     """One optimiser step of the value function alone: no loss reaches the policy, which has no gradient then."""
-    tokens, size = sum(len(e.ids) for e in chosen), trainer.args.per_device_train_batch_size
+    tokens, size = sum(e.counted for e in chosen), trainer.args.per_device_train_batch_size
     for start in range(0, len(chosen), size):
         batch = updater.batch(chosen[start : start + size])
         share, metrics = updater.value_share(trainer.inner.values(batch), batch, options, tokens)

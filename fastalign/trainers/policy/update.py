@@ -43,6 +43,8 @@ _POLICY_METRICS = {
     "policy/kl_avg": "kl",
 }
 _PER_ITEM = ("loss/policy_avg",)
+_OF_TOKENS = ("logps", "sampler_logps", "importance_weights", "advantages", "ref_logps", "values", "returns")
+"""What episodes hold for each token, that updates look at."""
 
 
 @dataclass
@@ -126,9 +128,9 @@ class Updater:
 
     def _update(self, chosen: Sequence[Episode], loss: PPOLoss, values: ValueOptions | None) -> Tensor:
         """One optimiser step on one mini-batch; returns the gradient's norm."""
-        counted = [e for e in chosen if e.counts]
-        tokens = sum(len(e.ids) for e in counted)
-        items = len(counted) if loss.config["normalization"] in _SEQUENCE_MEANS else tokens
+        counted = [e.counted for e in chosen]
+        tokens = sum(counted)
+        items = sum(n > 0 for n in counted) if loss.config["normalization"] in _SEQUENCE_MEANS else tokens
         size = self.args.per_device_train_batch_size
         own = sorted(self.mine(chosen), key=lambda e: -len(e.prompt.ids) - len(e.ids))
         if self.grouped:  # side by side, in the order of each group's longest
@@ -144,11 +146,14 @@ class Updater:
     def batch(self, episodes: Sequence[Episode], grouped: bool = False) -> Batch:
         """The episodes padded, with old log-probabilities, advantages and the rest where the labels are: [B, T]."""
         batch = collate(episodes, self.fill, grouped=grouped)
-        for name in ("logps", "advantages", "ref_logps", "values", "returns"):
+        for name in _OF_TOKENS:
             rows = [getattr(e, name) for e in episodes]
             if rows[0] is not None:
                 # On the CPU, where the episodes are: to find the places of a mask is to wait for a GPU.
                 batch[f"rollout_{name}"] = spread(rows, batch["labels"])
+        left_out = [(~e.kept).float() for e in episodes if e.kept is not None]
+        if left_out:
+            batch["labels"][spread(left_out, batch["labels"]) > 0] = IGNORE
         if not all(e.counts for e in episodes):
             batch["labels"][torch.tensor([not e.counts for e in episodes])] = IGNORE
         return {name: x.to(self.accelerator.device) for name, x in batch.items()}
@@ -159,6 +164,7 @@ class Updater:
         count = mask.sum()
         logits = self.logits(batch, values is not None)
         exact = loss.config["kl_estimator"] == "exact"
+        drifts = loss.config["general"].off_policy_mask_threshold is not None
         out = loss(
             logits,
             batch["labels"],
@@ -166,6 +172,8 @@ class Updater:
             batch["rollout_advantages"],
             ref_logps=None if exact or not loss.config["kl_coef"] else batch.get("rollout_ref_logps"),
             ref_logits=self.reference(batch) if exact and self.reference is not None else None,
+            importance_weights=batch.get("rollout_importance_weights"),
+            sampler_logps=batch.get("rollout_sampler_logps") if drifts else None,
             num_items=items,
         )
         metrics = self._metrics(out, count, tokens)
