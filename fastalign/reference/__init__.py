@@ -3,10 +3,10 @@
 One file per room of `fastalign.losses`. Nothing here is fast and nothing here shares code with what it checks.
 """
 
-from . import listwise, policy, preference, reward, sft
+from . import distillation, listwise, policy, preference, reward, sft
 from .case import Case, Sizes, cast
 
-CASES: list[Case] = [*sft.CASES, *preference.CASES, *listwise.CASES, *reward.CASES, *policy.CASES]
+CASES: list[Case] = [*sft.CASES, *distillation.CASES, *preference.CASES, *listwise.CASES, *reward.CASES, *policy.CASES]
 """Every objective of the package, one row each: (name, fused, reference, inputs)."""
 
 __all__ = ["CASES", "Case", "Sizes", "cast"]
