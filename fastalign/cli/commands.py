@@ -26,6 +26,12 @@ def _sft(argv: list[str]) -> int:
     return sft.main(argv)
 
 
+def _distill(argv: list[str]) -> int:
+    from ..trainers import distill
+
+    return distill.main(argv)
+
+
 def _dpo(argv: list[str]) -> int:
     from ..trainers import dpo
 
@@ -130,6 +136,7 @@ def _products() -> str:
 COMMANDS: dict[str, Command] = {
     "demo": Command("align a small language model on human-rated movie reviews, start to end, in minutes", _demo),
     "sft": Command("supervised fine-tuning on prompts and completions", _sft),
+    "distill": Command("distillation of a teacher model, on data or on what the student itself writes", _distill),
     "dpo": Command("direct preference optimisation on pairs of completions", _dpo),
     "ppo": Command("reinforcement learning from a reward: PPO, its KL-penalty form, TRPO", _ppo),
     "grpo": Command("reinforcement learning without a value function: GRPO, RLOO, Dr. GRPO, DAPO, GSPO", _grpo),

@@ -14,6 +14,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 CONFIGS = {
     "sft": ("trainers.sft", "SFTConfig"),
+    "distill": ("trainers.distill", "DistillConfig"),
     "dpo": ("trainers.dpo", "DPOConfig"),
     "ppo": ("trainers.ppo", "PPOConfig"),
     "grpo": ("trainers.grpo", "GRPOConfig"),
