@@ -4,8 +4,6 @@
 // Three walks over a row: the sums of both softmaxes, the sums of D and of p s, the gradient. Each row is one thread's
 // and is summed in one order, in float32 within a piece and in float64 across.
 #pragma once
-#include <cfloat>
-
 #include "divergence_args.h"
 #include "token_rows_cpu.h"
 
@@ -111,11 +109,13 @@ Two sum_two(const T* x, const T* z, int64_t n, const Step& step) {
     return total;
 }
 
+constexpr float kFar = 120;  // of log2(q / p), beyond which log2(m / q) no longer changes
+
 // What an element adds to D, in powers of two, and its p s; and p.
 template <Mixed kMixed>
 struct Terms {
     Vec forward, reverse, share, rest;  // a, b, w, 1 - w
-    Vec reverse_ln2, difference, bend;  // b ln 2; c in powers of two; (1 - w) c
+    Vec reverse_ln2, difference, bend;  // b ln 2; c in powers of two; c
     bool bends;
 
     explicit Terms(const DivergenceArgs& a)
@@ -125,7 +125,7 @@ struct Terms {
           rest(set1(1 - a.share)),
           reverse_ln2(set1(a.reverse * static_cast<float>(kLn2))),
           difference(set1(a.difference * static_cast<float>(kLog2e))),
-          bend(set1(a.difference * (1 - a.share))),
+          bend(set1(a.difference)),
           bends(a.difference != 0) {}
 
     Vec operator()(Vec lp, Vec lq, Vec& value, Vec& tilted) const {
@@ -136,11 +136,11 @@ struct Terms {
         } else if constexpr (kMixed == Mixed::kStudent) {
             value = fma(difference, gap, forward * mul_nonzero(q, lq - lp)), tilted = forward * gap;
         } else {
-            const Vec m = max(set1(FLT_MIN), fma(share, q, rest * p)), lm = log2(m);  // NaN passes
-            const Vec own = mul_nonzero(p, lp - lm);
-            value = fma(difference, gap, fma(reverse, own, forward * mul_nonzero(q, lq - lm)));
+            const Vec t = set1(0) - max(set1(-kFar), lp - lq), r = exp2(t), m = fma(share, r, rest), lm = log2(m);
+            const Vec own = mul_nonzero(p, set1(0) - lm);
+            value = fma(difference, gap, fma(reverse, own, forward * mul_nonzero(q, t - lm)));
             tilted = reverse_ln2 * own;
-            if (bends) tilted = tilted + mul_nonzero(p, bend * gap / m);
+            if (bends) tilted = tilted - mul_nonzero(p, bend * r / m);
         }
         return p;
     }

@@ -9,11 +9,13 @@ with c = a - (a + b) w. The last term, whose sum is 0, makes every summand posit
 are close: an error of a logsumexp, which is that of all the row's logarithms, is then lost in a product with their
 difference. D's derivative in p_j, p being free, is, but for a constant,
 
-    s_j = b (log p_j - log m_j) - (1 - w) c (q_j - p_j) / m_j        dD/dx_j = p_j s_j - p_j sum_k p_k s_k
+    s_j = b (log p_j - log m_j) - c q_j / m_j        dD/dx_j = p_j s_j - p_j sum_k p_k s_k
 
-where p_j s_j stays finite whatever p_j is, as m_j is at least w q_j and at least (1 - w) p_j. c is 0 for the
-Jensen-Shannon divergence; for w = 0, m = p, what is left is a (p_j - q_j), for w = 1, m = q, b times the KL's own
-p_j (log p_j - log q_j - KL).
+All of it follows from t_j = log q_j - log p_j and L_j = log m_j - log p_j = log(1 - w + w e^t_j), which is exact where
+q_j is far below p_j and all that is left of s_j is a difference of neighbours: log p_j - log m_j = -L_j,
+log q_j - log m_j = t_j - L_j, q_j / m_j = e^(t_j - L_j). Of a t above _FAR, t - L is -log w to the last bit: it is cut.
+c is 0 for the Jensen-Shannon divergence; for w = 0, m = p, the gradient is a (p_j - q_j), for w = 1, m = q, b times the
+KL's own p_j (log p_j - log q_j - KL).
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ import torch
 from torch import Tensor
 
 from .divergence_call import DivergenceCall, Mixture, Side
+
+_FAR = 80.0
 
 
 def _weighted(p: Tensor, value: Tensor) -> Tensor:
@@ -41,10 +45,11 @@ def terms(logp: Tensor, logq: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]
     if w == 1:
         found = b * _weighted(p, logp - logq)
         return found - c * (q - p), found
-    logm = torch.logaddexp(logq + math.log(w), logp + math.log1p(-w))
-    found = b * _weighted(p, logp - logm)
-    bend = (1 - w) * c * _weighted(p, torch.exp(logq - logm) - torch.exp(logp - logm)) if c else 0
-    return a * _weighted(q, logq - logm) + found - c * (q - p), found - bend
+    t = (logq - logp).clamp(max=_FAR)
+    log_m = torch.logaddexp(t + math.log(w), torch.full_like(t, math.log1p(-w)))  # over p
+    found = b * _weighted(p, -log_m)
+    bend = c * _weighted(p, torch.exp(t - log_m)) if c else 0
+    return a * _weighted(q, t - log_m) + found - c * (q - p), found - bend
 
 
 def _log_probabilities(side: Side, live: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -14,7 +14,7 @@ from .token_stats_triton import Launch, nothing, optional, row_kernel
 
 STUDENT, TEACHER, BOTH = (tl.constexpr(i) for i in range(3))  # what the mixture m is made of
 _BLOCK, _WARPS = 4096, 8
-_LEAST = tl.constexpr(torch.finfo(torch.float32).tiny)
+FAR = tl.constexpr(120.0)  # of log2(q / p), beyond which log2(m / q) no longer changes
 
 
 @triton.jit
@@ -55,12 +55,13 @@ def _terms(lp, lq, forward, reverse, share, difference, MIXED: tl.constexpr):
         value += own
         tilted = own * LN2
     else:
-        m = share * q + (1 - share) * p
-        m = tl.where(m < _LEAST, _LEAST, m)
+        t = tl.minimum(lq - lp, FAR)
+        r = tl.exp2(t)
+        m = share * r + (1 - share)  # over p
         lm = tl.log2(m)
-        own = reverse * _weighted(p, lp - lm)
-        value += forward * _weighted(q, lq - lm) + own
-        tilted = own * LN2 + difference * (1 - share) * _weighted(p, (p - q) / m)
+        own = -reverse * _weighted(p, lm)
+        value += forward * _weighted(q, t - lm) + own
+        tilted = own * LN2 - difference * _weighted(p, r / m)
     return p, value, tilted
 
 

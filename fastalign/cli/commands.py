@@ -136,11 +136,11 @@ def _products() -> str:
 COMMANDS: dict[str, Command] = {
     "demo": Command("align a small language model on human-rated movie reviews, start to end, in minutes", _demo),
     "sft": Command("supervised fine-tuning on prompts and completions", _sft),
-    "distill": Command("distillation of a teacher model, on data or on what the student itself writes", _distill),
     "dpo": Command("direct preference optimisation on pairs of completions", _dpo),
     "ppo": Command("reinforcement learning from a reward: PPO, its KL-penalty form, TRPO", _ppo),
     "grpo": Command("reinforcement learning without a value function: GRPO, RLOO, Dr. GRPO, DAPO, GSPO", _grpo),
     "pro": Command("preference ranking optimization on ranked lists of completions", _pro),
+    "distill": Command("distillation of a teacher model, on data or on what the student itself writes", _distill),
     "reward": Command("a reward model from pairs or ranked lists of completions", _reward),
     "eval": Command("compare models on held-out prompts: reward, win rate, length, perplexity", _evaluate),
     "sample": Command("draw continuations of prompts", _sample),

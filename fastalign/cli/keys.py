@@ -14,11 +14,11 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 CONFIGS = {
     "sft": ("trainers.sft", "SFTConfig"),
-    "distill": ("trainers.distill", "DistillConfig"),
     "dpo": ("trainers.dpo", "DPOConfig"),
     "ppo": ("trainers.ppo", "PPOConfig"),
     "grpo": ("trainers.grpo", "GRPOConfig"),
     "pro": ("trainers.pro", "PROConfig"),
+    "distill": ("trainers.distill", "DistillConfig"),
     "reward": ("trainers.reward", "RewardConfig"),
     "eval": ("evaluation.evaluate", "EvalConfig"),
     "sample": ("evaluation.sample", "SampleConfig"),

@@ -11,11 +11,11 @@ from torch import Tensor
 from ..ops.call import as_softcap, check_positive
 from ..ops.fused_loss import attach_gradients
 from ..ops.transforms import transformed
-from .base import Logits, LogitsLoss, check_float, check_range, hide, lookup, masked_mean
+from .base import Logits, LogitsLoss, check_range, lookup, masked_mean
 from .distillation_rows import Known, Rows, TopK, compare, tile_rows
 from .distillation_sources import Options, Student, Teacher, check_temperature, formed, student_of, teacher_of
 from .divergences import mixture_of
-from .reductions import NORMALIZATIONS, Count, normalize_real, token_weights
+from .reductions import NORMALIZATIONS, Count, check_weights, normalize_real, token_weights, weighted
 
 __all__ = ["DistillationLoss", "DistillationOutput", "TopK", "distillation_loss"]
 
@@ -109,8 +109,8 @@ class DistillationLoss(LogitsLoss):
             labels: [..., T], int64 or int32: which tokens count, and whose NLL is reported.
             teacher: a constant: [..., T, V], or a `Head` or tuple, of any hidden size; or `TopK(ids, logps)`.
             temperature: [..., T] or [...]: one for each token or sequence, in place of the module's.
-            weights: [..., T], what each token's loss is multiplied by; it changes no count that is divided by.
-            num_items: the count to divide by in place of this batch's own, as in `policy_loss`.
+            weights: [..., T], at least 0: the means are weighted by them, as in `sft_loss`.
+            num_items: the count to divide by in place of this batch's own, as in `policy_loss`; of weights their sum.
 
         Raises:
             TypeError, ValueError: as `token_stats`; another vocabulary of the teacher's, or other tokens.
@@ -127,15 +127,20 @@ class DistillationLoss(LogitsLoss):
         other = teacher_of(teacher, labels, own, student.shape[-1], options)
         mask = labels.long() != self.ignore_index
         dtype = torch.promote_types(own.rows.dtype, torch.float32)
-        counts = token_weights(labels, self.ignore_index, self.normalization, num_items, self.max_length, dtype)
         if weights is not None:
-            weights = hide(check_float("weights", weights, labels.shape, "labels").detach(), mask)
-            counts = counts * weights.to(counts.dtype)
+            check_weights(weights, mask)
+            if self.normalization == "dr_grpo":
+                raise ValueError("weights need a normalization that counts tokens; got 'dr_grpo'")
+            weights = weights.detach().to(dtype)
+        kind = self.normalization if weights is None else {"grpo": "grpo"}.get(self.normalization, "token")
+        counts = token_weights(labels, self.ignore_index, kind, num_items, self.max_length, dtype, weights=weights)
         divergence, nll, gradients = self._compared(own, other, own.of_rows(counts), student.shape[-1])
         divergence, nll = own.place(divergence, labels.shape), own.place(nll, labels.shape)
         each = divergence + self.nll_weight * nll if self.nll_weight else divergence
-        each = each if weights is None else each * weights.to(each.dtype)
-        loss = normalize_real(each, mask, self.normalization, num_items, self.max_length)
+        if weights is None:
+            loss = normalize_real(each, mask, kind, num_items, self.max_length)
+        else:
+            loss = weighted(each, weights.to(each.dtype), mask, kind, num_items)
         if gradients is not None:
             loss = attach_gradients(loss, own.leaves, gradients)
         return DistillationOutput(loss, masked_mean(divergence, mask), masked_mean(nll, mask), mask.sum())
@@ -149,8 +154,6 @@ class DistillationLoss(LogitsLoss):
         for rows in (own.rows, other):
             if isinstance(rows, Rows):
                 rows.dtype, rows.scale = dtype, rows.scale.to(wide)
-        if isinstance(other, TopK):
-            other = other._replace(logps=other.logps.to(wide))
         counts = counts.to(wide)
         known = Known(own.labels, self.mixture, counts, -self.nll_weight * counts if self.nll_weight else None)
         size = tile_rows(len(counts), vocab, dtype, 2, own.chunk_bytes)

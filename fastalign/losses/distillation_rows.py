@@ -17,6 +17,7 @@ from .. import _backends
 from .._backends import DivergenceCall, Mixture, Side, divergence_terms
 from ..head.tiles import HeadGradient, Problem, Projection
 from ..ops.call import TokenCall, unit_stride
+from ..ops.sequences import wide_dtype
 
 _TILE_BYTES = 64 << 20  # of each model's tile, where the caller sets no budget
 # Of the bucket's probability: what float32 can tell from 1. At 0 a reverse KL would be infinite.
@@ -182,31 +183,34 @@ def _compare_few(
     x = own.clone() if room is None else room if room is own else room.copy_(own)  # that may be overwritten
     x, slope = _prepared(student, x, at, live)
     label = labels.clamp(min=0).unsqueeze(-1)
-    wide = logq.dtype
+    wide = wide_dtype(x)  # of the buckets, which are few
+    logq = logq.to(wide)
     few, target = x.gather(-1, ids).to(wide), x.gather(-1, label).to(wide)
     x.scatter_(-1, ids, -torch.inf)
     call = TokenCall(x, label.squeeze(-1), None, -100, 1.0, 0.0)
     backend = _backends.pick(x)
-    _, rest, _, _, _, saved = backend.forward(call, False, False)
-    logp = torch.cat([few, rest.unsqueeze(-1).to(wide)], -1)
+    *_, saved = backend.forward(call, False, False)
+    rest = saved[:, :2].to(wide).sum(-1, keepdim=True)  # its lse, which float32 would round
+    logp = torch.cat([few, rest], -1)
     lse = logp.logsumexp(-1, keepdim=True)
     logp = logp - lse
     left = torch.full_like(lse, -torch.inf)
     if ids.shape[-1] < x.shape[-1]:
-        left = torch.log1p(-logq.double().exp().sum(-1, keepdim=True).clamp(max=1 - _LEAST)).to(wide)
+        left = torch.log1p(-logq.exp().sum(-1, keepdim=True).clamp(max=1 - _LEAST))
     value, tilted = divergence_terms(logp, torch.cat([logq, left], -1), known.mixture)
 
     def masked(t: Tensor) -> Tensor:
         return torch.where(live, t, 0).squeeze(-1)
 
-    result = masked(value.sum(-1, keepdim=True)), masked(target - lse)
+    of_rows = grads[0].dtype
+    result = masked(value.sum(-1, keepdim=True)).to(of_rows), masked(target - lse).to(of_rows)
     if room is None:
         return result
     d = torch.where(live, grads[0].unsqueeze(-1), 0)
     n = torch.zeros_like(d) if grads[1] is None else torch.where(live, grads[1].unsqueeze(-1), 0)
     p = logp.exp()
     dx = d * (tilted - p * tilted.sum(-1, keepdim=True)) - n * p
-    backend.backward(call, saved, None, None, (None, dx[:, -1].to(rest.dtype).contiguous(), None, None, None), x)
+    backend.backward(call, saved, None, None, (None, dx[:, -1].to(saved.dtype).contiguous(), None, None, None), x)
     x.scatter_(-1, ids, dx[:, :-1].to(x.dtype))
     x.scatter_add_(-1, label, n.to(x.dtype))
     factor: Any = student.scale[at].unsqueeze(-1).to(x.dtype)

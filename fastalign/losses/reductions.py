@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ops.fused_loss import BATCH, FusedLoss, Grouping, Input
-from .base import check_range, hide, lookup, masked_mean, total
+from .base import check_float, check_range, hide, lookup, masked_mean, total
 
 Count = int | float | Tensor
 
@@ -104,6 +104,14 @@ def normalize_real(
 def _normalized(normalization: str, max_length: int | None) -> FusedLoss:
     """The normalisation of losses that stand where the log-probabilities do."""
     return FusedLoss(lambda t: (normalize_real(t.logps, t.mask, normalization, t.num_items, max_length),))
+
+
+def check_weights(weights: Any, mask: Tensor) -> None:
+    """Raises unless these are such as `weighted` takes: of the mask's shape, at least 0 where it is True (looked at on
+    the CPU)."""
+    check_float("weights", weights, mask.shape, "labels")
+    if weights.device.type == "cpu" and bool((weights[mask] < 0).any()):
+        raise ValueError(f"weights must be at least 0; got {float(weights[mask].min())}")
 
 
 def weighted(x: Any, weights: Any, mask: Any, normalization: str, num_items: Count | None) -> Any:

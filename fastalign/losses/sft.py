@@ -16,7 +16,7 @@ from ..ops.token_programs import TokenProgram, trace_token
 from ..utils.checks import check_choice
 from .base import Logits, LogitsLoss, check_float, check_mask, check_range, hide, lookup, masked_mean, renamed, trains
 from .chunks import Piece, by_parts, flat_head, known_objective
-from .reductions import Count, check_normalization, normalize_real, token_weights, weighted
+from .reductions import Count, check_normalization, check_weights, normalize_real, token_weights, weighted
 
 __all__ = ["NORMALIZATIONS", "SFTLoss", "SFTOutput", "sft_loss"]
 
@@ -96,7 +96,7 @@ def sft_loss(
     if lse is not None:
         check_float("lse", lse, logps.shape, "logps")
     if weights is not None:
-        _check_weights(weights, mask)
+        check_weights(weights, mask)
     given = [Input("num_items", num_items, BATCH), Input("weights", weights, TOKEN)]
     values = Values(mask, {"logps": logps, "lse": lse}, given)
     out = sft_formula(values, kind, z_loss, 0.0, loss_type)
@@ -112,12 +112,6 @@ def _divisor(num_items: Count | None, reduction: str) -> Count | None:
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items is what a mean divides by; got it with reduction={reduction!r}")
     return 1 if reduction == "sum" else num_items
-
-
-def _check_weights(weights: Any, mask: Tensor) -> None:
-    check_float("weights", weights, mask.shape, "labels")
-    if weights.device.type == "cpu" and bool((weights[mask] < 0).any()):
-        raise ValueError(f"weights must be at least 0; got {float(weights[mask].min())}")
 
 
 def sft_formula(t: Any, normalization: str, z_loss: float, smoothing: float, loss_type: str = "nll") -> SFTOutput:
@@ -221,7 +215,7 @@ class SFTLoss(LogitsLoss):
             ValueError, TypeError: as `token_stats` and `sft_loss`.
         """
         if weights is not None:
-            _check_weights(weights, labels.long() != self.ignore_index)
+            check_weights(weights, labels.long() != self.ignore_index)
         divisor = _divisor(num_items, self.reduction)
         found = self._fused(logits, labels, divisor, weights)
         if found is not None:

@@ -103,7 +103,7 @@ def _case(name: str, formula: Divergence, *, per_token: bool = False, few: bool 
         teacher: Any = ref_logits
         if few:
             ids, logps = likeliest(ref_logits.double())
-            teacher = TopK(ids, logps.to(temperature.dtype))
+            teacher = TopK(ids, logps)
         return module(logits, labels, teacher, temperature=temperature if per_token else None).loss
 
     def reference(logits: Tensor, ref_logits: Tensor, labels: Tensor, temperature: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ from .common.sharding import whole_weights
 from .data.collate import SFTCollator, pad
 from .data.files import Rows
 from .data.tokenize import tokenize_sft
+from .sft import counted_items
 
 _DRAWS = 3  # of the seed's series: which updates are the student's own
 _TOKENS = 4  # and which tokens it draws
@@ -152,14 +153,13 @@ class DistillTrainer(AlignmentTrainer):
         return tokenize_sft(rows, encoder(tokenizer, args))
 
     def items(self, batch: Batch) -> Tensor:
-        real = batch["labels"] != IGNORE
-        return real.sum() if self.args.normalization == "token" else real.any(-1).sum()
+        return counted_items(batch, self.args.normalization)
 
     def batch_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         with torch.no_grad(), evaluating(self.teacher), self.compute_loss_context_manager():
             theirs = self.logits(self.teacher, batch)
             teacher: Any = theirs.head() if theirs.fused else theirs.logits()
-        out = self.loss(self.logits(model, batch), batch["labels"], teacher)
+        out = self.loss(self.logits(model, batch), batch["labels"], teacher, weights=batch.get("weights"))
         metrics = {"divergence": out.divergence, "nll": out.nll}
         if model.training:
             metrics["on_policy"] = torch.full_like(out.nll, float(self._own))
