@@ -35,7 +35,7 @@ PAPER = re.compile(
 
 FAMILIES: dict[str, tuple[tuple[str, ...], ...]] = {
     "Supervised": (("sft_loss", "SFTLoss"),),
-    "Distillation": (("distillation_loss", "DistillationLoss"),),
+    "Distillation": (("DistillationLoss", "distillation_loss", "TopK"),),
     "Unpaired": (("kto_loss", "KTOLoss"),),
     "Ranked lists": (("pro_loss", "PROLoss"), ("plackett_luce_loss",)),
     "Reward models": (("reward_loss",), ("kwise_reward_loss",), ("best_of_k_loss",), ("last_token_scores",)),

@@ -123,7 +123,7 @@ CASES = [
     _case("forward_kl", forward_kl, divergence="forward_kl"),
     _case("reverse_kl", reverse_kl, divergence="reverse_kl"),
     _case("jsd", jsd(0.5)),
-    _case("jsd:0.1", jsd(0.1), beta=0.1, normalization="grpo"),
+    _case("jsd:beta", jsd(0.1), beta=0.1, normalization="grpo"),
     _case("skewed_kl", skewed_kl, divergence="skewed_kl"),
     _case("skewed_reverse_kl", skewed_reverse_kl, divergence="skewed_reverse_kl"),
     _case("jsd:tempered", jsd(0.5), temperature=0.7, softcap=5.0),
