@@ -36,6 +36,7 @@ PAPER = re.compile(
 FAMILIES: dict[str, tuple[tuple[str, ...], ...]] = {
     "Supervised": (("sft_loss", "SFTLoss"), ("cross_entropy",)),
     "Triples": (("tpo_loss", "TPOLoss"),),
+    "Distillation": (("DistillationLoss", "distillation_loss", "TopK"),),
     "Unpaired": (("kto_loss", "KTOLoss"),),
     "Ranked lists": (("pro_loss", "PROLoss"), ("plackett_luce_loss",)),
     "Reward models": (("reward_loss",), ("kwise_reward_loss",), ("best_of_k_loss",), ("last_token_scores",)),

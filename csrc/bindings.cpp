@@ -205,6 +205,40 @@ void gemm(const py::tuple& a, const py::tuple& b, Address out, std::int64_t out_
     cpu_kernels().gemm(g);
 }
 
+// One model's logits: (address, stride of rows, scales, soft-cap).
+DivergenceSide side(const py::tuple& t) {
+    if (t.size() != 4) throw std::invalid_argument("a side must have 4 fields");
+    return {address<const void>(t, 0), py::cast<std::int64_t>(t[1]), address<const float>(t, 2), py::cast<float>(t[3])};
+}
+
+// `sizes`: rows, vocabulary; `mixture`: forward, reverse, share, difference; `per_row`: labels, divergence, logps and
+// the gradients of these two.
+void divergence(int dtype, const py::tuple& student, const py::tuple& teacher, const std::vector<int64_t>& sizes,
+                const std::vector<float>& mixture, const py::tuple& per_row, Address out, std::int64_t out_row,
+                int threads) {
+    use_isa_of_context();
+    if (per_row.size() != 5) throw std::invalid_argument("per_row must have 5 fields");
+    const DivergenceArgs a{static_cast<DType>(dtype),
+                           side(student),
+                           side(teacher),
+                           address<const int64_t>(per_row, 0),
+                           sizes.at(0),
+                           sizes.at(1),
+                           mixture.at(0),
+                           mixture.at(1),
+                           mixture.at(2),
+                           mixture.at(3),
+                           address<float>(per_row, 1),
+                           address<float>(per_row, 2),
+                           address<const float>(per_row, 3),
+                           address<const float>(per_row, 4),
+                           at<void>(out),
+                           out_row,
+                           threads};
+    py::gil_scoped_release release;
+    cpu_kernels().divergence(a);
+}
+
 std::vector<std::string> isas() {
     std::vector<std::string> names;
     for (const CpuKernels* const* k = all_cpu_kernels(); *k; ++k) names.emplace_back((*k)->isa);
@@ -256,6 +290,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("gae", &gae_of);
     m.attr("ISAS") = py::tuple(py::cast(isas()));
     m.def("gemm", &gemm);
+    m.def("divergence", &divergence);
     m.def("follow_isa", &follow_isa);
     m.def("read", [](Address data, std::int64_t bytes, int threads) {
         use_isa_of_context();

@@ -56,6 +56,16 @@ inline Vec exp2(Vec u) {
     return {_mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(n), 23)))};
 }
 
+// x = mantissa * 2^exponent with 1 <= mantissa < 2, of a positive, normal number; NaN stays one.
+inline void split(Vec x, Vec& exponent, Vec& mantissa) {
+    const __m256i bits = _mm256_castps_si256(x.v), one = _mm256_castps_si256(_mm256_set1_ps(1.0f));
+    const __m256i biased = _mm256_sub_epi32(_mm256_srli_epi32(bits, 23), _mm256_set1_epi32(127));
+    const __m256i fraction = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffff));
+    const __m256 nan = _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q);
+    exponent.v = _mm256_cvtepi32_ps(biased);
+    mantissa.v = _mm256_blendv_ps(_mm256_castsi256_ps(_mm256_or_si256(fraction, one)), x.v, nan);
+}
+
 inline Vec mul_nonzero(Vec a, Vec b) {
     const __m256 live = _mm256_cmp_ps(a.v, _mm256_setzero_ps(), _CMP_NEQ_UQ);
     return {_mm256_and_ps(live, _mm256_mul_ps(a.v, b.v))};

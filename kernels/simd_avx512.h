@@ -41,6 +41,12 @@ inline Vec exp2(Vec u) {
     return {_mm512_scalef_ps(p, u.v)};  // p * 2^floor(u)
 }
 
+// x = mantissa * 2^exponent with 1 <= mantissa < 2, of a positive number.
+inline void split(Vec x, Vec& exponent, Vec& mantissa) {
+    exponent.v = _mm512_getexp_ps(x.v);
+    mantissa.v = _mm512_getmant_ps(x.v, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+}
+
 // a * b, but 0 where a is 0, whatever b is.
 inline Vec mul_nonzero(Vec a, Vec b) {
     return {_mm512_maskz_mul_ps(_mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_NEQ_UQ), a.v, b.v)};

@@ -78,6 +78,15 @@ inline Vec exp2(Vec u) {
     });
 }
 
+// x = mantissa * 2^exponent with 1 <= mantissa < 2, of a positive, normal number; NaN stays one.
+inline void split(Vec x, Vec& exponent, Vec& mantissa) {
+    for (int i = 0; i < 8; ++i) {
+        const uint32_t bits = bit_cast<uint32_t>(x.v[i]), fraction = bits & 0x7fffffu, one = 0x3f800000u;
+        exponent.v[i] = static_cast<float>(static_cast<int>(bits >> 23) - 127);
+        mantissa.v[i] = x.v[i] == x.v[i] ? bit_cast<float>(fraction | one) : x.v[i];
+    }
+}
+
 inline Vec mul_nonzero(Vec a, Vec b) {
     return each([&](int i) { return a.v[i] == 0.0f ? 0.0f : a.v[i] * b.v[i]; });
 }

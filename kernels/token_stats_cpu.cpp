@@ -11,6 +11,7 @@
 #include "probes_cpu.h"
 #include "token_rows_cpu.h"
 #include "token_gradient_cpu.h"
+#include "divergence_cpu.h"
 #include "token_powers_cpu.h"
 
 namespace fastalign::FA_ISA {
@@ -171,6 +172,6 @@ void backward(const BackwardArgs& a) {
 }  // namespace
 
 extern const CpuKernels kernels;
-const CpuKernels kernels{FA_ISA_NAME, forward, backward, objective, gemm, read, copy};
+const CpuKernels kernels{FA_ISA_NAME, forward, backward, objective, gemm, read, copy, divergence};
 
 }  // namespace fastalign::FA_ISA

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "divergence_args.h"
 #include "gemm_args.h"
 #include "token_args.h"
 
@@ -15,6 +16,7 @@ struct CpuKernels {
     void (*gemm)(const GemmArgs&);
     float (*read)(const void* data, int64_t bytes, int threads);
     void (*copy)(void* to, const void* from, int64_t bytes, int threads);
+    void (*divergence)(const DivergenceArgs&);
 };
 
 const CpuKernels* const* all_cpu_kernels();  // best first, null-terminated; those that this processor can run

@@ -129,7 +129,7 @@ class TestContents:
         assert trained(encode, row) == "so</s>"
         assert decode(encode, row["prompt_ids"]).endswith("it is great</s>[user]is it good</s>[assistant]")
         for reply, message in (
-            ({**REPLY, "weight": 0.5}, "weights of 0 or 1"),
+            ({**REPLY, "weight": -0.5}, "weights of 0 or more"),
             ({**REPLY, "weight": 0}, "with a weight that is not 0"),
             ({**REPLY, "train": False}, "must call a message's weight weight"),
         ):

@@ -156,3 +156,117 @@ def test_bad_options_of_the_module():
         SFTLoss(normalization="mean")
     with pytest.raises(ValueError, match="label_smoothing must be in"):
         SFTLoss(label_smoothing=-0.1)
+
+
+# ------------------------------------------------------------------------------------------- weights, DFT, reductions
+def ways(logits, labels, weights=None, **options):
+    """Loss and gradient from logits in one call and in one launch, and from a head whole and by parts."""
+    import fastalign as fa
+
+    found = {}
+    for name, more in (("logits", {}), ("one launch", {"fuse_backward": True})):
+        leaf = logits.float().requires_grad_()
+        out = SFTLoss(**options, **more)(leaf, labels, weights=weights)
+        found[name] = (out.loss.detach(), torch.autograd.grad(out.loss, leaf)[0])
+    for plan in ("keep", "objective"):
+        leaf = logits.float().requires_grad_()
+        chunk = 2 * 6 * 11 * 4 if plan == "objective" else None
+        head = fa.Head(leaf, torch.eye(11).requires_grad_(), plan=plan, chunk_bytes=chunk)
+        out = SFTLoss(**options)(head, labels, weights=weights)
+        found[plan] = (out.loss.detach(), torch.autograd.grad(out.loss, leaf)[0])
+    return found
+
+
+@pytest.mark.parametrize("normalization", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+def test_weights_are_of_a_weighted_mean_by_every_way(normalization, loss_type):
+    logits, labels = batch()
+    weights = torch.rand(labels.shape, generator=torch.Generator().manual_seed(3))
+    weights[0, 1] = 0.0
+    leaf = logits.clone().requires_grad_()
+    logps = leaf.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    each = -logps * (logps.detach().exp() if loss_type == "dft" else 1)
+    real = weights.double() * (labels != -100)
+    if normalization == "token":
+        want = (each * real).sum() / real.sum()
+    else:
+        want = torch.stack([(e * w).sum() / w.sum() for e, w in zip(each, real, strict=True) if w.any()]).mean()
+    (expected,) = torch.autograd.grad(want, leaf)
+    for name, (loss, grad) in ways(logits, labels, weights, normalization=normalization, loss_type=loss_type).items():
+        torch.testing.assert_close(loss.double(), want.detach(), rtol=1e-6, atol=1e-6, msg=name)
+        torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("normalization", ["token", "sequence"])
+def test_a_weight_of_nothing_is_as_an_ignored_label(normalization):
+    logits, labels = batch()
+    hidden = torch.rand(labels.shape, generator=torch.Generator().manual_seed(1)) < 0.4
+    hidden[3] = True
+    left = labels.masked_fill(hidden, -100)
+    want = ways(logits, left, normalization=normalization)
+    for name, (loss, grad) in ways(logits, labels, 2.0 * ~hidden, normalization=normalization).items():
+        torch.testing.assert_close(loss, want[name][0], rtol=1e-6, atol=1e-6, msg=name)
+        torch.testing.assert_close(grad, want[name][1], rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("normalization", ["token", "sequence"])
+def test_weighted_micro_batches_sum_to_the_batch(normalization):
+    logits, labels = batch()
+    weights = 0.1 * torch.rand(labels.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    whole = SFTLoss(normalization=normalization)(logits, labels, weights=weights).loss
+    real = weights * (labels != -100)
+    items = real.sum() if normalization == "token" else (real > 0).any(-1).sum()
+    loss = SFTLoss(normalization=normalization)
+    parts = [
+        loss(*(t[i : i + 1] for t in (logits, labels)), num_items=items, weights=weights[i : i + 1]) for i in range(4)
+    ]
+    torch.testing.assert_close(sum(part.loss for part in parts), whole)
+
+
+def test_reductions():
+    logits, labels = batch()
+    mean = SFTLoss()(logits, labels)
+    total = SFTLoss(reduction="sum")(logits, labels)
+    torch.testing.assert_close(total.loss, mean.loss * mean.num_tokens)
+    weights = torch.linspace(0, 2, labels.numel()).view(labels.shape).double()
+    for dtype in (torch.float64, torch.float32):
+        leaf = logits.to(dtype).requires_grad_()
+        each = SFTLoss(reduction="none")(leaf, labels, weights=weights.to(dtype)).loss
+        assert each.shape == labels.shape
+        assert not each[labels == -100].any()
+        torch.testing.assert_close(each.sum(), SFTLoss(reduction="sum")(leaf, labels, weights=weights.to(dtype)).loss)
+        upstream = torch.randn(labels.shape, dtype=dtype)
+        (got,) = torch.autograd.grad(each, leaf, upstream)
+        losses = F.cross_entropy(leaf.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+        torch.testing.assert_close(got, torch.autograd.grad(losses * weights.to(dtype), leaf, upstream)[0])
+    out = sft_loss(torch.tensor([[-1.0, math.nan]]), torch.tensor([[True, False]]), reduction="none")
+    assert out.loss.tolist() == [[1.0, 0.0]]
+
+
+def test_dft_is_trls():
+    """As TRL's SFTTrainer.compute_loss forms it from log-probabilities, the sum over the update's tokens."""
+    logits, labels = batch()
+    leaf = logits.requires_grad_()
+    log_probs = -F.cross_entropy(leaf.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+    per_token = -log_probs * log_probs.exp().detach() * (labels != -100)
+    theirs, ours = per_token.sum() / 50, SFTLoss(loss_type="dft")(leaf, labels, num_items=50).loss
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(x, leaf)[0] for x in (ours, theirs)))
+
+
+def test_what_sft_refuses():
+    logits, labels = batch()
+    for options, message in (
+        ({"loss_type": "mse"}, "loss_type must be one of nll, dft; got 'mse'"),
+        ({"reduction": "max"}, "reduction must be one of mean, sum, none; got 'max'"),
+        ({"loss_type": "dft", "label_smoothing": 0.1}, "label_smoothing must be 0 with loss_type='dft'"),
+        ({"reduction": "none", "fuse_backward": True}, "fuse_backward forms the gradient of one number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SFTLoss(**options)
+    with pytest.raises(ValueError, match="num_items is what a mean divides by; got it with reduction='sum'"):
+        SFTLoss(reduction="sum")(logits, labels, num_items=3)
+    with pytest.raises(ValueError, match=r"weights must be at least 0; got -1\.0"):
+        SFTLoss()(logits, labels, weights=torch.full(labels.shape, -1.0))
+    with pytest.raises(ValueError, match=r"weights must have shape \[4, 6\], that of labels; got \[4\]"):
+        SFTLoss()(logits, labels, weights=torch.ones(4))

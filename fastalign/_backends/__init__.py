@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..kernels.divergence_call import DivergenceCall, Mixture, Side
+from ..kernels.divergence_eager import terms as divergence_terms
 from ..kernels.token_call import TokenCall
 from ..utils import environment, private
 from . import cpu, cuda, eager, triton
@@ -26,7 +28,10 @@ from .cpu import cpu_isa, cpu_isas, kept_rows, loss_program, probe_copy, probe_r
 __all__ = [
     "LARGE",
     "Backend",
+    "DivergenceCall",
     "Forward",
+    "Mixture",
+    "Side",
     "TokenCall",
     "TokenProgram",
     "automatic",
@@ -36,6 +41,7 @@ __all__ = [
     "cpu_isa",
     "cpu_isas",
     "direct",
+    "divergence_terms",
     "empty",
     "keep_memory",
     "kept_rows",

@@ -7,12 +7,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..kernels.divergence_call import DivergenceCall
 from ..kernels.token_call import TokenCall
 
 DTYPES = {
     "tokens": (torch.float32, torch.bfloat16, torch.float16),
     # float64 too, unlike the token statistics: here it costs nothing.
     "gae": (torch.float32, torch.float64),
+    "divergence": (torch.float32, torch.bfloat16, torch.float16),
 }
 """Job → dtypes that the compiled backends know; `eager` knows every floating dtype."""
 
@@ -85,6 +87,12 @@ class Backend(Protocol):
         `inputs` are what the program is given, in its order; they and `weight` are float32 of the labels' shape.
         RuntimeError where the backend has no such kernel.
         """
+
+    def divergence(
+        self, call: DivergenceCall, g_divergence: Tensor | None, g_logps: Tensor | None, out: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(divergence, log-probability of the label) of each row, [M]; with `out`, which may be the student's logits,
+        their gradient goes there, given those of the two results. Numbers of rows are of the scales' dtype, dense."""
 
     def scale(self, gradient: Tensor, by: Tensor) -> None:
         """Multiplies a dense tensor by a scalar tensor of its device in place; by 1, the usual case, writes nothing."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.divergence_call import DivergenceCall
 from ..kernels.token_call import TokenCall
 from ..kernels.token_results import new_diagnostics, new_saved, new_statistics
 from ..utils import environment
@@ -308,6 +309,26 @@ def objective(
 def scale(gradient: Tensor, by: Tensor) -> None:
     if by.item() != 1.0:
         gradient.mul_(by)
+
+
+# ------------------------------------------------------------------------------------------------- two models
+def divergence(
+    call: DivergenceCall, g_divergence: Tensor | None, g_logps: Tensor | None, out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    student, teacher, labels, mixture = call
+    found = torch.empty((2, *labels.shape), dtype=torch.float32)
+    per_row = (labels, *found, g_divergence, g_logps)
+    _C.divergence(
+        _DTYPE_CODES[student.logits.dtype],
+        *((_address(s.logits), s.logits.stride(0), _address(s.scale), s.softcap) for s in (student, teacher)),
+        list(student.logits.shape),
+        [*mixture, mixture.difference],
+        tuple(map(_address, per_row)),
+        _address(out),
+        0 if out is None else out.stride(0),
+        torch.get_num_threads(),
+    )
+    return found[0], found[1]
 
 
 # ------------------------------------------------------------------------------------------------- products

@@ -50,6 +50,8 @@ def _too_old(index: int) -> str:
 
 
 def serves(tensor: Tensor, job: str) -> str:
+    if job == "divergence":
+        return "has no kernel for the divergence of two models' distributions; 'triton' and 'eager' have"
     if tensor.device.type == "cuda" and tensor.dtype in DTYPES[job] and not unavailable():
         return _too_old(tensor.device.index)
     if unavailable():

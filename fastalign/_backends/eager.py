@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..kernels import gae_eager, token_stats_eager
+from ..kernels import divergence_eager, gae_eager, token_stats_eager
 from ..kernels.token_call import TokenCall
 from ._interface import Forward, Statistics, TokenProgram, check_labels
 
 gae = gae_eager.gae
+divergence = divergence_eager.divergence
 
 
 def unavailable() -> str:

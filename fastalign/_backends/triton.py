@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.divergence_call import DivergenceCall
 from ..kernels.token_call import TokenCall
 from ..utils import environment
 from ._interface import DTYPES, Forward, Statistics, TokenProgram, check_labels
@@ -95,6 +96,16 @@ def objective(
     check_labels(call.labels, call.ignore_index, call.logits.shape[-1])
     launches, results = _kernels()[1].objective(call, program, weight, inputs, want_entropy, out)
     _run(launches, call.logits.device)
+    return results
+
+
+def divergence(
+    call: DivergenceCall, g_divergence: Tensor | None, g_logps: Tensor | None, out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    from ..kernels import divergence_triton
+
+    launches, results = divergence_triton.divergence(call, g_divergence, g_logps, out)
+    _run(launches, call.labels.device)
     return results
 
 

@@ -26,6 +26,12 @@ def _sft(argv: list[str]) -> int:
     return sft.main(argv)
 
 
+def _distill(argv: list[str]) -> int:
+    from ..trainers import distill
+
+    return distill.main(argv)
+
+
 def _dpo(argv: list[str]) -> int:
     from ..trainers import dpo
 
@@ -155,6 +161,7 @@ COMMANDS: dict[str, Command] = {
     "ppo": Command("reinforcement learning from a reward: PPO, its KL-penalty form, TRPO", _ppo),
     "grpo": Command("reinforcement learning without a value function: GRPO, RLOO, Dr. GRPO, DAPO, GSPO", _grpo),
     "pro": Command("preference ranking optimization on ranked lists of completions", _pro),
+    "distill": Command("distillation of a teacher model, on data or on what the student itself writes", _distill),
     "reward": Command("a reward model from pairs or ranked lists of completions", _reward),
     "eval": Command("compare models on held-out prompts: reward, win rate, length, perplexity", _evaluate),
     "sample": Command("draw continuations of prompts", _sample),

@@ -21,6 +21,7 @@ CONFIGS = {
     "ppo": ("trainers.ppo", "PPOConfig"),
     "grpo": ("trainers.grpo", "GRPOConfig"),
     "pro": ("trainers.pro", "PROConfig"),
+    "distill": ("trainers.distill", "DistillConfig"),
     "reward": ("trainers.reward", "RewardConfig"),
     "eval": ("evaluation.evaluate", "EvalConfig"),
     "sample": ("evaluation.sample", "SampleConfig"),

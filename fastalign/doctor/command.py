@@ -13,10 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.markup import escape
-from transformers import AutoModelForSequenceClassification, set_seed
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
 
 from ..evaluation.sample import load
 from ..models import loading
@@ -30,7 +31,7 @@ from ..trainers.data.problems import Reading, columns_of, tally
 from ..trainers.data.template import OPTIONS_HELP, PATH_HELP
 from ..utils.checks import check_choice, check_positive
 from .data import DATA_CHECKS, Finding, Patient
-from .model import MODEL_CHECKS, REWARD_CHECKS
+from .model import MODEL_CHECKS, REWARD_CHECKS, TEACHER_CHECKS
 
 _COLOURS = {"ok": "green", "note": "blue", "warning": "yellow", "error": "red"}
 
@@ -49,6 +50,9 @@ class DoctorConfig(Keys):
         group="Model and data",
     )  # fmt: skip
     reward_model: str | None = key(None, "Folder of a reward model to look at as well", group="Model and data")
+    teacher_model: str | None = key(
+        None, "Folder of the teacher of a distillation to look at as well", group="Model and data"
+    )
     dtype: str = key("float32", "Dtype of the weights: float32, bfloat16 or float16", group="Model and data")
     max_length: int = key(1024, "As in the run: tokens of prompt and completion", group="Model and data")
     max_prompt_length: int | None = key(None, "As in the run: tokens of the prompt", group="Model and data")
@@ -96,6 +100,11 @@ def examine(config: DoctorConfig) -> list[Finding]:
         reward_model = loading.load("reward_model", AutoModelForSequenceClassification, config.reward_model)
         patient.reward_model = loading.placed(reward_model.eval())
         checks |= REWARD_CHECKS
+    if config.teacher_model:
+        dtype = getattr(torch, config.dtype)
+        patient.teacher = loading.load("teacher_model", AutoModelForCausalLM, config.teacher_model, dtype=dtype)
+        patient.teacher_tokenizer = loading.load_tokenizer(None, config.teacher_model, "teacher_model")
+        checks |= TEACHER_CHECKS
     set_seed(config.seed)
     findings: list[Finding] = []
     for name, check in checks.items():

@@ -43,6 +43,8 @@ class Patient:
     """What reading the data had to tell."""
     reward_model: Any = None
     reward_tokenizer: Any = None
+    teacher: Any = None
+    teacher_tokenizer: Any = None
 
     @property
     def tokenizer(self) -> Any:

@@ -108,6 +108,8 @@ def memory(p: Patient) -> list[Finding]:
     per_layer = size if config.gradient_checkpointing else 17 * size
     activations = tokens * inner.hidden_size * inner.num_hidden_layers * per_layer
     held = weights * (2 + _ADAM_STATES + bool(config.reference_model))
+    if p.teacher is not None:  # whose logits are a tile
+        held += sum(w.numel() for w in p.teacher.parameters()) * size
     need, there = held + logits + activations, available_memory()
     text = (
         f"a step needs about {_gb(need)} (weights, gradients, optimiser {_gb(held)}; logits {_gb(logits)}; activations "
@@ -242,3 +244,31 @@ MODEL_CHECKS: dict[str, Callable[[Patient], list[Finding]]] = {
     "memory": memory,
 }
 REWARD_CHECKS: dict[str, Callable[[Patient], list[Finding]]] = {"reward model in batches": reward_invariance}
+
+
+def teacher(p: Patient) -> list[Finding]:
+    """Whether the teacher's distributions are over the student's tokens."""
+    ours, theirs = (m.get_output_embeddings().weight.shape[0] for m in (p.model, p.teacher))
+    if ours != theirs:
+        return [
+            Finding(
+                "error",
+                f"the teacher has a vocabulary of {theirs} tokens and the student one of {ours}: their distributions "
+                "cannot be compared. Take a teacher of the student's family",
+            )
+        ]
+    own, other = p.tokenizer.get_vocab(), p.teacher_tokenizer.get_vocab()
+    differ = sorted(token for token in own.keys() | other.keys() if own.get(token) != other.get(token))
+    if not differ:
+        return []
+    shown = ", ".join(map(repr, differ[:3]))
+    return [
+        Finding(
+            "error" if len(differ) > len(own) // 100 else "warning",
+            f"{len(differ)} tokens have other ids for the teacher than for the student ({shown}, ...): what the "
+            "student is to learn of them is another token's",
+        )
+    ]
+
+
+TEACHER_CHECKS: dict[str, Callable[[Patient], list[Finding]]] = {"teacher": teacher}

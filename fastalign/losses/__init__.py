@@ -1,6 +1,7 @@
 """Losses on log-probabilities and scores, and the modules that take logits."""
 
 from .custom import CustomOutput, PairLoss, TokenLoss
+from .distillation import DistillationLoss, DistillationOutput, TopK, distillation_loss
 from .kl import importance_weights, kl_estimate
 from .listwise import ListOutput, PROLoss, PROOutput, plackett_luce_loss, pro_loss
 from .policy import PolicyLossOutput, PPOLoss, policy_loss
@@ -14,6 +15,8 @@ from .value import ValueLossOutput, ptx_loss, value_loss
 __all__ = [
     "CustomOutput",
     "DPOLoss",
+    "DistillationLoss",
+    "DistillationOutput",
     "KTOLoss",
     "KTOOutput",
     "ListOutput",
@@ -29,8 +32,10 @@ __all__ = [
     "TPOLoss",
     "TPOOutput",
     "TokenLoss",
+    "TopK",
     "ValueLossOutput",
     "best_of_k_loss",
+    "distillation_loss",
     "dpo_loss",
     "importance_weights",
     "kl_estimate",

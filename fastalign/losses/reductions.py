@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops.fused_loss import BATCH, FusedLoss, Grouping, Input
-from .base import check_range, hide, lookup, masked_mean, total
+from .base import check_float, check_range, hide, lookup, masked_mean, total
 
 Count = int | float | Tensor
 
@@ -105,17 +106,54 @@ def _normalized(normalization: str, max_length: int | None) -> FusedLoss:
     return FusedLoss(lambda t: (normalize_real(t.logps, t.mask, normalization, t.num_items, max_length),))
 
 
+def check_weights(weights: Any, mask: Tensor) -> None:
+    """Raises unless these are such as `weighted` takes: of the mask's shape, at least 0 where it is True (looked at on
+    the CPU)."""
+    check_float("weights", weights, mask.shape, "labels")
+    if weights.device.type == "cpu" and bool((weights[mask] < 0).any()):
+        raise ValueError(f"weights must be at least 0; got {float(weights[mask].min())}")
+
+
+def weighted(x: Any, weights: Any, mask: Any, normalization: str, num_items: Count | None) -> Any:
+    """The mean of what tokens have, by weights of theirs: over all tokens (`token`), or over sequences of the weighted
+    means over theirs (`grpo`). What weighs nothing counts nowhere, as if it were hidden.
+
+    num_items: the sum of all weights, or the number of sequences that weigh something, over all microbatches.
+    """
+    x, weights = hide(x * weights, mask), hide(weights, mask)
+    if normalization == "token":
+        sums, count = total(x), total(weights)
+    else:
+        own = weights.sum(-1)
+        sums, count = (x.sum(-1) / _or_one(own)).sum(), (own > 0).sum()
+    if num_items is None:
+        return sums / _or_one(count)
+    return sums / (num_items.reshape(()) if isinstance(num_items, Tensor) else num_items)
+
+
+def _or_one(count: Any) -> Any:
+    """The count, but 1 where it is 0."""
+    return torch.where(count > 0, count, torch.ones_like(count))
+
+
 def token_weights(
     labels: Tensor,
     ignore_index: int,
     normalization: str,
     num_items: Count | None = None,
     max_length: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """What each token's loss counts for in the scalar: the derivative of the (linear) normalisation. float32."""
-    x = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
+    """What each token's loss counts for in the scalar: the derivative of the (linear) normalisation. float32 or
+    float64.
+
+    weights: those of `weighted`, if it is the normalisation.
+    """
+    x = torch.zeros(labels.shape, dtype=dtype, device=labels.device)
     check_normalization(x, normalization, num_items, max_length)
-    if not isinstance(num_items, Tensor):
+    if not isinstance(num_items, Tensor) and dtype == torch.float32 and weights is None:
         grouping = Grouping(labels.numel() // max(labels.shape[-1], 1))
         fused, inputs = _normalized(normalization, max_length), [Input("num_items", num_items, BATCH)]
         found = fused.slopes(labels, inputs, grouping, ignore_index, logps=x)
@@ -124,7 +162,11 @@ def token_weights(
     mask = labels.long() != ignore_index
     with torch.enable_grad():
         x.requires_grad_()
-        (weight,) = torch.autograd.grad(normalize_real(x, mask, normalization, num_items, max_length), x)
+        if weights is None:
+            loss = normalize_real(x, mask, normalization, num_items, max_length)
+        else:
+            loss = weighted(x, weights.detach().to(dtype), mask, normalization, num_items)
+        (weight,) = torch.autograd.grad(loss, x)
     return weight
 
 

@@ -270,6 +270,11 @@ class ModelLogits:
             raise RuntimeError("the model gave no statistics")
         return self.answer.stats
 
+    def formed(self) -> Tensor:
+        """The tensor itself, from one forward pass."""
+        self.answer = self._call(None)
+        return self.answer.logits  # type: ignore[return-value]
+
     @torch.no_grad()
     def logits(self) -> Tensor:
         """The tensor itself, a constant, from one forward pass."""

@@ -3,12 +3,13 @@
 One file per room of `fastalign.losses`. Nothing here is fast and nothing here shares code with what it checks.
 """
 
-from . import classes, listwise, policy, preference, reward, sft, triple
+from . import classes, distillation, listwise, policy, preference, reward, sft, triple
 from .case import Case, Sizes, cast
 
 CASES: list[Case] = [
     *sft.CASES,
     *classes.CASES,
+    *distillation.CASES,
     *preference.CASES,
     *triple.CASES,
     *listwise.CASES,

@@ -58,6 +58,38 @@ def tempered(logits: Tensor, labels: Tensor) -> Tensor:
     return per_token(5 * torch.tanh(logits / 5) / 0.7, labels)
 
 
+def dynamic(logits: Tensor, labels: Tensor) -> Tensor:
+    """Each token's -log p times p, a constant: Wu et al. 2025, arXiv:2508.05629."""
+    nll, mask = tokens(logits, labels)
+    return (nll * torch.exp(-nll.detach())).sum() / mask.sum()
+
+
+def weights_of(labels: Tensor) -> Tensor:
+    """0, 1/2, 1, 3/2, 0, ... by place, another beginning in each row."""
+    rows, length = labels.shape
+    place = torch.arange(rows, device=labels.device).unsqueeze(-1) + torch.arange(length, device=labels.device)
+    return (place % 4) / 2
+
+
+def weighted(logits: Tensor, labels: Tensor) -> Tensor:
+    """The weighted mean over tokens."""
+    nll, mask = tokens(logits, labels)
+    weights = weights_of(labels) * mask
+    return (nll * weights).sum() / weights.sum() if weights.any() else 0 * nll.sum()
+
+
+def weighted_by_sequence(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the sequences that weigh something of the weighted means over their tokens."""
+    nll, mask = tokens(logits, labels)
+    weights = weights_of(labels) * mask
+    means = [(row * w).sum() / w.sum() for row, w in zip(nll, weights, strict=True) if w.any()]
+    return torch.stack(means).mean() if means else 0 * nll.sum()
+
+
+def summed(logits: Tensor, labels: Tensor) -> Tensor:
+    return tokens(logits, labels)[0].sum()
+
+
 def _inputs(sizes: Sizes, generator: torch.Generator) -> dict[str, Tensor]:
     """One row has no real token."""
     rows = sizes.batch + 1
@@ -68,12 +100,19 @@ def _inputs(sizes: Sizes, generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def _case(
-    name: str, reference: Callable[[Tensor, Tensor], Tensor], num_items: int | None = None, **options: Any
+    name: str,
+    reference: Callable[[Tensor, Tensor], Tensor],
+    num_items: int | None = None,
+    by_weight: bool = False,
+    **options: Any,
 ) -> Case:
     module = SFTLoss(**options)
-    return Case(
-        f"sft:{name}", lambda logits, labels: module(logits, labels, num_items=num_items).loss, reference, _inputs
-    )
+
+    def fused(logits: Tensor, labels: Tensor) -> Tensor:
+        weights = weights_of(labels) if by_weight else None
+        return module(logits, labels, num_items=num_items, weights=weights).loss
+
+    return Case(f"sft:{name}", fused, reference, _inputs)
 
 
 CASES = [
@@ -83,4 +122,8 @@ CASES = [
     _case("token:z_loss", with_z_loss, z_loss=0.01),
     _case("token:num_items", accumulated, num_items=50),
     _case("token:tempered", tempered, temperature=0.7, softcap=5.0),
+    _case("token:dft", dynamic, loss_type="dft"),
+    _case("token:weighted", weighted, by_weight=True),
+    _case("sequence:weighted", weighted_by_sequence, by_weight=True, normalization="sequence"),
+    _case("token:sum", summed, reduction="sum"),
 ]

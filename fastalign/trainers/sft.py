@@ -20,7 +20,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..losses.sft import SFTLoss
+from ..losses.sft import NORMALIZATIONS, SFTLoss
 from ..models.loading import pad_id
 from ..utils.batch import IGNORE, Batch
 from ..utils.checks import check_choice
@@ -31,13 +31,13 @@ from .common.run import encoder, run
 from .data.collate import PackedCollator, SFTCollator
 from .data.files import Rows
 from .data.pack import pack
-from .data.tokenize import tokenize_sft
+from .data.tokenize import WEIGHTS, tokenize_sft
 
-_ITEMS = {
-    "token": lambda mask: mask.sum(),
-    "sequence": lambda mask: mask.any(-1).sum(),
-}
-"""What the loss averages over, by normalization: real tokens, or sequences that have one."""
+
+def counted_items(batch: Batch, normalization: str) -> Tensor:
+    """What a loss averages over, by normalization: real tokens by their weights, or sequences that have one."""
+    real = batch["weights"] if "weights" in batch else batch["labels"] != IGNORE
+    return real.sum() if normalization == "token" else real.gt(0).any(-1).sum()
 
 
 @dataclass
@@ -45,6 +45,9 @@ class SFTConfig(TrainingConfig):
     """Supervised fine-tuning on rows of `prompt` and `completion`, or of `messages`; the loss counts the replies."""
 
     normalization: str = key("token", "The loss averages over: token (all alike) or sequence (all alike)", group="Loss")
+    loss_type: str = key(
+        "nll", "nll, or dft: each token's loss times its probability (dynamic fine-tuning)", group="Loss"
+    )
     label_smoothing: float = key(0.0, "Share of the target spread over the whole vocabulary", group="Loss")
     z_loss: float = key(0.0, "Weight of the squared log-partition function", group="Loss")
     packing: bool = key(
@@ -57,7 +60,7 @@ class SFTConfig(TrainingConfig):
     def __post_init__(self) -> None:
         if self.packing and self.normalization != "token":
             raise ValueError(f"packing needs normalization token; got {self.normalization!r}")
-        check_choice("normalization", self.normalization, tuple(_ITEMS))
+        check_choice("normalization", self.normalization, tuple(NORMALIZATIONS))
         self.loss()
         super().__post_init__()
 
@@ -65,6 +68,7 @@ class SFTConfig(TrainingConfig):
         """The loss that these keys describe; ValueError naming the key that is wrong."""
         return SFTLoss(
             normalization=self.normalization,
+            loss_type=self.loss_type,
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,
             inplace_backward=True,
@@ -87,13 +91,15 @@ class SFTTrainer(AlignmentTrainer):
 
     def prepare(self, rows: Rows, args: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         tokenised = tokenize_sft(rows, encoder(tokenizer, args))
+        if args.packing and WEIGHTS in tokenised.column_names:
+            raise ValueError("packing must be false for rows whose messages have weights other than 0 and 1; got true")
         return pack(tokenised, args.max_length) if args.packing else tokenised
 
     def items(self, batch: Batch) -> Tensor:
-        return _ITEMS[self.args.normalization](batch["labels"] != IGNORE)
+        return counted_items(batch, self.args.normalization)
 
     def batch_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.loss(self.logits(model, batch), batch["labels"]).loss, {}
+        return self.loss(self.logits(model, batch), batch["labels"], weights=batch.get("weights")).loss, {}
 
 
 def main(argv: list[str]) -> int:

@@ -210,6 +210,10 @@ class AlignmentTrainer(CheckedUpdates, ABC):
     def prepare(self, rows: Rows, args: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
         """Rows of text to tokenised rows."""
 
+    def update_batches(self, batches: list[Batch]) -> list[Batch]:
+        """The micro-batches that an update takes in place of those of the data."""
+        return batches
+
     @abstractmethod
     def items(self, batch: Batch) -> Tensor:
         """How many items the batch's mean loss is over: a scalar tensor."""
@@ -244,6 +248,7 @@ class AlignmentTrainer(CheckedUpdates, ABC):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of one update, and the number of items in all of them on all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = self.update_batches(batches)
         self.note_update(batches)
         if not batches:
             return batches, None

@@ -27,6 +27,7 @@ SAME: dict[str, tuple[str, ...]] = {
     "beta": ("kl_coef",),
     "reward_model_path": ("reward_model",),
     "ref_model_name_or_path": ("ref_model",),
+    "teacher_model_name_or_path": ("teacher_model",),
     "lora_r": ("lora_rank",),
     "f_divergence_type": ("f_divergence",),
     "clip_ratio": ("cliprange",),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeGuard
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 """A conversation: mappings with `role`, `content` (a text, or a list of text parts) and what else the template reads:
-`tool_calls`, `reasoning_content`, `name`, ... ; oldest first. An assistant's `weight` of 0 leaves it untrained."""
+`tool_calls`, `reasoning_content`, `name`, ... ; oldest first. An assistant's `weight` of 0 leaves it untrained; others
+are of supervised fine-tuning alone."""
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """The names that a message's reasoning goes by."""
@@ -30,7 +32,7 @@ def check_messages(messages: Messages, where: str) -> None:
 
     Raises:
         ValueError: naming the place, a message without role or content, a part that is no text, a reply of the
-            assistant that says and does nothing, a weight that is not 0 or 1.
+            assistant that says and does nothing, a weight that is no finite number of at least 0.
     """
     for message in messages:
         role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
@@ -42,11 +44,12 @@ def check_messages(messages: Messages, where: str) -> None:
             raise ValueError(f"{where} must hold tool_calls as a list of mappings; one has {calls!r}")
         if role == "assistant" and not (content_of(message).strip() or calls or reasoning_of(message).strip()):
             raise ValueError(f"{where} must not hold an empty reply of the assistant")
-        if message.get("weight") not in (None, 0, 1):
-            raise ValueError(f"{where} must hold weights of 0 or 1; one message has {message['weight']!r}")
+        weight = message.get("weight")
+        if weight is not None and not (isinstance(weight, (int, float)) and 0 <= weight < math.inf):
+            raise ValueError(f"{where} must hold weights of 0 or more; one message has {weight!r}")
         for name in _OTHER_WEIGHTS:
             if message.get(name) is not None:
-                raise ValueError(f"{where} must call a message's weight weight (0 or 1); one has {name!r}")
+                raise ValueError(f"{where} must call a message's weight weight; one has {name!r}")
 
 
 def _is_content(content: Any, where: str) -> bool:
@@ -116,6 +119,19 @@ def shortened(messages: Messages, fits: Callable[[Messages], bool]) -> Messages:
 def is_trained(message: Mapping[str, Any]) -> bool:
     """Whether the message is a reply that training counts."""
     return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def weight_of(message: Mapping[str, Any]) -> float:
+    """What each token of a reply counts for in supervised fine-tuning."""
+    weight = message.get("weight")
+    return 1.0 if weight is None else float(weight)
+
+
+def check_counted(messages: Messages) -> None:
+    """ValueError for a reply that counts for more or less than others where replies count alike or not at all."""
+    other = [m["weight"] for m in messages if m["role"] == "assistant" and weight_of(m) not in (0.0, 1.0)]
+    if other:
+        raise ValueError(f"replies that are compared must have weights of 0 or 1; one has {other[0]!r}")
 
 
 def plain(messages: Messages) -> list[dict[str, Any]]:

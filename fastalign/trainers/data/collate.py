@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...utils.batch import IGNORE, Batch
 
-_BY_TOKEN = ("input_ids", "attention_mask", "position_ids", "labels")
+_BY_TOKEN = ("input_ids", "attention_mask", "position_ids", "labels", "weights")
 
 
 def pad(
@@ -76,7 +76,19 @@ class SFTCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         sequences = [(r["prompt_ids"], r["completion_ids"]) for r in rows]
-        return pad(sequences, self.pad_token_id, self.padding_side, [r.get("own") for r in rows])
+        batch = pad(sequences, self.pad_token_id, self.padding_side, [r.get("own") for r in rows])
+        if "weights" in rows[0]:
+            batch["weights"] = self._weights(batch, rows)
+        return batch
+
+    def _weights(self, batch: Batch, rows: Sequence[Mapping[str, Any]]) -> Tensor:
+        """[B, T], float32: what each label counts for; 0 where there is none."""
+        weights = torch.zeros(batch["labels"].shape)
+        for row, r in enumerate(rows):
+            end = int(batch["attention_mask"][row].nonzero().max())  # of the last token, which predicts nothing
+            own = torch.tensor(r["weights"][1 if not r["prompt_ids"] else 0 :])
+            weights[row, end - len(own) : end] = own
+        return weights.where(batch["labels"] != IGNORE, 0)
 
 
 @dataclass(frozen=True)

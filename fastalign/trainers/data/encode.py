@@ -13,18 +13,20 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from .chat import Messages, shortened
+from .chat import Messages, check_counted, shortened
 from .cut import Cuts, Room, mode_of
 from .rowwise import Dropped
 from .template import ChatTemplate, Span, render
 
 
 class Conversation(NamedTuple):
-    """Token ids of what stands before the first reply, of the rest, and which of the rest are the assistant's own."""
+    """Token ids of what stands before the first reply, of the rest, which of the rest are the assistant's own, and what
+    each of these counts for."""
 
     prompt_ids: list[int]
     ids: list[int]
     own: list[bool]
+    weights: list[float]
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Encoder:
         append = self.append_eos if ended is None else ended
         tails = [self._tail(before, prompt_ids, spans, append=append) for spans in found]
         prompt_ids, kept = self._fit(prompt_ids, [ids for ids, _ in tails])
-        return prompt_ids, kept, [own[: len(ids)] for ids, (_, own) in zip(kept, tails, strict=True)]
+        return prompt_ids, kept, [_own(weights[: len(ids)]) for ids, (_, weights) in zip(kept, tails, strict=True)]
 
     def prompt(self, prompt: str | Messages, options: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of a prompt that a model is to go on from."""
@@ -189,24 +191,24 @@ class Encoder:
         """Context, reply, context, reply, ... to token ids."""
         context, *rest = pieces
         prompt_ids = self._ids(context.text)
-        ids, own = self._tail(context.text, prompt_ids, rest, append=self.append_eos)
+        ids, weights = self._tail(context.text, prompt_ids, rest, append=self.append_eos)
         prompt_ids, (ids,) = self._fit(prompt_ids, [ids])
-        return Conversation(prompt_ids, ids, own[: len(ids)])
+        return Conversation(prompt_ids, ids, _own(weights[: len(ids)]), weights[: len(ids)])
 
     def _tail(
         self, before: str, prompt_ids: list[int], spans: Sequence[Span], *, append: bool
-    ) -> tuple[list[int], list[bool]]:
-        """Token ids of what follows the prompt, and which of them are the assistant's own."""
+    ) -> tuple[list[int], list[float]]:
+        """Token ids of what follows the prompt, and what each of them counts for: 0 where it is not the assistant's."""
         text, ids = before, list[int]()
-        own: list[bool] = []
+        weights: list[float] = []
         for i, span in enumerate(spans):
             new = self._continuation(text, prompt_ids + ids, span.text)
             if span.is_reply:
                 new = self._ended(new, span, append=append and i == len(spans) - 1)
             ids += new
-            own += [span.is_reply] * len(new)
+            weights += [span.weight if span.is_reply else 0.0] * len(new)
             text += span.text
-        return ids, own
+        return ids, weights
 
     def _texts(
         self,
@@ -225,6 +227,7 @@ class Encoder:
         found = []
         for c in completions:
             turns = [{"role": "assistant", "content": c}] if isinstance(c, str) else c
+            check_counted(turns)
             if len(turns) > 1:
                 found.append(template.trajectory(prompt, turns))
                 continue
@@ -281,6 +284,10 @@ class Encoder:
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def _own(weights: list[float]) -> list[bool]:
+    return [weight > 0 for weight in weights]
 
 
 def _text_alone(prompt: str, options: Mapping[str, Any] | None) -> str:

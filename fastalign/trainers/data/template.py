@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ...models.loading import load
 from ...utils.text import first_line
-from .chat import Messages, content_of, is_trained, plain, reasoning_of
+from .chat import Messages, content_of, is_trained, plain, reasoning_of, weight_of
 
 _MARK = "Qx7Wordx7Q"
 """A word that no conversation has, to see where a template writes something, and whether it does."""
@@ -34,6 +34,8 @@ class Span(NamedTuple):
     text: str
     is_reply: bool
     """Written by the assistant, so trained on."""
+    weight: float = 1.0
+    """What each of its tokens counts for."""
     closing: str = ""
     """What the template puts behind a reply: where it is blank, an end-of-sequence token is missing."""
 
@@ -172,7 +174,7 @@ class ChatTemplate:
             context, text = before, said.removeprefix(opener).lstrip("\n") + closing
         if checked:
             self._check_reply(earlier, last, text)
-        return context, Span(text.rstrip() if closing.strip() else text, True, closing)
+        return context, Span(text.rstrip() if closing.strip() else text, True, weight_of(last), closing)
 
     def sequences(self, messages: Messages, start: int = 0) -> list[list[Span]]:
         """The conversation in pieces up to its last reply: context, reply, context, reply, ...

@@ -14,7 +14,8 @@ Beside pairs may stand `margin`, and both of `ref_chosen_logps`, `ref_rejected_l
 Every prompt and completion is a text or a list of messages (`role`, `content`, and what else the chat template reads:
 `tool_calls`, `reasoning_content`, ...). A completion of several messages (calls of tools, their results, further turns)
 begins and ends with a reply of the assistant, and its replies are what is trained on. Beside messages may stand `tools`
-and `chat_template_kwargs`. A reply of the assistant with a `weight` of 0 is context. What the chat template leaves out
+and `chat_template_kwargs`. A reply of the assistant with a `weight` of 0 is context; with
+another, in supervised fine-tuning, its tokens count for so much. What the chat template leaves out
 is refused, with the row. Forms of well-known data sets become one of these on reading (see `forms`); rated completions
 become lists, and lists pairs, where they are asked for.
 """
@@ -26,6 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import Dataset, Value
 
 from .cells import cell, checked_text
@@ -48,13 +50,17 @@ LIST_FORMS = (("prompt", "completions"), *PAIR_FORMS)
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 """Columns that the chat template is told of."""
 
+WEIGHTS = "weights"
+"""Column of what the tokens of a completion count for."""
+
 _PROMPT_CUT, _REPLY_CUT = "_prompt_cut", "_reply_cut"
 
 Row = Mapping[str, Any]
 
 
 def tokenize_sft(source: Rows, encode: Encoder) -> Dataset:
-    """Rows to `prompt_ids`, `completion_ids`, `length`, and for conversations `own`: which ids are the assistant's.
+    """Rows to `prompt_ids`, `completion_ids`, `length`, and for conversations `own`: which ids are the assistant's;
+    where replies have weights of their own, `weights`, what each of these ids counts for.
 
     A conversation whose earlier turns the chat template writes anew when later ones follow gives several rows (see
     `Encoder.conversations`), in its place.
@@ -65,7 +71,14 @@ def tokenize_sft(source: Rows, encode: Encoder) -> Dataset:
     form = _form(rows, SFT_FORMS)
     if isinstance(rows.features[form[-1]], Value) and form != ("messages",):
         return _map(rows, _completion, form, encode)
-    return _map(rows, _conversations, form, encode).map(_one_each, batched=True, desc="sequences")
+    found = _map(rows, _conversations, form, encode).map(_one_each, batched=True, desc="sequences")
+    return found if _differ(found) else found.remove_columns(WEIGHTS)
+
+
+def _differ(rows: Dataset) -> bool:
+    """Whether replies have weights of their own."""
+    weights = pc.unique(pc.list_flatten(rows.data.column(WEIGHTS)))
+    return bool(set(weights.to_pylist()) - {0.0, 1.0})
 
 
 def tokenize_preferences(source: Rows, encode: Encoder) -> Dataset:
@@ -200,6 +213,7 @@ def _conversations(row: Row, index: int, encode: Encoder) -> dict[str, list[Any]
         "prompt_ids": [each.prompt_ids for each in found],
         "completion_ids": [each.ids for each in found],
         "own": [each.own for each in found],
+        WEIGHTS: [each.weights for each in found],
         "length": [len(each.prompt_ids) + len(each.ids) for each in found],
     }
 
