@@ -9,6 +9,7 @@ and takes seconds. The exit status is 1 where numbers are not what they must be.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import platform
@@ -146,9 +147,8 @@ def timed() -> Iterator[str]:
     for device in dict.fromkeys(device for _, device, _ in ways()):
         for kind, dtype in DTYPES.items():
             inputs = {name: t.to(device) for name, t in cast(given, dtype).items()}
-            ours, plain = (
-                _time(lambda f=f, x=inputs: _results(f, x, case.leaves), device) for f in (case.fused, case.reference)
-            )
+            run = functools.partial(_results, inputs=inputs, leaves=case.leaves)
+            ours, plain = (_time(functools.partial(run, f), device) for f in (case.fused, case.reference))
             what = f"{_backends.choose(inputs['logits'])} on {device}, {rows} x {vocab} {kind}"
             yield f"speed       {what}: {1e3 * ours:.2f} ms, plain PyTorch {1e3 * plain:.2f} ms: {plain / ours:.1f}x"
 
