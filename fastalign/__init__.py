@@ -8,7 +8,15 @@ registers the operators in any case.
 import importlib
 import importlib.util
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+# The kernels' Python lies in another folder of the sources, and beside this file once they are installed.
+if not Path(__file__).with_name("kernels").is_dir() and importlib.util.find_spec("fastalign.kernels") is None:
+    raise ImportError(
+        f"{Path(__file__).parent} holds the sources of fastalign, which are not installed: run `pip install .` in "
+        f"{Path(__file__).parents[1]} and start Python in another folder (or build beside the sources: CONTRIBUTING.md)"
+    )
 
 from .utils import moved as _moved
 from .utils.version import __version__ as __version__

@@ -19,6 +19,11 @@ namespace avx2 {
 extern const CpuKernels kernels;
 }
 #endif
+#ifdef FA_HAVE_NEON
+namespace neon {
+extern const CpuKernels kernels;
+}
+#endif
 namespace portable {
 extern const CpuKernels kernels;
 }
@@ -67,6 +72,9 @@ const CpuKernels* const* all_cpu_kernels() {
         if (has_avx512_bf16()) list[n++] = &avx512_bf16::kernels;
         if (has_avx512()) list[n++] = &avx512::kernels;
         if (has_avx2()) list[n++] = &avx2::kernels;
+#endif
+#ifdef FA_HAVE_NEON
+        list[n++] = &neon::kernels;
 #endif
         list[n] = &portable::kernels;
         return true;

@@ -222,9 +222,11 @@ void with_cap(const DivergenceArgs& a) {
 }
 
 void divergence(const DivergenceArgs& a) {
-    if (a.dtype == DType::kFloat32) return with_cap<float>(a);
     if (a.dtype == DType::kBFloat16) return with_cap<BFloat16>(a);
+#ifndef FA_BASE_ISA
+    if (a.dtype == DType::kFloat32) return with_cap<float>(a);
     with_cap<Half>(a);
+#endif
 }
 
 }  // namespace

@@ -14,6 +14,14 @@
 #include "divergence_cpu.h"
 #include "token_powers_cpu.h"
 
+// Where the build names another instruction set that differs from this one in what it writes of bfloat16 alone, and in
+// products of it, the rest is that one's: nothing is compiled twice.
+#ifdef FA_BASE_ISA
+namespace fastalign::FA_BASE_ISA {
+extern const CpuKernels kernels;
+}
+#endif
+
 namespace fastalign::FA_ISA {
 namespace {
 
@@ -146,32 +154,60 @@ void with_mode(const Args& a, Mode mode) {
 
 template <template <class, bool, Mode> class Kernel, class Args>
 void with_dtype(const Args& a, Mode mode) {
-    if (a.dtype == DType::kFloat32) return with_mode<Kernel, float>(a, mode);
     if (a.dtype == DType::kBFloat16) return with_mode<Kernel, BFloat16>(a, mode);
-    return with_mode<Kernel, Half>(a, mode);
+#ifndef FA_BASE_ISA
+    if (a.dtype == DType::kFloat32) return with_mode<Kernel, float>(a, mode);
+    with_mode<Kernel, Half>(a, mode);
+#endif
 }
 
+#ifndef FA_BASE_ISA
 template <class T, bool kCap, Mode>
 struct Diagnose : Forward<T, kCap, kDiagnostics> {};
+#endif
 
 void forward(const ForwardArgs& a) {
+#ifdef FA_BASE_ISA
+    FA_BASE_ISA::kernels.forward(a);
+#else
     if (a.log_sum_sq) with_dtype<Diagnose>(a, kPlain);
     if (a.log_sum_sq && !a.ref_logits) return;  // a KL has a loop of its own
     with_dtype<Forward>(a, a.ref_logits ? kReference : a.out.entropy || a.out.mean ? kMoments : kPlain);
+#endif
 }
 
 void objective(const ObjectiveArgs& a) {
+#ifdef FA_BASE_ISA
+    if (a.dtype != DType::kBFloat16) return FA_BASE_ISA::kernels.objective(a);
+#endif
     const bool moments = a.out.entropy || a.out.mean;
     with_dtype<Objective>(a, a.ref_logits ? kReference : moments ? kMoments : kPlain);
 }
 
 void backward(const BackwardArgs& a) {
+#ifdef FA_BASE_ISA
+    if (a.dtype != DType::kBFloat16) return FA_BASE_ISA::kernels.backward(a);
+#endif
     with_dtype<Backward>(a, a.ref_logits && a.grads.kl ? kReference : a.grads.entropy ? kMoments : kPlain);
+}
+
+void divergences(const DivergenceArgs& a) {
+#ifdef FA_BASE_ISA
+    if (a.dtype != DType::kBFloat16) return FA_BASE_ISA::kernels.divergence(a);
+#endif
+    divergence(a);
+}
+
+void product(const GemmArgs& g) {
+#ifdef FA_BASE_ISA
+    if (g.a.dtype != DType::kBFloat16 || g.b.dtype != DType::kBFloat16) return FA_BASE_ISA::kernels.gemm(g);
+#endif
+    gemm(g);
 }
 
 }  // namespace
 
 extern const CpuKernels kernels;
-const CpuKernels kernels{FA_ISA_NAME, forward, backward, objective, gemm, read, copy, divergence};
+const CpuKernels kernels{FA_ISA_NAME, forward, backward, objective, product, read, copy, divergences};
 
 }  // namespace fastalign::FA_ISA

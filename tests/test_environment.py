@@ -20,7 +20,7 @@ OURS = ("FASTALIGN_", "GOMP_", "OMP_")
 WRONG = [
     ("FASTALIGN_BACKEND", "cdua", "one of cpu, cuda, triton, eager"),
     ("FASTALIGN_BACKEND", "CPU", "one of cpu, cuda, triton, eager"),
-    ("FASTALIGN_CPU_ISA", "mmx", "one of avx512_bf16, avx512, avx2, portable"),
+    ("FASTALIGN_CPU_ISA", "mmx", "one of avx512_bf16, avx512, avx2, neon, portable"),
     ("FASTALIGN_KEPT_MIB", "1.5", "a whole number of MiB, 0 for none"),
     ("FASTALIGN_KEPT_MIB", "-1", "a whole number of MiB, 0 for none"),
     ("FASTALIGN_KEPT_MIB", "٣", "a whole number of MiB, 0 for none"),

@@ -9,7 +9,7 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 
 FIRST = """```bash
-python3 -m venv .venv && .venv/bin/pip install torch==2.13.0 '.[train]' && .venv/bin/fastalign demo
+python3 -m venv .venv && .venv/bin/pip install --no-compile torch==2.13.0 '.[train]' && .venv/bin/fastalign demo
 ```
 
 Pass the tests:

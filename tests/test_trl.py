@@ -1,5 +1,6 @@
 """Under TRL's trainers: the same losses as with TRL's own functions, patched whole or not at all."""
 
+import contextlib
 import math
 import sys
 
@@ -17,6 +18,34 @@ from fastalign.integrations import trl as fused  # noqa: E402
 N, H, V = 11, 16, 203
 THEIRS = {name: getattr(utils, name) for name in fused._REPLACED if hasattr(utils, name)}
 CHUNKED = utils._ChunkedLogProbFunction
+
+
+class ByDefinition:
+    """TRL's function in torch's own operations, for TRL 1.15, whose own runs on GPUs alone."""
+
+    @staticmethod
+    def apply(hidden, weight, bias, targets, temperature, chunk, softcap=None, scale=1.0, outputs=OPTIONAL_OUTPUTS):
+        logits = torch.nn.functional.linear(hidden, weight, bias)
+        logits = scale * logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = (logits if softcap is None else softcap * torch.tanh(logits / softcap)) / temperature
+        all_logps = torch.log_softmax(logits, -1)
+        found = {
+            "entropy": lambda: -(all_logps.exp() * all_logps).sum(-1),
+            "log_sum_sq_probs": lambda: torch.logsumexp(2 * all_logps.detach(), -1),
+            "mean_logits": lambda: logits.detach().mean(-1),
+            "is_top1": lambda: logits.argmax(-1) == targets,
+        }
+        logps = all_logps.gather(-1, targets[:, None]).squeeze(-1)
+        return logps, *(found[name]() if name in outputs else None for name in OPTIONAL_OUTPUTS)
+
+
+def runs_here(function):
+    with contextlib.suppress(RuntimeError):
+        return bool(function.apply(torch.zeros(1, 2), torch.zeros(3, 2), None, torch.tensor([1]), 1.0, 2))
+    return False
+
+
+PEER = CHUNKED if runs_here(CHUNKED) else ByDefinition
 
 
 # ----------------------------------------------------------------------------------------------------- single functions
@@ -37,7 +66,7 @@ def test_the_chunked_function(dtype, outputs, scale):
         return results, torch.autograd.grad(loss, leaves)
 
     (exact, exact_grads), (theirs, their_grads), (ours, grads) = (
-        run(fused.ChunkedLogProbFunction, torch.float64), run(CHUNKED, dtype), run(fused.ChunkedLogProbFunction, dtype)
+        run(fused.ChunkedLogProbFunction, torch.float64), run(PEER, dtype), run(fused.ChunkedLogProbFunction, dtype)
     )  # fmt: skip
     for got, peer, want in zip((*ours, *grads), (*theirs, *their_grads), (*exact, *exact_grads), strict=True):
         assert (got is None) == (peer is None)
@@ -135,8 +164,9 @@ def test_patched_whole_twice_and_back():
     assert in_place() == before
 
 
-def other_version(monkeypatch):
-    monkeypatch.setattr(trl, "__version__", "1.17.0")
+def no_such_module(monkeypatch):
+    """As in TRL 1.14, where each trainer has a head of its own."""
+    monkeypatch.setitem(sys.modules, "trl.kernels.chunked_logprob", None)
 
 
 def other_arguments(monkeypatch):
@@ -152,7 +182,7 @@ def replaced(monkeypatch):
 
 
 REFUSED = {
-    r"TRL must be one of the versions 1\.16; got 1\.17\.0": other_version,
+    r"has no trl\.kernels\.chunked_logprob; 1\.15 and later have it": no_such_module,
     r"entropy_from_logits must take \['logits', 'chunk_size'\]; it takes \['logits'\]": other_arguments,
     "has no selective_log_softmax_and_entropy": missing,
     "has been replaced by other code already": replaced,
@@ -167,6 +197,14 @@ def test_what_is_not_known_is_refused_and_nothing_changed(monkeypatch, message):
         fused.patch()
     assert in_place() == before
     fused.unpatch()
+    assert in_place() == before
+
+
+def test_a_later_version_with_the_same_functions_is_served_with_a_warning(monkeypatch):
+    monkeypatch.setattr(trl, "__version__", "1.17.0")
+    before = in_place()
+    with pytest.warns(UserWarning, match=r"TRL 1\.17\.0 was not tested; .* of 1\.15 and 1\.16 take"), fused.patched():
+        assert utils.selective_log_softmax is fused.selective_log_softmax
     assert in_place() == before
 
 
@@ -194,7 +232,7 @@ TRAINERS = {
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-def test_the_same_steps_with_and_without(name, tiny_model, tiny_tokenizer, tmp_path):
+def test_the_same_steps_with_and_without(name, tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
     rows, options, arguments = TRAINERS[name]
     kind = name.partition("-")[0]
     tiny_model().save_pretrained(tmp_path / "model")  # TRL loads the reference from where the model came from
@@ -213,7 +251,9 @@ def test_the_same_steps_with_and_without(name, tiny_model, tiny_tokenizer, tmp_p
         trainer.train()
         return [row for row in trainer.state.log_history if "loss" in row]
 
-    want = run()
+    with monkeypatch.context() as own:
+        own.setattr(utils, "_ChunkedLogProbFunction", PEER)
+        want = run()
     calls = []
 
     class Counted(fused.ChunkedLogProbFunction):

@@ -65,8 +65,8 @@ if _C is not None:
 
 
 def cpu_isa() -> str | None:
-    """Instruction set that the `cpu` backend runs in this thread or asyncio task: "avx512_bf16", "avx512", "avx2" or
-    "portable"; None where it is not built.
+    """Instruction set that the `cpu` backend runs in this thread or asyncio task: "avx512_bf16", "avx512", "avx2",
+    "neon" or "portable"; None where it is not built.
 
     The best one that the processor has, unless `use_backend` or FASTALIGN_CPU_ISA in the environment names another.
     """

@@ -20,15 +20,18 @@ from ._interface import DTYPES, Forward, Statistics, TokenProgram
 
 try:
     from .. import _cuda
-except ImportError as error:  # built without nvcc, or with FASTALIGN_CUDA=0
+except ImportError as error:  # built without an nvcc or a driver, or with FASTALIGN_CUDA=0
     _cuda = None  # type: ignore[assignment]
     absent = importlib.util.find_spec("fastalign._cuda") is None
     _BUILD_ERROR = (
-        f"{'fastalign was built without nvcc' if absent else f'fastalign._cuda cannot be imported ({error})'}; install "
-        "with nvcc at hand (CUDA_HOME, PATH, or the package nvidia-cuda-nvcc) and FASTALIGN_CUDA=1"
+        f"{'fastalign was built without CUDA kernels' if absent else f'fastalign._cuda cannot be imported ({error})'}; "
+        "install with nvcc at hand (CUDA_HOME, PATH, or the package nvidia-cuda-nvcc) and FASTALIGN_CUDA=1"
     )
+    ARCHITECTURES: tuple[str, ...] = ()
 else:
     _BUILD_ERROR = ""
+    ARCHITECTURES = tuple(_cuda.architectures.split())
+"""What the kernels were compiled for, as sm_90a; compute_90 is PTX, which the driver translates for later devices."""
 
 _LEAST_CAPABILITY = (8, 0)
 
@@ -41,19 +44,33 @@ def unavailable() -> str:
     return "" if torch.cuda.is_available() else "torch finds no CUDA device or no driver"
 
 
+def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether code for an architecture runs on a device."""
+    number = architecture.partition("_")[2].rstrip("a")
+    least = (int(number[:-1]), int(number[-1]))
+    if architecture.startswith("compute"):
+        return capability >= least
+    # Code for sm_90a runs there alone, other code on later devices of the same generation too.
+    return capability == least if architecture.endswith("a") else capability[0] == least[0] and capability >= least
+
+
 @functools.cache
-def _too_old(index: int) -> str:
+def _without_code(index: int) -> str:
+    """Why no kernel runs on a device, "" where they do."""
     capability = torch.cuda.get_device_capability(index)
-    if capability >= _LEAST_CAPABILITY:
+    got = f"got {capability[0]}.{capability[1]} on cuda:{index}"
+    if capability < _LEAST_CAPABILITY:
+        return f"serves compute capability 8.0 and later; {got}"
+    if any(_runs_on(architecture, capability) for architecture in ARCHITECTURES):
         return ""
-    return f"serves compute capability 8.0 and later; got {capability[0]}.{capability[1]} on cuda:{index}"
+    return f"was built for {', '.join(ARCHITECTURES)}; {got}: install again with FASTALIGN_CUDA_ARCHS=all"
 
 
 def serves(tensor: Tensor, job: str) -> str:
     if job == "divergence":
         return "has no kernel for the divergence of two models' distributions; 'triton' and 'eager' have"
     if tensor.device.type == "cuda" and tensor.dtype in DTYPES[job] and not unavailable():
-        return _too_old(tensor.device.index)
+        return _without_code(tensor.device.index)
     if unavailable():
         return f"is not available: {unavailable()}"
     names = " and ".join(", ".join(str(d).removeprefix("torch.") for d in DTYPES[job]).rsplit(", ", 1))

@@ -93,6 +93,10 @@ def _sample(argv: list[str]) -> int:
 
 
 def _doctor(argv: list[str]) -> int:
+    if not argv:  # of the installation, for which torch is enough
+        from ..doctor import installation
+
+        return installation.report()
     from ..doctor import command as doctor
 
     return doctor.main(argv)
@@ -166,7 +170,7 @@ COMMANDS: dict[str, Command] = {
     "eval": Command("compare models on held-out prompts: reward, win rate, length, perplexity", _evaluate),
     "sample": Command("draw continuations of prompts", _sample),
     "study": Command("reproduce what the literature says of alignment, on human ratings: reward against KL", _study),
-    "doctor": Command("look at data and models before a run, and say what would go wrong", _doctor),
+    "doctor": Command("check this installation; with keys, look at data and models before a run", _doctor),
     "bench": Command("measure this package against its peers, report, and compare two runs (source checkout)", _bench),
     "backends": Command("list the kernels that can run here, and why the others cannot", _show_backends),
 }

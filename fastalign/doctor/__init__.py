@@ -1,1 +1,1 @@
-"""`fastalign doctor`: what is wrong with data and models, before anything is trained."""
+"""`fastalign doctor`: is the installation sound, and what is wrong with data and models, before anything is trained."""

@@ -38,7 +38,8 @@ _COLOURS = {"ok": "green", "note": "blue", "warning": "yellow", "error": "red"}
 
 @dataclass
 class DoctorConfig(Keys):
-    """Looks at data, tokenizer and models before a run, and says what would go wrong."""
+    """Looks at data, tokenizer and models before a run, and says what would go wrong. Without keys: at the
+    installation, its backends, numbers and speed, in a report for others to read."""
 
     model: str | None = key(None, "Folder (or hub name) of the language model to train", group="Model and data")
     tokenizer: str | None = key(None, "Folder of the tokenizer, if not the model's own", group="Model and data")

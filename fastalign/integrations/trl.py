@@ -5,14 +5,16 @@
     fused.unpatch()
 
 TRL's trainers ask one function for log-probabilities and statistics from hidden states, and three for those of logits.
-`patch` puts ours in their places, wherever TRL has imported them; no loss is copied. What was tested is TRL 1.16:
-another version, or one whose functions have other arguments, is refused before anything is changed.
+`patch` puts ours in their places, wherever TRL has imported them; no loss is copied. TRL 1.15 and 1.16 were tested; a
+later one whose functions take the same arguments is served with a warning, and one that lacks a function (before 1.15
+each trainer has its own) or whose functions take others is refused before anything is changed.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,8 +36,8 @@ __all__ = [
     "unpatch",
 ]
 
-VERSIONS = ("1.16",)
-"""Versions of TRL that `patch` knows."""
+TESTED = ("1.15", "1.16")
+"""Versions of TRL under which all five trainers were tested; the arguments of its functions decide about others."""
 
 _DIAGNOSTICS = DIAGNOSTICS[:3]  # those that TRL knows
 _OUTPUTS = ("entropy", *_DIAGNOSTICS)
@@ -164,11 +166,12 @@ _originals: dict[str, Any] = {}  # name → TRL's own, while ours stand in their
 def _found() -> dict[str, Any]:
     """TRL's own functions; ValueError naming what is not as it was when this was written."""
     import trl
-
-    if ".".join(trl.__version__.split(".")[:2]) not in VERSIONS:
-        raise ValueError(f"TRL must be one of the versions {', '.join(VERSIONS)}; got {trl.__version__}")
-    import trl.kernels.chunked_logprob as kernels
     import trl.trainer.utils as utils
+
+    try:
+        import trl.kernels.chunked_logprob as kernels
+    except ImportError as error:
+        raise ValueError(f"TRL {trl.__version__} has no trl.kernels.chunked_logprob; 1.15 and later have it") from error
 
     found = {name: getattr(kernels if name in vars(kernels) else utils, name, None) for name in _REPLACED}
     for name, theirs in found.items():
@@ -179,6 +182,11 @@ def _found() -> dict[str, Any]:
             raise ValueError(f"TRL {trl.__version__}: {name} must take {ours}; it takes {_arguments(theirs)}")
     if utils._ChunkedLogProbFunction is not found["ChunkedLogProbFunction"]:
         raise ValueError(f"TRL {trl.__version__}: its fused head has been replaced by other code already")
+    if ".".join(trl.__version__.split(".")[:2]) not in TESTED:
+        warnings.warn(
+            f"TRL {trl.__version__} was not tested; its functions take what those of {' and '.join(TESTED)} take",
+            stacklevel=3,
+        )
     return found
 
 
@@ -201,7 +209,7 @@ def patch() -> None:
     Trainers that exist already use them too, from their next step on.
 
     Raises:
-        ValueError: a version or a function of TRL that is not known; then nothing was changed.
+        ValueError: a function of TRL that is not there or takes other arguments; then nothing was changed.
         ModuleNotFoundError: TRL is not installed.
     """
     if _originals:

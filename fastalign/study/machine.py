@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -12,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..utils.processors import cpu_model
+from ..utils.version import version_of
 
 
 def machine(packages: Sequence[str]) -> dict[str, Any]:
@@ -26,16 +28,8 @@ def machine(packages: Sequence[str]) -> dict[str, Any]:
         "accelerator": None if accelerator is None else str(accelerator),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in packages},
+        "versions": {package: version_of(package) for package in packages},
     }
-
-
-def cpu_model() -> str:
-    """The processor's name as Linux has it, else as Python does."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def git(*arguments: str) -> str | None:
@@ -44,12 +38,4 @@ def git(*arguments: str) -> str | None:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def version(package: str) -> str | None:
-    """Version of an installed package, None where it is not."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
         return None

@@ -18,7 +18,7 @@ from .processors import allowed_processors
 T = TypeVar("T")
 
 BACKEND_NAMES = ("cpu", "cuda", "triton", "eager")
-ISA_NAMES = ("avx512_bf16", "avx512", "avx2", "portable")
+ISA_NAMES = ("avx512_bf16", "avx512", "avx2", "neon", "portable")
 
 SPIN_COUNT = 2000
 """How often an idle thread of GNU's OpenMP looks for work before it sleeps, in `fastalign` commands: some 0.1 ms, more
@@ -128,6 +128,15 @@ def is_first_process() -> bool:
 def allocator_is_set() -> bool:
     """Whether the user has told glibc which blocks to map."""
     return "MALLOC_MMAP_THRESHOLD_" in os.environ
+
+
+_TOLD = ("FASTALIGN_", "OMP_", "GOMP_", "KMP_", "MKL_", "TRITON_", "CUDA_VISIBLE", "ATEN_", "ONEDNN_", "PYTORCH_")
+
+
+def told() -> dict[str, str]:
+    """What is set of ours and of what torch's kernels read, for a report; of a key, that there is one."""
+    found = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_TOLD)}
+    return {name: "(set)" if name == JUDGE_KEY else value for name, value in found.items()}
 
 
 def prepare_threads() -> None:

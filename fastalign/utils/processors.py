@@ -1,11 +1,19 @@
-"""How many processors a process may use at a time, where that is fewer than it sees: a container's quota."""
+"""The processors: their name, and how many a process may use at a time, where that is fewer than it sees."""
 
 from __future__ import annotations
 
 import math
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+
+
+def cpu_model() -> str:
+    """The processor's name as Linux has it, else as Python does."""
+    lines = _text(Path("/proc/cpuinfo")).splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def allowed_processors(root: str = "/") -> int | None:
