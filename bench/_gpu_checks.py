@@ -104,7 +104,8 @@ def _relative(got: Results, exact: Results) -> list[float]:
 def cases(device: str, backend: str) -> str:
     """Every objective against its float64 formula, the root mean square of errors over several batches."""
     sizes = (Sizes(), Sizes(batch=1, length=2, vocab=3, list_length=2), Sizes(5, 4, 130, 6), Sizes(2, 3, 5003, 2))
-    for case, dtype in product(CASES, DTYPES):
+    served = [case for case in CASES if backend != "cuda" or not _two_models(case.name)]
+    for case, dtype in product(served, DTYPES):
         ours, plain = [], []
         for seed, size in enumerate(2 * sizes):
             inputs = cast(case.inputs(size, torch.Generator().manual_seed(seed)), dtype)
@@ -119,7 +120,12 @@ def cases(device: str, backend: str) -> str:
             # In 16 bits the formula itself may overflow: then ours must be as good as the dtype.
             if not error <= (allowed if isfinite(allowed) else torch.finfo(dtype).eps) + MARGIN:
                 raise SystemExit(f"{case.name}, {dtype}, {what}: relative error {error:.3g}, eager's {allowed:.3g}")
-    return f"right for {len(CASES)} objectives in {len(DTYPES)} dtypes"
+    return f"right for {len(served)} objectives in {len(DTYPES)} dtypes"
+
+
+def _two_models(name: str) -> bool:
+    """Whether a case compares two models' whole rows, for which CUDA C++ has no kernel and Triton has."""
+    return name.startswith("distillation:") and not name.endswith("top_k")
 
 
 def _head_problem(device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:

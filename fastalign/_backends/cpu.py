@@ -318,9 +318,11 @@ def divergence(
     student, teacher, labels, mixture = call
     found = torch.empty((2, *labels.shape), dtype=torch.float32)
     per_row = (labels, *found, g_divergence, g_logps)
+    ours, theirs = ((_address(s.logits), s.logits.stride(0), _address(s.scale), s.softcap) for s in (student, teacher))
     _C.divergence(
         _DTYPE_CODES[student.logits.dtype],
-        *((_address(s.logits), s.logits.stride(0), _address(s.scale), s.softcap) for s in (student, teacher)),
+        ours,
+        theirs,
         list(student.logits.shape),
         [*mixture, mixture.difference],
         tuple(map(_address, per_row)),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.divergence_call import DivergenceCall
 from ..kernels.token_call import TokenCall
 from ..kernels.token_results import new_diagnostics, new_saved, new_statistics
 from ._interface import DTYPES, Forward, Statistics, TokenProgram
@@ -241,6 +242,12 @@ def loss_terms(
         *_place(labels),
     )
     return results, slopes
+
+
+def divergence(
+    call: DivergenceCall, g_divergence: Tensor | None, g_logps: Tensor | None, out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    raise RuntimeError(f"backend 'cuda' {serves(call.labels, 'divergence')}")
 
 
 def scale(gradient: Tensor, by: Tensor) -> None:

@@ -33,7 +33,7 @@ class Student(NamedTuple):
     rows: Rows
     labels: Tensor
     """[N], int64; -1: the row is not read."""
-    index: Tensor | None
+    places: Tensor | None
     """[N], places of the rows among all labels; None: all of them."""
     leaves: tuple[Tensor | None, ...]
     """What gradients are for: logits; or hidden states, weight and bias."""
@@ -44,13 +44,13 @@ class Student(NamedTuple):
     def of_rows(self, t: Tensor, more: int = 0) -> Tensor:
         """[N, ...] from [labels' shape, ...], which has `more` dimensions more than the labels."""
         flat = t.reshape(-1, *t.shape[t.dim() - more :])
-        return (flat if self.index is None else flat.index_select(0, self.index)).contiguous()
+        return (flat if self.places is None else flat.index_select(0, self.places)).contiguous()
 
     def place(self, t: Tensor, shape: torch.Size) -> Tensor:
         """Of the labels' shape from one number for each row; 0 at the others."""
-        if self.index is None:
+        if self.places is None:
             return t.view(shape)
-        return t.new_zeros(shape.numel()).index_copy(0, self.index, t).view(shape)
+        return t.new_zeros(shape.numel()).index_copy(0, self.places, t).view(shape)
 
     def gradient(self, rows: int, inplace: bool) -> OfTensor | OfHead | None:
         """Where the gradients are summed, if any is wanted, `rows` rows at once."""
@@ -99,7 +99,7 @@ def teacher_of(teacher: Teacher, labels: Tensor, student: Student, vocab: int, o
         check_float("teacher", teacher, (*labels.shape, vocab), "the student's logits")
         if teacher.requires_grad:
             raise ValueError("teacher must not require a gradient (it is a constant); pass teacher.detach()")
-        return _rows_of_tensor(teacher, student.index, labels, options)
+        return _rows_of_tensor(teacher, student.places, labels, options)
     head = as_head("teacher", teacher)
     if head.shape != (*labels.shape, vocab):
         raise ValueError(

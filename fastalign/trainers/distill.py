@@ -187,7 +187,8 @@ class DistillTrainer(AlignmentTrainer):
         rows = [r for r in range(len(batch["labels"])) if bool((batch["labels"][r] != IGNORE).any())]
         if FILLER in batch or not rows:
             return batch
-        args, tokenizer = self.args, self.processing_class
+        args: Any = self.args
+        tokenizer: Any = self.processing_class
         prompts = [_prompt(batch, r) for r in rows]
         how = Sampling(args.max_new_tokens, len(rows), args.temperature)
         draws = np.random.default_rng((args.seed, _TOKENS, *place)).random((len(rows), how.max_new_tokens))
