@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "launch_cuda.h"
+#include "token_largest_cuda.cuh"
 #include "token_objective_cuda.cuh"
 #include "token_short_cuda.cuh"
 

@@ -282,19 +282,14 @@ def test_a_target_far_from_the_rest(dtype, vocab):
 
 
 @each_dtype
-def test_rows_and_tiles_of_nothing(extreme_rows, dtype):
+def test_rows_and_tiles_of_nothing_and_diagnostics(extreme_rows, dtype):
     for vocab in (5, 700, 9001):
         extreme_rows.rows_of_nothing(dtype, vocab)
         extreme_rows.references_that_exclude(dtype, vocab)
+        extreme_rows.diagnostics(dtype, vocab, vocab % 4)
+    extreme_rows.diagnostics(dtype, 17001, 3, temperature=0.7, softcap=30.0)
     extreme_rows.empty_tiles(dtype, 2100, 1024)
     extreme_rows.tiles_that_the_reference_excludes(dtype)
-
-
-@each_dtype
-def test_diagnostics(extreme_rows, dtype):
-    for vocab, offset in ((1, 0), (5, 3), (4099, 5)):
-        extreme_rows.diagnostics(dtype, vocab, offset)
-    extreme_rows.diagnostics(dtype, 17001, 3, temperature=0.7, softcap=30.0)
 
 
 @each_dtype

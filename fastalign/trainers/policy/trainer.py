@@ -18,8 +18,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, set_seed
@@ -42,12 +40,20 @@ from ..data.template import use_template
 from . import rollout
 from .checkpoint import RunState, load_training_state, save_policy, save_whole
 from .config import PolicyConfig
-from .correction import CorrectionConfig, correct, entropy_control
+from .correction import correct, entropy_control
 from .keep import kept
 from .reference import frozen_reference
 from .rewards import RewardFunction, load_reward, scored
 from .rollout import Episode, Prompt, describe, fill_in, generate, prompt_order, response_mask, stacked
-from .update import PretrainingStream, Updater, ValueOptions, make_optimizer, make_scheduler, pretraining_stream
+from .update import (
+    PretrainingStream,
+    Updater,
+    ValueOptions,
+    make_accelerator,
+    make_optimizer,
+    make_scheduler,
+    pretraining_stream,
+)
 
 _SHOWN = ("objective/scores", "objective/kl", "objective/entropy", "eval/score", "eval/kl", "length", "lr")
 
@@ -94,14 +100,7 @@ class PolicyTrainer(ABC):
         self.args, model = args, model_given(model, args)
         reward = reward_funcs if reward is None else reward
         path = model if isinstance(model, str) else args.model
-        # As transformers does: an earlier trainer's precision, and its device, are not this one's.
-        AcceleratorState._reset_state(reset_partial_state=True)
-        self.accelerator = Accelerator(
-            cpu=args.use_cpu,
-            mixed_precision="bf16" if args.bf16 else None,
-            log_with=args.report_to or None,
-            project_dir=args.output_dir,
-        )
+        self.accelerator = make_accelerator(args)
         set_seed(args.seed)
         policy = load_model(str(path), args) if isinstance(model, str) else model
         if not isinstance(model, str) and processing_class is None and not (args.tokenizer or args.model):
@@ -171,7 +170,7 @@ class PolicyTrainer(ABC):
     @functools.cached_property
     def entropy(self) -> rl.AdaptiveEntropy | None:
         """The controller of the entropy bonus; None for a constant one."""
-        return entropy_control(self.args) if isinstance(self.args, CorrectionConfig) else None
+        return entropy_control(self.args)
 
     def kl_controller(self) -> rl.FixedKL:
         """A fresh controller of the KL to the reference."""
@@ -316,9 +315,7 @@ class PolicyTrainer(ABC):
         shaped = self.shape(episodes, self.kl.value if self.args.kl_in == "reward" else 0.0)
         coefficients = {f"objective/{name}": c.value for name, c in self.controllers().items()}
         metrics = {**describe(episodes, shaped), **coefficients, **self.advantages(episodes, shaped)}
-        if isinstance(self.args, CorrectionConfig):
-            metrics |= correct(self.args, episodes)
-        metrics |= self.update(episodes)
+        metrics |= correct(self.args, episodes) | self.update(episodes)
         self.kl.update(metrics["objective/kl"], len(episodes))
         if self.entropy is not None:
             self.entropy.update(metrics["policy/entropy_avg"])

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
@@ -31,6 +33,7 @@ from ..data.encode import Encoder
 from ..data.files import named, read_rows
 from ..data.problems import tally
 from ..data.tokenize import tokenize_sft
+from .config import PolicyConfig
 from .rollout import Episode, collate, group_numbers, spread
 
 _SEQUENCE_MEANS = ("grpo", "dr_grpo")
@@ -254,6 +257,18 @@ class Updater:
 
     def _sum(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="sum")
+
+
+def make_accelerator(args: PolicyConfig) -> Accelerator:
+    """One of its own for each trainer."""
+    # As transformers does: an earlier trainer's precision, and its device, are not this one's.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(
+        cpu=args.use_cpu,
+        mixed_precision="bf16" if args.bf16 else None,
+        log_with=args.report_to or None,
+        project_dir=args.output_dir,
+    )
 
 
 def make_optimizer(args: Any, model: nn.Module) -> torch.optim.Optimizer:
