@@ -31,6 +31,7 @@ from ..rl.rewards import last_real
 from ..utils.checks import check_choice
 from .common.arguments import key
 from .policy.config import PolicyConfig
+from .policy.correction import CorrectionConfig
 from .policy.rollout import Episode, applicable, response_mask, unstack
 from .policy.run import run_policy
 from .policy.trainer import PolicyTrainer
@@ -92,7 +93,7 @@ ADVANTAGE_ESTIMATORS = {
 
 
 @dataclass
-class GRPOConfig(PolicyConfig):
+class GRPOConfig(PolicyConfig, CorrectionConfig):
     """Reinforcement learning from a reward with groups of responses for a baseline; rows have a `prompt`."""
 
     loss_type: str = key("grpo", f"Variant: {', '.join(VARIANTS)}", group="Loss")
@@ -147,6 +148,7 @@ class GRPOConfig(PolicyConfig):
         if self.num_generations < 2:
             raise ValueError(f"num_generations must be at least 2, to make a group; got {self.num_generations}")
         super().__post_init__()
+        self.check_corrections(self)
 
     def _rewards_alone(self) -> None:
         """ValueError for what would be added to a sum of rewards, where each of them is standardised by itself."""

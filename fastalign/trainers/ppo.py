@@ -31,6 +31,7 @@ from ..rl.gae import centred
 from ..utils.checks import check_choice, check_positive
 from .common.arguments import key
 from .policy.config import PolicyConfig
+from .policy.correction import CorrectionConfig
 from .policy.rollout import Episode, applicable, response_mask, stacked, unstack
 from .policy.run import run_policy
 from .policy.trainer import PolicyTrainer
@@ -42,7 +43,7 @@ _OF_TOKENS = ("cispo", "sapo", "dppo_tv", "dppo_kl", "dro", "clip_cov", "kl_cov"
 
 
 @dataclass
-class PPOConfig(PolicyConfig):
+class PPOConfig(PolicyConfig, CorrectionConfig):
     """Reinforcement learning from a reward with a value function; rows have a `prompt`."""
 
     objective: str = key(
@@ -97,6 +98,7 @@ class PPOConfig(PolicyConfig):
                 if getattr(self, name) != getattr(type(self), name):
                     raise ValueError(f"{name} must be left out with objective=trpo; got {getattr(self, name)}")
         super().__post_init__()
+        self.check_corrections(self)
 
     @property
     def needs_reference(self) -> bool:

@@ -12,7 +12,6 @@ from ...losses.kl import KL_ALIASES, KL_ESTIMATORS
 from ...utils.checks import check_choice, check_positive
 from ..common.arguments import Keys, key
 from ..common.config import CommonConfig, share_prompts_key
-from .correction import CorrectionConfig
 from .kinds import KindConfig
 
 _POSITIVE = (
@@ -90,7 +89,7 @@ class EpisodeConfig(Keys):
 
 
 @dataclass
-class PolicyConfig(CommonConfig, EpisodeConfig, KindConfig, CorrectionConfig):
+class PolicyConfig(CommonConfig, EpisodeConfig, KindConfig):
     """Keys shared by the commands that sample from the policy that they train."""
 
     truncation_modes: ClassVar[tuple[str, ...]] = ("left", "drop", "raise")
@@ -172,7 +171,6 @@ class PolicyConfig(CommonConfig, EpisodeConfig, KindConfig, CorrectionConfig):
         self.kl_estimator = KL_ALIASES.get(self.kl_estimator, self.kl_estimator)
         check_choice("kl_estimator", self.kl_estimator, (*KL_ESTIMATORS, "exact"))
         self.check_kind_options()
-        self.check_corrections(self)
         if self.reward_weights is not None:
             self.reward_weights = numbers("reward_weights", self.reward_weights)
         if not 0 < self.top_p <= 1:

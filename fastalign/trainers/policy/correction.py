@@ -119,18 +119,19 @@ def _bound(text: str) -> Bound:
 
 def entropy_control(args: Any) -> rl.AdaptiveEntropy | None:
     """The controller of the entropy bonus, if it is to adapt."""
-    if not args.use_adaptive_entropy:
+    if not isinstance(args, CorrectionConfig) or not args.use_adaptive_entropy:
         return None
     bounds = {"low": args.entropy_coef_min, "high": args.entropy_coef_max}
-    return rl.AdaptiveEntropy(args.entropy_coef, target=args.entropy_target, delta=args.entropy_coef_delta, **bounds)
+    start: float = args.entropy_coef  # type: ignore[attr-defined]
+    return rl.AdaptiveEntropy(start, target=args.entropy_target, delta=args.entropy_coef_delta, **bounds)
 
 
-def correct(args: CorrectionConfig, episodes: Sequence[Episode]) -> dict[str, float]:
+def correct(args: Any, episodes: Sequence[Episode]) -> dict[str, float]:
     """Sets the responses' importance weights and the tokens that stay; returns how far sampler and trainer are apart.
 
-    Nothing for responses of a sampler that says nothing of its draws.
+    Nothing for responses of a sampler that says nothing of its draws, and for trainers without these keys.
     """
-    if any(e.sampler_logps is None for e in episodes):
+    if not isinstance(args, CorrectionConfig) or any(e.sampler_logps is None for e in episodes):
         return {}
     mask = response_mask(episodes)
     both = stacked(episodes, "logps"), stacked(episodes, "sampler_logps")
