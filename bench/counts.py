@@ -130,6 +130,14 @@ _WAYS = {"forward": "token statistics", "logps": "token statistics", "loss": "fu
 """Function of a backend that takes logits forward → the way that it belongs to; one that is new is a way of its own."""
 
 
+_OF_TWO = ("divergence",)
+"""Ways of what no statistics of one model's logits have: a mixture of two distributions."""
+
+
+def _listed(ways: dict[str, list[str]]) -> tuple[str, ...]:
+    return tuple(f"{way}: {place}" for way, places in ways.items() for place in places)
+
+
 def _takes_logits(root: Path) -> set[str]:
     """The functions of the backend `cpu` that take logits and are not a backward's."""
     tree = ast.parse((root / "fastalign" / "_backends" / "cpu.py").read_text(encoding="utf-8"))
@@ -178,14 +186,14 @@ def structure(root: Path) -> list[Row]:
                     if kernel in kernels:
                         place = f"{kernel} in {node.name} {name}:{line}"
                         ways.setdefault(_WAYS.get(kernel, kernel), []).append(place)
+    of_two = {way: ways.pop(way) for way in _OF_TWO if way in ways}
     bindings = code(root / "csrc" / "bindings.cpp")
     entries = tuple(re.findall(r'\b(?:m\.def\(|def_fast<&\w+>\(m,)\s*"(\w+)"', bindings))
     return [
-        Row(
-            "ways from logits into the kernels", len(ways), 3, tuple(f"{w}: {p}" for w, ps in ways.items() for p in ps)
-        ),
+        Row("ways from a model's logits into the kernels", len(ways), 2, _listed(ways)),
+        Row("ways from two models' logits into them", len(of_two), 1, _listed(of_two)),
         Row("classes of autograd.Function", len(nodes), 5, tuple(nodes)),
-        Row("m.def in csrc/bindings.cpp", len(entries), 15, entries),
+        Row("m.def in csrc/bindings.cpp", len(entries), 14, entries),
     ]
 
 

@@ -20,7 +20,12 @@ def load():
 
 
 counts = load()
-STRUCTURE = ("ways from logits into the kernels", "classes of autograd.Function", "m.def in csrc/bindings.cpp")
+STRUCTURE = (
+    "ways from a model's logits into the kernels",
+    "ways from two models' logits into them",
+    "classes of autograd.Function",
+    "m.def in csrc/bindings.cpp",
+)
 
 COPIES = {
     "copies of PPO-clip": {

@@ -374,9 +374,9 @@ def probe_read(tensor: Tensor) -> float:
 
     Timing it gives the machine's read rate, the limit of every kernel that reads its input once.
     """
-    return _C.read(tensor.data_ptr(), tensor.numel() * tensor.element_size(), torch.get_num_threads())
+    return _C.probe(0, tensor.data_ptr(), tensor.numel() * tensor.element_size(), torch.get_num_threads())
 
 
 def probe_copy(to: Tensor, source: Tensor) -> None:
     """Copies a contiguous CPU tensor with streaming stores over torch's threads: the machine's copy rate."""
-    _C.copy(to.data_ptr(), source.data_ptr(), source.numel() * source.element_size(), torch.get_num_threads())
+    _C.probe(to.data_ptr(), source.data_ptr(), source.numel() * source.element_size(), torch.get_num_threads())

@@ -101,7 +101,7 @@ def _of_sums(
         raise ValueError(f"gold_lengths must have shape {list(gold.shape)}; got {list(tokens.shape)}")
     nll = -gold.sum() / tokens.sum().clamp(min=1)
     loss = pairs.loss + alpha * nll if alpha else pairs.loss  # of weight 0 it is not formed: 0 * inf is NaN
-    return TPOOutput(loss, nll.detach(), *pairs[1:])
+    return TPOOutput(loss, nll.detach(), *pairs[1:7])
 
 
 class TPOLoss(LogitsLoss):

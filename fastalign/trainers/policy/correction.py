@@ -122,7 +122,8 @@ def entropy_control(args: Any) -> rl.AdaptiveEntropy | None:
     if not isinstance(args, CorrectionConfig) or not args.use_adaptive_entropy:
         return None
     bounds = {"low": args.entropy_coef_min, "high": args.entropy_coef_max}
-    return rl.AdaptiveEntropy(args.entropy_coef, target=args.entropy_target, delta=args.entropy_coef_delta, **bounds)
+    start: float = args.entropy_coef  # type: ignore[attr-defined]
+    return rl.AdaptiveEntropy(start, target=args.entropy_target, delta=args.entropy_coef_delta, **bounds)
 
 
 def correct(args: Any, episodes: Sequence[Episode]) -> dict[str, float]:
