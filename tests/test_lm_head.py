@@ -62,9 +62,12 @@ def test_what_is_read(causal_model):
     torch.testing.assert_close(head.hidden, model.model(IDS).last_hidden_state)
     with pytest.raises(ValueError, match="Gemma2ForCausalLM made its logits without its head"):
         read.take(torch.zeros(1))
-    for family, scale in {"Granite": 4.0, "Cohere": 4.0, "FalconH1": 3.0, "MiniCPM3": 1.0}.items():
-        assert Headless(causal_model(family)).scale == scale
     assert head_parameters(causal_model("GPTJ").lm_head)[1] is not None
+
+
+@pytest.mark.parametrize(("family", "scale"), [("Granite", 4.0), ("Cohere", 4.0), ("FalconH1", 3.0), ("MiniCPM3", 1.0)])
+def test_what_scales_the_logits_is_read(causal_model, family, scale):
+    assert Headless(causal_model(family)).scale == scale
 
 
 def lora(model, targets, **options):
@@ -191,18 +194,22 @@ def test_what_is_not_known_is_refused(causal_model, message):
         Headless(unwrapped(model))
 
 
-def test_scales_by_name():
+SCALES = {
+    "HyperCLOVAXConfig": ({"logits_scaling": 2.0}, (2.0, None)),
+    "GraniteMoeHybridConfig": ({"logits_scaling": 2.0}, (0.5, None)),
+    "MiniCPM3Config": ({"hidden_size": 640, "dim_model_base": 80}, (1.0, None)),  # in front of its head
+    "RecurrentGemmaConfig": ({"logits_soft_cap": 30.0}, (1.0, 30.0)),
+    "xLSTMConfig": ({"output_logit_soft_cap": 15.0}, (1.0, 15.0)),
+    "Gemma3Config": ({"text_config": {"final_logit_softcapping": 30.0}}, (1.0, 30.0)),
+    "MptConfig": ({"logit_scale": 0.5}, (1.0, None)),
+    "LlamaConfig": ({}, (1.0, None)),
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_scales_by_name(name):
     """Every name that is known, against the formula of its model's code."""
-    configs = {
-        "HyperCLOVAXConfig": ({"logits_scaling": 2.0}, (2.0, None)),
-        "GraniteMoeHybridConfig": ({"logits_scaling": 2.0}, (0.5, None)),
-        "MiniCPM3Config": ({"hidden_size": 640, "dim_model_base": 80}, (1.0, None)),  # in front of its head
-        "RecurrentGemmaConfig": ({"logits_soft_cap": 30.0}, (1.0, 30.0)),
-        "xLSTMConfig": ({"output_logit_soft_cap": 15.0}, (1.0, 15.0)),
-        "Gemma3Config": ({"text_config": {"final_logit_softcapping": 30.0}}, (1.0, 30.0)),
-        "MptConfig": ({"logit_scale": 0.5}, (1.0, None)),
-        "LlamaConfig": ({}, (1.0, None)),
-    }
-    for name, (options, want) in configs.items():
-        config = getattr(transformers, name)(**options)
-        assert logit_transform(config) == want, name
+    if not hasattr(transformers, name):
+        pytest.skip(f"needs a transformers with {name}, which {transformers.__version__} has not")
+    options, want = SCALES[name]
+    assert logit_transform(getattr(transformers, name)(**options)) == want

@@ -182,7 +182,7 @@ def replaced(monkeypatch):
 
 
 REFUSED = {
-    r"has no trl\.kernels\.chunked_logprob; 1\.15 and later have it": no_such_module,
+    r"has no trl\.kernels\.chunked_logprob \(.*\); 1\.15 and later have it": no_such_module,
     r"entropy_from_logits must take \['logits', 'chunk_size'\]; it takes \['logits'\]": other_arguments,
     "has no selective_log_softmax_and_entropy": missing,
     "has been replaced by other code already": replaced,

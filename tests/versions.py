@@ -54,7 +54,7 @@ class Row:
     def packages(self) -> list[str]:
         found = [f"transformers{self.transformers}", "accelerate>=1.0", "datasets>=3.0", "peft>=0.17", "rich", "pyyaml"]
         found += ["scikit-learn"]
-        return (found if self.transformers else []) + ([f"trl{self.trl}"] if self.trl else [])
+        return (found if self.transformers else []) + ([f"trl{self.trl}", "triton"] if self.trl else [])
 
     def tests(self) -> list[str]:
         names = (*LOSSES, *(INTEGRATIONS if self.transformers else ()), *(TRL if self.trl else ()))

@@ -171,7 +171,10 @@ def _found() -> dict[str, Any]:
     try:
         import trl.kernels.chunked_logprob as kernels
     except ImportError as error:
-        raise ValueError(f"TRL {trl.__version__} has no trl.kernels.chunked_logprob; 1.15 and later have it") from error
+        raise ValueError(
+            f"TRL {trl.__version__} has no trl.kernels.chunked_logprob ({error}); 1.15 and later have it, 1.15 where "
+            "the package triton is installed"
+        ) from error
 
     found = {name: getattr(kernels if name in vars(kernels) else utils, name, None) for name in _REPLACED}
     for name, theirs in found.items():
