@@ -90,8 +90,9 @@ CUDA_TARGETS = {
     "120": ("compute_120", "sm_120"),
     "ptx": ("compute_90", "compute_90"),
 }
-CUDA_SOURCES = ["kernels/gae_cuda.cu", "kernels/loss_cuda.cu", "kernels/token_stats_cuda.cu"]
-CUDA_HOST_SOURCES = ["csrc/bindings_cuda.cpp", "kernels/loss_launch.cpp", "kernels/loss_program.cpp"]
+CPU_SOURCES = ("cpu/loss_interpreter", "loss_program", "cpu/fresh_pages", "cpu/large_blocks", "cpu/gae_cpu")
+CUDA_SOURCES = ["kernels/cuda/gae_cuda.cu", "kernels/cuda/loss_cuda.cu", "kernels/cuda/token_stats_cuda.cu"]
+CUDA_HOST_SOURCES = ["csrc/bindings_cuda.cpp", "kernels/cuda/loss_launch.cpp", "kernels/loss_program.cpp"]
 
 
 def nvcc_candidates():
@@ -228,7 +229,7 @@ def fingerprint(unit, words):
     """Of all that an object is made of."""
     files = included(Path(unit.source), set())
     for name in unit.headers:
-        included(Path("kernels", name), files)
+        included(Path(unit.source).parent / name, files)
     made_of = hashlib.sha256(json.dumps(words).encode())
     for path in sorted(files):
         made_of.update(path.as_posix().encode() + path.read_bytes())
@@ -314,11 +315,10 @@ class Build(build_ext):
             header = f"simd_{isa.removesuffix('_bf16')}.h"
             defines = [f"-DFA_ISA={isa}", f'-DFA_ISA_NAME="{isa}"', f'-DFA_SIMD_HEADER="{header}"']
             defines += [f"-DFA_BASE_ISA={isa.removesuffix('_bf16')}"] * isa.endswith("_bf16")
-            units.append(Unit("kernels/token_stats_cpu.cpp", isa, [*defines, *flags], (header,)))
-        names = ("loss_interpreter", "loss_program", "fresh_pages", "large_blocks", "gae_cpu")
-        units += [Unit(f"kernels/{name}.cpp", name, []) for name in names]
+            units.append(Unit("kernels/cpu/token_stats_cpu.cpp", isa, [*defines, *flags], (header,)))
+        units += [Unit(f"kernels/{name}.cpp", Path(name).name, []) for name in CPU_SOURCES]
         have = ["-DFA_HAVE_X86"] * ("avx2" in ISAS) + ["-DFA_HAVE_NEON"] * ("neon" in ISAS)
-        units.append(Unit("kernels/cpu_dispatch.cpp", "dispatch", have))
+        units.append(Unit("kernels/cpu/cpu_dispatch.cpp", "dispatch", have))
         workers = os.cpu_count()
         self.start(len(units), f"compiling for {', '.join(ISAS)}, {workers} files at a time")
         with ThreadPoolExecutor(workers) as pool:  # the long ones first, linked the other way round
@@ -375,12 +375,12 @@ def extensions():
         return [], "FASTALIGN_PURE=1: nothing is compiled"
     chosen, line = find_nvcc()
     common = {"include_dirs": [pybind11.get_include()], "language": "c++"}
+    cpu_sources = [f"kernels/{name}.cpp" for name in CPU_SOURCES]
     cuda_sources = [*CUDA_HOST_SOURCES, *CUDA_SOURCES]
     cuda = Extension("fastalign._cuda", sources=cuda_sources, depends=headers(without="cpu"), **common)
-    names = ("cpu_dispatch", "fresh_pages", "gae_cpu", "large_blocks", "loss_interpreter", "loss_program")
     cpu = Extension(
         "fastalign._C",
-        sources=["csrc/bindings.cpp", "kernels/token_stats_cpu.cpp", *(f"kernels/{name}.cpp" for name in names)],
+        sources=["csrc/bindings.cpp", "kernels/cpu/token_stats_cpu.cpp", "kernels/cpu/cpu_dispatch.cpp", *cpu_sources],
         # All of them, and what only the other module is made of: a source distribution holds what is named here.
         depends=[*headers(without="cuda"), *headers(without="cpu"), *cuda_sources],
         **common,

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from _results import label, merged, results_file
+from harness.results import label, merged, results_file
 from report import update
 
 OURS = "fastalign"

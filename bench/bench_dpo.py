@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from _case import Problem
-from _interleave import replay
-from _suite import LogitsSuite
-from _variants import Function, by_module, logits_variants
+from harness.case import Problem
+from harness.interleave import replay
+from harness.suite import LogitsSuite
+from harness.variants import Function, by_module, logits_variants
 from torch import Tensor
 from torch.nn import functional as F
 

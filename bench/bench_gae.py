@@ -6,12 +6,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
-import _device
 import torch
-from _case import Case
-from _interleave import interleave, replay, summary
-from _suite import Options, peer_ratios
-from _variants import EAGER, OURS, Variant
+from harness import device as _device
+from harness.case import Case
+from harness.interleave import interleave, replay, summary
+from harness.suite import Options, peer_ratios
+from harness.variants import EAGER, OURS, Variant
 from torch import Tensor
 
 from fastalign import rl
@@ -27,14 +27,14 @@ def _ours(rewards: Tensor, values: Tensor, mask: Tensor) -> Tensor:
 
 def _loop(rewards: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """What trainers do: one step of tensor operations a token, from the last to the first."""
-    live = mask.float()
-    rewards, values = rewards * live, values * live
+    valid = mask.float()
+    rewards, values = rewards * valid, values * valid
     last, found = torch.zeros_like(rewards[:, 0]), []
     for t in reversed(range(rewards.shape[1])):
         following = values[:, t + 1] if t + 1 < rewards.shape[1] else torch.zeros_like(last)
         last = rewards[:, t] + GAMMA * following - values[:, t] + GAMMA * LAM * last
         found.append(last)
-    return torch.stack(found[::-1], dim=1) * live
+    return torch.stack(found[::-1], dim=1) * valid
 
 
 def inputs(case: Case, options: Options) -> tuple[Tensor, Tensor, Tensor]:

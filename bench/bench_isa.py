@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from _case import Case, Problem
-from _interleave import replay
-from _suite import LogitsSuite, Options, Timed
-from _variants import EAGER, OURS, Variant, by_logps, logits_variants
+from harness.case import Case, Problem
+from harness.interleave import replay
+from harness.suite import LogitsSuite, Options, Timed
+from harness.variants import EAGER, OURS, Variant, by_logps, logits_variants
 from torch import Tensor
 
 import fastalign as fa

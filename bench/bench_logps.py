@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from _interleave import replay
-from _suite import LogitsSuite
-from _variants import JOBS, by_logps, logits_variants
+from harness.interleave import replay
+from harness.suite import LogitsSuite
+from harness.variants import JOBS, by_logps, logits_variants
 from torch import Tensor
 
 

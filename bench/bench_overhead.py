@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from _case import Case
-from _interleave import interleave, replay, summary
-from _suite import Options, peer_ratios
-from _variants import EAGER, OURS, Variant, eager_logps
+from harness.case import Case
+from harness.interleave import interleave, replay, summary
+from harness.suite import Options, peer_ratios
+from harness.variants import EAGER, OURS, Variant, eager_logps
 from torch import Tensor
 
 import fastalign as fa

@@ -6,10 +6,10 @@ The limit that shares are given of is that of two visits (one read, then one rea
 from __future__ import annotations
 
 import torch
-from _case import Problem
-from _interleave import replay
-from _suite import LogitsSuite
-from _variants import OURS_ONE_LAUNCH, Function, Variant, by_module, logits_variants
+from harness.case import Problem
+from harness.interleave import replay
+from harness.suite import LogitsSuite
+from harness.variants import OURS_ONE_LAUNCH, Function, Variant, by_module, logits_variants
 from torch import Tensor
 
 import fastalign as fa

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
-import _device
 import torch
-from _case import DTYPES, Case
-from _interleave import interleave, replay, summary
-from _suite import Options, peak_memory, peer_ratios
-from _variants import EAGER, OURS, Variant
+from harness import device as _device
+from harness.case import DTYPES, Case
+from harness.interleave import interleave, replay, summary
+from harness.suite import Options, peak_memory, peer_ratios
+from harness.variants import EAGER, OURS, Variant
 from torch import Tensor
 
 HIDDEN, LENGTH = 64, 128

@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from _results import key, label, results_file
+from harness.results import key, label, results_file
 
 
 @dataclass(frozen=True)

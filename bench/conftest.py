@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from _case import DTYPES, Case
-from _environment import environment
-from _interleave import replay_clock
-from _suite import Options
+from harness.case import DTYPES, Case
+from harness.environment import environment
+from harness.interleave import replay_clock
+from harness.suite import Options
 from report import details
 
 SCHEMA = 1

@@ -3,7 +3,7 @@
     python bench/counts.py                  print every count beside its limit, and what was counted
     python bench/counts.py --root FOLDER    the counts of source text alone, of another checkout
 
-Exit status 1 where a count is above its limit. `tests/test_counts.py` holds them.
+Exit status 1 where a count is above its limit. `tests/bench/test_counts.py` holds them.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _interleave import interleave, ratio
-from _memory import ABOVE, peak_of
+from harness.interleave import interleave, ratio
+from memory import ABOVE, peak_of
 from torch import Tensor
 from torch.nn import functional as F
 

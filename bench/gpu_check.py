@@ -21,7 +21,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from _gpu_checks import CHECKS, DTYPES, compare
+from gpu.checks import CHECKS, DTYPES, compare
 from torch import Tensor
 
 import fastalign as fa

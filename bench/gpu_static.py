@@ -13,9 +13,9 @@ import argparse
 import importlib
 import importlib.util
 
-from _gpu_row import as_json, as_table
+from gpu.row import as_json, as_table
 
-BACKENDS = {"cuda": "_gpu_cuda", "triton": "_gpu_triton"}
+BACKENDS = {"cuda": "gpu.cuda", "triton": "gpu.triton"}
 """Backend → module whose `rows(simulate)` yields its rows."""
 
 

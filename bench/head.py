@@ -21,14 +21,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import _device
 import torch
-from _case import Case
-from _environment import environment
-from _head_objectives import BETA, OBJECTIVES, Gradients, Inputs, Shape
-from _interleave import interleave, ratio, summary
-from _memory import ABOVE, peak_of
-from _suite import Options, peer_ratios
+from harness import device as _device
+from harness.case import Case
+from harness.environment import environment
+from harness.head_objectives import BETA, OBJECTIVES, Gradients, Inputs, Shape
+from harness.interleave import interleave, ratio, summary
+from harness.suite import Options, peer_ratios
+from memory import ABOVE, peak_of
 from report import duration
 from torch import Tensor
 from torch.nn import functional as F

@@ -13,7 +13,7 @@ import functools
 from collections.abc import Callable
 
 import torch
-from _interleave import interleave, ratio, summary
+from harness.interleave import interleave, ratio, summary
 
 from fastalign.losses import PPOLoss
 from fastalign.losses.policy_objectives import KINDS

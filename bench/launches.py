@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from _cuda_simulator import Simulator
+from gpu.cuda_simulator import Simulator
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 

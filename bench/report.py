@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from _results import label, merged, results_file, size
+from harness.results import label, merged, results_file, size
 
 BEGIN = "<!-- benchmarks: written by bench/report.py -->"
 END = "<!-- end of benchmarks -->"

@@ -32,13 +32,13 @@ from typing import Any
 
 import head
 import torch
-from _environment import environment
-from _head_objectives import Shape
-from _interleave import interleave, ratio, summary
-from _results import key, label
-from _suite import Options, peer_ratios, prepare_copy, prepare_read
-from _sweep_jobs import Point, contenders, variants_of
-from _variants import OURS
+from harness.environment import environment
+from harness.head_objectives import Shape
+from harness.interleave import interleave, ratio, summary
+from harness.results import key, label
+from harness.suite import Options, peer_ratios, prepare_copy, prepare_read
+from harness.sweep_jobs import Point, contenders, variants_of
+from harness.variants import OURS
 
 SCHEMA = 1
 MAX_LOGITS = 1 << 27

@@ -188,7 +188,7 @@ def judge(results: dict[str, Any], wanted: list[Target] | None = None) -> list[V
 
 
 def main() -> int:
-    from _results import merged, results_file  # beside this file, which is where Python looks when it is run
+    from harness.results import merged, results_file  # beside this file, which is where Python looks when it is run
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(

@@ -275,8 +275,8 @@ def arguments() -> argparse.Namespace:
 
 def machine(threads: int) -> dict[str, Any]:
     """What the results were taken with; imported late, since the memory of what it imports would count."""
-    from _environment import environment
-    from _suite import Options
+    from harness.environment import environment
+    from harness.suite import Options
 
     return environment(Options(threads=threads))
 

@@ -7,10 +7,10 @@
 #include <optional>
 #include <string>
 
-#include "../kernels/fresh_pages.h"
-#include "../kernels/gae_cpu.h"
-#include "../kernels/large_blocks.h"
-#include "../kernels/token_stats_cpu.h"
+#include "../kernels/cpu/fresh_pages.h"
+#include "../kernels/cpu/gae_cpu.h"
+#include "../kernels/cpu/large_blocks.h"
+#include "../kernels/cpu/token_stats_cpu.h"
 #include "arguments.h"
 #include "fast_calls.h"
 #include "losses.h"
@@ -43,9 +43,9 @@ std::int64_t with_labels(const TokenArgs& a, Work work) {
     use_isa_of_context();
     std::optional<py::gil_scoped_release> release;
     if (a.rows * a.vocab > kShort) release.emplace();
-    const std::int64_t live = count_labels(a);
-    if (live >= 0) work(live);
-    return live;
+    const std::int64_t valid = count_labels(a);
+    if (valid >= 0) work(valid);
+    return valid;
 }
 
 // Runs the kernel. A result that is separate, and too large for the caches anyway, is written past these, into huge
@@ -97,9 +97,9 @@ py::tuple loss_forward(py::handle logits, py::handle labels, const py::tuple& op
     const Results results(program, data, dtype);
     const Statistics statistics(program, a);
     const KeptRows kept(a, program.moves(2), program.moves(3), wanted ? moved(program) : 0);
-    if (wanted) fill_slopes(program, data, kept.slopes());
+    if (wanted) fill_derivatives(program, data, kept.derivatives());
     a.threads = data.threads = threads;
-    const std::int64_t live = with_labels(a, [&](std::int64_t) {
+    const std::int64_t valid = with_labels(a, [&](std::int64_t) {
         cpu_kernels().forward(a);
         kept.keep(a);
         const std::vector<uint8_t> real = real_tokens(a);
@@ -107,12 +107,12 @@ py::tuple loss_forward(py::handle logits, py::handle labels, const py::tuple& op
         point_at(data, a.out);
         run_loss(program, data);
     });
-    if (live < 0) return py::make_tuple(live, py::none(), py::none());
-    return py::make_tuple(live, kept.bytes(), results.finish());
+    if (valid < 0) return py::make_tuple(valid, py::none(), py::none());
+    return py::make_tuple(valid, kept.bytes(), results.finish());
 }
 
 // The same on statistics that are there already: float32 of the labels' shape, None for those that it does not use.
-// Returns the results and [k, tokens] slopes, or None and None.
+// Returns the results and [k, tokens] derivatives, or None and None.
 py::tuple loss_terms(const py::tuple& statistics, py::handle labels, std::int64_t ignore_index,
                      const LossProgram& program, const py::tuple& given, std::int64_t sequences, std::int64_t list_size,
                      bool wanted, int threads) {
@@ -133,8 +133,8 @@ py::tuple loss_terms(const py::tuple& statistics, py::handle labels, std::int64_
     }
     if (!numbers.fill(program, given, data)) return nothing;
     const Results results(program, data, kFloat32);
-    const NewTensor slopes(kFloat32, {wanted ? moved(program) : 0, a.rows});
-    if (wanted) fill_slopes(program, data, slopes.data<float>());
+    const NewTensor derivatives(kFloat32, {wanted ? moved(program) : 0, a.rows});
+    if (wanted) fill_derivatives(program, data, derivatives.data<float>());
     const std::vector<uint8_t> real = real_tokens(a);
     data.real = real.data(), data.threads = threads;
     {
@@ -142,17 +142,17 @@ py::tuple loss_terms(const py::tuple& statistics, py::handle labels, std::int64_
         if (a.rows > 4096) release.emplace();
         run_loss(program, data);
     }
-    return py::make_tuple(results.finish(), slopes.object());
+    return py::make_tuple(results.finish(), derivatives.object());
 }
 
-// The logits' gradient: see `Slopes`. `out` is new, dense and plain.
+// The logits' gradient: see `LossGradients`. `out` is new, dense and plain.
 std::int64_t loss_backward(py::handle logits, py::handle labels, const py::tuple& options, py::handle reference,
                            py::handle kept, const py::tuple& upstream, int which, py::handle out, int threads) {
     BackwardArgs a{};
-    Slopes gradients;
+    LossGradients gradients;
     if (!fill_if_plain(a, logits, labels, options, false) || !fill_reference(a, logits, reference)) return kUnusual;
-    const float* const slopes = KeptRows::fill(a, kept, which, Slopes::count(which));
-    if (!slopes || !gradients.fill(a, upstream, slopes, which)) return kUnusual;
+    const float* const derivatives = KeptRows::fill(a, kept, which, LossGradients::count(which));
+    if (!derivatives || !gradients.fill(a, upstream, derivatives, which)) return kUnusual;
     a.out_gradient = Seen(out).data();
     a.out_layout.ndim = 1, a.out_layout.sizes[0] = a.rows, a.out_layout.strides[0] = a.vocab;
     a.threads = threads;
@@ -168,9 +168,9 @@ py::tuple logps_forward(py::handle logits, py::handle labels, const py::tuple& o
     const NewTensor logps(kFloat32, y.dims(), y.shape()), lse(kFloat32, y.dims(), y.shape());
     a.out.logps = logps.data<float>(), a.out.lse = lse.data<float>();
     a.threads = threads;
-    const std::int64_t live = with_labels(a, [&](std::int64_t) { cpu_kernels().forward(a); });
-    if (live < 0) return py::make_tuple(live);
-    return py::make_tuple(live, logps.object(), lse.object(), kept.bytes());
+    const std::int64_t valid = with_labels(a, [&](std::int64_t) { cpu_kernels().forward(a); });
+    if (valid < 0) return py::make_tuple(valid);
+    return py::make_tuple(valid, logps.object(), lse.object(), kept.bytes());
 }
 
 template <class T>
@@ -245,7 +245,7 @@ std::vector<std::string> isas() {
     return names;
 }
 
-// A large block as a buffer of Python's, which goes back to the stock with its last user.
+// A large block as a buffer of Python's, which goes back to the cache with its last user.
 class HeldBlock {
   public:
     explicit HeldBlock(std::int64_t bytes) : block_(LargeBlocks::all().take(bytes)) {

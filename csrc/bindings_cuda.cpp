@@ -2,9 +2,9 @@
 // the device, and importing it needs neither a driver nor a device.
 #include <string>
 
-#include "../kernels/gae_cuda.h"
-#include "../kernels/loss_cuda.h"
-#include "../kernels/token_stats_cuda.h"
+#include "../kernels/cuda/gae_cuda.h"
+#include "../kernels/cuda/loss_cuda.h"
+#include "../kernels/cuda/token_stats_cuda.h"
 #include "arguments.h"
 #include "cuda_usage.h"
 #include "fast_calls.h"
@@ -82,17 +82,17 @@ py::object loss_sizes(const py::capsule& program, std::int64_t tokens, std::int6
 
 // `sizes`: tokens, sequences, sequences of a list. `labels`: address, are they int64, ignore_index. `given`: a number
 // or (address, is it float64, is it one number in all places) each. `results`: (address, kind) each, see LossResult;
-// `slopes`: [moved, tokens], or 0.
+// `derivatives`: [moved, tokens], or 0.
 void loss_terms(const py::capsule& program, const py::tuple& sizes, const py::tuple& labels,
                 const std::vector<Address>& statistics, const py::tuple& given,
-                const std::vector<std::pair<Address, int>>& results, Address slopes, Address scratch, int device,
+                const std::vector<std::pair<Address, int>>& results, Address derivatives, Address scratch, int device,
                 Address stream) {
     const DeviceProgram& p = program_of(program);
     const LossProgram& loss = *p.program;
     cuda::LossLaunch a =
         sized(p, py::cast<std::int64_t>(sizes[0]), py::cast<std::int64_t>(sizes[1]), py::cast<std::int64_t>(sizes[2]));
     a.labels = at<const void>(py::cast<Address>(labels[0])), a.labels64 = py::cast<bool>(labels[1]);
-    a.ignore_index = py::cast<std::int64_t>(labels[2]), a.scratch = at<double>(scratch), a.wanted = slopes != 0;
+    a.ignore_index = py::cast<std::int64_t>(labels[2]), a.scratch = at<double>(scratch), a.wanted = derivatives != 0;
     if (given.size() != loss.given().size() || results.size() != loss.outputs().size() || statistics.size() != 5)
         throw std::invalid_argument("a loss program must be given all that it takes");
     for (int k = 0; k < LossProgram::kStatistics; ++k) a.statistics[k] = at<const float>(statistics[k]);
@@ -109,9 +109,9 @@ void loss_terms(const py::capsule& program, const py::tuple& sizes, const py::tu
     }
     for (std::size_t i = 0; i < results.size(); ++i)
         a.results[i] = {at<void>(results[i].first), static_cast<LossResult::Kind>(results[i].second)};
-    float* next = at<float>(slopes);
+    float* next = at<float>(derivatives);
     for (int k = 0; next && k < LossProgram::kStatistics; ++k)
-        if (loss.moves(k)) a.slopes[k] = next, next += a.tokens;
+        if (loss.moves(k)) a.derivatives[k] = next, next += a.tokens;
     cuda::run_loss(a, place_of(device, stream));
 }
 

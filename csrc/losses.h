@@ -2,7 +2,7 @@
 #pragma once
 #include <memory>
 
-#include "../kernels/token_stats_cpu.h"
+#include "../kernels/cpu/token_stats_cpu.h"
 #include "programs.h"
 #include "tensors.h"
 
@@ -79,11 +79,11 @@ class Results {
     float loss_ = 0;
 };
 
-// Where the loss's slopes go: one number per token for each statistic that it moves with.
-inline void fill_slopes(const LossProgram& p, LossData& data, float* slope) {
-    std::fill(slope, slope + moved(p) * data.tokens, 0.0f);
+// Where the loss's derivatives go: one number per token for each statistic that it moves with.
+inline void fill_derivatives(const LossProgram& p, LossData& data, float* derivative) {
+    std::fill(derivative, derivative + moved(p) * data.tokens, 0.0f);
     for (int k = 0; k < LossProgram::kStatistics; ++k)
-        if (p.moves(k)) data.slopes[k] = slope, slope += data.tokens;
+        if (p.moves(k)) data.derivatives[k] = derivative, derivative += data.tokens;
 }
 
 inline std::vector<uint8_t> real_tokens(const TokenArgs& a) {
@@ -115,17 +115,18 @@ inline void point_at(LossData& data, const PerRow<float>& out) {
 }
 
 // What a forward keeps of its rows for the backward, as an object of Python's that costs less than a tensor: the rows'
-// saved numbers, the entropies and KLs of those whose gradient needs them, and slopes (`slopes` for each row).
+// saved numbers, the entropies and KLs of those whose gradient needs them, and derivatives (`derivatives` for each
+// row).
 class KeptRows {
   public:
-    KeptRows(ForwardArgs& a, bool entropy, bool kl, int slopes) : rows_(a.rows), entropy_(entropy), kl_(kl) {
-        const std::int64_t numbers = a.rows * (4 + entropy + kl + slopes);
+    KeptRows(ForwardArgs& a, bool entropy, bool kl, int derivatives) : rows_(a.rows), entropy_(entropy), kl_(kl) {
+        const std::int64_t numbers = a.rows * (4 + entropy + kl + derivatives);
         bytes_ = py::reinterpret_steal<py::object>(PyBytes_FromStringAndSize(nullptr, numbers * 4));
         if (!bytes_) throw py::error_already_set();
         a.saved = reinterpret_cast<float*>(PyBytes_AS_STRING(bytes_.ptr()));
-        slopes_ = a.saved + a.rows * (4 + entropy + kl);
+        derivatives_ = a.saved + a.rows * (4 + entropy + kl);
     }
-    float* slopes() const { return slopes_; }
+    float* derivatives() const { return derivatives_; }
     // After the forward.
     void keep(const ForwardArgs& a) const {
         float* next = a.saved + 4 * rows_;
@@ -134,11 +135,12 @@ class KeptRows {
     }
     const py::object& bytes() const { return bytes_; }
 
-    // `which`: bits of the statistics that there are slopes for. Returns the slopes; null: these are not such bytes.
-    static const float* fill(BackwardArgs& a, py::handle bytes, int which, int slopes) {
+    // `which`: bits of the statistics that there are derivatives for. Returns the derivatives; null: these are not such
+    // bytes.
+    static const float* fill(BackwardArgs& a, py::handle bytes, int which, int derivatives) {
         if (!PyBytes_CheckExact(bytes.ptr())) return nullptr;
         const bool entropy = which & 4, kl = which & 8;
-        if (PyBytes_GET_SIZE(bytes.ptr()) != a.rows * (4 + entropy + kl + slopes) * 4) return nullptr;
+        if (PyBytes_GET_SIZE(bytes.ptr()) != a.rows * (4 + entropy + kl + derivatives) * 4) return nullptr;
         const auto* next = reinterpret_cast<const float*>(PyBytes_AS_STRING(bytes.ptr()));
         a.saved = next, next += 4 * a.rows;
         if (entropy) a.entropy = next, next += a.rows;
@@ -149,7 +151,7 @@ class KeptRows {
   private:
     py::object bytes_;
     std::int64_t rows_;
-    float* slopes_;
+    float* derivatives_;
     bool entropy_, kl_;
 };
 
@@ -165,9 +167,10 @@ inline bool fill_reference(TokenArgs& a, py::handle logits, py::handle reference
     return true;
 }
 
-// Gradients of a loss's rows: `upstream` of the loss or of its equally long runs of rows, times the rows' own slopes
-// for each statistic that `which` names by its bit; for none, the statistic is the log-probability and the slope 1.
-class Slopes {
+// Gradients of a loss's rows: `upstream` of the loss or of its equally long runs of rows, times the rows' own
+// derivatives for each statistic that `which` names by its bit; for none, the statistic is the log-probability and the
+// derivative 1.
+class LossGradients {
   public:
     static int count(int which) {
         int found = 0;
@@ -175,7 +178,7 @@ class Slopes {
         return found;
     }
 
-    bool fill(BackwardArgs& a, const py::tuple& upstream, const float* slopes, int which) {
+    bool fill(BackwardArgs& a, const py::tuple& upstream, const float* derivatives, int which) {
         Numbers numbers;
         for (const auto& part : upstream) {
             const Seen s(part);
@@ -192,7 +195,7 @@ class Slopes {
         float* const first = memory_.get();
         if (a.rows > 0) numbers.spread(first, a.rows / numbers.count);
         for (int k = used - 1; k > 0; --k) std::copy(first, first + a.rows, first + k * a.rows);
-        for (std::int64_t i = 0; which && i < used * a.rows; ++i) first[i] *= slopes[i];
+        for (std::int64_t i = 0; which && i < used * a.rows; ++i) first[i] *= derivatives[i];
         const float** const to[5] = {&a.grads.logps, &a.grads.lse, &a.grads.entropy, &a.grads.kl, &a.grads.mean};
         const float* next = first;
         for (int k = 0; k < 5; ++k)

@@ -2,7 +2,7 @@
 #pragma once
 #include <memory>
 
-#include "../kernels/loss_interpreter.h"
+#include "../kernels/cpu/loss_interpreter.h"
 #include "arguments.h"
 
 namespace fastalign {

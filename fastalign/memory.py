@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=_DTYPES)
     parser.add_argument("--batch", type=_count, required=True, help="sequences")
     parser.add_argument("--length", type=_count, required=True, help="tokens of a sequence")
-    parser.add_argument("--live", type=_share, default=1.0, help="share of tokens that are neither prompt nor padding")
+    share = "share of tokens that are neither prompt nor padding"
+    parser.add_argument("--valid", "--live", type=_share, default=1.0, help=share)
     parser.add_argument("--frozen", action="store_true", help="the head's weight is not trained")
     parser.add_argument("--reference", action="store_true", help="an exact KL against a reference's logits")
     parser.add_argument("--chunk_bytes", type=_count, help="budget of a tile in bytes (default: 64 MiB)")
@@ -76,12 +77,12 @@ def main(argv: list[str] | None = None) -> int:
             said = "there is no such folder" if absent else str(error).strip().splitlines()[0]
             parser.error(f"--model must be a folder with config.json, or a hub's name; got {args.model!r}: {said}")
     dtype = _DTYPES[args.dtype] if args.dtype else dtype
-    tokens, live = args.batch * args.length, round(args.batch * args.length * args.live)
-    print(f"{tokens:,} tokens, {live:,} of them live, V = {vocab:,}, H = {hidden:,}, {str(dtype)[6:]}\n")
+    tokens, valid = args.batch * args.length, round(args.batch * args.length * args.valid)
+    print(f"{tokens:,} tokens, {valid:,} of them valid, V = {vocab:,}, H = {hidden:,}, {str(dtype)[6:]}\n")
     print(f"{'':<12}{'peak':>14}{'of it gradients':>20}{'GEMMs':>8}")
     options = {"frozen": args.frozen, "kl": args.reference, "chunk_bytes": args.chunk_bytes}
     eager, *_ = estimates(tokens, vocab, hidden, dtype, **options)
-    for e in (eager, *estimates(live, vocab, hidden, dtype, **options)[1:]):
+    for e in (eager, *estimates(valid, vocab, hidden, dtype, **options)[1:]):
         print(f"{e.name:<12}{e.peak / 2**20:>10,.0f} MiB{e.gradients / 2**20:>16,.0f} MiB{e.gemms:>8}")
     return 0
 

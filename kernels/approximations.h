@@ -135,8 +135,8 @@ FA_HD double power_of_row(double x) {
 #endif
 }
 
-// (x - pivot) * scale in one operation, fma(x, by, -at), where `at` is pivot * scale rounded: all of a row's powers are
-// relative to at / scale then, a number as good as the pivot. Far out (rows of masked logits) it would be off by more
+// (x - shift) * scale in one operation, fma(x, by, -at), where `at` is shift * scale rounded: all of a row's exps are
+// relative to at / scale then, a number as good as the shift. Far out (rows of masked logits) it would be off by more
 // powers of two than a float32 has. There neighbouring logits are so far apart that only equal ones count, and a scale
 // of 1 will do, by which nothing is rounded and nothing overflows.
 struct Exponent {
@@ -145,20 +145,20 @@ struct Exponent {
     FA_MEMBER float of(float x) const { return fmaf(x, by, -at); }
 };
 
-FA_HD bool fits_exponent(float pivot, float scale) { return fabsf(pivot * scale) < 0x1p30f; }
+FA_HD bool fits_exponent(float shift, float scale) { return fabsf(shift * scale) < 0x1p30f; }
 
-FA_HD Exponent exponent(float pivot, float scale) {
-    const float by = fits_exponent(pivot, scale) ? scale : 1.0f;
-    return {by, pivot * by};
+FA_HD Exponent exponent(float shift, float scale) {
+    const float by = fits_exponent(shift, scale) ? scale : 1.0f;
+    return {by, shift * by};
 }
 
-// The number that powers by an Exponent are relative to, in the logits' own units.
-struct ExactPivot {
+// The number that exps by an Exponent are relative to, in the logits' own units.
+struct ExactShift {
     float scale;
     double inverse;  // 1 / scale
 
-    FA_MEMBER double operator()(float pivot) const {
-        return fits_exponent(pivot, scale) ? static_cast<double>(pivot * scale) * inverse : static_cast<double>(pivot);
+    FA_MEMBER double operator()(float shift) const {
+        return fits_exponent(shift, scale) ? static_cast<double>(shift * scale) * inverse : static_cast<double>(shift);
     }
 };
 

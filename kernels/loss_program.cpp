@@ -1,7 +1,7 @@
 // From the steps of a program to the passes that run it.
 #include <algorithm>
 
-#include "loss_interpreter.h"
+#include "cpu/loss_interpreter.h"
 
 namespace fastalign {
 

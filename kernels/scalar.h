@@ -1,6 +1,6 @@
 // The number in a scalar tensor of any of the kernels' dtypes.
 #pragma once
-#include "simd_types.h"
+#include "cpu/simd_types.h"
 #include "token_args.h"
 
 namespace fastalign {

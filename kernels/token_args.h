@@ -113,8 +113,8 @@ FA_HD void write_sure(const PerRow<float>& out, float* saved, int64_t row, const
 
 FA_HD float at_row(const float* p, int64_t row) { return p ? p[row] : 0.0f; }
 
-// The gradient of a live row from what the forward saved and the gradients of its statistics, of which `mode` says what
-// there may be: plain has a mean's all the same, as it costs nothing.
+// The gradient of a valid row from what the forward saved and the gradients of its statistics, of which `mode` says
+// what there may be: plain has a mean's all the same, as it costs nothing.
 template <class Exact = AsGiven>
 FA_HD Coefficients row_coefficients(const BackwardArgs& a, int64_t row, Mode mode = kReference, Exact exact = {}) {
     const bool moments = mode != kPlain, ref = mode == kReference;

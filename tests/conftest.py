@@ -60,7 +60,7 @@ def cuda_simulator():
     nvcc, compiler = shutil.which("nvcc"), shutil.which("g++")
     if nvcc is None or compiler is None:
         pytest.skip(f"needs {'nvcc' if nvcc is None else 'g++'}")
-    path = Path(__file__).resolve().parents[1] / "bench" / "_cuda_simulator.py"
+    path = Path(__file__).resolve().parents[1] / "bench" / "gpu/cuda_simulator.py"
     return _module_from(path, "cuda_simulator_under_test").Simulator(nvcc, "sm_90a")
 
 

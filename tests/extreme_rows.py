@@ -39,12 +39,12 @@ def exact_diagnostics(x, labels, temperature=1.0, softcap=None):
     """By torch's own operations in float64; a row without a softmax has no argmax."""
     wide = x.double()
     wide = (wide if softcap is None else softcap * torch.tanh(wide / softcap)) / temperature
-    live = labels != -100
-    best = torch.where(live & wide.logsumexp(-1).isfinite(), x.argmax(-1), -1)
+    valid = labels != -100
+    best = torch.where(valid & wide.logsumexp(-1).isfinite(), x.argmax(-1), -1)
     return {
-        "log_sum_sq_probs": torch.where(live, (2 * wide.log_softmax(-1)).logsumexp(-1), 0),
-        "mean_logits": torch.where(live, torch.where(best < 0, torch.nan, wide.mean(-1)), 0),
-        "is_top1": best == torch.where(live, labels, -2),
+        "log_sum_sq_probs": torch.where(valid, (2 * wide.log_softmax(-1)).logsumexp(-1), 0),
+        "mean_logits": torch.where(valid, torch.where(best < 0, torch.nan, wide.mean(-1)), 0),
+        "is_top1": best == torch.where(valid, labels, -2),
         "argmax": best,
     }
 
@@ -155,17 +155,17 @@ def empty_tiles(dtype, vocab, real):
     gradients = torch.autograd.grad((stats.logps + 0.5 * stats.entropy + 0.2 * stats.kl).sum(), leaves)
 
     wide = [t.detach().double().requires_grad_() for t in leaves]
-    live = labels != -100
+    valid = labels != -100
     x, z = wide[0] @ wide[1].T + wide[2], ref_hidden.double() @ ref_weight.double().T + bias.detach().double()
     if dtype.itemsize == 2:  # what the tiles hold
         x = x + (x.to(dtype).double() - x).nan_to_num(0).detach()
         z = z.to(dtype).double()
-    logps, entropy, kl = exact_statistics(x[live, :real], z[live, :real], labels[live])
+    logps, entropy, kl = exact_statistics(x[valid, :real], z[valid, :real], labels[valid])
     exact = torch.autograd.grad((logps + 0.5 * entropy + 0.2 * kl).sum(), wide)
     found = (stats.logps, stats.entropy, stats.kl, stats.log_sum_sq_probs)
-    sq = (2 * torch.log_softmax(x[live, :real], -1)).logsumexp(-1)
+    sq = (2 * torch.log_softmax(x[valid, :real], -1)).logsumexp(-1)
     for name, ours, wanted in zip(("logps", "entropy", "kl", "sq"), found, (logps, entropy, kl, sq), strict=True):
-        close(name, ours[live], wanted, dtype)
+        close(name, ours[valid], wanted, dtype)
     for name, ours, wanted in zip(("hidden", "weight", "bias"), gradients, exact, strict=True):
         assert torch.isfinite(ours).all(), name
         error = (ours.double() - wanted).norm() / wanted.norm()
@@ -263,7 +263,7 @@ def certain_losses(dtype):
     exact, rest, _ = complement(x, labels)
     x, labels = x.reshape(4, 3, 1300), labels.reshape(4, 3)
 
-    def check(loss, slopes, value=None, least=1.0):
+    def check(loss, derivatives, value=None, least=1.0):
         """`loss(logits)`, and its derivatives in the log-probabilities, [12], times a scale that 16 bits can hold. What
         float16 has no number for was rounded before or (`least` = 1) after that."""
         leaf = x.clone().requires_grad_()
@@ -272,7 +272,7 @@ def certain_losses(dtype):
         (gradient,) = torch.autograd.grad(found, leaf, torch.full_like(found, up))
         at = gradient.gather(-1, labels[..., None]).flatten().double()
         least *= 2.0**-25 if dtype == torch.float16 else 0
-        torch.testing.assert_close(at, slopes.double() * rest * up, rtol=1e-2, atol=least)
+        torch.testing.assert_close(at, derivatives.double() * rest * up, rtol=1e-2, atol=least)
         if value is not None and found.dtype == torch.float32:
             torch.testing.assert_close(found.detach().double(), value, rtol=1e-3, atol=0)
 
@@ -285,9 +285,9 @@ def certain_losses(dtype):
     # Rows 0 and 1 are chosen, 2 and 3 rejected, without a reference.
     chosen, rejected = exact.view(4, 3).sum(-1).chunk(2)
     slope = -0.1 * torch.sigmoid(-0.1 * (chosen - rejected)) / 2
-    slopes = torch.cat([slope, -slope])[:, None].expand(4, 3).flatten()
+    derivatives = torch.cat([slope, -slope])[:, None].expand(4, 3).flatten()
     dpo = fa.losses.DPOLoss(beta=0.1)
-    check(lambda t: dpo(t, labels).loss, slopes)
+    check(lambda t: dpo(t, labels).loss, derivatives)
 
 
 def never_above_zero(dtype, vocab, steps=301):

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from ..kernels.divergence_call import DivergenceCall, Mixture, Side
-from ..kernels.divergence_eager import terms as divergence_terms
+from ..kernels.eager.divergence_eager import terms as divergence_terms
 from ..kernels.token_call import TokenCall
 from ..utils import environment, private
 from . import cpu, cuda, eager, triton

@@ -1,4 +1,4 @@
-"""Memory of large results on the CPU: a stock that spares the system's clearing of pages (kernels/large_blocks.h)."""
+"""Memory of large results on the CPU: a cache that spares the system's clearing of pages (kernels/large_blocks.h)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..utils import environment
 from . import cpu
 
 LARGE = 8 << 20
-"""Bytes beyond which a result has a block of the stock. The C library gives freed blocks back to the system from some
+"""Bytes beyond which a result has a block of the cache. The C library gives freed blocks back to the system from some
 size on that moves with what a program allocates (glibc's: up to 32 MiB, and always beyond)."""
 
 

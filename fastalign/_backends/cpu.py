@@ -118,12 +118,12 @@ def forward(call: TokenCall, want_entropy: bool, want_mean: bool, want_diagnosti
     found = new_statistics(labels, want_entropy, call.reference is not None, want_mean)
     saved = new_saved(found[0])
     more = new_diagnostics(found[0]) if want_diagnostics else ()
-    live = _C.token_stats_forward(
+    valid = _C.token_stats_forward(
         tokens(call, labels),
         tuple(map(_address, (*found, saved, *(more or (None, None))))),
     )
-    if live < 0:
-        raise bad_label(labels, -1 - live, call.ignore_index, call.logits.shape[-1])
+    if valid < 0:
+        raise bad_label(labels, -1 - valid, call.ignore_index, call.logits.shape[-1])
     return (*found, saved, *more)
 
 
@@ -137,14 +137,14 @@ def backward(
 ) -> None:
     labels = call.labels.contiguous()
     dense = [None if t is None else t.contiguous() for t in (saved, entropy, kl, *grads)]  # kept until the call is over
-    live = _C.token_stats_backward(
+    valid = _C.token_stats_backward(
         tokens(call, labels),
         tuple(map(_address, dense)),
         out.data_ptr(),
         out.stride(),
     )
-    if live < 0:
-        raise bad_label(labels, -1 - live, call.ignore_index, call.logits.shape[-1])
+    if valid < 0:
+        raise bad_label(labels, -1 - valid, call.ignore_index, call.logits.shape[-1])
 
 
 # ------------------------------------------------------------------------------------------------- directly
@@ -156,19 +156,19 @@ def backward(
 Kept = bytes
 
 
-def _done(live: int, labels: Tensor, options: tuple[int, float, float], logits: Tensor) -> bool:
+def _done(valid: int, labels: Tensor, options: tuple[int, float, float], logits: Tensor) -> bool:
     """Whether the work was done; ValueError for a bad label."""
-    if live < 0 and live != _UNUSUAL:
-        raise bad_label(labels, -1 - live, options[0], logits.shape[-1])
-    return live >= 0
+    if valid < 0 and valid != _UNUSUAL:
+        raise bad_label(labels, -1 - valid, options[0], logits.shape[-1])
+    return valid >= 0
 
 
 def kept_rows(
     kept: Kept, labels: Tensor, which: int = 0
 ) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], Tensor | None]:
-    """(saved, entropy, kl) as `forward` returns them, and slopes [k, tokens], of what a call kept.
+    """(saved, entropy, kl) as `forward` returns them, and derivatives [k, tokens], of what a call kept.
 
-    `which`: bits of the statistics that there are slopes for, in `ops.programs.STATISTICS`; 0: no slopes were kept.
+    `which`: bits of the statistics, in `ops.programs.STATISTICS`, that there are derivatives for; 0: none were kept.
     """
     numbers = torch.frombuffer(bytearray(kept), dtype=torch.float32) if kept else _ONE.new_empty(0)
     parts = 4 + bool(which & 4) + bool(which & 8) + which.bit_count()
@@ -185,8 +185,8 @@ def logps(
     logits: Tensor, labels: Tensor, options: tuple[int, float, float], inplace: bool
 ) -> tuple[Tensor, Tensor, Kept] | None:
     """logps, lse and what the backward needs; None, and nothing was done, for other tensors than such."""
-    live, *found = _C.logps_forward(logits, labels, options, inplace, torch.get_num_threads())
-    return tuple(found) if _done(live, labels, options, logits) else None
+    valid, *found = _C.logps_forward(logits, labels, options, inplace, torch.get_num_threads())
+    return tuple(found) if _done(valid, labels, options, logits) else None
 
 
 _ONE = torch.zeros((), dtype=torch.float32, device="cpu")
@@ -224,17 +224,17 @@ def loss(
     if code is None:
         return None
     sequences, list_size = grouping
-    live, kept, results = _C.loss_forward(
+    valid, kept, results = _C.loss_forward(
         logits, labels, options, reference, inplace, program, given, sequences, list_size, wanted, code, threads
     )
-    if live >= 0:
+    if valid >= 0:
         return results, kept
-    if live == _UNUSUAL and not inplace:  # a dense copy would hide logits that share memory, which are not written over
+    if valid == _UNUSUAL and not inplace:  # a dense copy would hide logits that share memory: they are not written over
         dense, given = (logits.contiguous(), labels.contiguous()), tuple([_as_given(x) for x in given])
         reference = None if reference is None else reference.contiguous()
         rest: tuple[Any, ...] = (program, given, sequences, list_size, wanted, code, threads)
-        live, kept, results = _C.loss_forward(*dense, options, reference, inplace, *rest)
-    return (results, kept) if _done(live, labels, options, logits) else None
+        valid, kept, results = _C.loss_forward(*dense, options, reference, inplace, *rest)
+    return (results, kept) if _done(valid, labels, options, logits) else None
 
 
 def loss_terms(
@@ -246,14 +246,14 @@ def loss_terms(
     grouping: tuple[int, int],
     wanted: bool,
 ) -> tuple[list[Tensor | None], Tensor] | None:
-    """The same from statistics of the labels' shape: the results, and slopes [k, tokens] if wanted."""
+    """The same from statistics of the labels' shape: the results, and derivatives [k, tokens] if wanted."""
     labels, threads = labels.contiguous(), torch.get_num_threads()
     rest = (*grouping, wanted, threads)
-    results, slopes = _C.loss_terms(statistics, labels, ignore_index, program, given, *rest)
+    results, derivatives = _C.loss_terms(statistics, labels, ignore_index, program, given, *rest)
     if results is None:
         given = tuple([_as_given(x) for x in given])
-        results, slopes = _C.loss_terms(statistics, labels, ignore_index, program, given, *rest)
-    return None if results is None else (results, slopes)
+        results, derivatives = _C.loss_terms(statistics, labels, ignore_index, program, given, *rest)
+    return None if results is None else (results, derivatives)
 
 
 def loss_backward(
@@ -270,15 +270,15 @@ def loss_backward(
     long runs of tokens; nothing was done for other tensors than plain ones.
 
     Args:
-        which: bits of the statistics whose slopes were kept; 0: the logps, whose slope is 1.
+        which: bits of the statistics whose derivatives were kept; 0: the logps, whose slope is 1.
     """
     threads = torch.get_num_threads()
-    live = _C.loss_backward(logits, labels, options, reference, kept, upstream, which, out, threads)
-    if live == _UNUSUAL:
+    valid = _C.loss_backward(logits, labels, options, reference, kept, upstream, which, out, threads)
+    if valid == _UNUSUAL:
         dense, upstream = (logits.contiguous(), labels.contiguous()), tuple([g.contiguous() for g in upstream])
         reference = None if reference is None else reference.contiguous()
-        live = _C.loss_backward(*dense, options, reference, kept, upstream, which, out, threads)
-    return live >= 0 or _done(live, labels, options, logits)
+        valid = _C.loss_backward(*dense, options, reference, kept, upstream, which, out, threads)
+    return valid >= 0 or _done(valid, labels, options, logits)
 
 
 # ------------------------------------------------------------------------------------------------- one launch
@@ -293,7 +293,7 @@ def objective(
     labels = call.labels.contiguous()
     dense = [t.contiguous() for t in (weight, *inputs)]
     found = new_statistics(labels, want_entropy, call.reference is not None, program.uses[4])
-    live = _C.token_objective(
+    valid = _C.token_objective(
         tokens(call, labels),
         program.encoded,
         tuple(map(_address, dense)),
@@ -301,8 +301,8 @@ def objective(
         out.data_ptr(),
         out.stride(),
     )
-    if live < 0:
-        raise bad_label(labels, -1 - live, call.ignore_index, call.logits.shape[-1])
+    if valid < 0:
+        raise bad_label(labels, -1 - valid, call.ignore_index, call.logits.shape[-1])
     return found
 
 

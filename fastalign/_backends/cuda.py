@@ -208,7 +208,7 @@ def loss_terms(
     dtype: torch.dtype,
 ) -> tuple[list[Tensor | None], Tensor] | None:
     """Runs a `loss_program` on dense float32 statistics of the labels' shape, in one launch: the formula's results, the
-    loss in the dtype (float32 or float64), and slopes [k, tokens] if wanted. None for what it does not take.
+    loss in the dtype (float32 or float64), and derivatives [k, tokens] if wanted. None for what it does not take.
 
     Args:
         found: of each result, whether it is none (0), a number (1) or a count (2).
@@ -228,7 +228,7 @@ def loss_terms(
         shape = () if count == -2 else (count,)
         results.append(None if kind == 0 else torch.empty(shape, dtype=of, device=labels.device))
         kinds.append(_INTEGER if kind == 2 else _DOUBLE if of == torch.float64 else _FLOAT)
-    slopes = torch.empty((moved if wanted else 0, labels.numel()), dtype=torch.float32, device=labels.device)
+    derivatives = torch.empty((moved if wanted else 0, labels.numel()), dtype=torch.float32, device=labels.device)
     scratch = torch.empty(numbers, dtype=torch.float64, device=labels.device)
     _cuda.loss_terms(
         program,
@@ -237,11 +237,11 @@ def loss_terms(
         list(_addresses(*statistics)),
         tuple([x[1] if isinstance(x, tuple) else x for x in inputs]),
         [(_address(t), kind) for t, kind in zip(results, kinds, strict=True) if t is not None],
-        _address(slopes) if wanted else 0,
+        _address(derivatives) if wanted else 0,
         _address(scratch),
         *_place(labels),
     )
-    return results, slopes
+    return results, derivatives
 
 
 def divergence(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..kernels import divergence_eager, gae_eager, token_stats_eager
+from ..kernels.eager import divergence_eager, gae_eager, token_stats_eager
 from ..kernels.token_call import TokenCall
 from ._interface import Forward, Statistics, TokenProgram, check_labels
 

@@ -52,7 +52,7 @@ def serves(tensor: Tensor, job: str) -> str:
 @functools.cache
 def _kernels() -> Any:
     """The kernels' modules, imported at the first call: Triton takes a second."""
-    from ..kernels import gae_triton, objectives_triton, token_stats_triton
+    from ..kernels.triton import gae_triton, objectives_triton, token_stats_triton
 
     return token_stats_triton, objectives_triton, gae_triton
 
@@ -102,7 +102,7 @@ def objective(
 def divergence(
     call: DivergenceCall, g_divergence: Tensor | None, g_logps: Tensor | None, out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    from ..kernels import divergence_triton
+    from ..kernels.triton import divergence_triton
 
     launches, results = divergence_triton.divergence(call, g_divergence, g_logps, out)
     _run(launches, call.labels.device)

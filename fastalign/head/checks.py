@@ -42,7 +42,7 @@ def check_reference(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weig
 
 
 def check_rows(hidden: Tensor, rows: Any) -> torch.Size:
-    """The shape of an index of hidden states; on the CPU its live entries are looked at too."""
+    """The shape of an index of hidden states; on the CPU its valid entries are looked at too."""
     if not isinstance(rows, Tensor) or rows.dtype != torch.int64:
         raise TypeError(f"rows must be an int64 tensor; got {getattr(rows, 'dtype', type(rows).__name__)}")
     if rows.device != hidden.device:

@@ -41,7 +41,7 @@ def estimates(
     kl: bool = False,
     chunk_bytes: int | None = None,
 ) -> list[Estimate]:
-    """Eager torch and every plan, for so many live tokens, on this machine's CPU: see `gemm_copies`.
+    """Eager torch and every plan, for so many valid tokens, on this machine's CPU: see `gemm_copies`.
 
     Args:
         tokens, vocab, hidden: M, V and H.

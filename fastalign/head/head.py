@@ -7,7 +7,7 @@ hidden and weight are both trained, and when the weight is frozen:
 =============  ==========================================  ===========  ==========
 plan           kept                                        GEMMs        frozen
 =============  ==========================================  ===========  ==========
-`keep`         the logits of live tokens, [M, V]           3            2
+`keep`         the logits of valid tokens, [M, V]           3            2
 `recompute`    nothing but a tile                          4            3
 `project`      (p - onehot) @ weight, [M, H]               --           2
 `objective`    nothing: the gradients are there already    3            2
@@ -33,7 +33,7 @@ from ..ops.diagnostics import asked_for, beyond_mean, named
 from ..ops.statistics import TokenStats
 from ..ops.transforms import batched, transformed
 from ..ops.uncompiled import uncompiled
-from .inputs import HeadCall, live_problem, plain_head
+from .inputs import HeadCall, plain_head, valid_problem
 from .plain import pulled, transformed_stats
 from .plan import NARROWEST, HeadPlan, head_plan
 from .products import product
@@ -282,16 +282,16 @@ def head_token_stats(
     )
     if transformed(hidden, weight, bias):
         return transformed_stats(call, diagnostics)
-    live = live_problem(call)
-    live.problem.mean |= "mean_logits" in diagnostics
-    live.problem.diagnostics = beyond_mean(diagnostics)
-    chosen = _plan_of(live.problem, live.tokens, weight, bias, chunk_bytes, plan)
-    *found, mean, log_sum_sq, argmax = _HeadStats.apply(live.problem, chosen, live.tokens, weight, bias)
-    stats = live.spread(*found, mean)
+    valid = valid_problem(call)
+    valid.problem.mean |= "mean_logits" in diagnostics
+    valid.problem.diagnostics = beyond_mean(diagnostics)
+    chosen = _plan_of(valid.problem, valid.tokens, weight, bias, chunk_bytes, plan)
+    *found, mean, log_sum_sq, argmax = _HeadStats.apply(valid.problem, chosen, valid.tokens, weight, bias)
+    stats = valid.spread(*found, mean)
     if not diagnostics:
         return stats
-    more = named(diagnostics, live.problem.labels, mean, log_sum_sq, argmax)
-    return stats.with_diagnostics({name: live.place(t, -1 if name == "argmax" else 0) for name, t in more.items()})
+    more = named(diagnostics, valid.problem.labels, mean, log_sum_sq, argmax)
+    return stats.with_diagnostics({name: valid.place(t, -1 if name == "argmax" else 0) for name, t in more.items()})
 
 
 def _plan_of(

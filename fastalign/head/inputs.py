@@ -91,14 +91,14 @@ class HeadCall(NamedTuple):
         )
 
 
-class Live(NamedTuple):
+class ValidTokens(NamedTuple):
     """The tokens that count, and the way back to the shape of the labels."""
 
     problem: Problem
     tokens: Tensor
     """[M, H], hidden states, with their gradient's path."""
     places: Tensor | None
-    """[M], places of the live tokens among all labels; None: all of them."""
+    """[M], places of the valid tokens among all labels; None: all of them."""
     shape: torch.Size
     """Of the labels."""
     label_smoothing: float
@@ -106,27 +106,27 @@ class Live(NamedTuple):
     def spread(
         self, logps: Tensor, lse: Tensor, entropy: Tensor | None, kl: Tensor | None, mean: Tensor | None
     ) -> TokenStats:
-        """TokenStats of the labels' shape from those of live tokens; 0 at the others."""
+        """TokenStats of the labels' shape from those of valid tokens; 0 at the others."""
         if self.label_smoothing and mean is not None:
             logps = smoothed(logps, lse, mean, self.label_smoothing)
         return TokenStats(*map(self.place, (logps, lse, entropy, kl)))  # type: ignore[arg-type]
 
     def place(self, t: Tensor | None, ignored: int = 0) -> Tensor | None:
-        """Of the labels' shape, from one number for each live token; `ignored`: that of the others."""
+        """Of the labels' shape, from one number for each valid token; `ignored`: that of the others."""
         if t is None or self.places is None:
             return None if t is None else t.view(self.shape)
         return t.new_full((self.shape.numel(),), ignored).index_copy(0, self.places, t).view(self.shape)
 
 
-def live_problem(call: HeadCall) -> Live:
+def valid_problem(call: HeadCall) -> ValidTokens:
     """Drops what is ignored."""
     hidden, weight, bias, labels, reference, rows, ignore_index, temperature, softcap = call[:9]
     label_smoothing, entropy, dtype = call[9:]
     _backends.check_labels(labels, ignore_index, weight.shape[0])
-    live = (labels.long() != ignore_index).reshape(-1)
+    valid = (labels.long() != ignore_index).reshape(-1)
     # Without data nobody knows which tokens count: all of them do.
-    found = None if labels.is_meta else live.nonzero().squeeze(-1)
-    index = None if found is None or found.shape[0] == live.shape[0] else found
+    found = None if labels.is_meta else valid.nonzero().squeeze(-1)
+    index = None if found is None or found.shape[0] == valid.shape[0] else found
     places = index
     if rows is not None:
         places = rows.reshape(-1) if index is None else rows.reshape(-1).index_select(0, index)
@@ -151,7 +151,7 @@ def live_problem(call: HeadCall) -> Live:
         label_smoothing != 0.0,
         dtype,
     )
-    return Live(problem, tokens, index, labels.shape, label_smoothing)
+    return ValidTokens(problem, tokens, index, labels.shape, label_smoothing)
 
 
 def plain_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Weights:

@@ -42,7 +42,7 @@ def transformed_stats(call: HeadCall, diagnostics: Collection[str]) -> TokenStat
 
 
 def pulled(problem: Problem, tensors: Any, grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-    """Gradients of the live tokens, weight and bias, None for what is not there, from those of the statistics."""
+    """Gradients of the valid tokens, weight and bias, None for what is not there, from those of the statistics."""
     reference, dtype = problem.reference, problem.dtype
     ref_logits = None if reference is None else _logits(dtype, reference.hidden, reference.weight, reference.bias)
 

@@ -25,7 +25,7 @@ class HeadPlan(NamedTuple):
     name: str
     """One of `PLANS`."""
     rows: int
-    """Rows (live tokens) of a tile of logits."""
+    """Rows (valid tokens) of a tile of logits."""
     columns: int
     """Part of the vocabulary in a tile."""
     scratch_bytes: int
@@ -60,7 +60,7 @@ def head_plan(
     plan: str | None = None,
     logits_dtype: torch.dtype | None = None,
 ) -> HeadPlan:
-    """The plan that `head_token_stats` takes for so many live tokens.
+    """The plan that `head_token_stats` takes for so many valid tokens.
 
     Args:
         tokens, vocab, hidden_size: M, V and H.
@@ -107,7 +107,7 @@ def part_rows(head: Head, tokens: int, trained: bool) -> int:
     """Tokens of a part where a loss module forms loss and gradients part by part; 0 where another plan serves.
 
     Args:
-        tokens: live ones of the batch.
+        tokens: valid ones of the batch.
         trained: weight or bias are.
     """
     vocab, size = head.weight.shape

@@ -16,7 +16,7 @@ from .. import _backends
 from ..ops.call import TokenCall
 from .products import add_product, product, quick
 
-_NO_LABEL = -100  # rows of a tile are all live; this value occurs nowhere among their labels
+_NO_LABEL = -100  # rows of a tile are all valid; this value occurs nowhere among their labels
 
 Grads = tuple[Tensor | None, ...]
 
@@ -28,7 +28,7 @@ def cut(t: Tensor, at: slice) -> Tensor:
 
 @dataclass
 class Projection:
-    """Hidden states of the live tokens and the head that turns them into logits: hidden @ weight.T + bias."""
+    """Hidden states of the valid tokens and the head that turns them into logits: hidden @ weight.T + bias."""
 
     hidden: Tensor  # [M, H]
     weight: Tensor  # [V, H]; converted to the dtype of hidden tile by tile

@@ -1,4 +1,4 @@
-"""What every room of the losses shares: masked means, input checks, and the one road from logits to statistics."""
+"""What every module of the losses shares: masked means, input checks, and the one path from logits to statistics."""
 
 from __future__ import annotations
 

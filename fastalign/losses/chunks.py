@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _backends
 from ..head.head import Head, as_head
-from ..head.inputs import HeadCall, Live, live_problem, plain_head
+from ..head.inputs import HeadCall, ValidTokens, plain_head, valid_problem
 from ..head.plan import part_rows
 from ..head.products import add_product, product
 from ..head.tiles import RowStats
@@ -34,7 +34,7 @@ class Piece:
 
     def __init__(self, head: Head, rows: Tensor, totals: _Totals) -> None:
         self._head, self._totals = take(head, rows), totals
-        self._live: Live | None = None
+        self._valid: ValidTokens | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -56,8 +56,8 @@ class Piece:
             other = as_head("ref_logits", ref_logits)
             reference = (other.hidden, other.weight, other.bias)
         given = (head.hidden, head.weight, head.bias, labels, reference, head.rows)
-        live = live_problem(HeadCall.of(*given, **head.of_its_own(options)))
-        self._live, problem = live, live.problem
+        valid = valid_problem(HeadCall.of(*given, **head.of_its_own(options)))
+        self._valid, problem = valid, valid.problem
         problem.mean |= "mean_logits" in diagnostics
         self._all = slice(0, problem.labels.shape[0]), slice(0, problem.vocab)
         self._logits = problem.logits(*self._all)
@@ -66,22 +66,22 @@ class Piece:
         self._leaves = [
             t if t is None else t.detach().requires_grad_() for t in (s.logps, s.lse, s.entropy, s.kl, s.mean)
         ]
-        found = live.spread(*self._leaves)  # type: ignore[arg-type]
+        found = valid.spread(*self._leaves)  # type: ignore[arg-type]
         if not diagnostics or s.mean is None:
             return found
-        return found.with_diagnostics({"mean_logits": live.place(s.mean)})
+        return found.with_diagnostics({"mean_logits": valid.place(s.mean)})
 
     def finish(self, share: Tensor) -> None:
         """Adds the gradients of the batch's loss, of which `share` is this piece's."""
-        if self._live is None or not share.requires_grad:
+        if self._valid is None or not share.requires_grad:
             return
         there = [t for t in self._leaves if t is not None]
         found = dict(zip(map(id, there), torch.autograd.grad(share, there, allow_unused=True), strict=True))
         grads = tuple(None if t is None else found[id(t)] for t in self._leaves)
         stats: RowStats = self._stats
-        dlogits = self._live.problem.gradient(*self._all, *self._logits, stats, grads)
-        self._totals.add(self._live, dlogits)
-        self._live = None
+        dlogits = self._valid.problem.gradient(*self._all, *self._logits, stats, grads)
+        self._totals.add(self._valid, dlogits)
+        self._valid = None
         del self._logits
 
 
@@ -97,10 +97,10 @@ class _Totals:
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
 
-    def add(self, live: Live, dlogits: Tensor) -> None:
-        policy = live.problem.policy
+    def add(self, valid: ValidTokens, dlogits: Tensor) -> None:
+        policy = valid.problem.policy
         if self._needs[0]:
-            live.tokens.backward(product(torch.empty_like(live.tokens), dlogits, policy.part(slice(None))))
+            valid.tokens.backward(product(torch.empty_like(valid.tokens), dlogits, policy.part(slice(None))))
         if self._needs[1]:
             self._add_weight(dlogits, policy.hidden)
         if self._needs[2]:

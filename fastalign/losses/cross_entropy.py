@@ -84,7 +84,7 @@ def cross_entropy(
     reducer = lookup("reduction", REDUCTIONS, reduction)
     check_range("label_smoothing", label_smoothing, 0.0, 1.0)
     check_range("z_loss", z_loss, 0.0)
-    live = target.long() != ignore_index
+    valid = target.long() != ignore_index
     options: dict[str, Any] = {"ignore_index": ignore_index, "softcap": softcap}
     if label_smoothing and weight is not None:  # two terms reach the logits: their gradients are added, then rounded
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -93,19 +93,19 @@ def cross_entropy(
     except ValueError:
         check_classes(target, ignore_index, logits.shape[-1])
         raise
-    losses, weights = -stats.logps, live.to(stats.logps.dtype)
+    losses, weights = -stats.logps, valid.to(stats.logps.dtype)
     if weight is not None:
         check_float("weight", weight, logits.shape[-1:], "a class")
         summed = functools.partial(_summed, logits, weight.to(stats.logps.dtype), softcap)
-        losses, weights = weighted(stats, summed, target, live, weight, label_smoothing)
-    found = with_z_loss(reducer(losses, weights), reducer, stats, live, z_loss)
+        losses, weights = weighted(stats, summed, target, valid, weight, label_smoothing)
+    found = with_z_loss(reducer(losses, weights), reducer, stats, valid, z_loss)
     wide = input.dtype == torch.float64 or autocast_dtype(input.device) is None
     return found.to(input.dtype if wide else torch.float32)
 
 
-def with_z_loss(found: Tensor, reducer: Callable[..., Tensor], stats: TokenStats, live: Tensor, z: float) -> Tensor:
+def with_z_loss(found: Tensor, reducer: Callable[..., Tensor], stats: TokenStats, valid: Tensor, z: float) -> Tensor:
     """What losses were reduced to, and z lse^2 by the same reduction without class weights."""
-    return found + reducer(z * stats.lse.square(), live.to(stats.lse.dtype)) if z else found
+    return found + reducer(z * stats.lse.square(), valid.to(stats.lse.dtype)) if z else found
 
 
 def _summed(logits: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
@@ -179,7 +179,7 @@ def _fused(input: object, target: object, ignore_index: int, loss: FusedLoss) ->
 
 
 def weighted(
-    stats: TokenStats, summed: Callable[[], Tensor], target: Tensor, live: Tensor, weight: Tensor, smoothing: float
+    stats: TokenStats, summed: Callable[[], Tensor], target: Tensor, valid: Tensor, weight: Tensor, smoothing: float
 ) -> tuple[Tensor, Tensor]:
     """(loss, weight) of each target: -(1 - e) w_y log p_y - (e / C) sum_c w_c log p_c, as torch weights the classes.
 
@@ -187,11 +187,11 @@ def weighted(
         summed: gives sum_c w_c x_c of each target's logits x.
     """
     weight = weight.to(stats.logps.dtype)
-    weights = hide(weight[torch.where(live, target, 0)], live)
+    weights = hide(weight[torch.where(valid, target, 0)], valid)
     losses = -weights * stats.logps
     if not smoothing:
         return losses, weights
     # sum_c w_c log p_c = sum_c w_c x_c - lse sum_c w_c
-    whole = hide(summed(), live) - stats.lse * weight.sum()
-    rest = -smoothing / len(weight) * hide(whole, live)
+    whole = hide(summed(), valid) - stats.lse * weight.sum()
+    rest = -smoothing / len(weight) * hide(whole, valid)
     return rest if smoothing == 1.0 else (1 - smoothing) * losses + rest, weights

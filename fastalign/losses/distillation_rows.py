@@ -177,11 +177,11 @@ def _compare_few(
     nothing is lost where it is small. With it the kernels of the statistics give the gradient of all others at once.
     """
     labels = known.labels[at]
-    live = labels.ge(0).unsqueeze(-1)
+    valid = labels.ge(0).unsqueeze(-1)
     ids, logq = teacher.ids[at].long(), teacher.logps[at]
-    ids = torch.where(live, ids, torch.arange(ids.shape[-1], device=ids.device))
+    ids = torch.where(valid, ids, torch.arange(ids.shape[-1], device=ids.device))
     x = own.clone() if room is None else room if room is own else room.copy_(own)  # that may be overwritten
-    x, slope = _prepared(student, x, at, live)
+    x, slope = _prepared(student, x, at, valid)
     label = labels.clamp(min=0).unsqueeze(-1)
     wide = wide_dtype(x)  # of the buckets, which are few
     logq = logq.to(wide)
@@ -200,14 +200,14 @@ def _compare_few(
     value, tilted = divergence_terms(logp, torch.cat([logq, left], -1), known.mixture)
 
     def masked(t: Tensor) -> Tensor:
-        return torch.where(live, t, 0).squeeze(-1)
+        return torch.where(valid, t, 0).squeeze(-1)
 
     of_rows = grads[0].dtype
     result = masked(value.sum(-1, keepdim=True)).to(of_rows), masked(target - lse).to(of_rows)
     if room is None:
         return result
-    d = torch.where(live, grads[0].unsqueeze(-1), 0)
-    n = torch.zeros_like(d) if grads[1] is None else torch.where(live, grads[1].unsqueeze(-1), 0)
+    d = torch.where(valid, grads[0].unsqueeze(-1), 0)
+    n = torch.zeros_like(d) if grads[1] is None else torch.where(valid, grads[1].unsqueeze(-1), 0)
     p = logp.exp()
     dx = d * (tilted - p * tilted.sum(-1, keepdim=True)) - n * p
     backend.backward(call, saved, None, None, (None, dx[:, -1].to(saved.dtype).contiguous(), None, None, None), x)
@@ -215,16 +215,16 @@ def _compare_few(
     x.scatter_add_(-1, label, n.to(x.dtype))
     factor: Any = student.scale[at].unsqueeze(-1).to(x.dtype)
     x.mul_(factor if slope is None else slope.mul_(factor))
-    x.masked_fill_(~live, 0)
+    x.masked_fill_(~valid, 0)
     if x is not room:
         room.copy_(x)
     return result
 
 
-def _prepared(student: Rows, x: Tensor, at: slice, live: Tensor) -> tuple[Tensor, Tensor | None]:
+def _prepared(student: Rows, x: Tensor, at: slice, valid: Tensor) -> tuple[Tensor, Tensor | None]:
     """(soft-capped and tempered logits, in place where they can be; the derivative of the soft-capping)."""
     slope = None
-    x.masked_fill_(~live, 0)
+    x.masked_fill_(~valid, 0)
     if student.softcap:
         x.div_(student.softcap).tanh_()
         slope = 1 - x * x

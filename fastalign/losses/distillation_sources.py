@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _backends
 from ..head.head import Head, as_head
-from ..head.inputs import HeadCall, Live, live_problem, plain_head
+from ..head.inputs import HeadCall, ValidTokens, plain_head, valid_problem
 from ..ops.call import as_softcap, check_call, check_positive, token_call
 from .base import Logits, check_float, check_logits
 from .distillation_rows import OfHead, OfTensor, Rows, TopK
@@ -37,7 +37,7 @@ class Student(NamedTuple):
     """[N], places of the rows among all labels; None: all of them."""
     leaves: tuple[Tensor | None, ...]
     """What gradients are for: logits; or hidden states, weight and bias."""
-    live: Live | None
+    valid: ValidTokens | None
     """Of a head."""
     chunk_bytes: int | None
 
@@ -57,8 +57,8 @@ class Student(NamedTuple):
         needs = [t is not None and t.requires_grad for t in self.leaves]
         if not torch.is_grad_enabled() or not any(needs):
             return None
-        if self.live is not None:
-            return OfHead(self.live.problem, rows, (needs[0], needs[1], needs[2]))
+        if self.valid is not None:
+            return OfHead(self.valid.problem, rows, (needs[0], needs[1], needs[2]))
         logits: Any = self.leaves[0]
         return OfTensor(logits.detach(), inplace)
 
@@ -77,10 +77,10 @@ def student_of(logits: Tensor | Head, labels: Tensor, options: Options) -> Stude
         flat = torch.where(labels.long() == options.ignore_index, -1, labels.long()).reshape(-1)
         rows = _rows_of_tensor(logits, None, labels, options)
         return Student(rows, flat, None, (logits,), None, None)
-    live, leaves = _live(logits, labels, options)
-    rows = _rows_of_head(live, labels, options)
-    found = live.problem.labels.long()
-    return Student(rows, found, live.places, (live.tokens, *leaves[1:]), live, logits.chunk_bytes)
+    valid, leaves = _valid(logits, labels, options)
+    rows = _rows_of_head(valid, labels, options)
+    found = valid.problem.labels.long()
+    return Student(rows, found, valid.places, (valid.tokens, *leaves[1:]), valid, logits.chunk_bytes)
 
 
 def teacher_of(teacher: Teacher, labels: Tensor, student: Student, vocab: int, options: Options) -> Rows | TopK:
@@ -107,22 +107,22 @@ def teacher_of(teacher: Teacher, labels: Tensor, student: Student, vocab: int, o
             f"got {list(head.shape)}"
         )
     with torch.no_grad():
-        if student.live is None:  # its rows are all there
+        if student.valid is None:  # its rows are all there
             labels, options = torch.zeros_like(labels), options._replace(ignore_index=_ALL)
-        return _rows_of_head(_live(head, labels, options)[0], labels, options)
+        return _rows_of_head(_valid(head, labels, options)[0], labels, options)
 
 
-def _live(head: Head, labels: Tensor, options: Options) -> tuple[Live, tuple[Tensor, Tensor, Tensor | None]]:
+def _valid(head: Head, labels: Tensor, options: Options) -> tuple[ValidTokens, tuple[Tensor, Tensor, Tensor | None]]:
     if head.plan not in (None, "objective"):
         raise ValueError(f"plan must be None or 'objective' in a distillation, which has no other; got {head.plan!r}")
     plain = plain_head(head.hidden, head.weight, head.bias)
     own = head.of_its_own({"ignore_index": options.ignore_index, "softcap": options.softcap})
-    return live_problem(HeadCall.of(*plain, labels, None, head.rows, **own)), plain
+    return valid_problem(HeadCall.of(*plain, labels, None, head.rows, **own)), plain
 
 
-def _rows_of_head(live: Live, labels: Tensor, options: Options) -> Rows:
-    problem = live.problem
-    scale = _scale(1 / problem.temperature, live.places, labels, options)
+def _rows_of_head(valid: ValidTokens, labels: Tensor, options: Options) -> Rows:
+    problem = valid.problem
+    scale = _scale(1 / problem.temperature, valid.places, labels, options)
     return Rows(problem.policy, None, scale, problem.softcap, problem.dtype)
 
 

@@ -84,13 +84,13 @@ def linear_cross_entropy(
                 softcap=softcap,
                 **choice,
             )
-            live = target.long() != ignore_index
-            losses, weights = -stats.logps, live.to(stats.logps.dtype)
+            valid = target.long() != ignore_index
+            losses, weights = -stats.logps, valid.to(stats.logps.dtype)
             if weight is not None:
                 losses, weights = _class_weighted(
-                    stats, (input, linear_weight, linear_bias), target, live, weight, label_smoothing
+                    stats, (input, linear_weight, linear_bias), target, valid, weight, label_smoothing
                 )
-            loss = with_z_loss(reducer(losses, weights), reducer, stats, live, z_loss)
+            loss = with_z_loss(reducer(losses, weights), reducer, stats, valid, z_loss)
     except ValueError:
         check_classes(target, ignore_index, linear_weight.shape[0])
         raise
@@ -121,7 +121,7 @@ def _class_weighted(
     stats: TokenStats,
     linear: tuple[Tensor, Tensor, Tensor | None],
     target: Tensor,
-    live: Tensor,
+    valid: Tensor,
     weight: Tensor,
     smoothing: float,
 ) -> tuple[Tensor, Tensor]:
@@ -134,4 +134,4 @@ def _class_weighted(
         found = hidden.to(wide) @ (weight.to(wide) @ matrix.to(wide))
         return found if bias is None else found + weight.to(wide) @ bias.to(wide)
 
-    return weighted(stats, summed, target, live, weight, smoothing)
+    return weighted(stats, summed, target, valid, weight, smoothing)

@@ -156,7 +156,7 @@ def token_weights(
     if not isinstance(num_items, Tensor) and dtype == torch.float32 and weights is None:
         grouping = Grouping(labels.numel() // max(labels.shape[-1], 1))
         fused, inputs = _normalized(normalization, max_length), [Input("num_items", num_items, BATCH)]
-        found = fused.slopes(labels, inputs, grouping, ignore_index, logps=x)
+        found = fused.derivatives(labels, inputs, grouping, ignore_index, logps=x)
         if found is not None:
             return found[0]
     mask = labels.long() != ignore_index

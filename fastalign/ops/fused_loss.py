@@ -241,10 +241,10 @@ class FusedLoss:
         made = backend.loss_terms(tuple(stats), call.labels, call.ignore_index, *rest)
         if made is None:
             return None
-        results, slopes = made
+        results, derivatives = made
         if wanted:
             known = (results[0], to_kept_logits, (found.which, call.options, inplace), True)
-            results[0] = node(known, *call[:3], saved, stats[2], stats[3], slopes)
+            results[0] = node(known, *call[:3], saved, stats[2], stats[3], derivatives)
         return results
 
     def of_statistics(
@@ -256,12 +256,12 @@ class FusedLoss:
         made = self._run(there, labels, inputs, grouping, ignore_index, wanted)
         if made is None:
             return None
-        results, slopes, moved = made
+        results, derivatives, moved = made
         if wanted and any(t.requires_grad for t in moved):
-            results[0] = node((results[0], to_statistics, slopes.unbind(), True), *moved)
+            results[0] = node((results[0], to_statistics, derivatives.unbind(), True), *moved)
         return results
 
-    def slopes(
+    def derivatives(
         self, labels: Tensor, inputs: Sequence[Input], grouping: Grouping, ignore_index: int, **stats: Tensor
     ) -> tuple[Tensor, ...] | None:
         """The loss's derivative in each of these statistics that it moves with, of the labels' shape."""
@@ -278,7 +278,7 @@ class FusedLoss:
         ignore_index: int,
         wanted: bool,
     ) -> tuple[list[Any], Tensor, list[Tensor]] | None:
-        """(results, slopes [k, tokens] if wanted, the k statistics that the loss moves with)."""
+        """(results, derivatives [k, tokens] if wanted, the k statistics that the loss moves with)."""
         logps = stats["logps"]
         if type(logps) is not Tensor or logps.dtype != torch.float32 or not statistics.alone(logps, labels):
             return None

@@ -39,7 +39,7 @@ node = statistics.node_of(_FusedLoss)
 _OfForward = tuple[int, tuple[int, float, float], bool]
 """Bits of the statistics that the loss moves with, options, in place."""
 _OfLogits = tuple[int, bytes, tuple[int, float, float], bool]
-"""Bits of the statistics that the loss moves with, whose slopes were kept; what was kept; options; in place."""
+"""Bits of the statistics that the loss moves with, whose derivatives were kept; what was kept; options; in place."""
 
 
 def to_logits(known: _OfLogits, gradient: Tensor, saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
@@ -48,8 +48,8 @@ def to_logits(known: _OfLogits, gradient: Tensor, saved: tuple[Any, ...]) -> tup
     logits, labels, reference = saved if len(saved) == 3 else (*saved, None)
     found = None if inplace else statistics.direct_gradient(logits, labels, options, reference, kept, gradient, which)
     if found is None:
-        rows, slopes = _backends.kept_rows(kept, labels, which)
-        grads = _of_statistics(which, gradient, labels, slopes)
+        rows, derivatives = _backends.kept_rows(kept, labels, which)
+        grads = _of_statistics(which, gradient, labels, derivatives)
         call = TokenCall(logits, labels, reference, *options)
         found = statistics.gradient(call, *rows, grads, inplace)
     return (None, found, None) if reference is None else (None, found, None, None)
@@ -57,21 +57,21 @@ def to_logits(known: _OfLogits, gradient: Tensor, saved: tuple[Any, ...]) -> tup
 
 def to_kept_logits(known: _OfForward, gradient: Tensor, saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
     """The same after a forward of tensors: logits, labels, the reference's logits, what the forward saved, entropy, KL
-    and slopes [k, tokens]."""
+    and derivatives [k, tokens]."""
     which, options, inplace = known
-    logits, labels, reference, rows, entropy, kl, slopes = saved
-    grads = _of_statistics(which, gradient, labels, slopes)
+    logits, labels, reference, rows, entropy, kl, derivatives = saved
+    grads = _of_statistics(which, gradient, labels, derivatives)
     found = statistics.gradient(TokenCall(logits, labels, reference, *options), rows, entropy, kl, grads, inplace)
     return None, found, *[None] * 6
 
 
-def _of_statistics(which: int, gradient: Tensor, labels: Tensor, slopes: Tensor | None) -> statistics.Grads:
+def _of_statistics(which: int, gradient: Tensor, labels: Tensor, derivatives: Tensor | None) -> statistics.Grads:
     """The gradient of every statistic, of the labels' shape."""
     each: list[Tensor | None] = [None] * len(STATISTICS)
     wide = gradient.float()
     if torch.is_grad_enabled() and not wide.requires_grad:
         wide = wide.detach().requires_grad_()  # so that another derivative is refused, not silently zero
-    rows = iter([] if slopes is None else _times(wide, slopes).unbind())
+    rows = iter([] if derivatives is None else _times(wide, derivatives).unbind())
     for k in range(len(STATISTICS)):
         if which >> k & 1:
             row = next(rows)  # if a hook changed the labels, the checks of the backward say so
@@ -79,17 +79,17 @@ def _of_statistics(which: int, gradient: Tensor, labels: Tensor, slopes: Tensor 
     return tuple(each)
 
 
-def _times(gradient: Tensor, slopes: Tensor) -> Tensor:
-    """The gradient of a loss, or of the losses of equally long sequences, times slopes [..., tokens]."""
+def _times(gradient: Tensor, derivatives: Tensor) -> Tensor:
+    """The gradient of a loss, or of the losses of equally long sequences, times derivatives [..., tokens]."""
     if gradient.dim() == 0:
-        return gradient * slopes
-    apart = slopes.view(*slopes.shape[:-1], len(gradient), -1)
-    return (gradient.unsqueeze(-1) * apart).view(slopes.shape)
+        return gradient * derivatives
+    apart = derivatives.view(*derivatives.shape[:-1], len(gradient), -1)
+    return (gradient.unsqueeze(-1) * apart).view(derivatives.shape)
 
 
-def to_statistics(slopes: Sequence[Tensor], gradient: Tensor, saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+def to_statistics(derivatives: Sequence[Tensor], gradient: Tensor, saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
     """To statistics that are differentiable themselves."""
-    return None, *[_times(gradient, slope).view(t.shape) for slope, t in zip(slopes, saved, strict=True)]
+    return None, *[_times(gradient, slope).view(t.shape) for slope, t in zip(derivatives, saved, strict=True)]
 
 
 def _hand_on(known: list[Sequence[Tensor | None]], scale: Tensor, saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:

@@ -1,4 +1,4 @@
-"""One launch for losses whose tokens need no other token: statistics, slopes and gradient while a row is in cache.
+"""One launch for losses whose tokens need no other token: statistics, derivatives and gradient while a row is in cache.
 
 `ops.token_stats` reads the logits once forward and once backward. Where a token's loss depends on that token alone
 (SFT, PPO and its token-level relatives), both fit into one visit: one read of the logits, one write of their gradient.

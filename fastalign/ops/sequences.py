@@ -97,6 +97,6 @@ def sequence_logps(
     total = sum_tokens(statistics.token_logps(logits, labels, **options), dtype)
     if not average:
         return total
-    live = (labels.long() != options.get("ignore_index", -100)).to(total.dtype)
-    count = live.flatten(1).sum(-1) if live.dim() > 1 else live
+    valid = (labels.long() != options.get("ignore_index", -100)).to(total.dtype)
+    count = valid.flatten(1).sum(-1) if valid.dim() > 1 else valid
     return total / count.clamp(min=1)

@@ -53,11 +53,11 @@ def statistics(
     plain = _without_levels(labels)
     if plain is not None:
         _backends.check_labels(plain, ignore_index, logits.shape[-1])
-    live = labels.long() != ignore_index
-    target = torch.where(live, labels.long(), 0).unsqueeze(-1)
+    valid = labels.long() != ignore_index
+    target = torch.where(valid, labels.long(), 0).unsqueeze(-1)
 
     def scaled(x: Tensor) -> Tensor:
-        x = torch.where(live.unsqueeze(-1), x.to(torch.promote_types(x.dtype, torch.float32)), 0)
+        x = torch.where(valid.unsqueeze(-1), x.to(torch.promote_types(x.dtype, torch.float32)), 0)
         return (softcap * torch.tanh(x / softcap) if softcap else x) / temperature
 
     x = scaled(logits)
@@ -72,17 +72,17 @@ def statistics(
     found = (logp.gather(-1, target).squeeze(-1), lse, -(p * finite).sum(-1), kl, x.mean(-1))
 
     def best() -> Tensor:
-        return torch.where(live & lse.isfinite(), logits.argmax(-1), -1)
+        return torch.where(valid & lse.isfinite(), logits.argmax(-1), -1)
 
     more = {
         "log_sum_sq_probs": lambda: (2 * logp).logsumexp(-1),
         "mean_logits": lambda: x.mean(-1),
-        "is_top1": lambda: (best() == target.squeeze(-1)) & live,
+        "is_top1": lambda: (best() == target.squeeze(-1)) & valid,
         "argmax": best,
     }
 
     def shown(t: Any) -> Any:
-        return None if t is None else torch.where(live, t, torch.zeros((), dtype=t.dtype, device=t.device))
+        return None if t is None else torch.where(valid, t, torch.zeros((), dtype=t.dtype, device=t.device))
 
     constants = {name: more[name]().detach() for name in diagnostics}
     shown_too = {name: t if name == "argmax" else shown(t) for name, t in constants.items()}

@@ -74,7 +74,7 @@ def average(each: Tensor, mask: Tensor, normalization: str) -> Tensor:
     """Over tokens, or over sequences that have one of the means over theirs."""
     if normalization == "token":
         return each[mask].mean()
-    return torch.stack([row[live].mean() for row, live in zip(each, mask, strict=True) if live.any()]).mean()
+    return torch.stack([row[valid].mean() for row, valid in zip(each, mask, strict=True) if valid.any()]).mean()
 
 
 def _inputs(sizes: Sizes, generator: torch.Generator) -> dict[str, Tensor]:

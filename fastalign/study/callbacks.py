@@ -9,10 +9,10 @@ from transformers import TrainerCallback
 
 from ..evaluation.perplexity import alignment_tax
 from ..evaluation.policy import Measured, measure
-from .setup import Ground
+from .setup import Setup
 
 
-class Watch:
+class Tracker:
     """Takes the figures of a policy on the held-out prompts, always with the same draws.
 
     Attributes:
@@ -22,29 +22,29 @@ class Watch:
             held-out reviews).
     """
 
-    def __init__(self, ground: Ground) -> None:
-        self.ground = ground
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
         self.points: list[dict[str, Any]] = []
         self.last: Measured | None = None
 
     def look(self, step: int, policy: Any, *, end: bool) -> None:
         """Adds the point of this step; `end` says that the run ends here."""
-        ground, config = self.ground, self.ground.config
+        setup, config = self.setup, self.setup.config
         found = measure(
             policy,
-            ground.reference,
-            ground.tokenizer,
-            ground.eval_prompts,
-            ground.scorers,
+            setup.reference,
+            setup.tokenizer,
+            setup.eval_prompts,
+            setup.scorers,
             per_prompt=config.eval_samples,
-            how=ground.demo.how,
-            seed=ground.seed + 1,
+            how=setup.demo.how,
+            seed=setup.seed + 1,
         )
         by_prompt = found.scores["gold"].mean(1)
         halves = [float(np.mean(by_prompt[i::2])) for i in (0, 1)]
         self.points.append({"step": step, **found.figures, "halves": halves})
         if end:
-            tax = alignment_tax(ground.held_out_likelihood, ground.likelihood_of(policy))
+            tax = alignment_tax(setup.held_out_likelihood, setup.likelihood_of(policy))
             self.points[-1]["tax"] = tax._asdict()
         self.last = found
 
@@ -54,12 +54,12 @@ def marks(total: int, count: int) -> list[int]:
     return sorted({max(1, round(total * (i + 1) / count)) for i in range(count)})
 
 
-class WatchCallback(TrainerCallback):
+class TrackerCallback(TrainerCallback):
     """Looks at the marked updates of a transformers Trainer."""
 
-    def __init__(self, watch: Watch, steps: list[int]) -> None:
-        self.watch, self.steps = watch, steps
+    def __init__(self, tracker: Tracker, steps: list[int]) -> None:
+        self.tracker, self.steps = tracker, steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step in self.steps:
-            self.watch.look(state.global_step, model, end=state.global_step == self.steps[-1])
+            self.tracker.look(state.global_step, model, end=state.global_step == self.steps[-1])

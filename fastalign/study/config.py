@@ -81,7 +81,7 @@ class StudyConfig(Keys):
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in _ANY}
 
     def demo(self, seed: int) -> DemoConfig:
-        """The demo's configuration for the ground of one seed: corpus, split, base model, fine-tuning."""
+        """The demo's configuration for the setup of one seed: corpus, split, base model, fine-tuning."""
         names = (
             *("model", "vocab_size", "hidden_size", "layers", "held_out", "sft_rows", "sft_epochs"),
             *("sft_learning_rate", "prompts", "samples_per_prompt", "min_gap", "max_new_tokens", "eval_prompts"),

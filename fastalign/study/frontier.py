@@ -32,11 +32,11 @@ from ..trainers.common import arguments
 from ..trainers.common.arguments import key
 from ..utils.checks import check_choice
 from . import plots, report
-from .callbacks import Watch
+from .callbacks import Tracker
 from .config import StudyConfig
 from .envelope import BUDGETS, Point, difference, envelope, over_seeds
 from .methods import METHODS, Job
-from .setup import Ground, ground_of
+from .setup import Setup, setup_of
 from .study import run_study, save, seed_of
 
 BEST_OF = "best-of-n"
@@ -79,33 +79,33 @@ def cells(config: FrontierConfig) -> list[str]:
 
 def run_cell(root: Path, config: FrontierConfig, name: str) -> dict[str, Any]:
     """Trains one method at one coefficient and one seed; its points."""
-    ground = ground_of(root, config, seed_of(name))
+    setup = setup_of(root, config, seed_of(name))
     if name.startswith(f"frontier/{BEST_OF}"):
-        return {"method": BEST_OF, "coefficient": 0.0, "seed": ground.seed, "points": best_of_points(ground)}
+        return {"method": BEST_OF, "coefficient": 0.0, "seed": setup.seed, "points": best_of_points(setup)}
     method, value, _ = name.removeprefix("frontier/").rsplit("-", 2)
-    watch = Watch(ground)
+    tracker = Tracker(setup)
     work = root / name / "work"
     shutil.rmtree(work, ignore_errors=True)
-    METHODS[method].train(Job(ground, float(value), work, watch))
+    METHODS[method].train(Job(setup, float(value), work, tracker))
     shutil.rmtree(work, ignore_errors=True)
-    return {"method": method, "coefficient": float(value), "seed": ground.seed, "points": watch.points}
+    return {"method": method, "coefficient": float(value), "seed": setup.seed, "points": tracker.points}
 
 
-def best_of_points(ground: Ground) -> list[dict[str, Any]]:
+def best_of_points(setup: Setup) -> list[dict[str, Any]]:
     """The fine-tuned model itself, and the best of 2, 4, 8, ... of its samples by the gold and by the learned reward.
 
     `kl` is the bound log n - (n - 1)/n; the start's is 0.
     """
-    config = ground.config
+    config = setup.config
     found = measure(
-        ground.reference,
-        ground.reference,
-        ground.tokenizer,
-        ground.eval_prompts,
-        ground.scorers,
+        setup.reference,
+        setup.reference,
+        setup.tokenizer,
+        setup.eval_prompts,
+        setup.scorers,
         per_prompt=config.best_of,
-        how=ground.demo.how,
-        seed=ground.seed + 1,
+        how=setup.demo.how,
+        seed=setup.seed + 1,
     )
     points: list[dict[str, Any]] = []
     n = 1

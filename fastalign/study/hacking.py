@@ -29,10 +29,10 @@ from ..trainers.common import arguments
 from ..trainers.common.arguments import key
 from ..utils.checks import check_positive
 from . import frontier, plots, report
-from .callbacks import Watch
+from .callbacks import Tracker
 from .frontier import FrontierConfig
 from .methods import Job, train_pairs
-from .setup import Ground, ground_of
+from .setup import Setup, setup_of
 from .study import run_study, save
 
 PATHS = ["dpo", "ppo-learned"]
@@ -84,37 +84,37 @@ def run_cell(root: Path, config: HackingConfig, name: str) -> dict[str, Any]:
     if name.startswith("frontier/"):
         return frontier.run_cell(root, config, name)
     bonus, beta, nll_weight, alpha, seed = (float(x) for x in name.removeprefix("hacking/length-").split("-"))
-    ground = ground_of(root, config, int(seed))
-    watch, work = Watch(ground), root / name / "work"
+    setup = setup_of(root, config, int(seed))
+    tracker, work = Tracker(setup), root / name / "work"
     shutil.rmtree(work, ignore_errors=True)
-    rows = length_biased(ground, bonus)
+    rows = length_biased(setup, bonus)
     options = {"beta": beta, "length_alpha": alpha, "loss_type": "rpo", "nll_weight": nll_weight}
     # A rate that falls to 0: what is compared is the end of each run, and at a constant rate lengths swing to the last.
-    train_pairs(Job(ground, alpha, work, watch), rows, lr_scheduler_type="cosine", **options)
+    train_pairs(Job(setup, alpha, work, tracker), rows, lr_scheduler_type="cosine", **options)
     shutil.rmtree(work, ignore_errors=True)
     before = measure(
-        ground.reference,
-        ground.reference,
-        ground.tokenizer,
-        ground.eval_prompts,
-        ground.scorers,
+        setup.reference,
+        setup.reference,
+        setup.tokenizer,
+        setup.eval_prompts,
+        setup.scorers,
         per_prompt=config.eval_samples,
-        how=ground.demo.how,
-        seed=ground.seed + 1,
+        how=setup.demo.how,
+        seed=setup.seed + 1,
     )
-    if watch.last is None:
+    if tracker.last is None:
         raise RuntimeError("the run ended without a look at its policy")
-    found = compare(before, watch.last)
+    found = compare(before, tracker.last)
     longer = np.mean([len(r["chosen"].split()) > len(r["rejected"].split()) for r in rows])
-    return {"alpha": alpha, "seed": int(seed), "points": watch.points, "longer_chosen": float(longer), **found}
+    return {"alpha": alpha, "seed": int(seed), "points": tracker.points, "longer_chosen": float(longer), **found}
 
 
-def length_biased(ground: Ground, bonus: float) -> list[dict[str, str]]:
-    """Pairs from the ground's lists as labelers would make them who add `bonus` to the gold reward for each word."""
-    rows = ground.read("lists")
+def length_biased(setup: Setup, bonus: float) -> list[dict[str, str]]:
+    """Pairs from the setup's lists as labelers would make them who add `bonus` to the gold reward for each word."""
+    rows = setup.read("lists")
     for row in rows:
         row["rewards"] = [r + bonus * len(t.split()) for r, t in zip(row["rewards"], row["completions"], strict=True)]
-    return best_against_worst(rows, ground.config.min_gap)
+    return best_against_worst(rows, setup.config.min_gap)
 
 
 def compare(before: Measured, after: Measured) -> dict[str, Any]:

@@ -17,19 +17,19 @@ from ..trainers.dpo import DPOConfig, DPOTrainer
 from ..trainers.grpo import GRPOConfig, GRPOTrainer
 from ..trainers.ppo import PPOConfig, PPOTrainer
 from ..trainers.pro import PROConfig, PROTrainer
-from .callbacks import Watch, WatchCallback, marks
-from .setup import Ground
+from .callbacks import Tracker, TrackerCallback, marks
+from .setup import Setup
 
 
 @dataclass
 class Job:
     """One run: a method at one value of its coefficient."""
 
-    ground: Ground
+    setup: Setup
     coefficient: float
     folder: Path
     """For what the trainer writes; it is removed afterwards."""
-    watch: Watch
+    tracker: Tracker
 
 
 class Method(NamedTuple):
@@ -45,7 +45,7 @@ class Method(NamedTuple):
 
 # ------------------------------------------------------------------------------------------------- pairs and lists
 def _preference_arguments(job: Job) -> dict[str, Any]:
-    config = job.ground.config
+    config = job.setup.config
     return {
         "output_dir": str(job.folder),
         "max_steps": config.preference_updates,
@@ -57,21 +57,21 @@ def _preference_arguments(job: Job) -> dict[str, Any]:
         "logging_steps": config.preference_updates,
         "save_strategy": "no",
         "disable_tqdm": True,
-        "seed": job.ground.seed,
+        "seed": job.setup.seed,
     }
 
 
 def _fit(job: Job, trainer: Any) -> None:
-    config = job.ground.config
-    trainer.add_callback(WatchCallback(job.watch, marks(config.preference_updates, config.evaluations)))
+    config = job.setup.config
+    trainer.add_callback(TrackerCallback(job.tracker, marks(config.preference_updates, config.evaluations)))
     trainer.train()
 
 
 def train_pairs(job: Job, rows: Any = None, **options: Any) -> None:
-    """DPO and its relatives, on the ground's pairs or on other rows; options are those of the loss and of training."""
-    model, tokenizer = job.ground.demo.load("sft")
+    """DPO and its relatives, on the setup's pairs or on other rows; options are those of the loss and of training."""
+    model, tokenizer = job.setup.demo.load("sft")
     args = DPOConfig(**{**_preference_arguments(job), **options})
-    rows = str(job.ground.file("pairs")) if rows is None else rows
+    rows = str(job.setup.file("pairs")) if rows is None else rows
     _fit(job, DPOTrainer(model, args, rows, None, tokenizer))
 
 
@@ -80,7 +80,7 @@ def _dpo(job: Job) -> None:
 
 
 def _dpo_r(job: Job) -> None:
-    train_pairs(job, beta=job.coefficient, length_alpha=job.ground.config.length_alpha)
+    train_pairs(job, beta=job.coefficient, length_alpha=job.setup.config.length_alpha)
 
 
 def _ipo(job: Job) -> None:
@@ -88,14 +88,14 @@ def _ipo(job: Job) -> None:
 
 
 def _pro(job: Job) -> None:
-    model, tokenizer = job.ground.demo.load("sft")
+    model, tokenizer = job.setup.demo.load("sft")
     args = PROConfig(**_preference_arguments(job), sft_weight=job.coefficient, sft_average=True)
-    _fit(job, PROTrainer(model, args, str(job.ground.file("lists")), None, tokenizer))
+    _fit(job, PROTrainer(model, args, str(job.setup.file("lists")), None, tokenizer))
 
 
 # ------------------------------------------------------------------------------------------- sampling while training
 def _policy_arguments(job: Job, generations: int = 1) -> dict[str, Any]:
-    config = job.ground.config
+    config = job.setup.config
     half = max(generations, config.policy_batch_size // 2 // generations * generations)
     return {
         "output_dir": str(job.folder),
@@ -109,16 +109,16 @@ def _policy_arguments(job: Job, generations: int = 1) -> dict[str, Any]:
         "lr_scheduler_type": "constant",
         "missing_eos_penalty": config.missing_eos_penalty or None,
         "disable_tqdm": True,
-        "seed": job.ground.seed,
+        "seed": job.setup.seed,
     }
 
 
 def _explore(job: Job, trainer: Any) -> None:
-    steps = marks(trainer.total_steps, job.ground.config.evaluations)
+    steps = marks(trainer.total_steps, job.setup.config.evaluations)
     for step in range(1, trainer.total_steps + 1):
         trainer.step()
         if step in steps:
-            job.watch.look(step, trainer.inner.policy, end=step == steps[-1])
+            job.tracker.look(step, trainer.inner.policy, end=step == steps[-1])
 
 
 def reward_of(scorer: Scorer) -> Callable[[list[str], list[str]], list[float]]:
@@ -134,18 +134,18 @@ def _ppo(job: Job, reward: str) -> None:
     most. A quick controller that starts low would take the weight to nothing while the KL still rises from 0, and
     overshoot.
     """
-    ground = job.ground
-    model, tokenizer = ground.demo.load("sft")
-    scorer, arguments = ground.scorers[reward], _policy_arguments(job)
+    setup = job.setup
+    model, tokenizer = setup.demo.load("sft")
+    scorer, arguments = setup.scorers[reward], _policy_arguments(job)
     args = PPOConfig(
         **arguments,
-        num_ppo_epochs=ground.config.policy_epochs,
+        num_ppo_epochs=setup.config.policy_epochs,
         kl_controller="adaptive",
-        init_kl_coef=ground.spread(scorer) / math.sqrt(2 * job.coefficient),
+        init_kl_coef=setup.spread(scorer) / math.sqrt(2 * job.coefficient),
         target=job.coefficient,
         horizon=4 * arguments["rollout_batch_size"],
     )
-    _explore(job, PPOTrainer(model, args, str(ground.file("prompts")), None, tokenizer, reward=reward_of(scorer)))
+    _explore(job, PPOTrainer(model, args, str(setup.file("prompts")), None, tokenizer, reward=reward_of(scorer)))
 
 
 def _ppo_gold(job: Job) -> None:
@@ -157,11 +157,11 @@ def _ppo_learned(job: Job) -> None:
 
 
 def _grpo(job: Job) -> None:
-    ground = job.ground
-    model, tokenizer = ground.demo.load("sft")
+    setup = job.setup
+    model, tokenizer = setup.demo.load("sft")
     args = GRPOConfig(**_policy_arguments(job, generations=4), kl_coef=job.coefficient)
-    rows = str(ground.file("prompts"))
-    _explore(job, GRPOTrainer(model, args, rows, None, tokenizer, reward=reward_of(ground.demo.gold)))
+    rows = str(setup.file("prompts"))
+    _explore(job, GRPOTrainer(model, args, rows, None, tokenizer, reward=reward_of(setup.demo.gold)))
 
 
 _BETAS, _PAPER_BETAS = (0.05, 0.5), (0.05, 0.1, 1.0, 5.0)  # Rafailov et al. 2023, sec. 6.1

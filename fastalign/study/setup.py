@@ -30,7 +30,7 @@ _LIST = 32
 """Texts in a list that the learned reward is trained on."""
 
 
-class Ground:
+class Setup:
     """Things of one seed, made by `prepare` and loaded when first asked for.
 
     Args:
@@ -165,13 +165,13 @@ class Ground:
         return likelihood(model, self.tokenizer, completions_of(texts), max_length=160)
 
 
-_kept: dict[tuple[Path, int, str], Ground] = {}
+_kept: dict[tuple[Path, int, str], Setup] = {}
 
 
-def ground_of(root: Path, config: StudyConfig, seed: int) -> Ground:
-    """The ground of a cell: where the cell before it in this process had the same, that one, with all it has loaded."""
+def setup_of(root: Path, config: StudyConfig, seed: int) -> Setup:
+    """The setup of a cell: where the cell before it in this process had the same, that one, with all it has loaded."""
     key = (root, seed, json.dumps(config.settings(), sort_keys=True))
     if key not in _kept:
         _kept.clear()
-        _kept[key] = Ground(root, config, seed)
+        _kept[key] = Setup(root, config, seed)
     return _kept[key]

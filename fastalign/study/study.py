@@ -1,4 +1,4 @@
-"""What every study does: claim its folder, prepare a ground for each seed, run its cells, gather their results."""
+"""What every study does: claim its folder, prepare a setup for each seed, run its cells, gather their results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..trainers.common.checkpoints import write_json
 from .config import StudyConfig
 from .machine import machine
 from .runs import Cell, Runner, Work, done, read
-from .setup import Ground
+from .setup import Setup
 
 OWN = ("grounds", "frontier", "hacking", "transfer")
 """Folders of cells that studies leave in their folder."""
@@ -26,9 +26,9 @@ OWN = ("grounds", "frontier", "hacking", "transfer")
 PACKAGES = ("fastalign", "torch", "transformers", "numpy", "scikit-learn")
 
 
-def prepare_ground(root: Path, config: StudyConfig, name: str) -> dict[str, Any]:
+def prepare_setup(root: Path, config: StudyConfig, name: str) -> dict[str, Any]:
     """The cell `grounds/seed-N`."""
-    return Ground(root, config, seed_of(name)).prepare()
+    return Setup(root, config, seed_of(name)).prepare()
 
 
 def seed_of(name: str) -> int:
@@ -43,7 +43,7 @@ def run_study(
 
     Args:
         command: the study's name.
-        cells: names of the cells after the grounds, each ending in its seed.
+        cells: names of the cells after the setups, each ending in its seed.
         work: runs one of them.
     """
     config.output_dir = os.path.expanduser(config.output_dir)
@@ -57,7 +57,7 @@ def run_study(
     todo = [name for name in [*grounds, *cells] if not done(root, name)]
     console.print(f"cells: {len(grounds) + len(cells)}, {len(todo)} of them to run", highlight=False)
     left = runner.run(
-        [Cell(name, prepare_ground) for name in grounds]
+        [Cell(name, prepare_setup) for name in grounds]
         + [Cell(name, work, needs=f"grounds/seed-{seed_of(name)}") for name in cells]
     )
     if left:

@@ -26,10 +26,10 @@ from ..evaluation.policy import Measured, measure
 from ..trainers.common import arguments
 from ..trainers.data.reviews import DOMAINS, load_reviews, split_reviews
 from . import plots, report
-from .callbacks import Watch
+from .callbacks import Tracker
 from .config import StudyConfig
 from .methods import METHODS, Job
-from .setup import Ground, ground_of
+from .setup import Setup, setup_of
 from .study import run_study, save, seed_of
 
 POLICIES = ("dpo", "ppo-gold")
@@ -41,11 +41,11 @@ class TransferConfig(StudyConfig):
     """DPO and PPO policies trained on movie reviews, on the openings of other domains."""
 
 
-class Elsewhere(Watch):
+class Elsewhere(Tracker):
     """Looks at the policy only at the end, in every domain."""
 
-    def __init__(self, ground: Ground) -> None:
-        super().__init__(ground)
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
         self.changes: dict[str, dict[str, Any]] = {}
 
     def look(self, step: int, policy: Any, *, end: bool) -> None:
@@ -53,36 +53,36 @@ class Elsewhere(Watch):
 
     def _change(self, domain: str, policy: Any) -> dict[str, Any]:
         """Figures of the policy in the domain, and the change of both rewards from the fine-tuned model's."""
-        ground = self.ground
+        setup = self.setup
         prompts, own = self._domain(domain)
-        scorers = {"gold": ground.demo.gold, "own": own}
-        before, after = (self._measure(model, prompts, scorers) for model in (ground.reference, policy))
+        scorers = {"gold": setup.demo.gold, "own": own}
+        before, after = (self._measure(model, prompts, scorers) for model in (setup.reference, policy))
         changes = {f"{n}_change": estimate(after.scores[n] - before.scores[n])._asdict() for n in FIGURES}
         kept = ("gold", "own", "kl", "words", "finished")
         return {**changes, "before": {n: before.figures[n] for n in kept}, **{n: after.figures[n] for n in kept}}
 
     def _measure(self, model: Any, prompts: list[str], scorers: dict[str, Scorer]) -> Measured:
-        config = self.ground.config
+        config = self.setup.config
         return measure(
             model,
-            self.ground.reference,
-            self.ground.tokenizer,
+            self.setup.reference,
+            self.setup.tokenizer,
             prompts,
             scorers,
             per_prompt=config.eval_samples,
-            how=self.ground.demo.how,
-            seed=self.ground.seed + 1,
+            how=self.setup.demo.how,
+            seed=self.setup.seed + 1,
         )
 
     @functools.cache  # noqa: B019 (one object for each cell, which ends with its process's cell)
     def _domain(self, domain: str) -> tuple[list[str], Scorer]:
         """Openings of the domain's held-out texts, and a gold reward fitted to people's ratings of the others."""
-        ground = self.ground
+        setup = self.setup
         if domain == "movies":
-            return ground.eval_prompts, ground.demo.gold
+            return setup.eval_prompts, setup.demo.gold
         texts = load_reviews(domain)
-        train, held_out = split_reviews(texts, min(ground.config.held_out, len(texts) // 2), ground.seed)
-        return ground.demo.prompts(held_out, ground.config.eval_prompts), fit_gold(train)
+        train, held_out = split_reviews(texts, min(setup.config.held_out, len(texts) // 2), setup.seed)
+        return setup.demo.prompts(held_out, setup.config.eval_prompts), fit_gold(train)
 
 
 def cells(config: TransferConfig) -> list[str]:
@@ -99,12 +99,12 @@ def run_cell(root: Path, config: TransferConfig, name: str) -> dict[str, Any]:
     """Trains one policy on movie reviews; the changes in every domain."""
     method, value, _ = name.removeprefix("transfer/").rsplit("-", 2)
     # One evaluation alone, at the end.
-    ground = ground_of(root, dataclasses.replace(config, evaluations=1), seed_of(name))
-    watch, work = Elsewhere(ground), root / name / "work"
+    setup = setup_of(root, dataclasses.replace(config, evaluations=1), seed_of(name))
+    tracker, work = Elsewhere(setup), root / name / "work"
     shutil.rmtree(work, ignore_errors=True)
-    METHODS[method].train(Job(ground, float(value), work, watch))
+    METHODS[method].train(Job(setup, float(value), work, tracker))
     shutil.rmtree(work, ignore_errors=True)
-    return {"method": method, "coefficient": float(value), "seed": ground.seed, "domains": watch.changes}
+    return {"method": method, "coefficient": float(value), "seed": setup.seed, "domains": tracker.changes}
 
 
 def summarise(results: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:

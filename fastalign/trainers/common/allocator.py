@@ -1,4 +1,4 @@
-"""The C library's allocator and our own stock of large blocks, kept from holding on to memory."""
+"""The C library's allocator and our own cache of large blocks, kept from holding on to memory."""
 
 from __future__ import annotations
 

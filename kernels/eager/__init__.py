@@ -1,0 +1,1 @@
+"""What the kernels must return, in plain PyTorch operations."""
