@@ -34,7 +34,7 @@ def _kernel(logits: Tensor, labels: Tensor) -> Run:
     logps, lse, saved = (torch.empty(labels.shape + tail) for tail in ((), (), (4,)))
     call = _backends.TokenCall(logits, labels, None, -100, 1.0, 0.0)
     tokens = _backends.cpu.tokens(call, labels)
-    addresses = (logps.data_ptr(), lse.data_ptr(), 0, 0, 0, saved.data_ptr())
+    addresses = (logps.data_ptr(), lse.data_ptr(), 0, 0, 0, saved.data_ptr(), 0, 0)
     return partial(_call, (logits, labels, logps, lse, saved), tokens, addresses)
 
 

@@ -58,7 +58,7 @@ class Row:
 
     def tests(self) -> list[str]:
         names = (*LOSSES, *(INTEGRATIONS if self.transformers else ()), *(TRL if self.trl else ()))
-        return [f"tests/test_{name}.py" for name in names]
+        return [path.relative_to(ROOT).as_posix() for name in names for path in ROOT.glob(f"tests/*/test_{name}.py")]
 
 
 ROWS = (

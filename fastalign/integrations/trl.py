@@ -36,7 +36,7 @@ __all__ = [
     "unpatch",
 ]
 
-TESTED = ("1.15", "1.16")
+VERSIONS = ("1.15", "1.16")
 """Versions of TRL under which all five trainers were tested; the arguments of its functions decide about others."""
 
 _DIAGNOSTICS = DIAGNOSTICS[:3]  # those that TRL knows
@@ -185,9 +185,9 @@ def _found() -> dict[str, Any]:
             raise ValueError(f"TRL {trl.__version__}: {name} must take {ours}; it takes {_arguments(theirs)}")
     if utils._ChunkedLogProbFunction is not found["ChunkedLogProbFunction"]:
         raise ValueError(f"TRL {trl.__version__}: its fused head has been replaced by other code already")
-    if ".".join(trl.__version__.split(".")[:2]) not in TESTED:
+    if ".".join(trl.__version__.split(".")[:2]) not in VERSIONS:
         warnings.warn(
-            f"TRL {trl.__version__} was not tested; its functions take what those of {' and '.join(TESTED)} take",
+            f"TRL {trl.__version__} was not tested; its functions take what those of {' and '.join(VERSIONS)} take",
             stacklevel=3,
         )
     return found

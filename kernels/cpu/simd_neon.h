@@ -69,6 +69,19 @@ inline Vec exp2(Vec u) {
     });
 }
 
+// x = mantissa * 2^exponent with 1 <= mantissa < 2, of a positive, normal number; NaN stays one.
+inline void split(Vec x, Vec& exponent, Vec& mantissa) {
+    exponent = halves(x, [](float32x4_t a) {
+        return vcvtq_f32_s32(
+            vsubq_s32(vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_f32(a), 23)), vdupq_n_s32(127)));
+    });
+    mantissa = halves(x, [](float32x4_t a) {
+        const uint32x4_t fraction = vandq_u32(vreinterpretq_u32_f32(a), vdupq_n_u32(0x7fffffu));
+        const float32x4_t found = vreinterpretq_f32_u32(vorrq_u32(fraction, vdupq_n_u32(0x3f800000u)));
+        return vbslq_f32(vceqq_f32(a, a), found, a);
+    });
+}
+
 inline Vec mul_nonzero(Vec a, Vec b) {
     return halves(a, b, [](float32x4_t x, float32x4_t y) {
         const uint32x4_t product = vreinterpretq_u32_f32(vmulq_f32(x, y));

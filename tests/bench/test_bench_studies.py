@@ -27,7 +27,8 @@ def estimate(mean, half=None):
 def bench(tmp_path):
     """A bench/ of its own, so that nothing is written to the real one; runs studies.py there."""
     folder = tmp_path / "bench"
-    (folder / "results").mkdir(parents=True)
+    for name in ("results", "harness"):
+        (folder / name).mkdir(parents=True)
     for name in ("studies.py", "report.py", "harness/results.py"):
         shutil.copyfile(ROOT / "bench" / name, folder / name)
 

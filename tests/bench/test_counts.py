@@ -97,7 +97,8 @@ def test_another_way_node_and_entry_are_found(tmp_path):
     text = bindings.read_text(encoding="utf-8").replace('    m.def("gae"', '    m.def("own", &own);\n    m.def("gae"')
     bindings.write_text(text, encoding="utf-8")
     after = {row.what: row.count for row in counts.structure(tmp_path)}
-    assert after == {what: count + 1 for what, count in before.items()}
+    both = "ways from two models' logits into them"  # have names of their own
+    assert after == {what: count + (what != both) for what, count in before.items()}
     assert tuple(after) == STRUCTURE
 
 

@@ -94,7 +94,7 @@ def test_trainers_and_commands_keep_to_a_device_that_is_not_the_cpu():
     if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("needs devices written in Python (torch 2.10)")
     done = subprocess.run(
-        [sys.executable, str(SCRIPT.parents[2] / "tests" / "stand_in_device.py")],
+        [sys.executable, str(Path(__file__).with_name("stand_in_device.py"))],
         capture_output=True, text=True, check=False, cwd=tempfile.gettempdir(),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
