@@ -26,6 +26,8 @@ ELSEWHERE = {
 IMAGES = ("bench/results",)
 """Folders whose pictures pages show."""
 
+_INLINE = re.compile(r"(?<!<pre>)(?<!</span>)<code>([^<]+)</code>")
+"""Code within a line: that of a block follows its <pre>, or the empty <span> after that."""
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -56,9 +58,20 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return f"{shown}[{text}]({there}{_slug(anchor)})"
         if not path.exists():
             raise FileNotFoundError(f"{source}: a link leads to {target}, which is not there")
-        return f"{text} (`{path.relative_to(ROOT).as_posix()}`)"
+        place = path.relative_to(ROOT).as_posix()
+        return f"`{place}`" if place.endswith(text.strip("`/")) else f"{text} (`{place}`)"
 
     return _outside_code(markdown, lambda text: _LINK.sub(on_site, text))
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """The page with words in code that stay in one line where they are short, and else break between their parts: a
+    browser breaks `--name` after its hyphens."""
+
+    def word(text: str) -> str:
+        return f"<span>{text}</span>" if len(text) <= 32 else re.sub(r"(?<=[./:=|])(?=\w)", "<wbr>", text)
+
+    return _INLINE.sub(lambda match: f"<code>{' '.join(map(word, match[1].split()))}</code>", html)
 
 
 def _outside_code(markdown: str, change: Any) -> str:

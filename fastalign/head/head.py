@@ -255,7 +255,7 @@ def head_token_stats(
         extras: the former name of diagnostics.
 
     Returns:
-        TokenStats(logps, lse, entropy, kl): [...] each, float32 (float64 for float64), differentiable once; with
+        TokenStats: logps, lse, entropy and kl, [...] each, float32 (float64 for float64), differentiable once; with
         diagnostics as `token_stats` gives them.
 
     Raises:

@@ -141,7 +141,7 @@ def apply_fused_loss(
         chunk_bytes, plan: of the fused head, as in `head_token_stats`.
 
     Returns:
-        A handle: `.remove()` undoes it, and so does the end of a `with` block.
+        FusedLoss: `.remove()` undoes it, and so does the end of a `with` block.
 
     Raises:
         ValueError: a head that is not known (see `_lm_head`), a loss that is not that of causal language

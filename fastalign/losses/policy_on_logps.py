@@ -111,7 +111,7 @@ def policy_loss(
             real tokens), clip_cov_lb, clip_cov_ub; kl_cov_ratio, kl_cov_coef. `policy_options` has the defaults.
 
     Returns:
-        PolicyLossOutput. Where logps equal old_logps: ratio is 1, approxkl and clipfrac are 0, exactly.
+        PolicyLossOutput. Where logps equal old_logps, ratio is 1 and approxkl and clipfrac are 0, exactly.
 
     Raises:
         TypeError: not a floating-point tensor, a mask that is not boolean, an argument that there is not.

@@ -109,7 +109,7 @@ def dpo_loss(
         discopop_tau: temperature of DiscoPOP, in (0, 1].
 
     Returns:
-        PreferenceOutput. Rewards are those of the first loss named: per-token means for simpo, alphapo and orpo.
+        PreferenceOutput, its rewards those of the first loss named (per-token means for simpo, alphapo and orpo).
 
     Raises:
         TypeError: log-probabilities that are not floating-point tensors.

@@ -183,7 +183,7 @@ def last_token_scores(token_scores: Tensor, mask: Tensor) -> Tensor:
         mask: [..., T] bool, True = real; what it hides may hold anything and gets no gradient.
 
     Returns:
-        [...], in the dtype of `token_scores`. A row without a real token has the score 0 and no gradient: it is the
+        [...], in the dtype of `token_scores`. A row without a real token has the score 0 and no gradient; it is the
         filler of a ragged list, and the losses' own mask is to hide it.
 
     Raises:

@@ -268,7 +268,7 @@ def token_stats(
         extras: the former name of diagnostics.
 
     Returns:
-        TokenStats(logps, lse, entropy, kl): float32 [...] each (float64 for float64), differentiable in `logits` once.
+        TokenStats: logps, lse, entropy, kl, float32 [...] each (float64 for float64), differentiable in `logits` once.
         Under transforms of `torch.func` and with forward-mode tangents, plain torch operations take the kernels' place.
         Diagnostics are attributes by their names, None where not asked for, and with one of them items five to eight.
 

@@ -79,7 +79,7 @@ def masked_whiten(x: Tensor, mask: Tensor, *, unbiased: bool = False, shift_mean
         shift_mean: subtract the mean.
 
     Returns:
-        [...], float32 or float64. Equal entries, and a single one, have no variance: exactly 0 (or themselves).
+        [...], float32 or float64. Equal entries, and a single one, have no variance and give exactly 0 (or themselves).
 
     Raises:
         TypeError: not a floating-point tensor, or a mask that is not boolean.
