@@ -286,11 +286,11 @@ def head_token_stats(
     valid.problem.mean |= "mean_logits" in diagnostics
     valid.problem.diagnostics = beyond_mean(diagnostics)
     chosen = _plan_of(valid.problem, valid.tokens, weight, bias, chunk_bytes, plan)
-    *found, mean, log_sum_sq, argmax = _HeadStats.apply(valid.problem, chosen, valid.tokens, weight, bias)
-    stats = valid.spread(*found, mean)
+    logps, lse, ent, div, mean, *constants = _HeadStats.apply(valid.problem, chosen, valid.tokens, weight, bias)
+    stats = valid.spread(logps, lse, ent, div, mean)
     if not diagnostics:
         return stats
-    more = named(diagnostics, valid.problem.labels, mean, log_sum_sq, argmax)
+    more = named(diagnostics, valid.problem.labels, mean, *constants)
     return stats.with_diagnostics({name: valid.place(t, -1 if name == "argmax" else 0) for name, t in more.items()})
 
 

@@ -37,7 +37,7 @@ from ..common.sharding import whole_weights
 from ..data.collate import pad
 from ..data.files import Rows
 from ..data.template import use_template
-from . import rollout
+from . import rollout, update
 from .checkpoint import RunState, load_training_state, save_policy, save_whole
 from .config import PolicyConfig
 from .correction import correct, entropy_control
@@ -45,15 +45,7 @@ from .keep import kept
 from .reference import frozen_reference
 from .rewards import RewardFunction, load_reward, scored
 from .rollout import Episode, Prompt, describe, fill_in, generate, prompt_order, response_mask, stacked
-from .update import (
-    PretrainingStream,
-    Updater,
-    ValueOptions,
-    make_accelerator,
-    make_optimizer,
-    make_scheduler,
-    pretraining_stream,
-)
+from .update import PretrainingStream, Updater, ValueOptions
 
 _SHOWN = ("objective/scores", "objective/kl", "objective/entropy", "eval/score", "eval/kl", "length", "lr")
 
@@ -100,7 +92,7 @@ class PolicyTrainer(ABC):
         self.args, model = args, model_given(model, args)
         reward = reward_funcs if reward is None else reward
         path = model if isinstance(model, str) else args.model
-        self.accelerator = make_accelerator(args)
+        self.accelerator = update.make_accelerator(args)
         set_seed(args.seed)
         policy = load_model(str(path), args) if isinstance(model, str) else model
         if not isinstance(model, str) and processing_class is None and not (args.tokenizer or args.model):
@@ -126,7 +118,7 @@ class PolicyTrainer(ABC):
             self.inner.policy.gradient_checkpointing_enable()
         self._ptx: PretrainingStream | None = None
         if args.ptx_dataset is not None:
-            self._ptx = pretraining_stream(args, self.processing_class, self.accelerator.num_processes)
+            self._ptx = update.pretraining_stream(args, self.processing_class, self.accelerator.num_processes)
         self.model: Any = None
         self.optimizer: Any = None
         self.scheduler: Any = None
@@ -189,7 +181,7 @@ class PolicyTrainer(ABC):
         args = self.args
         if checkpoint is not None:
             self.inner.load(checkpoint)
-        optimizer = make_optimizer(args, self.inner)
+        optimizer = update.make_optimizer(args, self.inner)
         updates = self.total_steps * args.num_ppo_epochs * args.num_mini_batches
         self.model, self.optimizer = self.accelerator.prepare(self.inner, optimizer)
         self.inner = self.accelerator.unwrap_model(self.model)
@@ -199,7 +191,7 @@ class PolicyTrainer(ABC):
             with torch.no_grad():
                 self.model(token)
             self.inner.reshard()  # the outermost module keeps its weights gathered after a forward
-        self.scheduler = make_scheduler(args, self.optimizer.optimizer, updates)
+        self.scheduler = update.make_scheduler(args, self.optimizer.optimizer, updates)
         reference = self.reference_logits if args.needs_reference else None
         run = (self.model, self.optimizer, self.scheduler)
         self.updater = self.updater_class(args, self.accelerator, *run, reference, self.fill, self._ptx, self._grouped)
@@ -389,10 +381,8 @@ class PolicyTrainer(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and controllers, as JSON holds them."""
-        return {
-            **dataclasses.asdict(self.state),
-            "controllers": {k: c.state_dict() for k, c in self.controllers().items()},
-        }
+        controllers = {name: c.state_dict() for name, c in self.controllers().items()}
+        return {**dataclasses.asdict(self.state), "controllers": controllers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what `state_dict` returned."""
