@@ -16,7 +16,7 @@ namespace fastalign::cuda {
 
 // ------------------------------------------------------------------------------------------------- forward
 template <class T, bool kCap, Mode kMode>
-__global__ void __launch_bounds__(kMaxThreads, kMode == kReference ? 3 : 4)
+__global__ void __launch_bounds__(kMaxThreads, kMode == kReference || kMode == kDiagnostics ? 3 : 4)
     forward_kernel(const __grid_constant__ ForwardArgs a, const __grid_constant__ Prepare k) {
     __shared__ SharedSums parts[kMaxThreads / 32];
     for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
