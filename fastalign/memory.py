@@ -57,7 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=_count, required=True, help="sequences")
     parser.add_argument("--length", type=_count, required=True, help="tokens of a sequence")
     share = "share of tokens that are neither prompt nor padding"
-    parser.add_argument("--valid", "--live", type=_share, default=1.0, help=share)
+    parser.add_argument("--valid", type=_share, default=1.0, help=share)
+    # The former name.
+    parser.add_argument("--live", dest="valid", type=_share, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument("--frozen", action="store_true", help="the head's weight is not trained")
     parser.add_argument("--reference", action="store_true", help="an exact KL against a reference's logits")
     parser.add_argument("--chunk_bytes", type=_count, help="budget of a tile in bytes (default: 64 MiB)")

@@ -139,7 +139,7 @@ class TestConversations:
 
     def test_long_conversations_lose_their_beginning(self, tiny_tokenizer):
         encode = Encoder(with_template(tiny_tokenizer, "</s>\n"), 12)
-        prompt_ids, ids, own = encode.conversation([USER, REPLY])
+        prompt_ids, ids, own, *_ = encode.conversation([USER, REPLY])
         assert len(prompt_ids) + len(ids) <= 12
         assert len(own) == len(ids)
         assert decode(encode, ids).startswith("the film is")

@@ -56,7 +56,8 @@ def test_a_mistyped_key_is_refused_before_anything_heavy_is_imported(tmp_path):
     )
     for argv in (["dpo", "--lerning_rate", "3"], ["grpo", "--config", str(tmp_path / "run.yaml")]):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, env=environment)
+        command = [sys.executable, "-c", code, *argv]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
         assert "unknown key --lerning_rate; did you mean --learning_rate" in done.stderr
         status, heavy, seconds = done.stdout.split()
         assert (status, heavy) == ("2", "[]")
