@@ -103,7 +103,7 @@ def policy_loss(
             `importance_weights`; off_policy_mask_threshold, delta: no policy term of tokens with A < 0 in a sequence
             whose mean log(pi_sampler / pi) is above it, pi_old for a sampler that is not given (DeepSeek-AI 2025,
             arXiv:2512.02556, eq. 9); use_bias_correction_kl: the KL to the reference times pi / pi_old, at most e^20,
-            which makes its gradient that of KL(pi, pi_ref) off the policy too (eq. 7 there, with k3);
+            which makes its gradient that of KL(pi, pi_ref) off the policy too (the same paper, with k3);
             top_entropy_quantile: the policy term is of that share of the real tokens of this call, those of the
             largest `entropy` (Wang et al. 2025, arXiv:2506.01939), averaged as if the others had a loss of 0.
             Of the kind: sapo_temperature_pos, sapo_temperature_neg; vespo_k_pos, vespo_lambda_pos,

@@ -37,7 +37,7 @@ class DPOLoss(LogitsLoss):
 
     Args:
         options: those of `dpo_loss`: beta, loss_type, label_smoothing, length_alpha, average, f_divergence, ...
-        use_weighting: weigh each pair by `pair_weights.wpo_weights` (WPO); two more reads of the logits.
+        use_weighting: weigh each pair by `pair_weights.wpo_weights` (WPO), from the same read.
         ld_alpha: in [0, 1], weight of the log-probabilities beyond the shorter length of a pair (LD-DPO), the policy's
             and of `ref_logits`; reference sums that are given must have been taken so. Lengths stay whole.
         report_logits: return the mean logits of both sides, from the same read.

@@ -92,6 +92,7 @@ def sft_loss(
     kind = lookup("normalization", NORMALIZATIONS, normalization)
     check_normalization(logps, kind, num_items, None)
     check_choice("loss_type", loss_type, LOSS_TYPES)
+    check_choice("reduction", reduction, REDUCTIONS)
     num_items = _divisor(num_items, reduction)
     if lse is not None:
         check_float("lse", lse, logps.shape, "logps")
@@ -102,13 +103,12 @@ def sft_loss(
     out = sft_formula(values, kind, z_loss, 0.0, loss_type)
     if reduction != "none":
         return out
-    each = _token_losses(values, z_loss, 0.0, loss_type)
+    each = _token_losses(values, -values.logps, z_loss, loss_type)
     return out._replace(loss=hide(each if weights is None else each * values.weights, mask))
 
 
 def _divisor(num_items: Count | None, reduction: str) -> Count | None:
     """What a reduction divides by; None: the batch's own number."""
-    check_choice("reduction", reduction, REDUCTIONS)
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items is what a mean divides by; got it with reduction={reduction!r}")
     return 1 if reduction == "sum" else num_items
@@ -121,7 +121,7 @@ def sft_formula(t: Any, normalization: str, z_loss: float, smoothing: float, los
     squares = torch.zeros_like(nll.detach().sum())
     if t.lse is not None and (z_loss or not smoothing):
         squares = masked_mean(t.lse.square().detach(), t.mask)
-    each = _token_losses(t, z_loss, smoothing, loss_type)
+    each = _token_losses(t, nll, z_loss, loss_type)
     if t.weights is None:
         loss = normalize_real(each, t.mask, normalization, t.num_items, None)
     else:
@@ -129,12 +129,9 @@ def sft_formula(t: Any, normalization: str, z_loss: float, smoothing: float, los
     return SFTOutput(loss, masked_mean(nll.detach(), t.mask), squares, t.mask.sum())
 
 
-def _token_losses(t: Any, z_loss: float, smoothing: float, loss_type: str) -> Any:
-    """The loss of every token."""
-    found = -smoothed(t.logps, t.lse, t.mean, smoothing)
-    if loss_type == "dft":
-        found = found * t.logps.detach().exp()
-    return with_z_loss(found, t.lse, z_loss)
+def _token_losses(t: Any, nll: Any, z_loss: float, loss_type: str) -> Any:
+    """The loss of every token, from its negative log-likelihood."""
+    return with_z_loss(nll * t.logps.detach().exp() if loss_type == "dft" else nll, t.lse, z_loss)
 
 
 def with_z_loss(losses: Any, lse: Any, z_loss: float) -> Any:
@@ -145,7 +142,7 @@ def with_z_loss(losses: Any, lse: Any, z_loss: float) -> Any:
 @functools.lru_cache(maxsize=128)
 def _program(z_loss: float, smoothing: float, loss_type: str) -> TokenProgram:
     """The loss of one token, for the kernels of one launch."""
-    return trace_token(lambda t: _token_losses(t, z_loss, smoothing, loss_type))
+    return trace_token(lambda t: _token_losses(t, -smoothed(t.logps, t.lse, t.mean, smoothing), z_loss, loss_type))
 
 
 class SFTLoss(LogitsLoss):

@@ -290,7 +290,8 @@ def token_stats(
         (logps, lse, ent, div, mean), found = transforms.statistics(asked, diagnostics)
         logps = smoothed(logps, lse, mean, label_smoothing)
         return TokenStats(logps, lse, ent if entropy else None, div).with_diagnostics(found)
-    inplace, more = inplace_backward and not torch.compiler.is_compiling(), beyond_mean(diagnostics)
+    inplace = inplace_backward and not torch.compiler.is_compiling()
+    more = bool(diagnostics) and beyond_mean(diagnostics)
     if alone(logits, labels):
         logps, lse, ent, div, mean, *rest = _call_plain(asked, entropy, want_mean, inplace, more)
     else:

@@ -199,7 +199,7 @@ def policy(
             term = term if s.kind == "vespo" else term * importance[b, t]  # VESPO's are within its own
             term = torch.zeros_like(term) if (b, t) in dropped else term
             kl = _kl(b, t, logps[b, t], chosen[b, t], old[t], ref_logps, ref_logits, s)
-            term = term - s.beta * (ratio[t] * kl if s.unbiased else kl)  # DeepSeek-V3.2, eq. 7
+            term = term - s.beta * (ratio[t] * kl if s.unbiased else kl)  # DeepSeek-V3.2
             terms.append(term + s.entropy * entropies[b, t])
         rows.append(terms)
     return -AVERAGES[s.average](rows, s)

@@ -233,7 +233,7 @@ def test_a_row_knows_nothing_of_its_place(dtype, vocab, inplace):
 
 
 def test_a_pivot_that_is_missed():
-    """Rows whose maximum is far above what the pivot was taken from, or far below: read once more."""
+    """Rows whose maximum is far above what the shift was taken from, or far below: read once more."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(4, 9001, generator=g)
     z = torch.randn(4, 9001, generator=g)

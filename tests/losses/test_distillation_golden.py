@@ -19,7 +19,7 @@ def problem(vocab=61, seed=0):
 @pytest.mark.parametrize("num_items", [None, 40])
 def test_trl_gkd(beta, temperature, num_items):
     """Value and gradient of `GKDTrainer.generalized_jsd_loss`."""
-    trl = pytest.importorskip("trl.experimental.gkd")
+    trl = pytest.importorskip("trl.experimental.gkd", reason="needs a TRL with GKD (the extra `dev`)")
     student, teacher, labels = problem()
     theirs = trl.GKDTrainer.generalized_jsd_loss(
         student, teacher, labels, beta=beta, temperature=temperature, num_items_in_batch=num_items
@@ -33,7 +33,7 @@ def test_trl_gkd(beta, temperature, num_items):
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 def test_liger_fused_linear_jsd(beta, nll):
     """Two heads of different size, with the hard labels' loss and without: `LigerFusedLinearJSDLoss`."""
-    liger = pytest.importorskip("liger_kernel.chunked_loss")
+    liger = pytest.importorskip("liger_kernel.chunked_loss", reason="needs liger-kernel (the extra `dev`)")
     draw = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(2, 6, 8, generator=draw), 0.5 * torch.randn(61, 8, generator=draw)
     their_hidden, their_weight = torch.randn(2, 6, 12, generator=draw), 0.5 * torch.randn(61, 12, generator=draw)

@@ -88,7 +88,7 @@ def test_large_logits_keep_their_probabilities(backend, scale):
 
 
 def test_a_late_maximum_far_above_the_rest(backend):
-    """The kernel's pivot comes from the row's first elements: a far larger logit elsewhere must not overflow."""
+    """The kernel's shift comes from the row's first elements: a far larger logit elsewhere must not overflow."""
     x, _, labels, weights = problem(6, 30000, torch.float32)
     for row, height in enumerate((50.0, 88.0, 100.0, 300.0, 1e4, 1e30)):
         x[row, 29000 - 4000 * row] = height
@@ -98,7 +98,7 @@ def test_a_late_maximum_far_above_the_rest(backend):
 
 def test_minus_infinity_is_probability_zero(backend):
     x, z, labels, weights = problem(4, 600, torch.float32)
-    x[0, :300] = -torch.inf  # the whole sample that the pivot is taken from
+    x[0, :300] = -torch.inf  # the whole sample that the shift is taken from
     x[1, 5:] = -torch.inf
     x[2, 1::2] = z[2, 1::2] = -torch.inf
     labels[:] = torch.tensor([400, 3, 0, 7])

@@ -291,7 +291,7 @@ def fill_in(
 
     policy, reference: a padded batch to what stands for logits [B, T, V]; after its statistics the policy's `answer`
         holds the values. With exact_kl both distributions are compared whole.
-    energy: also the sum of the squared probabilities, by two reads more of the logits.
+    energy: also the sum of the squared probabilities, in the same read of the logits.
     grouped: run a prompt once for all of its responses in a batch.
     """
     order = sorted(range(len(episodes)), key=lambda i: len(episodes[i].prompt.ids) + len(episodes[i].ids))
